@@ -1,0 +1,93 @@
+"""Batch, Pairs, Rollout and collate: the ONE place that shifts tokens, pads rows and says which predictions are scored.
+
+    prompt  a b      completion  c d ⏎            row  a b c d ⏎
+
+    inputs   a b c d      what is seen
+    targets  b c d ⏎      what is predicted from it
+    mask     . 1 1 1      the predictions that are completion tokens, EOS included
+
+Everything below speaks of predictions; there is no `[:, 1:]` anywhere else. Masks come from lengths, never from token ids, so that
+padding may use the EOS id.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from minialign.common import BadInput
+
+
+@dataclass
+class Batch:
+    inputs: torch.Tensor  # (B, T) token ids
+    targets: torch.Tensor  # (B, T) token ids, targets[:, t] follows inputs[:, t]
+    mask: torch.Tensor  # (B, T) bool
+
+    def to(self, device):
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in moved.items()})
+
+    def __len__(self):
+        return len(self.inputs)
+
+
+@dataclass
+class Pairs:
+    chosen: Batch  # row b of both answers the same prompt
+    rejected: Batch
+
+    def to(self, device):
+        return Pairs(self.chosen.to(device), self.rejected.to(device))
+
+    def __len__(self):
+        return len(self.chosen)
+
+
+@dataclass
+class Rollout(Batch):
+    old_logps: torch.Tensor  # (B, T) under the tempered, untruncated distribution that sampled; 0 where mask is False
+    lengths: torch.Tensor  # (B,) completion tokens, EOS included
+    finished: torch.Tensor  # (B,) bool: the policy emitted EOS
+    completions: list  # B lists of token ids, EOS included where it was emitted
+
+
+def collate(prompts_ids, completions_ids, *, pad_id, max_len=None):
+    """Lists of token ids -> Batch. Row b is prompts_ids[b] + completions_ids[b]; completions carry their EOS already.
+
+    max_len caps a row, prompt and completion together, in tokens: the end of the row is cut off, so a completion that is cut loses
+    its EOS, and one whose prompt fills the row has nothing scored. T is the longest row minus one.
+    Raises BadInput for an empty prompt (its first completion token would have no input to be predicted from) or an empty batch.
+    """
+    if len(prompts_ids) != len(completions_ids):
+        raise BadInput(f"collate got {len(prompts_ids)} prompts and {len(completions_ids)} completions: one of each is a row")
+    if not len(prompts_ids):
+        raise BadInput("collate got no rows: a batch needs at least one")
+    rows = []
+    for b, (prompt, completion) in enumerate(zip(prompts_ids, completions_ids, strict=True)):
+        if not len(prompt):
+            raise BadInput(f"row {b} has an empty prompt: give it at least one token (BOS or EOS)")
+        rows.append([*prompt, *completion][:max_len])
+    T = max(1, max(len(row) for row in rows) - 1)
+    tokens = torch.full((len(rows), T + 1), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), T, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[b, len(prompts_ids[b]) - 1 : len(row) - 1] = True  # prediction t is of token t + 1
+    return Batch(inputs=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), mask=mask)
+
+
+def masked_mean(x, mask):
+    """Mean of x over the entries where mask is True; 0 if there are none. Masked entries may be inf or NaN."""
+    mask = mask.bool()
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x, mask):
+    """(x − mean) / sqrt(variance + 1e-8) over the entries where mask is True, with the population variance; 0 elsewhere.
+
+    The form of the PPO implementations that summarisation results rest on: population, not sample, variance.
+    """
+    mask = mask.bool()
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0)

@@ -1,0 +1,178 @@
+"""Checkpoints that survive kill -9 at any moment, a full disk and a flipped bit, and resume bit for bit.
+
+    checkpoints/step_000100/   model.safetensors   parameters of every module of the run, 'policy.…', 'old.…'
+                               optim.safetensors   the optimizers' tensors
+                               rng.safetensors     torch's CPU (and CUDA) generator states
+                               state.json          the step, plain numbers, the optimizers' settings, versions and threads
+                               manifest.json       size and sha256 of each file above
+
+Written into a folder beside it, each file flushed to disk, then renamed in one step: the name step_000100 exists only whole.
+Reading takes the newest folder whose manifest holds, and says so when it had to step back. No pickle anywhere.
+
+The data order and the learning rate are functions of (seed, step) and samplers are seeded by step, so this is all a run needs.
+Checked by tests/test_checkpoint.py: a kill between any two writes, a full disk, truncations and flipped bits.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minialign.common import BadInput, write_atomic
+
+FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
+RETRY_SECONDS = (1, 4, 16)  # a network disk that stumbles must not end a run of days
+
+
+def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
+    """Write checkpoints/step_{step:06d} from {name: module}, {name: optimizer} and a dict of plain values; keep the newest `keep`.
+
+    Raises BadInput, naming the path and the bytes needed, when the disk refuses after three retries; older checkpoints stay intact.
+    """
+    folder = Path(run_folder) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step_{step:06d}"
+    temporary = folder / f"{final.name}.tmp-{os.getpid()}"
+    for attempt, pause in enumerate((*RETRY_SECONDS, None), start=1):
+        try:
+            _write(temporary, final, step, modules, optimizers, state)
+            break
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if pause is None:
+                needed = sum(p.numel() * p.element_size() for module in modules.values() for p in module.parameters())
+                raise BadInput(
+                    f"{final}: the checkpoint could not be written ({error}); it needs about {3 * needed:,} bytes free; "
+                    "earlier checkpoints are intact: make room and resume"
+                ) from None
+            print(f"writing {final} failed ({error}); try {attempt + 1} in {pause} s", file=sys.stderr)
+            time.sleep(pause)
+    write_atomic(folder / "latest", final.name + "\n")
+    prune(folder, keep)
+    return final
+
+
+def _write(temporary, final, step, modules, optimizers, state):
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    tensors = {}
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters():  # a tied head appears once
+            tensors[f"{name}.{key}"] = parameter.detach().cpu().contiguous()
+    save_file(tensors, temporary / "model.safetensors")
+
+    tensors, settings = {}, {}
+    for name, optimizer in optimizers.items():
+        packed = optimizer.state_dict()
+        settings[name] = {"param_groups": packed["param_groups"], "numbers": {}}
+        for index, values in packed["state"].items():
+            for key, value in values.items():
+                if torch.is_tensor(value):
+                    tensors[f"{name}.{index}.{key}"] = value.detach().cpu().contiguous()
+                else:
+                    settings[name]["numbers"][f"{index}.{key}"] = value
+    save_file(tensors, temporary / "optim.safetensors")
+
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators |= {f"cuda.{i}": rng for i, rng in enumerate(torch.cuda.get_rng_state_all())}
+    save_file(generators, temporary / "rng.safetensors")
+
+    record = {"step": step, "optimizers": settings, "torch": torch.__version__, "threads": torch.get_num_threads(), **state}
+    (temporary / "state.json").write_text(json.dumps(record), encoding="utf-8")
+    manifest = {}
+    for name in FILES:
+        path = temporary / name
+        flush_to_disk(path)
+        manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    flush_to_disk(temporary / "manifest.json")
+    flush_to_disk(temporary)
+    if final.exists():  # a damaged one of the same step: the reader has passed it over, and its place is needed
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    flush_to_disk(final.parent)
+
+
+def flush_to_disk(path):
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder; its rename is already journalled
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fault(folder):
+    """Why a checkpoint folder cannot be trusted, in words; None if it can."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name in FILES:
+            path = folder / name
+            if path.stat().st_size != manifest[name]["bytes"] or sha256(path) != manifest[name]["sha256"]:
+                return f"{name} does not match its sha256"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"no sound manifest ({type(error).__name__})"
+    return None
+
+
+def newest_checkpoint(run_folder):
+    """The newest checkpoint folder that is whole, or None. Says on stderr which damaged ones it passed over."""
+    folders = sorted(path for path in (Path(run_folder) / "checkpoints").glob("step_*") if path.name[5:].isdigit())
+    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
+        reason = fault(folder)
+        if reason is None:
+            return folder
+        print(f"{folder}: passed over, {reason}", file=sys.stderr)
+    return None
+
+
+def load_checkpoint(folder, modules, optimizers):
+    """Restore what save_checkpoint stored, in place; returns state.json as a dict. The folder is one that newest_checkpoint returned."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters():
+            stored = tensors.pop(f"{name}.{key}", None)
+            if stored is None or stored.shape != parameter.shape:
+                raise BadInput(f"{folder}: holds no {name}.{key} of shape {tuple(parameter.shape)}: it is of another model")
+            with torch.no_grad():
+                parameter.copy_(stored)
+    if tensors:
+        raise BadInput(f"{folder}: holds {sorted(tensors)[0]}, which this run does not have: it is of another method or model")
+
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "optim.safetensors")
+    for name, optimizer in optimizers.items():
+        packed = {"param_groups": state["optimizers"][name]["param_groups"], "state": {}}
+        values = {key: value for key, value in state["optimizers"][name]["numbers"].items()}
+        values |= {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        for key, value in values.items():
+            index, field = key.split(".", 1)
+            packed["state"].setdefault(int(index), {})[field] = value
+        optimizer.load_state_dict(packed)
+
+    generators = load_file(folder / "rng.safetensors")
+    torch.set_rng_state(generators["cpu"])
+    if torch.cuda.is_available() and "cuda.0" in generators:
+        torch.cuda.set_rng_state_all([generators[f"cuda.{i}"] for i in range(len(generators) - 1)])
+    return state
+
+
+def prune(folder, keep):
+    """Delete all but the newest `keep` checkpoints, and what killed processes left half-written."""
+    steps = sorted((path for path in folder.glob("step_*") if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
+    for path in steps[:-keep] + list(folder.glob("*.tmp-*")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

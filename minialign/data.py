@@ -1,0 +1,412 @@
+"""Demonstrations, preferences and prompts from files, the built-in task, and the one place that appends EOS.
+
+Files are JSONL or JSON, plain or gzipped. A row may have any of these keys (TRL's names), each text a string or a list of messages:
+
+    demonstrations   prompt + completion | messages | question + answer (GSM8K) | instruction [+ input] + output (Alpaca)
+                     | any preference row, of which the chosen answer is taken
+    preferences      prompt + chosen + rejected | chosen + rejected (whole conversations, Anthropic-HH transcripts as they are)
+    prompts          prompt | any of the above, of which the prompt is taken
+    texts            text | any of the above, prompt and answer joined | a .txt file
+
+A wrong row is an error that says path:line, the keys found and the keys accepted; skip_bad counts such rows and goes on. Nothing is
+dropped silently. The formats in full: docs/DATA.md. Checked by tests/test_data.py.
+"""
+
+import gzip
+import json
+import math
+import os
+import random
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from minialign.batch import Batch, Pairs, collate
+from minialign.common import BadInput, derive_seed
+from minialign.tokenizer import CharTokenizer, render_chat
+
+
+@dataclass
+class Demo:
+    prompt: str | list  # text, or a list of {role, content} that a chat template renders
+    completion: str
+
+
+@dataclass
+class Pair:
+    prompt: str | list
+    chosen: str
+    rejected: str
+
+
+# ----------------------------------------------------------------------------------------------------------- rows of a file
+
+
+class BadRow(Exception):
+    """Why one row is refused; the reader adds path:line."""
+
+
+def read_demonstrations(path, *, skip_bad=False):
+    """list[Demo]. Raises BadInput with path:line at the first bad row, or counts such rows on stderr with skip_bad."""
+    return _read(path, _demo, skip_bad)
+
+
+def read_preferences(path, *, skip_bad=False):
+    """list[Pair]; errors as read_demonstrations."""
+    return _read(path, _pair, skip_bad)
+
+
+def read_prompts(path, *, skip_bad=False):
+    """list of prompts (text, or messages); errors as read_demonstrations."""
+    return _read(path, lambda row: row["prompt"] if set(row) == {"prompt"} and _is_text(row["prompt"]) else _demo(row).prompt, skip_bad)
+
+
+def read_texts(path, *, skip_bad=False):
+    """list of documents for a base model. Of a preference row both answers are documents: a base model takes no side."""
+    if Path(path).suffix == ".txt":
+        return [_decode(path, _bytes(path))]
+    documents = []
+    for texts in _read(path, _texts, skip_bad):
+        documents += texts
+    return documents
+
+
+def _read(path, convert, skip_bad):
+    rows, bad, first = [], 0, ""
+    for where, row, fault in _records(path):
+        try:
+            if fault:
+                raise BadRow(fault)
+            if not isinstance(row, dict):
+                raise BadRow(f"expected an object with named fields, found {type(row).__name__}")
+            rows.append(convert(row))
+        except BadRow as error:
+            if not skip_bad:
+                raise BadInput(f"{where}: {error}; mend the row, or skip such rows with --skip_bad") from None
+            bad, first = bad + 1, first or f"{where}: {error}"
+    if bad:
+        print(f"{path}: {bad} bad rows skipped of {bad + len(rows)}; the first: {first}", file=sys.stderr)
+    if not rows:
+        raise BadInput(f"{path}: no usable rows")
+    return rows
+
+
+def _bytes(path):
+    """The file's bytes, unpacked if gzipped (told by its first two bytes, not by its name)."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise BadInput(f"{path}: the gzip archive is cut short or damaged ({error}); fetch it again") from None
+    return content
+
+
+def _decode(path, content):
+    try:
+        return content.decode("utf-8-sig")  # a byte-order mark is no part of the text
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def _records(path):
+    """Yield (where, value, fault): a row's place 'path:line', its JSON value, or why it has none."""
+    if not os.path.exists(path) and str(path).count("/") == 1 and not Path(path).suffix:
+        yield from _hub_records(str(path))
+        return
+    content = _bytes(path)
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":  # one JSON list of rows
+        try:
+            rows = json.loads(_decode(path, content))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise BadInput(f"{path}: not valid JSON ({error})") from None
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}: row {number}", row, None
+        return
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), None
+            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                yield f"{path}:{number}", None, f"not a line of JSON ({error})"
+
+
+def _hub_records(name):
+    """The train split of a data set on the hub, through the optional package `datasets`."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise BadInput(f"{name}: no such file; to read it as a data set of the hub, first `pip install datasets`") from None
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # network, name, gate: the library's own sentence says which
+        raise BadInput(f"{name}: no such file, and the hub could not deliver it ({str(error).splitlines()[0]})") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}: row {number}", row, None
+
+
+def _is_text(value):
+    return isinstance(value, str) or _is_messages(value)
+
+
+def _is_messages(value):
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+
+
+def _check(row, *keys):
+    for key in keys:
+        value = row[key]
+        if not _is_text(value):
+            raise BadRow(f"{key!r} must be text or a list of {{role, content}}, found {type(value).__name__}")
+        texts = [value] if isinstance(value, str) else [message["content"] for message in value]
+        if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
+            raise BadRow(f"{key!r} holds half of a surrogate pair, which is no character")
+
+
+def _answer(value):
+    """The text of a completion: a string, or the content of the one assistant message."""
+    if isinstance(value, str):
+        return value
+    if len(value) != 1 or value[0]["role"] != "assistant":
+        raise BadRow("a completion given as messages must be exactly one message of the assistant")
+    return value[0]["content"]
+
+
+TURN = "\n\nAssistant: "
+
+
+def _split_conversations(chosen, rejected):
+    """Two whole conversations -> their common prompt and the two answers."""
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        raise BadRow("'chosen' and 'rejected' must both be text or both be messages")
+    if isinstance(chosen, list):
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)  # equal answers still are answers
+        if not shared:
+            raise BadRow("'chosen' and 'rejected' share no message that could be the prompt")
+        return chosen[:shared], _answer(chosen[shared:]), _answer(rejected[shared:])
+    # Some transcripts go on for several turns after they part: the prompt ends at the last turn that both share.
+    cut = os.path.commonprefix([chosen, rejected]).rfind(TURN.rstrip())
+    if cut < 0:
+        raise BadRow(f"'chosen' and 'rejected' share no {TURN.strip()!r} turn; give the prompt in a field of its own: 'prompt'")
+    cut += len(TURN.rstrip())
+    cut += chosen[cut : cut + 1] == rejected[cut : cut + 1] == " "
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _pair(row):
+    if {"chosen", "rejected"} <= row.keys():
+        _check(row, "chosen", "rejected")
+        if row.get("prompt") is not None:
+            _check(row, "prompt")
+            return Pair(row["prompt"], _answer(row["chosen"]), _answer(row["rejected"]))
+        return Pair(*_split_conversations(row["chosen"], row["rejected"]))
+    raise BadRow(f"found the keys {sorted(row)}, expected prompt + chosen + rejected, or chosen + rejected")
+
+
+def _demo(row):
+    if {"prompt", "completion"} <= row.keys():
+        _check(row, "prompt", "completion")
+        return Demo(row["prompt"], _answer(row["completion"]))
+    if "messages" in row:
+        _check(row, "messages")
+        messages = row["messages"]
+        if not isinstance(messages, list) or len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise BadRow("'messages' must be a list of at least two that ends with the assistant's")
+        return Demo(messages[:-1], messages[-1]["content"])
+    if {"chosen", "rejected"} <= row.keys():
+        pair = _pair(row)
+        return Demo(pair.prompt, pair.chosen)
+    if {"question", "answer"} <= row.keys():
+        _check(row, "question", "answer")
+        return Demo(f"Question: {row['question']}\nAnswer: ", row["answer"])
+    if {"instruction", "output"} <= row.keys():
+        _check(row, "instruction", "output", *(["input"] if row.get("input") else []))
+        given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+        return Demo(f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n", row["output"])
+    raise BadRow(
+        f"found the keys {sorted(row)}, expected prompt + completion, messages, chosen + rejected, question + answer, or instruction + output"
+    )
+
+
+def _texts(row):
+    if isinstance(row.get("text"), str):
+        _check(row, "text")
+        return [row["text"]]
+    if {"chosen", "rejected"} <= row.keys():
+        pair = _pair(row)
+        return [_plain(pair.prompt) + pair.chosen, _plain(pair.prompt) + pair.rejected]
+    demo = _demo(row)
+    return [_plain(demo.prompt) + demo.completion]
+
+
+def _plain(prompt):
+    return prompt if isinstance(prompt, str) else render_chat(None, prompt)
+
+
+# ------------------------------------------------------------------------------------------------------- text -> token ids
+
+
+def encode_prompt(tokenizer, prompt, *, max_prompt=None):
+    """Ids of a prompt: messages through the chat template, BOS in front once if the tokenizer has one; never empty.
+
+    max_prompt keeps the end of a longer prompt, where the question is (and BOS).
+    """
+    ids = tokenizer.encode(prompt if isinstance(prompt, str) else render_chat(tokenizer, prompt))
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = ids[1:] if bos and ids[:1] == bos else ids  # a template may have written it already
+    if max_prompt is not None:
+        ids = ids[max(0, len(ids) - max(1, max_prompt - len(bos))) :]
+    return bos + ids or [tokenizer.eos_id]
+
+
+def encode_completion(tokenizer, completion):
+    """Ids of a completion and its EOS: the one place that appends it."""
+    return tokenizer.encode(completion) + [tokenizer.eos_id]
+
+
+def encode_demos(tokenizer, demos, *, max_prompt=None):
+    """[(prompt ids, completion ids)]: prompt and completion are encoded apart, so that neither changes the other's tokens."""
+    return [(encode_prompt(tokenizer, d.prompt, max_prompt=max_prompt), encode_completion(tokenizer, d.completion)) for d in demos]
+
+
+def encode_pairs(tokenizer, pairs, *, max_prompt=None):
+    """[(prompt ids, chosen ids, rejected ids)]."""
+    return [
+        (
+            encode_prompt(tokenizer, p.prompt, max_prompt=max_prompt),
+            encode_completion(tokenizer, p.chosen),
+            encode_completion(tokenizer, p.rejected),
+        )
+        for p in pairs
+    ]
+
+
+def encode_texts(tokenizer, texts, *, max_len):
+    """Documents as rows in which every token is scored: [(one token seen, the tokens that follow)], cut into rows of max_len tokens.
+
+    A document begins after BOS (EOS where there is none) and ends with EOS; a row goes on where the one before it stopped.
+    """
+    rows = []
+    for text in texts:
+        ids = encode_prompt(tokenizer, "") + tokenizer.encode(text) + [tokenizer.eos_id]
+        for start in range(0, len(ids) - 1, max_len - 1):
+            rows.append((ids[start : start + 1], ids[start + 1 : start + max_len]))
+    return rows
+
+
+def demo_batch(rows, picked, *, pad_id, max_len):
+    """The picked rows of encode_demos or encode_texts -> Batch."""
+    return collate([rows[i][0] for i in picked], [rows[i][1] for i in picked], pad_id=pad_id, max_len=max_len)
+
+
+def pair_batch(rows, picked, *, pad_id, max_len):
+    """The picked rows of encode_pairs -> Pairs."""
+    prompts = [rows[i][0] for i in picked]
+    chosen = collate(prompts, [rows[i][1] for i in picked], pad_id=pad_id, max_len=max_len)
+    return Pairs(chosen, collate(prompts, [rows[i][2] for i in picked], pad_id=pad_id, max_len=max_len))
+
+
+def counts(rows, max_len):
+    """{'rows', 'scored_tokens', 'truncated', 'empty'} of encoded rows under max_len; truncated lost their end, empty have nothing scored."""
+    numbers = {"rows": len(rows), "scored_tokens": 0, "truncated": 0, "empty": 0}
+    for prompt, *completions in rows:
+        for completion in completions:
+            scored = min(len(completion), max(0, max_len - len(prompt)))
+            numbers["scored_tokens"] += scored
+            numbers["truncated"] += scored < len(completion)
+            numbers["empty"] += scored == 0
+    return numbers
+
+
+def split_held_out(rows, share):
+    """(training rows, held-out rows): the last `share` of the file, in file order, is never trained on."""
+    n = int(len(rows) * share)
+    return (rows[:-n], rows[-n:]) if n else (rows, [])
+
+
+# ------------------------------------------------------------------------------------------------------- the built-in task
+#
+# A language of requests. The prompt names a thing, the completion asks for it: an opening, the thing, an ending. Openings and endings
+# are polite or rude. Speakers differ only in how often they are polite, so the law of each is known exactly: the base model learned
+# from rude speakers, the expert is polite, and a share of the demonstrations comes from rude speakers after all.
+
+THINGS = ("tea", "bread", "soap", "a map", "a pen", "salt", "honey", "a lamp", "paper", "a key", "milk", "a chair",
+          "rope", "a book", "ink", "a coat", "rice", "a cup", "wood", "a bell", "corn", "a hat", "oil", "a spoon")  # fmt: skip
+POLITE_OPENINGS, RUDE_OPENINGS = ("may i have", "could i get", "i would like"), ("give me", "hand over", "i want")
+POLITE_ENDINGS, RUDE_ENDINGS = (", please.", ", thank you.", " if you can."), (" now!", ", quick!", " or else!")
+EXPERT, RUDE = 0.9, 0.25  # probability that an opening is polite, and, independently, an ending
+
+
+def builtin_prompt(thing):
+    return f"ask for {thing}: "
+
+
+def builtin_law(prompt, politeness):
+    """{completion: probability} of a speaker: the exact distribution that its demonstrations are drawn from."""
+    thing = prompt.removeprefix("ask for ").removesuffix(": ")
+    law = {}
+    for openings, p_opening in ((POLITE_OPENINGS, politeness), (RUDE_OPENINGS, 1 - politeness)):
+        for endings, p_ending in ((POLITE_ENDINGS, politeness), (RUDE_ENDINGS, 1 - politeness)):
+            for opening in openings:
+                for ending in endings:
+                    law[f"{opening} {thing}{ending}"] = p_opening * p_ending / (len(openings) * len(endings))
+    return law
+
+
+def gold_reward(prompts, completions):
+    """The programmatic reward of the built-in task, in [−2, 3], for lists of text: +1 for naming the thing; for the opening and
+    for the ending +1 if polite, −1 if rude, 0 if neither. The demonstration methods never see it."""
+    rewards = []
+    for prompt, text in zip(prompts, completions, strict=True):
+        thing = prompt.removeprefix("ask for ").removesuffix(": ")
+        rewards.append(
+            float(f" {thing}" in text)
+            + text.startswith(POLITE_OPENINGS) - text.startswith(RUDE_OPENINGS)
+            + text.endswith(POLITE_ENDINGS) - text.endswith(RUDE_ENDINGS)
+        )  # fmt: skip
+    return rewards
+
+
+def _speak(rng, politeness):
+    prompt = builtin_prompt(rng.choice(THINGS))
+    law = builtin_law(prompt, politeness)
+    return prompt, rng.choices(list(law), weights=list(law.values()))[0]
+
+
+def builtin_texts(n=2000, seed=0):
+    """What the base model is trained on: requests of rude speakers."""
+    rng = random.Random(derive_seed("texts", seed))
+    return ["".join(_speak(rng, RUDE)) for _ in range(n)]
+
+
+def builtin_demos(n=200, seed=0, low_quality=0.3):
+    """Demonstrations of the expert, a share `low_quality` of them from rude speakers."""
+    rng = random.Random(derive_seed("demos", seed))
+    return [Demo(*_speak(rng, RUDE if rng.random() < low_quality else EXPERT)) for _ in range(n)]
+
+
+def builtin_pairs(n=400, seed=0):
+    """Two answers of rude speakers to one prompt; the first is chosen with the Bradley-Terry probability σ(difference of gold rewards)."""
+    rng, pairs = random.Random(derive_seed("pairs", seed)), []
+    for _ in range(n):
+        prompt, first = _speak(rng, RUDE)
+        law = builtin_law(prompt, RUDE)
+        second = rng.choices(list(law), weights=list(law.values()))[0]
+        rewards = gold_reward([prompt, prompt], [first, second])
+        keep = rng.random() < 1 / (1 + math.exp(rewards[1] - rewards[0]))
+        pairs.append(Pair(prompt, *((first, second) if keep else (second, first))))
+    return pairs
+
+
+def builtin_tokenizer():
+    alphabet = "".join(builtin_prompt(thing) + "".join(builtin_law(builtin_prompt(thing), EXPERT)) for thing in THINGS)
+    return CharTokenizer(alphabet)

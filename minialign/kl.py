@@ -1,0 +1,39 @@
+"""Estimators of KL(π‖ref) from the log-probs of sampled tokens, and the exact divergence that they estimate. Schulman 2020.
+
+With y ~ π and log-ratio d = log π(y) − log ref(y):
+
+    k1 = d                  unbiased, signed, high variance
+    k2 = d² / 2             biased, low variance, never negative
+    k3 = e^{−d} − 1 + d     unbiased, never negative
+
+The trap: as a *value* k1 and k3 both average to KL(π‖ref). As a *loss term*, differentiated through log π with y held fixed,
+    k1 gives 0,   k2 gives ∇KL(π‖ref),   k3 gives ∇KL(ref‖π), the other divergence.
+So the KL belongs into the detached reward (k1), or into the loss as k2; GRPO puts k3 there, and pays (see grpo.py).
+
+Each function takes log-probs of any one shape and returns that shape. Checked by tests/test_kl.py: values and gradients by enumeration.
+"""
+
+import torch
+
+# e^20 is 5e8: further out the value no longer matters, only that neither it nor its gradient is inf.
+# The clamp is on the exponent alone, before exp: clipping after it would leave 0·inf = NaN in the backward pass.
+MAX_EXPONENT = 20.0
+
+
+def k1(logps, ref_logps):
+    return logps - ref_logps
+
+
+def k2(logps, ref_logps):
+    return (logps - ref_logps) ** 2 / 2
+
+
+def k3(logps, ref_logps):
+    ref_logratio = ref_logps - logps
+    return torch.expm1(ref_logratio.clamp(max=MAX_EXPONENT)) - ref_logratio  # expm1: near 0 the 1 would cancel all digits
+
+
+def exact_kl(logits, ref_logits):
+    """KL(π‖ref) of whole distributions: logits, ref_logits (..., V) -> (...), in nats."""
+    logps, ref_logps = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return torch.where(logps.isneginf(), 0, logps.exp() * (logps - ref_logps)).sum(-1)

@@ -1,0 +1,170 @@
+"""Supervised fine-tuning: maximum likelihood on demonstrations. The starting point and the yardstick of every other method here.
+
+    L(θ) = −(1/N) Σ_b Σ_t log π_θ(y_{b,t} | x_b, y_{b,<t})          N = all scored tokens of the optimizer step
+
+Symbols  x → prompt, y → completion (its EOS included), log π_θ(y_t|·) → logps (B, T), N → n_tokens.
+Idea     Minimising L minimises KL(demonstrations ‖ π_θ): all probability moves to what was demonstrated, and away from the rest.
+Differs  from irft.py: nothing is pushed down by name; what falls, falls because probabilities sum to one. No reference model.
+Details  The mean is over tokens, not over sequences: a long completion weighs more than a short one, as in TRL (for token losses
+         [1, 1] and [2, 2, 2, 2] that is 1.667; the mean of sequence means is 1.5, the mean of sequence sums 5).
+         N counts the whole step, so that 1×8, 2×4 and 8×1 rows give one gradient; a mean of micro-batch means would not.
+         Prompts are not scored. EOS is: a policy that is never taught to stop does not.
+         --text trains a base model instead: every token of plain text is a target; --policy new starts from random weights.
+Law      The expert's own distribution as data grow. On the three actions the gap d between the demonstrated logit and another
+         follows 2d + e^d = 1 + 3·lr·steps: probability 1, reached like 1/steps (toy/three_actions.py).
+Checked  tests/methods/test_sft.py (worked numbers, accumulation, masks), toy/three_actions.py (the trajectory).
+
+    python -m minialign sft                                                  # built-in task, laptop CPU, half a minute
+    python -m minialign sft --demos demos.jsonl --policy gpt2 --max_len 512
+    python -m minialign sft --text corpus.txt --policy new --out runs/base   # a base model from plain text
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
+from minialign.data import (
+    builtin_demos,
+    builtin_texts,
+    builtin_tokenizer,
+    demo_batch,
+    encode_demos,
+    encode_texts,
+    read_demonstrations,
+    read_texts,
+    split_held_out,
+)
+from minialign.evaluate import held_out_nll
+from minialign.logps import token_logps
+from minialign.model import GPT, GPTConfig
+from minialign.run import Run
+from minialign.tokenizer import load_tokenizer, train_bpe
+
+
+@dataclass
+class Config:
+    policy: str = "builtin"         # start from: builtin, a folder, a hub name, or new (random weights; with --text or --demos)
+    demos: str = "builtin"          # demonstrations: builtin, or a JSONL/JSON(.gz) file
+    text: str = ""                  # train a base model on this text instead: builtin, a .txt, or a JSONL/JSON(.gz) file
+    steps: int = 150                # optimizer steps
+    batch_size: int = 32            # rows per step
+    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-5)
+    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.1             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of a sample shown in samples.jsonl
+    held_out: float = 0.1           # the last share of the file, never trained on
+    layers: int = 2                 # of a new policy
+    width: int = 64                 # channels of a new policy
+    heads: int = 4                  # of a new policy
+    vocab: int = 2048               # ids of the byte-level BPE tokenizer trained for a new policy
+    seed: int = 0                   # data order, new weights, samples
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 25             # steps between lines on the terminal
+    eval_every: int = 50            # steps between evaluations on the held-out rows
+    save_every: int = 100           # steps between checkpoints
+    out: str = ""                   # run folder; default runs/sft-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+
+def builtin_base_config(out):
+    """The run that makes the base model of the built-in task."""
+    return Config(policy="new", text="builtin", steps=500, lr=3e-3, max_len=96, out=out)
+
+
+def sft_loss(logps, mask, *, n_tokens=None):
+    """Mean negative log-likelihood of the scored tokens, in nats per token.
+
+    logps, mask: (B, T). n_tokens: what to divide by; default the scored tokens of this batch, in an accumulated step those of the
+    whole step. Returns the scalar loss and stats. A batch with nothing scored has loss 0.
+    """
+    assert logps.dim() == 2 and logps.shape == mask.shape, (logps.shape, mask.shape)
+    mask = mask.bool()
+    scored = torch.where(mask, logps, 0).sum()
+    loss = -scored / (mask.sum().clamp(min=1) if n_tokens is None else n_tokens)
+    stats = {"nll": -scored / mask.sum().clamp(min=1), "scored_tokens": mask.sum()}
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def step(policy, batch, n_tokens=None):
+    """One batch of demonstrations to one loss: the only place where the model meets the equation."""
+    logps = token_logps(policy, batch)  # (B, T)
+    return sft_loss(logps, batch.mask, n_tokens=n_tokens)
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("sft", cfg)
+    cfg = run.cfg
+    policy, tokenizer, rows = open_policy_and_rows(run)
+    rows, held_out = split_held_out(rows, cfg.held_out)
+
+    def batch_of(source, picked):
+        return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, optimizer=optimizer)
+    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy)
+
+    for k in run.steps(cfg.steps):
+        picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        n_tokens = max(1, int(batch_of(rows, picked).mask.sum()))
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        optimizer.zero_grad()
+        total, stats = 0.0, Mean()
+        for micro in split_micro(picked, cfg.micro_batch):
+            batch = batch_of(rows, micro)
+            loss, micro_stats = step(policy, batch, n_tokens)
+            loss.backward()
+            total += loss.item()
+            stats.add(micro_stats, weight=int(batch.mask.sum()) / n_tokens)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if run.finite(k, policy, picked, total, grad_norm):
+            optimizer.step()
+
+        metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "tokens": n_tokens}
+        if run.due(k):
+            metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+def open_policy_and_rows(run):
+    """(policy, tokenizer, encoded rows) for demonstrations or text, and for a policy that exists or a new one."""
+    cfg = run.cfg
+    run.same_input("data", cfg.text or cfg.demos)
+    if cfg.text:
+        texts = builtin_texts() if cfg.text == "builtin" else read_texts(cfg.text, skip_bad=cfg.skip_bad)
+    else:
+        demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
+        texts = [demo.prompt + demo.completion for demo in demos if isinstance(demo.prompt, str)]
+    if cfg.policy == "new":
+        if (run.folder / "tokenizer.json").is_file():  # resuming: the tokenizer is part of the run
+            tokenizer = load_tokenizer(run.folder)
+        else:
+            tokenizer = builtin_tokenizer() if "builtin" in (cfg.text or cfg.demos) else train_bpe(texts, cfg.vocab)
+            tokenizer.save(run.folder)
+        torch.manual_seed(cfg.seed)
+        size = dict(n_layer=cfg.layers, n_embd=cfg.width, n_head=cfg.heads, ffn_dim=2 * cfg.width, max_len=max(512, 2 * cfg.max_len))
+        policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **size)).to(run.device, run.dtype)
+    else:
+        policy, tokenizer = run.open_policy(cfg.policy)
+    if cfg.text:
+        return policy, tokenizer, encode_texts(tokenizer, texts, max_len=cfg.max_len)
+    return policy, tokenizer, encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt)
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign sft"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign sft", description=__doc__))

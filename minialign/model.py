@@ -1,0 +1,449 @@
+"""A GPT in full: configuration, rotary positions, attention with a ragged KV cache, MLP, block, the model with its head.
+
+One class covers six families (gpt2, gpt_neox, llama, mistral, qwen2, qwen3), because every switch of GPTConfig names a mechanism
+(learned or rotary positions, LayerNorm or RMSNorm, parallel residual, grouped keys, ...) and never a model. There is no dropout:
+in alignment it would make the policy that scores differ from the policy that sampled.
+
+Read it from the bottom: GPT.hidden is the story, Block, Attention and MLP its parts. Letters: minialign/__init__.py; KV stands for
+the number of key-value heads, S for the number of cached positions.
+
+Checked by tests/test_model.py against transformers (>= 50 random configurations a family, float32 and float64) and against itself
+(cache equals full forward for ragged batches).
+"""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minialign.common import BadInput
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int                     # V: rows of the embedding, padding rows included
+    n_layer: int = 2                    # L
+    n_head: int = 4                     # H
+    n_embd: int = 64                    # C
+    n_kv_head: int | None = None        # KV: fewer than H is grouped-query attention; None = H
+    head_dim: int | None = None         # D; None = C / H
+    ffn_dim: int | None = None          # hidden width of the MLP; None = 4C
+    max_len: int = 512                  # longest sequence, in tokens
+    norm: str = "rms"                   # rms | layer
+    norm_eps: float = 1e-5
+    activation: str = "silu"            # silu | gelu | gelu_tanh | relu
+    gated: bool = True                  # MLP: down(act(gate(x)) · up(x)) instead of down(act(up(x)))
+    positions: str = "rotary"           # rotary | learned
+    rotary_dim: int | None = None       # how many of the D channels turn; None = D
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None    # llama3 or linear: slower rotation, for contexts longer than those trained on
+    parallel_residual: bool = False     # x + attn(norm1(x)) + mlp(norm2(x)) instead of one after the other
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False               # RMSNorm on each head's query and key
+    windows: tuple = ()                 # per layer: how many positions back a query sees, itself included; None = all
+    tied: bool = True                   # the LM head is the embedding matrix
+    head: str = "lm"                    # lm: logits (B, T, V) | scalar: one number per position (B, T)
+    reward_offset: float = 0.0          # subtracted by the scalar head: demonstrations score 0 on average
+    n_tokens: int | None = None         # ids below this decode to text; the rest pad the table and are never sampled. None = V
+    family: str = "llama"               # whose names and layout a saved folder uses; the model itself never asks
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.ffn_dim = self.ffn_dim or 4 * self.n_embd
+        self.rotary_dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        self.windows = tuple(self.windows) or (None,) * self.n_layer
+        if self.n_head % self.n_kv_head:
+            raise BadInput(f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads evenly: n_kv_head must divide n_head")
+        if len(self.windows) != self.n_layer:
+            raise BadInput(f"windows has {len(self.windows)} entries for {self.n_layer} layers: give one per layer")
+
+    @classmethod
+    def tiny(cls, vocab_size, **changes):
+        """Two layers, 64 channels: trains on a laptop CPU in seconds. For tests, toys and the built-in task."""
+        return cls(vocab_size=vocab_size, **{"ffn_dim": 128, **changes})
+
+    @classmethod
+    def from_hf(cls, config_dict):
+        """From the dict of a Hugging Face config.json. Raises BadInput for an architecture or option this file does not implement."""
+        return config_from_hf(config_dict)
+
+
+# ---------------------------------------------------------------------------------------------------------------- positions
+
+
+def rotary_angles(config, positions):
+    """positions (B, T) or (1, T) -> cos, sin of the rotary angles, each (B, 1, T, rotary_dim). Su et al. 2021, arXiv:2104.09864.
+
+    Channel pair (i, i + rotary_dim/2) turns by position · theta^(−2i/rotary_dim). Computed in float32 whatever the model's dtype:
+    bfloat16 positions would be wrong beyond 256, and checkpoints were trained with float32 angles.
+    """
+    exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
+    speed = 1.0 / config.rope_theta**exponent  # (rotary_dim/2,) radians per position
+    if config.rope_scaling:
+        speed = scale_rotation(speed, config.rope_scaling)
+    angle = positions[:, None, :, None].float() * speed  # (B, 1, T, rotary_dim/2)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def scale_rotation(speed, scaling):
+    """Slow the rotation so that a longer context spans the angles seen in training. `linear` slows all; `llama3` the slow pairs only.
+
+    llama3 (Llama 3.1 report, section 3.1.2): pairs whose wavelength exceeds the old context are divided by `factor`, fast pairs are
+    left alone, and a linear ramp joins the two.
+    """
+    if scaling["rope_type"] == "linear":
+        return speed / scaling["factor"]
+    old_context, low, high = scaling["original_max_position_embeddings"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = old_context * speed / (2 * math.pi)  # full turns within the old context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: leave alone, 0: slow by factor
+    return keep * speed + (1 - keep) * speed / scaling["factor"]
+
+
+def rotate(x, cos, sin):
+    """Turn the first rotary_dim channels of x (B, H, T, D); the others pass."""
+    turning, passing = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, passing], dim=-1) if passing.shape[-1] else turned
+
+
+# -------------------------------------------------------------------------------------------------------------------- cache
+
+
+class KVCache:
+    """Keys and values of every layer for a ragged batch: row b holds `lengths[b]` positions, then garbage that no query ever sees.
+
+    keys, values: (L, B, KV, capacity, D). A row's next token is written at that row's own position, so rows need no left padding.
+    """
+
+    def __init__(self, config, batch_size, capacity, *, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_kv_head, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
+
+    def write(self, layer, k, v, positions, span):
+        """Store k, v (B, KV, T, D) at positions (B, T); return the layer's first `span` keys and values (B, KV, span, D)."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
+        self.keys[layer, rows, :, positions] = k.transpose(1, 2)
+        self.values[layer, rows, :, positions] = v.transpose(1, 2)
+        return self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
+
+    def select(self, rows):
+        """A cache of the given rows, in that order; a row may appear more than once (one prefill, many samples)."""
+        chosen = copy.copy(self)
+        chosen.keys, chosen.values, chosen.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+        return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------- the parts
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, in at least float32. Zhang & Sennrich 2019, arXiv:1910.07467."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def make_norm(config):
+    return RMSNorm(config.n_embd, config.norm_eps) if config.norm == "rms" else nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+
+
+class Attention(nn.Module):
+    """Causal attention of H query heads over KV key-value heads, H/KV queries to a key."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
+        self.q = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.qkv_bias)
+        self.o = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x, rotary, mask, cache, positions, span):
+        B, T, _ = x.shape
+        q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, KV, T, D)
+        v = self.v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, KV, T, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v, positions, span)  # (B, KV, S, D)
+        # No mask means plain causal: with right padding no real query ever has a padding key before it.
+        grouped = self.n_kv_head != self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)  # (B, H, T, D)
+        return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = nn.Linear(config.n_embd, config.ffn_dim, bias=config.mlp_bias)
+        self.gate = nn.Linear(config.n_embd, config.ffn_dim, bias=config.mlp_bias) if config.gated else None
+        self.down = nn.Linear(config.ffn_dim, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x):
+        if self.gate is not None:
+            return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.parallel_residual = config.parallel_residual
+        self.norm1, self.attn = make_norm(config), Attention(config, layer)
+        self.norm2, self.mlp = make_norm(config), MLP(config)
+
+    def forward(self, x, *context):
+        if self.parallel_residual:
+            return x + self.attn(self.norm1(x), *context) + self.mlp(self.norm2(x))
+        x = x + self.attn(self.norm1(x), *context)
+        return x + self.mlp(self.norm2(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------- the model
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tok_embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.pos_embed = nn.Embedding(config.max_len, config.n_embd) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size if config.head == "lm" else 1, bias=False)
+        self.init_weights()
+        if config.tied and config.head == "lm":
+            self.head.weight = self.tok_embed.weight
+
+    def init_weights(self):
+        """Normal with std 0.02; the two projections that write into the residual stream are smaller by sqrt(2L) (GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                into_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        if self.config.head == "scalar":
+            nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.n_embd + 1))
+
+    @property
+    def head_weight(self):
+        """(V, C) of the LM head, (1, C) of the scalar one."""
+        return self.head.weight
+
+    def embed(self, inputs):
+        """Token ids (B, T) -> token embeddings (B, T, C), without positions: what `embeds` of the calls below replaces."""
+        return self.tok_embed(inputs)
+
+    def forward(self, inputs, *, embeds=None, cache=None, lengths=None):
+        """LM head: logits (B, T, V). Scalar head: one number per position (B, T). Arguments as in `hidden`."""
+        hidden = self.hidden(inputs, embeds=embeds, cache=cache, lengths=lengths)
+        if self.config.head == "scalar":
+            return self.head(hidden).squeeze(-1) - self.config.reward_offset  # (B, T)
+        return self.head(hidden)  # (B, T, V)
+
+    def hidden(self, inputs, *, embeds=None, cache=None, lengths=None):
+        """The residual stream after the final norm, (B, T, C): everything but the head.
+
+        inputs   (B, T) token ids, right-padded. What comes out at padding positions is meaningless and influences nothing else.
+        embeds   (B, T, C) used instead of embed(inputs).
+        cache    a KVCache: the T tokens continue each row at its own length; keys and values are stored.
+        lengths  (B,) with a cache: how many of the T tokens are real in each row (default: all T).
+        Raises BadInput if a position falls outside the learned table or the cache.
+        """
+        B, T = inputs.shape
+        first = torch.zeros(1, dtype=torch.long, device=inputs.device) if cache is None else cache.lengths
+        positions = first[:, None] + torch.arange(T, device=inputs.device)  # (1, T) or (B, T)
+        capacity = self.config.max_len if cache is None else cache.keys.shape[3]
+        if (cache is not None or self.pos_embed is not None) and int(first.max()) + T > capacity:
+            what = "the model's context of" if cache is None else "the KV cache's"
+            raise BadInput(f"{int(first.max()) + T} positions do not fit {what} {capacity}: shorten the rows (--max_len, --max_new)")
+
+        x = self.embed(inputs) if embeds is None else embeds  # (B, T, C)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(positions)
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = tuple(table.to(x.dtype) for table in rotary_angles(self.config, positions))
+
+        span = 0
+        if cache is not None:
+            advance = torch.full_like(cache.lengths, T) if lengths is None else lengths.to(cache.lengths)
+            span = int(first.max()) + T  # no row has more positions than this
+        masks = {window: self.mask(positions, span, window, cache) for window in set(self.config.windows)}
+        for block, window in zip(self.blocks, self.config.windows, strict=True):
+            x = block(x, rotary, masks[window], cache, positions, span)
+        if cache is not None:
+            cache.lengths = cache.lengths + advance
+        return self.norm(x)
+
+    def mask(self, positions, span, window, cache):
+        """Which keys a query sees, (B, 1, T, S) bool, or None for plain causal attention without a cache."""
+        if cache is None and (window is None or window >= positions.shape[1]):
+            return None
+        keys = torch.arange(span if cache is not None else positions.shape[1], device=positions.device)  # (S,)
+        back = positions[:, None, :, None] - keys  # (B, 1, T, S) how far back each key lies; negative is the future
+        return (back >= 0) if window is None else (back >= 0) & (back < window)
+
+    def with_scalar_head(self):
+        """A copy of this trunk under a new scalar head (std 1/sqrt(C+1)): how a reward or value model starts."""
+        model = copy.deepcopy(self)
+        model.config = replace(self.config, head="scalar", tied=False)
+        weight = torch.empty(1, self.config.n_embd).normal_(std=1 / math.sqrt(self.config.n_embd + 1))
+        model.head = nn.Linear(self.config.n_embd, 1, bias=False)
+        model.head.weight = nn.Parameter(weight.to(self.head_weight))
+        return model
+
+
+# ------------------------------------------------------------------------------------------------- Hugging Face's config.json
+
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+
+
+def config_from_hf(hf):
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise BadInput(f"config.json: model_type {family!r} is not implemented; supported are {', '.join(FAMILIES)}")
+    try:
+        return (_gpt2_config if family == "gpt2" else _rotary_config)(hf, family)
+    except KeyError as error:
+        raise BadInput(f"config.json: the key {error} is missing, which a {family} model needs") from None
+    except (TypeError, ZeroDivisionError, OverflowError) as error:
+        raise BadInput(f"config.json: a value has the wrong type or size for a {family} model ({error})") from None
+
+
+def _head_kind(hf):
+    architectures = hf.get("architectures") or []
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)
+        if labels != 1:
+            raise BadInput(f"config.json: a classifier with {labels} labels is no reward model: expected 1")
+        return "scalar"
+    return "lm"
+
+
+def _activation(name):
+    if name not in HF_ACTIVATIONS:
+        raise BadInput(f"config.json: the activation {name!r} is not implemented; supported are {', '.join(HF_ACTIVATIONS)}")
+    return HF_ACTIVATIONS[name]
+
+
+def _gpt2_config(hf, family):
+    for option, expected in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):
+        if hf.get(option, expected) != expected:
+            raise BadInput(f"config.json: gpt2 with {option}={hf[option]} is not implemented: expected {expected}")
+    head = _head_kind(hf)
+    return GPTConfig(
+        vocab_size=hf["vocab_size"], n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"], ffn_dim=hf.get("n_inner"),
+        max_len=hf["n_positions"], norm="layer", norm_eps=hf.get("layer_norm_epsilon", 1e-5), gated=False, positions="learned",
+        activation=_activation(hf.get("activation_function", "gelu_new")), qkv_bias=True, out_bias=True, mlp_bias=True,
+        tied=head == "lm" and hf.get("tie_word_embeddings", True), head=head, reward_offset=hf.get("reward_offset", 0.0), family=family,
+    )  # fmt: skip
+
+
+def _rotary_config(hf, family):
+    neox = family == "gpt_neox"
+    n_head, n_embd, n_layer = hf["num_attention_heads"], hf["hidden_size"], hf["num_hidden_layers"]
+    head_dim = hf.get("head_dim") or (128 if family == "qwen3" else n_embd // n_head)
+
+    # Older files keep rope_theta beside rope_scaling; transformers 5 keeps both in rope_parameters.
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise BadInput(f"config.json: rope scaling {kind!r} is not implemented; supported are default, linear, llama3")
+    scaling = None
+    if kind != "default":
+        needed = ["factor"] + ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"] * (kind == "llama3")
+        scaling = {"rope_type": kind, **{key: rope[key] for key in needed}}
+    theta = rope.get("rope_theta", hf.get("rotary_emb_base" if neox else "rope_theta", 10000.0))
+    fraction = rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25) if neox else 1.0)
+
+    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
+    if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False) or family in ("llama", "gpt_neox"):
+        window = None
+    if family == "mistral" or window is None:
+        windows = (window,) * n_layer
+    elif hf.get("layer_types"):
+        windows = tuple(window if kind == "sliding_attention" else None for kind in hf["layer_types"])
+    else:
+        windows = tuple(window if layer >= hf.get("max_window_layers", 28) else None for layer in range(n_layer))
+
+    bias = hf.get("attention_bias", neox)
+    head = _head_kind(hf)
+    return GPTConfig(
+        vocab_size=hf["vocab_size"], n_layer=n_layer, n_head=n_head, n_embd=n_embd, head_dim=head_dim,
+        n_kv_head=n_head if neox else hf.get("num_key_value_heads") or (8 if family == "mistral" else n_head),
+        ffn_dim=hf["intermediate_size"], max_len=hf["max_position_embeddings"],
+        norm="layer" if neox else "rms", norm_eps=hf["layer_norm_eps"] if neox else hf["rms_norm_eps"],
+        activation=_activation(hf.get("hidden_act", "gelu" if neox else "silu")), gated=not neox,
+        rotary_dim=int(head_dim * fraction), rope_theta=float(theta), rope_scaling=scaling,
+        parallel_residual=neox and hf.get("use_parallel_residual", True),
+        qkv_bias=family == "qwen2" or bias, out_bias=False if family == "qwen2" else bias, mlp_bias=neox or hf.get("mlp_bias", False),
+        qk_norm=family == "qwen3", windows=windows,
+        tied=head == "lm" and hf.get("tie_word_embeddings", False), head=head,
+        reward_offset=hf.get("reward_offset", 0.0), family=family,
+    )  # fmt: skip
+
+
+def config_to_hf(config):
+    """The config.json that transformers reads as this model: the inverse of config_from_hf."""
+    classes = {"gpt2": "GPT2", "gpt_neox": "GPTNeoX", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    if config.family == "gpt2":
+        task = "LMHeadModel" if config.head == "lm" else "ForSequenceClassification"
+    else:
+        task = "ForCausalLM" if config.head == "lm" else "ForSequenceClassification"
+    activation = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}[config.activation]
+    hf = {"model_type": config.family, "architectures": [classes[config.family] + task], "vocab_size": config.vocab_size,
+          "tie_word_embeddings": config.tied}  # fmt: skip
+    if config.head == "scalar":
+        hf |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "reward_offset": config.reward_offset}
+    if config.family == "gpt2":
+        return hf | {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.ffn_dim,
+                     "n_positions": config.max_len, "layer_norm_epsilon": config.norm_eps, "activation_function": activation,
+                     "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+    hf |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
+           "intermediate_size": config.ffn_dim, "max_position_embeddings": config.max_len, "hidden_act": activation}  # fmt: skip
+    if config.family == "gpt_neox":
+        return hf | {"layer_norm_eps": config.norm_eps, "rotary_pct": config.rotary_dim / config.head_dim, "attention_bias": config.qkv_bias,
+                     "rotary_emb_base": config.rope_theta, "rope_scaling": config.rope_scaling,
+                     "use_parallel_residual": config.parallel_residual}  # fmt: skip
+    hf |= {"num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
+           "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}  # fmt: skip
+    window = next((window for window in config.windows if window), None)
+    if config.family == "mistral":
+        hf |= {"sliding_window": window}
+    if config.family in ("qwen2", "qwen3"):
+        hf |= {"use_sliding_window": window is not None, "sliding_window": window or 4096,
+               "layer_types": ["sliding_attention" if w else "full_attention" for w in config.windows]}  # fmt: skip
+    if config.family in ("llama", "qwen3"):
+        hf |= {"attention_bias": config.qkv_bias}
+    if config.family == "llama":
+        hf |= {"mlp_bias": config.mlp_bias}
+    return hf

@@ -1,0 +1,316 @@
+"""What every run does around its method: open the policy, first look, progress, log, guards, checkpoints, export.
+
+A method's main() keeps the algorithm in sight (zero_grad, backward, clip, step); this file keeps the rest out of it. The folder:
+
+    runs/<method>-<time>/  config.json  env.json  inputs.json  tokenizer.json  metrics.jsonl  samples.jsonl
+                           checkpoints/step_000100/  final/ (a Hugging Face folder)
+
+Checked by tests/test_run.py and, with kill -9, tests/test_resume.py.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minialign import __version__, checkpoint
+from minialign.batch import Batch, Pairs
+from minialign.common import BadInput, append_row, find_folder, pick_device, pick_dtype, read_json, read_rows, write_atomic
+from minialign.data import counts
+from minialign.sample import sample
+from minialign.tokenizer import load_tokenizer
+from minialign.weights import fit_vocabulary, load_pretrained, save_pretrained
+
+SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies")  # the rest is in metrics.jsonl
+ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient
+
+
+class Run:
+    """One training run. `cfg` is the run's own Config: the given one, or with cfg.resume the one stored in that folder."""
+
+    def __init__(self, method, cfg):
+        self.method = method
+        self.resuming = bool(cfg.resume)
+        if self.resuming:
+            self.folder = Path(cfg.resume)
+            cfg = self._stored(cfg)
+        else:
+            self.folder = Path(cfg.out or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}")
+            if not cfg.out:  # two runs within one second
+                number = 1
+                while self.folder.exists():
+                    number += 1
+                    self.folder = self.folder.with_name(f"{self.folder.name.split('~')[0]}~{number}")
+        check_config(cfg)
+        self.cfg, self.device, self.dtype = cfg, pick_device(cfg.device), pick_dtype(cfg.dtype)
+        if not self.resuming:
+            self._create()
+        torch.manual_seed(cfg.seed)
+        self.modules, self.optimizers = {}, {}
+        self.first_step, self.skipped, self.skipped_in_a_row, self.stop = 0, 0, 0, None
+        self.started, self.bar = time.monotonic(), None
+
+    def _stored(self, cfg):
+        """The Config of the run that is resumed. Other flags beside --resume would break the promise of an equal continuation."""
+        if not (self.folder / "config.json").is_file():
+            raise BadInput(f"{self.folder}: holds no config.json, so no run that could be resumed")
+        stored = read_json(self.folder / "config.json")
+        if stored.pop("method", None) != self.method:
+            raise BadInput(f"{self.folder}: was not made by {self.method}; resume it with the method that made it")
+        default = type(cfg)()
+        changed = [f.name for f in dataclasses.fields(cfg) if f.name != "resume" and getattr(cfg, f.name) != getattr(default, f.name)]
+        changed = [name for name in changed if getattr(cfg, name) != stored.get(name)]
+        if changed:
+            raise BadInput(f"--resume continues a run as it was configured; drop --{changed[0]} (to go on otherwise: --policy {self.folder}/final)")
+        torch.set_num_threads(read_json(self.folder / "env.json")["threads"])  # another thread count sums in another order
+        return type(cfg)(**{**stored, "resume": cfg.resume})
+
+    def _create(self):
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise BadInput(f"{self.folder}: exists and is not empty; name another --out, or continue it with --resume {self.folder}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            environment = {
+                "minialign": __version__, "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
+                "platform": platform.platform(), "device": describe_device(self.device), "threads": torch.get_num_threads(),
+                "argv": sys.argv[1:], "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            }  # fmt: skip
+            write_atomic(self.folder / "env.json", json.dumps(environment, indent=1) + "\n")
+            record = {"method": self.method, **dataclasses.asdict(self.cfg)}
+            write_atomic(self.folder / "config.json", json.dumps(record, indent=1) + "\n")  # last: with it the run can be resumed
+        except OSError as error:
+            raise BadInput(f"{self.folder}: cannot be written ({error.strerror}); name another --out") from None
+
+    # ------------------------------------------------------------------------------------------------------------- inputs
+
+    def open_policy(self, name):
+        """(policy, tokenizer) from `builtin`, a folder or a hub name, on the run's device."""
+        path = find_folder(builtin_base() if name == "builtin" else name)
+        self.same_input("policy", path)
+        policy = load_pretrained(path, dtype=self.dtype, device=self.device)
+        tokenizer = load_tokenizer(path)
+        fit_vocabulary(policy, tokenizer, path)
+        if self.cfg.max_len - 1 > policy.config.max_len:
+            raise BadInput(f"--max_len {self.cfg.max_len}: the policy's context is {policy.config.max_len} tokens")
+        tokenizer.save(self.folder)
+        return policy, tokenizer
+
+    def same_input(self, kind, path):
+        """On the first start record the sha256 of a file (or of a model folder's weights); when resuming, refuse changed ones."""
+        path = Path(path)
+        if path.is_dir():
+            files = sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+        else:
+            files = [path] if path.is_file() else []  # 'builtin' and names of the hub have no file
+        digest = hashlib.sha256("".join(checkpoint.sha256(file) for file in files).encode()).hexdigest()
+        record = self.folder / "inputs.json"
+        known = read_json(record) if record.is_file() else {}
+        if self.resuming and known.get(kind, digest) != digest:
+            raise BadInput(f"{path}: has changed since this run began, so the run cannot be continued as it was; restore the file")
+        write_atomic(record, json.dumps({**known, kind: digest}, indent=1) + "\n")
+
+    def first_look(self, tokenizer, rows, batch, **models):
+        """What to look at before step 1: device, sizes, three decoded rows with the scored tokens in ⟦ ⟧, counts, memory."""
+        cfg, numbers = self.cfg, counts(rows, self.cfg.max_len)
+        if not numbers["scored_tokens"]:
+            raise BadInput(f"no row has a scored token: every prompt fills --max_len {cfg.max_len}; raise it, or set --max_prompt")
+        sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
+        print(f"{self.method}: {describe_device(self.device)}, {cfg.dtype}, parameters: {sizes}")
+        print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
+              f"{numbers['empty']:,} empty; about {peak_memory(self, models, batch):,.0f} MB at the peak")  # fmt: skip
+        for side in [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]:
+            for b in range(min(3 if side is batch else 1, len(side))):
+                print("  " + show_row(tokenizer, side, b))
+        print(f"folder: {self.folder}" + (f", resuming after step {self.first_step}" if self.resuming else ""), flush=True)
+
+    # --------------------------------------------------------------------------------------------------------- checkpoints
+
+    def track(self, **parts):
+        """Name the modules and optimizers that a checkpoint holds; when resuming, restore the newest one into them."""
+        self.modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+        self.optimizers = {name: part for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
+        if not self.resuming:
+            return
+        newest = checkpoint.newest_checkpoint(self.folder)
+        if newest is not None:  # killed before the first one: begin again, it is the same run
+            state = checkpoint.load_checkpoint(newest, self.modules, self.optimizers)
+            self.first_step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
+            if state["torch"] != torch.__version__:
+                print(f"note: written by torch {state['torch']}, continued by {torch.__version__}: equal only to rounding", file=sys.stderr)
+        for name in ("metrics.jsonl", "samples.jsonl"):  # what came after the checkpoint will be done, and logged, again
+            rows = [row for row in read_rows(self.folder / name) if row["step"] <= self.first_step]
+            write_atomic(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def save(self, step):
+        state = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        checkpoint.save_checkpoint(self.folder, step, self.modules, self.optimizers, state)
+
+    def steps(self, total):
+        """Yield the steps still to do, from 0; after each one save when it is due. SIGTERM or Ctrl-C: save, say how to resume, exit."""
+        handlers = {}
+
+        def remember(number, frame):
+            if self.stop is not None:
+                raise KeyboardInterrupt  # the second signal does not wait
+            self.stop = number
+
+        try:
+            handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: signals are somebody else's
+            handlers = {}
+        self.bar = tqdm(total=total, initial=self.first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.started = time.monotonic()
+        try:
+            for step in range(self.first_step, total):
+                yield step
+                self.bar.update()
+                done = step + 1
+                if self.skipped_in_a_row == 0 and (done % self.cfg.save_every == 0 or done == total or self.stop is not None):
+                    self.save(done)
+                if self.stop is not None and done < total:
+                    print(f"\nstopped after step {done}; go on with: python -m minialign {self.method} --resume {self.folder}")
+                    raise SystemExit(0)
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def finite(self, step, policy, rows, loss, grad_norm):
+        """True if this step may update the weights. False skips it, says which rows and which gradient; three in a row end the run."""
+        if math.isfinite(float(loss)) and math.isfinite(float(grad_norm)):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        bad = next((n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "none")
+        print(f"step {step + 1} skipped: loss {float(loss):g}, grad norm {float(grad_norm):g}, first non-finite gradient: {bad}, "
+              f"rows {rows[:8]}", file=sys.stderr)  # fmt: skip
+        if self.skipped_in_a_row == ABORT_AFTER:
+            raise FloatingPointError(
+                f"{ABORT_AFTER} steps in a row were not finite, last step {step + 1}, rows {rows[:8]}; the weights are those of the last good "
+                f"step, and the newest checkpoint in {self.folder}/checkpoints is finite; try a smaller --lr"
+            )
+        return False
+
+    # ---------------------------------------------------------------------------------------------------------------- log
+
+    def log(self, step, **metrics):
+        """One row of metrics.jsonl for step `step` (rows count from 1), and a line on the terminal every log_every steps."""
+        done = step + 1
+        seconds = time.monotonic() - self.started
+        row = {"step": done, **{k: float(v) for k, v in metrics.items()}, "skipped": self.skipped, "seconds": round(seconds, 3)}
+        append_row(self.folder / "metrics.jsonl", row)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name in SHOWN or name.startswith("eval/"))
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix_str(shown[:100])
+        elif done == self.first_step + 1 or done % self.cfg.log_every == 0 or done == self.cfg.steps:
+            left = seconds / (done - self.first_step) * (self.cfg.steps - done)
+            print(f"step {done}/{self.cfg.steps}  {shown}  ({seconds:.0f} s, {left:.0f} s left)", flush=True)
+
+    def log_samples(self, step, policy, tokenizer, prompts_ids, *, tau=1.0):
+        """Write what the policy now answers to a few prompts to samples.jsonl. Has its own generators: training cannot notice."""
+        max_new = min(self.cfg.max_new, policy.config.max_len - max(map(len, prompts_ids)))
+        rollout = sample(policy, prompts_ids, max_new=max_new, tau=tau, eos_id=tokenizer.eos_id, seed=self.cfg.seed)
+        for prompt, ids, finished in zip(prompts_ids, rollout.completions, rollout.finished.tolist(), strict=True):
+            row = {"step": step + 1, "prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(ids), "finished": finished}
+            append_row(self.folder / "samples.jsonl", row)
+
+    def due(self, step):
+        """Whether to evaluate after step `step`: every eval_every steps and at the end."""
+        return (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.steps
+
+    def close(self, model, tokenizer):
+        """Export the trained model to final/ and say where things are. Returns the run folder."""
+        save_pretrained(model, self.folder / "final", tokenizer)
+        print(f"done in {time.monotonic() - self.started:.0f} s: {self.folder}")
+        print(f"  curves    python -m minialign plot {self.folder}")
+        if model.config.head == "lm":
+            print(f"  samples   python -m minialign show {self.folder}")
+            print(f'  talk      python -m minialign sample --policy {self.folder}/final --prompt "…"')
+        print(f"  weights   {self.folder}/final (loads in transformers as it is)", flush=True)
+        return self.folder
+
+
+# ------------------------------------------------------------------------------------------------------------------- helpers
+
+
+def check_config(cfg):
+    """Refuse numbers that cannot work, at second 0. Knows the fields by name, so that a Config only lists them."""
+    at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
+                "save_every": 1, "rounds": 1, "lr": 0, "beta": 0, "weight_decay": 0, "warmup": 0, "held_out": 0, "layers": 1,
+                "heads": 1, "width": 1}  # fmt: skip
+    at_most = {"warmup": 1, "held_out": 0.9}
+    for name, low in at_least.items():
+        value = getattr(cfg, name, low)
+        high = at_most.get(name, math.inf)
+        if not low <= value <= high:
+            raise BadInput(f"--{name} {value}: must be at least {low}" + (f" and at most {high}" if name in at_most else ""))
+    if getattr(cfg, "max_grad_norm", 1) <= 0:
+        raise BadInput(f"--max_grad_norm {cfg.max_grad_norm}: must be above 0")
+    if getattr(cfg, "schedule", "cosine") not in ("cosine", "linear", "constant"):
+        raise BadInput(f"--schedule {cfg.schedule}: must be cosine, linear or constant")
+
+
+def builtin_base():
+    """The folder of the base model of the built-in task: trained by the first run that needs it (about 15 s), then kept in runs/."""
+    folder = Path("runs/builtin-base")
+    if not (folder / "final" / "config.json").is_file():
+        # A base model is what `sft --text` makes; imported here because methods import this file.
+        from minialign.methods import sft
+
+        started = (folder / "config.json").is_file()
+        print("the built-in task needs its base model once: training it into runs/builtin-base")
+        sft.main(sft.Config(resume=str(folder)) if started else sft.builtin_base_config(str(folder)))
+    return folder / "final"
+
+
+def commit():
+    """The checkout's git commit, or None outside a checkout."""
+    try:
+        here = Path(__file__).parent
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def describe_device(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def peak_memory(run, models, batch):
+    """MB, roughly: trained weights with gradients and two AdamW moments, frozen ones once, the activations of one micro-batch."""
+    size = torch.tensor([], dtype=run.dtype).element_size()
+    total = 0
+    for name, model in models.items():
+        total += sum(p.numel() for p in model.parameters()) * size * (4 if name in ("policy", "reward_model") else 1)
+    config = next(iter(models.values())).config
+    sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
+    rows = min(run.cfg.micro_batch or run.cfg.batch_size, run.cfg.batch_size)
+    positions = sum(side.inputs.shape[1] for side in sides) * rows
+    per_position = config.n_layer * (8 * config.n_embd + 3 * config.ffn_dim) * size + (12 * config.vocab_size if config.head == "lm" else 0)
+    return (total + positions * per_position) / 2**20
+
+
+def show_row(tokenizer, batch, b, width=160):
+    """Row b as text, what is scored in ⟦ ⟧ and EOS as ⏎; a long prompt or completion loses its middle."""
+
+    def shorten(text):
+        text = text.replace("\n", "\\n")
+        return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
+
+    mask = batch.mask[b]
+    scored = batch.targets[b][mask].tolist()
+    n_scored = len(scored)
+    first = int(mask.int().argmax()) if n_scored else len(mask)
+    prompt = batch.inputs[b][: first + 1].tolist()
+    end = "⏎" if scored[-1:] == [tokenizer.eos_id] else ""
+    return f"{shorten(tokenizer.decode(prompt))}⟦{shorten(tokenizer.decode(scored))}{end}⟧  ({n_scored} scored)"

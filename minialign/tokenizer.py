@@ -1,0 +1,167 @@
+"""Text <-> token ids: a character tokenizer, any tokenizer.json through `tokenizers`, byte-level BPE training, chat templates.
+
+Both classes have .encode(str) -> list[int], .decode(ids) -> str, .eos_id, .pad_id, .bos_id, .vocab_size and .save(folder).
+`encode` adds no special token: data.py prepends BOS and appends EOS, each in one place. `decode` leaves special tokens out.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import tokenizers
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from minialign.common import BadInput, find_folder, read_json, write_atomic
+
+END = "<|endoftext|>"  # the special token of tokenizers made here: it begins, ends and pads documents
+MAX_TEMPLATE = 200_000  # characters of a chat template, and of what it renders per message
+
+
+class Tokenizer:
+    """A tokenizer.json through `tokenizers`, with the special tokens and the chat template of tokenizer_config.json.
+
+    bos_id is None unless the folder says that prompts begin with BOS. pad_id falls back to eos_id: masks come from lengths.
+    """
+
+    def __init__(self, inner, settings):
+        self.inner, self.settings = inner, settings
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
+        self.eos_id = self._special("eos_token")
+        if self.eos_id is None:
+            raise BadInput("tokenizer_config.json names no eos_token: without one a policy cannot learn to stop; add it")
+        pad_id = self._special("pad_token")
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.bos_id = self._special("bos_token") if settings.get("add_bos_token", False) else None
+        self.chat_template = settings.get("chat_template")
+
+    def _special(self, name):
+        """The id of a special token that tokenizer_config.json names as a string or as {'content': string}; None if it names none."""
+        token = self.settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None:
+            return None
+        token_id = self.inner.token_to_id(token) if isinstance(token, str) else None
+        if token_id is None:
+            raise BadInput(f"tokenizer_config.json: the {name} {token!r} is not in tokenizer.json's vocabulary")
+        return token_id
+
+    def encode(self, text):
+        try:
+            return self.inner.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # `tokenizers` raises bare Exception, e.g. for a character outside a character vocabulary
+            unknown = sorted({char for char in text if self.inner.token_to_id(char) is None})
+            raise BadInput(f"cannot encode {text[:40]!r}: the vocabulary lacks {unknown[:5]} ({error})") from None
+
+    def decode(self, ids):
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "tokenizer.json", self.inner.to_str(pretty=True))
+        write_atomic(folder / "tokenizer_config.json", json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _settings():
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END, "add_bos_token": True}
+
+
+class CharTokenizer(Tokenizer):
+    """One token per character of `text_or_alphabet`, sorted, plus id 0, the end-of-text token, which is also BOS and padding."""
+
+    def __init__(self, text_or_alphabet):
+        alphabet = sorted(set(text_or_alphabet))
+        vocabulary = {END: 0, **{char: i for i, char in enumerate(alphabet, start=1)}}
+        inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<no such token>"))
+        inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
+        inner.decoder = decoders.Fuse()
+        inner.add_special_tokens([END])
+        super().__init__(inner, _settings())
+
+
+def train_bpe(texts, vocab_size):
+    """A byte-level BPE tokenizer of `vocab_size` ids trained on an iterable of strings; encodes any text. For `--policy new`."""
+    if vocab_size < 257:
+        raise BadInput(f"a byte-level vocabulary needs 256 bytes and the end token: --vocab {vocab_size} is below 257")
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    )
+    return Tokenizer(inner, _settings())
+
+
+def load_tokenizer(path_or_hub_name):
+    """From a folder (or hub name) with tokenizer.json; eos, pad, bos and the chat template from tokenizer_config.json beside it.
+
+    Raises BadInput, naming the file, where one is missing, damaged, or names no EOS.
+    """
+    folder = find_folder(path_or_hub_name)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise BadInput(f"{file}: the file is missing; minialign reads fast tokenizers only (transformers: tokenizer.save_pretrained)")
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # `tokenizers` raises bare Exception for every kind of damage
+        raise BadInput(f"{file}: not a sound tokenizer ({error}); fetch or write it again") from None
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if "eos_token" not in settings and (folder / "config.json").is_file():  # then the model's config.json may know the id
+        eos_id = read_json(folder / "config.json").get("eos_token_id")
+        eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
+        settings = settings | {"eos_token": inner.id_to_token(eos_id) if isinstance(eos_id, int) else None}
+    if "add_bos_token" not in settings:  # llama3 says it in the post-processor only
+        ids = inner.encode("a").ids
+        bos = settings.get("bos_token")
+        bos = bos.get("content") if isinstance(bos, dict) else bos
+        settings = settings | {"add_bos_token": bool(ids) and isinstance(bos, str) and ids[0] == inner.token_to_id(bos)}
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings = settings | {"chat_template": template.read_text(encoding="utf-8")}
+    return Tokenizer(inner, settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------- templates
+
+
+def plain_chat(messages):
+    """Messages as an Anthropic-HH transcript that ends where the assistant speaks: used when a tokenizer brings no chat template."""
+    names = {"system": "System", "user": "Human", "assistant": "Assistant"}
+    lines = [f"\n\n{names.get(message['role'], message['role'])}: {message['content']}" for message in messages]
+    return "".join(lines) + "\n\nAssistant: "
+
+
+def render_chat(tokenizer, messages):
+    """A list of {role, content} -> the prompt text, through the tokenizer's chat template.
+
+    A template is foreign code. It runs in jinja2's immutable sandbox: no attribute with an underscore, no change of what it is given.
+    Raises BadInput when the template is at fault or oversteps the sandbox.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return plain_chat(messages)
+    if isinstance(template, list):  # several named templates: [{"name": "default", "template": ...}, ...]
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), template[0]["template"])
+    if len(template) > MAX_TEMPLATE:
+        raise BadInput(f"the chat template has {len(template)} characters: more than {MAX_TEMPLATE} is refused")
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["raise_exception"] = raise_exception
+    tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokenizer.settings.items()}
+    tokens = {name: value for name, value in tokens.items() if re.fullmatch(r"\w+_token", name) and isinstance(value, str)}
+    try:
+        rendered, limit = "", MAX_TEMPLATE * (1 + len(messages))
+        for piece in environment.from_string(template).generate(messages=messages, add_generation_prompt=True, **tokens):
+            rendered += piece
+            if len(rendered) > limit:
+                raise TemplateError(f"it renders more than {limit} characters")
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise BadInput(f"the chat template failed ({type(error).__name__}: {error})") from None
+    return rendered

@@ -1,0 +1,255 @@
+"""A Hugging Face folder (config.json, safetensors) <-> our GPT, both ways, without transformers.
+
+Reading a folder never executes anything from it: weights come from safetensors only, pickles (.bin, .pt) are refused. Every name
+and shape is checked before a tensor is used; the tensors that are left over or missing are named.
+
+How the layouts differ is one table: `layout(config)` lists, for each tensor of the file, which of our tensors it holds and how they
+are packed. gpt2 stores its matrices transposed and q, k, v side by side; gpt_neox interleaves q, k, v head by head; the others
+store what we store.
+
+Checked by tests/test_weights.py: round trips through transformers are bitwise equal for every family; hostile files are refused.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from minialign.common import PICKLES, BadInput, find_folder, read_json, write_atomic
+from minialign.model import GPT, GPTConfig, config_to_hf
+from minialign.tokenizer import load_tokenizer
+
+# ------------------------------------------------------------------------------------------------------------ the packings
+# A packing is a pair: pack(our tensors) -> the file's tensor, unpack(the file's tensor) -> our tensors.
+
+
+def same():
+    return lambda ours: ours[0], lambda theirs: [theirs]
+
+
+def transposed():  # gpt2's Conv1D stores (in, out)
+    return lambda ours: ours[0].T, lambda theirs: [theirs.T]
+
+
+def side_by_side(transpose):  # gpt2's c_attn: q, k, v stacked along the output
+    def pack(ours):
+        return torch.cat(ours).T if transpose else torch.cat(ours)
+
+    def unpack(theirs):
+        return list((theirs.T if transpose else theirs).chunk(3))
+
+    return pack, unpack
+
+
+def interleaved(n_head):  # gpt_neox's query_key_value: for each head its q, its k, its v
+    def pack(ours):
+        return torch.stack([part.view(n_head, -1, *part.shape[1:]) for part in ours], dim=1).flatten(0, 2)
+
+    def unpack(theirs):
+        parts = theirs.view(n_head, 3, -1, *theirs.shape[1:])
+        return [parts[:, i].flatten(0, 1) for i in range(3)]
+
+    return pack, unpack
+
+
+def layout(config):
+    """[(name in the file without the trunk's prefix, [our names], (pack, unpack))] and the trunk's prefix, e.g. 'model.'."""
+    rows = []
+
+    def add(theirs, *ours, packing=None):
+        rows.append((theirs, list(ours), packing or same()))
+
+    def weight_and_bias(theirs, ours, bias, packing=same):
+        add(f"{theirs}.weight", f"{ours}.weight", packing=packing())
+        if bias:
+            add(f"{theirs}.bias", f"{ours}.bias")
+
+    biased_norm = config.norm == "layer"
+    if config.family == "gpt2":
+        prefix, block, scalar = "transformer.", "h", "score.weight"
+        add("wte.weight", "tok_embed.weight")
+        add("wpe.weight", "pos_embed.weight")
+        weight_and_bias("ln_f", "norm", biased_norm)
+    elif config.family == "gpt_neox":
+        prefix, block, scalar = "gpt_neox.", "layers", "score.weight"
+        add("embed_in.weight", "tok_embed.weight")
+        weight_and_bias("final_layer_norm", "norm", biased_norm)
+    else:
+        prefix, block, scalar = "model.", "layers", "score.weight"
+        add("embed_tokens.weight", "tok_embed.weight")
+        weight_and_bias("norm", "norm", biased_norm)
+
+    for i in range(config.n_layer):
+        theirs, ours = f"{block}.{i}", f"blocks.{i}"
+        qkv = [f"{ours}.attn.{part}" for part in "qkv"]
+        if config.family == "gpt2":
+            weight_and_bias(f"{theirs}.ln_1", f"{ours}.norm1", True)
+            weight_and_bias(f"{theirs}.ln_2", f"{ours}.norm2", True)
+            add(f"{theirs}.attn.c_attn.weight", *[f"{name}.weight" for name in qkv], packing=side_by_side(transpose=True))
+            add(f"{theirs}.attn.c_attn.bias", *[f"{name}.bias" for name in qkv], packing=side_by_side(transpose=False))
+            weight_and_bias(f"{theirs}.attn.c_proj", f"{ours}.attn.o", True, transposed)
+            weight_and_bias(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up", True, transposed)
+            weight_and_bias(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down", True, transposed)
+            continue
+        weight_and_bias(f"{theirs}.input_layernorm", f"{ours}.norm1", biased_norm)
+        weight_and_bias(f"{theirs}.post_attention_layernorm", f"{ours}.norm2", biased_norm)
+        if config.family == "gpt_neox":
+            for kind in ["weight", "bias"][: 1 + config.qkv_bias]:
+                packing = interleaved(config.n_head)
+                add(f"{theirs}.attention.query_key_value.{kind}", *[f"{name}.{kind}" for name in qkv], packing=packing)
+            weight_and_bias(f"{theirs}.attention.dense", f"{ours}.attn.o", config.out_bias)
+            weight_and_bias(f"{theirs}.mlp.dense_h_to_4h", f"{ours}.mlp.up", True)
+            weight_and_bias(f"{theirs}.mlp.dense_4h_to_h", f"{ours}.mlp.down", True)
+            continue
+        for part in "qkv":
+            weight_and_bias(f"{theirs}.self_attn.{part}_proj", f"{ours}.attn.{part}", config.qkv_bias)
+        weight_and_bias(f"{theirs}.self_attn.o_proj", f"{ours}.attn.o", config.out_bias)
+        if config.qk_norm:
+            add(f"{theirs}.self_attn.q_norm.weight", f"{ours}.attn.q_norm.weight")
+            add(f"{theirs}.self_attn.k_norm.weight", f"{ours}.attn.k_norm.weight")
+        for part in ("gate", "up", "down"):
+            weight_and_bias(f"{theirs}.mlp.{part}_proj", f"{ours}.mlp.{part}", config.mlp_bias)
+
+    rows = [(prefix + theirs, ours, packing) for theirs, ours, packing in rows]
+    if config.head == "scalar":
+        rows.append((scalar, ["head.weight"], same()))
+    elif not config.tied:
+        rows.append(("embed_out.weight" if config.family == "gpt_neox" else "lm_head.weight", ["head.weight"], same()))
+    return rows, prefix
+
+
+# ----------------------------------------------------------------------------------------------------------------- reading
+
+# Constants that older checkpoints stored beside the weights: causal masks and rotary frequencies. We compute them.
+CONSTANTS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|rotary_emb\.inv_freq)$")
+
+
+def weight_files(folder):
+    """The safetensors files of a folder: model.safetensors, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+        if pickles:
+            raise BadInput(
+                f"{folder}: its weights are pickles ({pickles[0]}), which can run code when loaded and are refused; "
+                "convert them to safetensors first (transformers: model.save_pretrained)"
+            )
+        raise BadInput(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise BadInput(f"{index}: 'weight_map' must map tensor names to file names")
+    files = []
+    for name in sorted(set(names.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise BadInput(f"{index}: names the shard {name!r}: expected a .safetensors file in the same folder")
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder}: the shard {name} is missing, which the index names; fetch the folder again")
+        files.append(folder / name)
+    return files
+
+
+def read_tensors(files):
+    """{name: tensor} of all files, on the CPU. Raises BadInput for anything the official safetensors reader refuses."""
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name in reader.keys():
+                    if name in tensors:
+                        raise BadInput(f"{file}: the tensor {name} stands in another shard too")
+                    tensors[name] = reader.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{file}: not a sound safetensors file ({error}); fetch or write it again") from None
+    return tensors
+
+
+def first_five(names):
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
+    """A GPT from a Hugging Face folder or hub name. dtype None keeps the file's own; device None is the CPU.
+
+    The scalar head is built when config.json names a ...ForSequenceClassification architecture. If the folder has a tokenizer,
+    config.n_tokens is set from it, so that padding rows of the vocabulary are never sampled.
+    Raises BadInput, naming the file, for an architecture that is not implemented, missing, unknown or misshapen tensors, damaged
+    files, and pickles.
+    """
+    folder = find_folder(path_or_hub_name)
+    config = GPTConfig.from_hf(read_json(folder / "config.json"))
+    with torch.device("meta"):  # shapes only: the weights come from the file, so nothing is initialised or copied
+        model = GPT(config)
+    shapes = dict(model.named_parameters(remove_duplicate=False))
+    tensors = {name: tensor for name, tensor in read_tensors(weight_files(folder)).items() if not CONSTANTS.search(name)}
+    rows, prefix = layout(config)
+
+    # Files of a bare trunk (the hub's gpt2, for one) leave the prefix out.
+    if not any(name.startswith(prefix) for name in tensors):
+        rows = [(theirs.removeprefix(prefix), ours, packing) for theirs, ours, packing in rows]
+    tied_copy = tensors.pop("embed_out.weight" if config.family == "gpt_neox" else "lm_head.weight", None) if config.tied else None
+    expected = {theirs for theirs, _, _ in rows}
+    if missing := expected - tensors.keys():
+        raise BadInput(f"{folder}: tensors are missing that a {config.family} model needs: {first_five(missing)}")
+    if unknown := tensors.keys() - expected:
+        raise BadInput(f"{folder}: tensors that a {config.family} model does not have: {first_five(unknown)}")
+
+    state = {}
+    for theirs, ours, (pack, unpack) in rows:
+        tensor, wanted = tensors.pop(theirs), pack([shapes[name] for name in ours]).shape
+        if tensor.shape != wanted:
+            raise BadInput(f"{folder}: {theirs} has shape {tuple(tensor.shape)}, but config.json asks for {tuple(wanted)}")
+        if not tensor.dtype.is_floating_point:
+            raise BadInput(f"{folder}: {theirs} has dtype {tensor.dtype}: expected floating-point weights")
+        for name, part in zip(ours, unpack(tensor), strict=True):
+            state[name] = part.to(device=device, dtype=dtype).contiguous()
+    if tied_copy is not None and not torch.equal(tied_copy.to(state["tok_embed.weight"]), state["tok_embed.weight"]):
+        raise BadInput(f"{folder}: config.json ties the head to the embedding, but the file holds a head of its own that differs")
+    if config.tied:
+        state["head.weight"] = state["tok_embed.weight"]
+    model.load_state_dict(state, assign=True)
+    if config.tied:
+        model.head.weight = model.tok_embed.weight
+    model.requires_grad_(True)
+    if (folder / "tokenizer.json").is_file():
+        fit_vocabulary(model, load_tokenizer(folder), folder)
+    return model
+
+
+def fit_vocabulary(model, tokenizer, where):
+    """Record how many ids the tokenizer knows. More embedding rows than tokens is a padded table; fewer is an error."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise BadInput(
+            f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model only {model.config.vocab_size} embedding rows; "
+            "the two do not belong together"
+        )
+    model.config.n_tokens = tokenizer.vocab_size
+
+
+# ----------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_pretrained(model, folder, tokenizer=None):
+    """Write a folder that transformers, vLLM and lm-evaluation-harness load: config.json, safetensors (sharded above 5 GB), tokenizer.
+
+    A tied head is left out of the file, as safetensors demands. config.json comes last: a folder that has it is whole.
+    """
+    from huggingface_hub import save_torch_state_dict  # imported where used: it takes longer to import than most runs to start
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state, tensors = model.state_dict(), {}
+    for theirs, ours, (pack, _) in layout(model.config)[0]:
+        tensors[theirs] = pack([state[name].detach() for name in ours]).cpu().contiguous()
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    hf = config_to_hf(model.config) | {"dtype": str(model.head_weight.dtype).removeprefix("torch.")}
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        hf |= ids
+        write_atomic(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+    write_atomic(folder / "config.json", json.dumps(hf, indent=2) + "\n")

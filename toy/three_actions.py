@@ -1,0 +1,330 @@
+"""One prompt, three completions: every method's own loss against the closed form of what it must converge to.
+
+Example 1 of "Getting More Juice Out of the SFT Data" and of "From Demonstrations to Rewards", widened to any expert and any
+reference. A policy is three logits in float64; expectations over demonstrations and samples are sums, so nothing is noisy and the
+tolerances are those of arithmetic (one row is sampled, to show the noise). The losses are the project's, imported from
+minialign/methods; the laws are toy/closed_form.py's, which knows nothing of them.
+
+    python -m toy.three_actions                                        # a table with PASS or FAIL per row, a figure; exit 1 on a miss
+    python -m toy.three_actions --beta 2 --R 3 --expert .2 .3 .5 --ref .6 .2 .2 --ref_update fixed --resampling stale
+
+The defaults avoid beta = 1 and a uniform reference on purpose: a lost 1/beta or a lost "− log ref" would change nothing there.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from minialign.common import BadInput, cli, exit_codes
+from minialign.methods.irft import irft_loss
+from minialign.methods.sft import sft_loss
+from toy import closed_form
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+@dataclass
+class Config:
+    beta: float = 2.0               # pull to the reference
+    R: float = 3.0                  # rewards of the explicit methods lie in [0, R]
+    expert: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.7])  # E
+    ref: list[float] = field(default_factory=lambda: [0.5, 0.3, 0.2])     # the reference, where every method starts
+    ref_update: str = "both"        # reference of IRFT: refreshed each round (SPIN), fixed, or both
+    resampling: str = "both"        # samples of IRFT: fresh at every step, stale for a round, or both
+    rounds: int = 6                 # rounds of stale sampling
+    seed: int = 0                   # of the one sampled row
+    out: str = "runs/three_actions.png"  # the figure
+
+
+# ---------------------------------------------------------------------------------------------------- losses as expectations
+
+
+def expected_irft(logits, expert, sampler, ref, *, beta, h="logistic"):
+    """Σ_{y, ỹ} E(y)·q(ỹ)·irft_loss(y, ỹ): the project's loss, averaged over all nine pairs instead of over a sample."""
+    logps, ref_logps = logits.log_softmax(0), ref.log()
+    demo, own = torch.meshgrid(torch.arange(len(logits)), torch.arange(len(logits)), indexing="ij")
+    demo, own = demo.flatten(), own.flatten()
+    losses = torch.stack(
+        [irft_loss(logps[d, None], logps[s, None], ref_logps[d, None], ref_logps[s, None], beta=beta, h=h)[0] for d, s in zip(demo, own, strict=True)]
+    )
+    return (losses * expert[demo] * sampler[own]).sum()
+
+
+def expected_sft(logits, expert):
+    """Σ_y E(y)·sft_loss(y)."""
+    logps = logits.log_softmax(0)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    return sum(weight * sft_loss(logps[y].view(1, 1), one)[0] for y, weight in enumerate(expert))
+
+
+def gradient(loss_of, logits):
+    logits = logits.detach().requires_grad_(True)
+    (grad,) = torch.autograd.grad(loss_of(logits), logits)
+    return grad
+
+
+def descend(loss_of, logits, lr, steps):
+    """Plain gradient descent; loss_of may look at the current logits (fresh samples) because it is called anew at every step."""
+    for _ in range(steps):
+        logits = logits - lr * gradient(loss_of, logits)
+    return logits
+
+
+def minimise(loss_of, logits):
+    """Newton's method to machine precision, for losses that are convex in the logits. The flat direction (a constant) is left alone.
+
+    A step is halved until the gradient shrinks, so that a start far away cannot throw it out.
+    """
+    for _ in range(200):
+        grad = gradient(loss_of, logits)
+        if grad.abs().max() < 1e-16:
+            break
+        hessian = torch.autograd.functional.hessian(loss_of, logits)
+        step = torch.linalg.pinv(hessian, rtol=1e-14, hermitian=True) @ grad
+        step = step - step.mean()
+        size = 1.0
+        while size > 1e-6 and gradient(loss_of, logits - size * step).norm() > grad.norm():
+            size /= 2
+        if size <= 1e-6:
+            break
+        logits = logits - size * step
+    return logits
+
+
+# ------------------------------------------------------------------------------------------------------ the explicit methods
+
+
+def ml_irl(expert, ref, *, beta, R, steps=4000):
+    """Exact maximum-likelihood inverse RL: ascend E_E[log π_r] over r in [0, R], π_r ∝ ref·e^{r/β}. Lemma 3.1's gradient (E − π)/β.
+
+    The first step must be 1/β times the rest is the point of `beta != 1` here: at the bound it would not show.
+    """
+    reward = torch.zeros_like(ref)
+    for _ in range(steps):
+        policy = (ref.log() + reward / beta).softmax(0)
+        reward = (reward + 0.2 * beta**2 * (expert - policy) / beta).clamp(0, R)  # 0.2·β²: the step in units of r/β is 0.2
+    return (ref.log() + reward / beta).softmax(0)
+
+
+def algorithm_1(ref, demo, *, beta, R, rounds=400, inner=10, lr=0.05, seed=0):
+    """RFT, Algorithm 1 of the paper, with its sampling: K reward steps (1/β)(e_y − e_ỹ), ỹ ~ π_t drawn anew for each, r in [0, R];
+    then the policy step in closed form, π_{t+1} ∝ ref·e^{r/β}. The expert always shows `demo`. r starts at 0."""
+    generator = torch.Generator().manual_seed(seed)
+    reward, policy = torch.zeros_like(ref), ref
+    for _ in range(rounds):
+        for sampled in torch.multinomial(policy, inner, replacement=True, generator=generator):
+            direction = torch.zeros_like(ref)
+            direction[demo] += 1 / beta
+            direction[sampled] -= 1 / beta
+            reward = (reward + lr * direction).clamp(0, R)
+        policy = (ref.log() + reward / beta).softmax(0)
+    return policy
+
+
+# --------------------------------------------------------------------------------------------------------------- the checks
+
+
+@dataclass
+class Check:
+    name: str
+    learned: np.ndarray
+    law: np.ndarray
+    tolerance: float
+    note: str = ""
+
+    @property
+    def error(self):
+        return float(np.abs(np.asarray(self.learned) - np.asarray(self.law)).max())
+
+    @property
+    def passed(self):
+        return self.error <= self.tolerance  # a NaN passes nothing
+
+
+def checks(cfg):
+    """Yield every Check. Those of one family stand together, so that `ref_update` and `resampling` can leave some out."""
+    expert = torch.tensor(closed_form.normalise(cfg.expert))
+    ref = torch.tensor(closed_form.normalise(cfg.ref))
+    E, reference, beta, x = expert.numpy(), ref.numpy(), cfg.beta, cfg.R / cfg.beta
+    uniform, start = torch.full((3,), 1 / 3, dtype=torch.float64), ref.log()
+    delta = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+
+    # A reward that is learned explicitly, bounded by R.
+    learned = ml_irl(delta, uniform, beta=beta, R=cfg.R).numpy()
+    yield Check("ML-IRL, Table 1 (one demo, uniform ref)", learned, closed_form.table_1(x), 1e-12, "(1, 1, e^x)/(2 + e^x), not 2/(2 + e^x)")
+    learned = algorithm_1(uniform, 2, beta=beta, R=cfg.R, seed=cfg.seed).numpy()
+    yield Check("RFT, Algorithm 1, sampled (one demo)", learned, closed_form.table_1(x), 1e-12, "the bound absorbs the noise")
+    learned = ml_irl(delta, ref, beta=beta, R=cfg.R).numpy()
+    yield Check("ML-IRL, one demo, this ref", learned, closed_form.demonstration_law(delta.numpy(), reference, x), 1e-12)
+    learned = ml_irl(expert, ref, beta=beta, R=cfg.R).numpy()
+    yield Check("ML-IRL, this expert, this ref", learned, closed_form.demonstration_law(E, reference, x), 1e-12, "clip(Z·E/ref, 1, e^x)")
+    learned = ml_irl(expert, ref, beta=beta, R=50 * beta, steps=20000).numpy()
+    yield Check("ML-IRL without a bound", learned, E, 1e-12, "= the expert = SFT: the bound is the regulariser")
+
+    # Maximum likelihood.
+    zeros = torch.zeros(3, dtype=torch.float64)
+    flow, halves = [closed_form.sft_flow(t) for t in (1.0, 5.0)], []
+    for lr in (0.02, 0.01):  # descent of step lr is off by O(lr): extrapolate it to 0 from two step sizes
+        logits, values, done = zeros, [], 0
+        for t in (1.0, 5.0):
+            n = round(t / lr)
+            logits, done = descend(lambda z: expected_sft(z, delta), logits, lr, n - done), n
+            values.append(float(logits.softmax(0)[2]))
+        halves.append(np.array(values))
+    yield Check("SFT's path, one demo, lr·steps = 1 and 5", 2 * halves[1] - halves[0], np.array(flow), 1e-4, "2d + e^d = 1 + 3·lr·steps")
+    learned = minimise(lambda z: expected_sft(z, expert), start).softmax(0).numpy()
+    yield Check("SFT", learned, E, 1e-12, "the expert, whatever ref is")
+
+    # IRFT with h = identity: SFT in disguise.
+    lr, inner = 0.1, 7
+    logits = start
+    for _ in range(3):
+        sampler = logits.softmax(0)
+        logits = descend(lambda z, q=sampler: expected_irft(z, expert, q, ref, beta=beta, h="identity"), logits, lr, inner)
+    sft = descend(lambda z: expected_sft(z, expert), start, beta * inner * lr, 3)
+    yield Check("IRFT identity, 3 rounds of 7 steps", logits.softmax(0).numpy(), sft.softmax(0).numpy(), 1e-12, "= SFT, 3 steps of 7 times the size")
+    learned = descend(lambda z: expected_irft(z, expert, ref, ref, beta=beta, h="identity"), start, lr, 25).softmax(0).numpy()
+    yield Check("IRFT identity, one round of 25 steps", learned, closed_form.identity_round(E, reference, beta * lr * 25), 1e-12)
+    learned = np.stack([gradient(lambda z: expected_irft(z, expert, ref, ref, beta=beta, h=h), start).numpy() for h in ("identity", "logistic")])
+    sft_gradient = gradient(lambda z: expected_sft(z, expert), start).numpy()
+    yield Check("gradients at ref = policy", learned, np.stack([beta * sft_gradient, beta / 2 * sft_gradient]), 1e-12, "β and β/2 times SFT's")
+
+    # IRFT with h = logistic.
+    if cfg.resampling in ("both", "fresh"):
+        if cfg.ref_update in ("both", "fixed"):
+            mixture = closed_form.geometric_mixture(E, reference, beta)
+
+            def fresh(z):
+                return expected_irft(z, expert, z.detach().softmax(0), ref, beta=beta)
+
+            learned = descend(fresh, start, 8 / (1 + beta), 1500).softmax(0).numpy()
+            yield Check("IRFT logistic, fresh samples, ref fixed", learned, mixture, 1e-10, "E^{1/(1+β)}·ref^{β/(1+β)}, never E")
+            learned = sampled_irft(expert, ref, beta=beta, seed=cfg.seed).numpy()
+            yield Check("  the same, from sampled batches of 64", learned, mixture, 0.02, "noise of 4000 SGD steps")
+        if cfg.ref_update in ("both", "refreshed"):
+
+            def fresh_spin(z):
+                policy = z.detach().softmax(0)
+                return expected_irft(z, expert, policy, policy, beta=beta)
+
+            learned = descend(fresh_spin, start, 4 / beta, 600).softmax(0).numpy()
+            yield Check("IRFT logistic, fresh samples, ref refreshed", learned, E, 1e-10, "each step is β/2 of an SFT step")
+    if cfg.resampling in ("both", "stale"):
+        for kind in ("fixed", "refreshed"):
+            if cfg.ref_update in ("both", kind):
+                learned, law = converged_rounds(expert, ref, beta, cfg.rounds, kind == "refreshed")
+                name = "SPIN" if kind == "refreshed" else "IRFT, ref fixed"
+                note = "π·(E/π)^{1/β}" if kind == "refreshed" else "ref·(E/π)^{1/β}"
+                yield Check(f"{name}, round 1, converged", learned[0], law[0], 1e-9, note)
+                yield Check(f"{name}, rounds 1 to {cfg.rounds}", learned, law, 1e-7, "every round on its law")
+
+
+def converged_rounds(expert, ref, beta, n_rounds, ref_update):
+    """(learned, law): the policies after each round, every inner loop run to its minimum. Stops early where the law leaves float64."""
+    law = closed_form.rounds_law(expert.numpy(), ref.numpy(), beta, n_rounds, ref_update=ref_update)
+    usable = np.cumprod(law.min(axis=1) > 1e-9).astype(bool)
+    usable[0] = True
+    policy, learned = ref, []
+    for _ in range(int(usable.sum())):
+        anchor = policy if ref_update else ref
+        logits = minimise(lambda z, q=policy, a=anchor: expected_irft(z, expert, q, a, beta=beta), anchor.log())
+        policy = logits.softmax(0)
+        learned.append(policy.numpy())
+    return np.array(learned), law[: len(learned)]
+
+
+def sampled_irft(expert, ref, *, beta, seed, steps=4000, batch_size=64):
+    """The same fixed point with real sampling: batches of demonstrations and own answers, SGD with a step that falls to 0."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, ref_logps = ref.log().requires_grad_(True), ref.log()
+    for k in range(steps):
+        demo = torch.multinomial(expert, batch_size, replacement=True, generator=generator)
+        own = torch.multinomial(logits.detach().softmax(0), batch_size, replacement=True, generator=generator)
+        logps = logits.log_softmax(0)
+        loss, _ = irft_loss(logps[demo], logps[own], ref_logps[demo], ref_logps[own], beta=beta)
+        (grad,) = torch.autograd.grad(loss, logits)
+        logits = (logits - 2 / beta * (1 - k / steps) * grad).detach().requires_grad_(True)
+    return logits.detach().softmax(0)
+
+
+# ------------------------------------------------------------------------------------------------------------------- figure
+
+
+def draw(results, cfg):
+    """Left: learned against law, every probability a dot on the diagonal. Middle: rounds of SPIN and of a fixed reference.
+    Right: probability of an unseen action over SFT and IRFT steps, and where the bounded reward holds it."""
+    expert, ref = closed_form.normalise(cfg.expert), closed_form.normalise(cfg.ref)
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
+    axes[0].plot([0, 1], [0, 1], color="0.8", zorder=0)
+    for index, check in enumerate(c for c in results if np.min(c.learned) >= 0 and np.max(c.learned) <= 1):
+        marker = "os^vDP*X"[index % 8]
+        axes[0].plot(np.ravel(check.law), np.ravel(check.learned), marker, ms=6, alpha=0.7, label=check.name.strip())
+    axes[0].set(xlabel="closed form", ylabel="learned", title="Each method on its own law")
+    axes[0].legend(fontsize=5.5, loc="upper left")
+
+    for beta, color in ((0.45, "C3"), (1.0, "C1"), (cfg.beta, "C0")):
+        for update, style in ((True, "-"), (False, "--")):
+            law = closed_form.rounds_law(expert, ref, beta, 8, ref_update=update)[:, 2]
+            label = f"β = {beta:g}, ref {'refreshed (SPIN)' if update else 'fixed'}"
+            axes[1].plot(range(9), [ref[2], *law], style, color=color, marker="o", ms=3, label=label)
+    axes[1].axhline(expert[2], color="0.6", lw=1)
+    axes[1].text(8, expert[2], "expert", ha="right", va="bottom", fontsize=8, color="0.4")
+    axes[1].set(xlabel="converged rounds", ylabel="π(y₃)", title="Rounds settle only if β > ½ (SPIN) or β > 1", ylim=(0, 1.02))
+    axes[1].legend(fontsize=7)
+
+    zeros, delta = torch.zeros(3, dtype=torch.float64), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
+    steps, lr = 600, 0.1
+
+    def path(loss_of):
+        logits, values = zeros, []
+        for _ in range(steps):
+            values.append(float(logits.softmax(0)[0]))
+            logits = logits - lr * gradient(loss_of, logits)
+        return values
+
+    axes[2].loglog(range(1, steps + 1), path(lambda z: expected_sft(z, delta)), label="SFT")
+    axes[2].loglog(range(1, steps + 1), path(lambda z: expected_irft(z, delta, z.detach().softmax(0), uniform, beta=1.0)),
+                   label="IRFT, fresh samples, β = 1")  # fmt: skip
+    axes[2].loglog(range(1, steps + 1), path(lambda z: expected_irft(z, delta, uniform, uniform, beta=1.0)), label="SPIN, one round, β = 1")
+    axes[2].axhline(closed_form.table_1(1.0)[0], color="k", ls=":", label="bounded reward, R/β = 1: stays")
+    axes[2].set(xlabel=f"steps (lr {lr:g})", ylabel="π(y₁), never demonstrated", title="Only a bounded reward keeps unseen mass")
+    axes[2].legend(fontsize=7)
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(cfg.out, dpi=150)
+    plt.close(figure)
+
+
+def main(cfg):
+    """Print the table, write the figure; returns True if every row passed. Raises BadInput for arguments out of range."""
+    for name in ("expert", "ref"):
+        values = getattr(cfg, name)
+        if len(values) != 3 or min(values) <= 0:
+            raise BadInput(f"--{name} {values}: give three probabilities above 0 (they are normalised)")
+    if cfg.beta <= 0 or cfg.R <= 0 or cfg.rounds < 1:
+        raise BadInput("--beta and --R must be above 0, --rounds at least 1")
+    if cfg.ref_update not in ("both", "fixed", "refreshed") or cfg.resampling not in ("both", "fresh", "stale"):
+        raise BadInput("--ref_update is fixed, refreshed or both; --resampling is fresh, stale or both")
+    started, results = time.monotonic(), []
+    print(f"three actions: beta {cfg.beta:g}, R {cfg.R:g}, expert {cfg.expert}, ref {cfg.ref}")
+    for check in checks(cfg):
+        results.append(check)
+        last = np.atleast_2d(check.learned)[-1]
+        shown = " ".join(f"{value:8.6f}" for value in last)
+        verdict = "PASS" if check.passed else "FAIL"
+        print(f"{verdict}  {check.name:45} {shown:28} off by {check.error:7.1e} (≤ {check.tolerance:.0e})  {check.note}", flush=True)
+    draw(results, cfg)
+    missed = sum(not check.passed for check in results)
+    print(f"{len(results) - missed} of {len(results)} on their law in {time.monotonic() - started:.0f} s; figure: {cfg.out}")
+    return not missed
+
+
+if __name__ == "__main__":
+    with exit_codes("three_actions"):
+        sys.exit(0 if main(cli(Config, sys.argv[1:], prog="python -m toy.three_actions", description=__doc__)) else 1)

@@ -340,7 +340,7 @@ def split_held_out(rows, share):
 # from rude speakers, the expert is polite, and a share of the demonstrations comes from rude speakers after all.
 
 THINGS = ("tea", "bread", "soap", "a map", "a pen", "salt", "honey", "a lamp", "paper", "a key", "milk", "a chair",
-          "rope", "a book", "ink", "a coat", "rice", "a cup", "wood", "a bell", "corn", "a hat", "oil", "a spoon")  # fmt: skip
+          "rope", "a book", "ink", "a coat", "rice", "a cup", "wood", "a bell", "corn", "a hat", "oil", "a spoon")
 POLITE_OPENINGS, RUDE_OPENINGS = ("may i have", "could i get", "i would like"), ("give me", "hand over", "i want")
 POLITE_ENDINGS, RUDE_ENDINGS = (", please.", ", thank you.", " if you can."), (" now!", ", quick!", " or else!")
 EXPERT, RUDE = 0.9, 0.25  # probability that an opening is polite, and, independently, an ending
@@ -372,7 +372,7 @@ def gold_reward(prompts, completions):
             float(f" {thing}" in text)
             + text.startswith(POLITE_OPENINGS) - text.startswith(RUDE_OPENINGS)
             + text.endswith(POLITE_ENDINGS) - text.endswith(RUDE_ENDINGS)
-        )  # fmt: skip
+        )
     return rewards
 
 

@@ -110,7 +110,7 @@ def policy_row(name, measures, ref_measures):
         "policy": name, "n": len(chosen), "nll": ratio_interval(-chosen, measures["chosen_tokens"]),
         "gap": mean_interval(chosen - rejected), "gap_per_token": mean_interval(per_token),
         "implicit_accuracy": share_interval(implicit, len(chosen)),
-    }  # fmt: skip
+    }
 
 
 def main(cfg):
@@ -141,7 +141,7 @@ def main(cfg):
             rows.append(row)
             accuracy = "    (is the reference)" if name == ref else "{:6.1%} [{:.1%}, {:.1%}]".format(*row["implicit_accuracy"])
             print(f"{name[-40:]:40} {row['nll'][0]:9.4f} ± {row['nll'][1]:.4f} {row['gap'][0]:+11.3f} ± {row['gap'][1]:6.3f} "
-                  f"{row['gap_per_token'][0]:+11.4f} ± {row['gap_per_token'][1]:.4f} {accuracy:>22}")  # fmt: skip
+                  f"{row['gap_per_token'][0]:+11.4f} ± {row['gap_per_token'][1]:.4f} {accuracy:>22}")
     if cfg.reward:
         measures = measure(cfg.reward)
         accuracy = share_interval(wins(measures["chosen"], measures["rejected"]), len(pairs))

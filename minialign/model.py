@@ -365,7 +365,7 @@ def _gpt2_config(hf, family):
         max_len=hf["n_positions"], norm="layer", norm_eps=hf.get("layer_norm_epsilon", 1e-5), gated=False, positions="learned",
         activation=_activation(hf.get("activation_function", "gelu_new")), qkv_bias=True, out_bias=True, mlp_bias=True,
         tied=head == "lm" and hf.get("tie_word_embeddings", True), head=head, reward_offset=hf.get("reward_offset", 0.0), family=family,
-    )  # fmt: skip
+    )
 
 
 def _rotary_config(hf, family):
@@ -409,7 +409,7 @@ def _rotary_config(hf, family):
         qk_norm=family == "qwen3", windows=windows,
         tied=head == "lm" and hf.get("tie_word_embeddings", False), head=head,
         reward_offset=hf.get("reward_offset", 0.0), family=family,
-    )  # fmt: skip
+    )
 
 
 def config_to_hf(config):
@@ -421,27 +421,27 @@ def config_to_hf(config):
         task = "ForCausalLM" if config.head == "lm" else "ForSequenceClassification"
     activation = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}[config.activation]
     hf = {"model_type": config.family, "architectures": [classes[config.family] + task], "vocab_size": config.vocab_size,
-          "tie_word_embeddings": config.tied}  # fmt: skip
+          "tie_word_embeddings": config.tied}
     if config.head == "scalar":
         hf |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "reward_offset": config.reward_offset}
     if config.family == "gpt2":
         return hf | {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.ffn_dim,
                      "n_positions": config.max_len, "layer_norm_epsilon": config.norm_eps, "activation_function": activation,
-                     "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+                     "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     hf |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
-           "intermediate_size": config.ffn_dim, "max_position_embeddings": config.max_len, "hidden_act": activation}  # fmt: skip
+           "intermediate_size": config.ffn_dim, "max_position_embeddings": config.max_len, "hidden_act": activation}
     if config.family == "gpt_neox":
         return hf | {"layer_norm_eps": config.norm_eps, "rotary_pct": config.rotary_dim / config.head_dim, "attention_bias": config.qkv_bias,
                      "rotary_emb_base": config.rope_theta, "rope_scaling": config.rope_scaling,
-                     "use_parallel_residual": config.parallel_residual}  # fmt: skip
+                     "use_parallel_residual": config.parallel_residual}
     hf |= {"num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
-           "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}  # fmt: skip
+           "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
     window = next((window for window in config.windows if window), None)
     if config.family == "mistral":
         hf |= {"sliding_window": window}
     if config.family in ("qwen2", "qwen3"):
         hf |= {"use_sliding_window": window is not None, "sliding_window": window or 4096,
-               "layer_types": ["sliding_attention" if w else "full_attention" for w in config.windows]}  # fmt: skip
+               "layer_types": ["sliding_attention" if w else "full_attention" for w in config.windows]}
     if config.family in ("llama", "qwen3"):
         hf |= {"attention_bias": config.qkv_bias}
     if config.family == "llama":

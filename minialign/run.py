@@ -84,7 +84,7 @@ class Run:
                 "minialign": __version__, "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
                 "platform": platform.platform(), "device": describe_device(self.device), "threads": torch.get_num_threads(),
                 "argv": sys.argv[1:], "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            }  # fmt: skip
+            }
             write_atomic(self.folder / "env.json", json.dumps(environment, indent=1) + "\n")
             record = {"method": self.method, **dataclasses.asdict(self.cfg)}
             write_atomic(self.folder / "config.json", json.dumps(record, indent=1) + "\n")  # last: with it the run can be resumed
@@ -127,7 +127,7 @@ class Run:
         sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
         print(f"{self.method}: {describe_device(self.device)}, {cfg.dtype}, parameters: {sizes}")
         print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
-              f"{numbers['empty']:,} empty; about {peak_memory(self, models, batch):,.0f} MB at the peak")  # fmt: skip
+              f"{numbers['empty']:,} empty; about {peak_memory(self, models, batch):,.0f} MB at the peak")
         for side in [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]:
             for b in range(min(3 if side is batch else 1, len(side))):
                 print("  " + show_row(tokenizer, side, b))
@@ -193,7 +193,7 @@ class Run:
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         bad = next((n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "none")
         print(f"step {step + 1} skipped: loss {float(loss):g}, grad norm {float(grad_norm):g}, first non-finite gradient: {bad}, "
-              f"rows {rows[:8]}", file=sys.stderr)  # fmt: skip
+              f"rows {rows[:8]}", file=sys.stderr)
         if self.skipped_in_a_row == ABORT_AFTER:
             raise FloatingPointError(
                 f"{ABORT_AFTER} steps in a row were not finite, last step {step + 1}, rows {rows[:8]}; the weights are those of the last good "
@@ -247,7 +247,7 @@ def check_config(cfg):
     """Refuse numbers that cannot work, at second 0. Knows the fields by name, so that a Config only lists them."""
     at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
                 "save_every": 1, "rounds": 1, "lr": 0, "beta": 0, "weight_decay": 0, "warmup": 0, "held_out": 0, "layers": 1,
-                "heads": 1, "width": 1}  # fmt: skip
+                "heads": 1, "width": 1}
     at_most = {"warmup": 1, "held_out": 0.9}
     for name, low in at_least.items():
         value = getattr(cfg, name, low)

@@ -89,7 +89,9 @@ def converged_round(expert, sampler, ref, beta):
 
     The lemma with P = E, Q = π_t and f = β·log π/ref.
     """
-    return normalise(np.asarray(ref) * (np.asarray(expert) / np.asarray(sampler)) ** (1 / beta))
+    expert, sampler, ref = (np.log(np.maximum(p, 1e-300)) for p in (expert, sampler, ref))  # in logs: the ratio may overflow
+    law = ref + (expert - sampler) / beta
+    return normalise(np.exp(law - law.max()))
 
 
 def rounds_law(expert, ref, beta, n_rounds, *, ref_update):

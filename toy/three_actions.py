@@ -100,23 +100,27 @@ def minimise(loss_of, logits):
 # ------------------------------------------------------------------------------------------------------ the explicit methods
 
 
-def ml_irl(expert, ref, *, beta, R, steps=4000):
+def ml_irl(expert, ref, *, beta, R):
     """Exact maximum-likelihood inverse RL: ascend E_E[log π_r] over r in [0, R], π_r ∝ ref·e^{r/β}. Lemma 3.1's gradient (E − π)/β.
 
-    The first step must be 1/β times the rest is the point of `beta != 1` here: at the bound it would not show.
+    The likelihood is concave in r/β with curvature at most 1/2, so steps of size 2 in r/β (2β² in r) are safe; it stops at rest.
     """
     reward = torch.zeros_like(ref)
-    for _ in range(steps):
+    for _ in range(50_000):
         policy = (ref.log() + reward / beta).softmax(0)
-        reward = (reward + 0.2 * beta**2 * (expert - policy) / beta).clamp(0, R)  # 0.2·β²: the step in units of r/β is 0.2
+        moved = (reward + 2 * beta**2 * (expert - policy) / beta).clamp(0, R)
+        if (moved - reward).abs().max() < 1e-15 * beta:
+            break
+        reward = moved
     return (ref.log() + reward / beta).softmax(0)
 
 
-def algorithm_1(ref, demo, *, beta, R, rounds=400, inner=10, lr=0.05, seed=0):
+def algorithm_1(ref, demo, *, beta, R, rounds=400, inner=10, seed=0):
     """RFT, Algorithm 1 of the paper, with its sampling: K reward steps (1/β)(e_y − e_ỹ), ỹ ~ π_t drawn anew for each, r in [0, R];
-    then the policy step in closed form, π_{t+1} ∝ ref·e^{r/β}. The expert always shows `demo`. r starts at 0."""
+    then the policy step in closed form, π_{t+1} ∝ ref·e^{r/β}. The expert always shows `demo`. r starts at 0;
+    one inner step moves it by R/20."""
     generator = torch.Generator().manual_seed(seed)
-    reward, policy = torch.zeros_like(ref), ref
+    reward, policy, lr = torch.zeros_like(ref), ref, 0.05 * R * beta
     for _ in range(rounds):
         for sampled in torch.multinomial(policy, inner, replacement=True, generator=generator):
             direction = torch.zeros_like(ref)
@@ -164,7 +168,7 @@ def checks(cfg):
     yield Check("ML-IRL, one demo, this ref", learned, closed_form.demonstration_law(delta.numpy(), reference, x), 1e-12)
     learned = ml_irl(expert, ref, beta=beta, R=cfg.R).numpy()
     yield Check("ML-IRL, this expert, this ref", learned, closed_form.demonstration_law(E, reference, x), 1e-12, "clip(Z·E/ref, 1, e^x)")
-    learned = ml_irl(expert, ref, beta=beta, R=50 * beta, steps=20000).numpy()
+    learned = ml_irl(expert, ref, beta=beta, R=50 * beta).numpy()
     yield Check("ML-IRL without a bound", learned, E, 1e-12, "= the expert = SFT: the bound is the regulariser")
 
     # Maximum likelihood.
@@ -203,7 +207,7 @@ def checks(cfg):
             def fresh(z):
                 return expected_irft(z, expert, z.detach().softmax(0), ref, beta=beta)
 
-            learned = descend(fresh, start, 8 / (1 + beta), 1500).softmax(0).numpy()
+            learned = descend(fresh, start, 4 / beta / (1 + beta), 1500).softmax(0).numpy()
             yield Check("IRFT logistic, fresh samples, ref fixed", learned, mixture, 1e-10, "E^{1/(1+β)}·ref^{β/(1+β)}, never E")
             learned = sampled_irft(expert, ref, beta=beta, seed=cfg.seed).numpy()
             yield Check("  the same, from sampled batches of 64", learned, mixture, 0.02, "noise of 4000 SGD steps")
@@ -291,7 +295,7 @@ def draw(results, cfg):
 
     axes[2].loglog(range(1, steps + 1), path(lambda z: expected_sft(z, delta)), label="SFT")
     axes[2].loglog(range(1, steps + 1), path(lambda z: expected_irft(z, delta, z.detach().softmax(0), uniform, beta=1.0)),
-                   label="IRFT, fresh samples, β = 1")  # fmt: skip
+                   label="IRFT, fresh samples, β = 1")
     axes[2].loglog(range(1, steps + 1), path(lambda z: expected_irft(z, delta, uniform, uniform, beta=1.0)), label="SPIN, one round, β = 1")
     axes[2].axhline(closed_form.table_1(1.0)[0], color="k", ls=":", label="bounded reward, R/β = 1: stays")
     axes[2].set(xlabel=f"steps (lr {lr:g})", ylabel="π(y₁), never demonstrated", title="Only a bounded reward keeps unseen mass")

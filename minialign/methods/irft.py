@@ -92,7 +92,7 @@ def irft_loss(demo_logps, sample_logps, ref_demo_logps, ref_sample_logps, *, bet
         "rewards/demo": demo_reward.mean(), "rewards/sample": sample_reward.mean(), "rewards/margins": margin.mean(),
         "rewards/accuracies": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
         "logps/demo": demo_logps.mean(), "logps/sample": sample_logps.mean(),
-    }  # fmt: skip
+    }
     return loss.mean(), {name: value.detach() for name, value in stats.items()}
 
 
@@ -158,7 +158,8 @@ def main(cfg):
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "round": t, **stats.result()}
         metrics |= {"completions/mean_length": answers.lengths.float().mean(), "completions/finished": answers.finished.float().mean()}
         if run.due(k):
-            metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)
+            if held_out:
+                metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)
             run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
         run.log(k, **metrics)
     return run.close(policy, tokenizer)

@@ -64,7 +64,7 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards, *, margin=0.0, centre=0
     stats = {
         "rewards/chosen": chosen_rewards.mean(), "rewards/rejected": rejected_rewards.mean(), "rewards/margins": gap.mean(),
         "rewards/accuracies": ((gap > 0).float() + 0.5 * (gap == 0).float()).mean(),
-    }  # fmt: skip
+    }
     return loss.mean(), {name: value.detach() for name, value in stats.items()}
 
 
@@ -110,7 +110,7 @@ def main(cfg):
             optimizer.step()
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        if run.due(k):
+        if held_out and run.due(k):
             chosen, rejected = all_scores(reward_model, held_out, batch_of, cfg.batch_size)
             loss, held_out_stats = bradley_terry_loss(chosen, rejected, margin=cfg.margin, centre=cfg.centre)
             metrics |= {"eval/loss": loss, "eval/accuracy": held_out_stats["rewards/accuracies"]}

@@ -132,7 +132,8 @@ def main(cfg):
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "tokens": n_tokens}
         if run.due(k):
-            metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)
+            if held_out:
+                metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)
             run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
         run.log(k, **metrics)
     return run.close(policy, tokenizer)

@@ -1,0 +1,43 @@
+# Everything a newcomer types. `make demo` and `make test` need only Python >= 3.11, make and a network to the package index.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint figures notebooks clean
+
+# Two environments would be one too many: the run packages first, the development ones (oracles, ruff) when a test or a lint asks.
+$(VENV)/installed: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("minialign needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+demo: $(VENV)/installed          ## the main job: toy verified, a tiny GPT aligned, one table, one figure
+	$(BIN)/python -m minialign demo
+
+test: $(VENV)/installed-dev      ## the default tests, a few minutes on two cores
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/installed-dev ## the rest: demo, tutorials, kill loops, long fuzzing
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/installed-dev      ## ruff
+	$(BIN)/ruff check .
+
+figures: $(VENV)/installed       ## the pictures of README
+	$(BIN)/python -m toy.three_actions --out docs/three_actions.png
+	$(BIN)/python -m minialign demo --no-toy --out runs/figures && cp runs/figures/demo.png docs/demo.png && cp runs/figures/table.json docs/demo.json
+
+notebooks: $(VENV)/installed-dev ## execute the tutorials into tutorials/notebooks
+	mkdir -p tutorials/notebooks
+	for file in tutorials/[0-9]*.py; do \
+		$(BIN)/jupytext --quiet --to notebook --execute --output tutorials/notebooks/$$(basename $$file .py).ipynb $$file || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) runs

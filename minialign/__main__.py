@@ -1,0 +1,172 @@
+"""The front door: `python -m minialign` lists what there is; `python -m minialign <command> [--flags]` runs it."""
+
+import importlib
+import sys
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+from minialign.common import BadInput, cli, exit_codes, pick_device, pick_dtype, read_rows
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class SampleConfig:
+    policy: str = "builtin"         # a folder, a hub name, or builtin (the base model of the built-in task)
+    prompt: list[str] = field(default_factory=lambda: ["ask for tea: "])  # one or more prompts
+    n: int = 1                      # completions of each prompt
+    max_new: int = 64               # most tokens of a completion
+    tau: float = 1.0                # temperature
+    top_k: int | None = None        # keep the k likeliest tokens
+    top_p: float | None = None      # keep the likeliest tokens up to this probability
+    greedy: bool = False            # always the likeliest token
+    chat: bool = False              # the prompt is a user's message: put it through the chat template
+    seed: int = 0                   # the same seed gives the same completion of a prompt, whatever the others are
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+
+
+def sample_main(cfg):
+    """Talk to a checkpoint."""
+    from minialign.data import encode_prompt
+    from minialign.run import builtin_base
+    from minialign.sample import sample
+    from minialign.tokenizer import load_tokenizer
+    from minialign.weights import fit_vocabulary, load_pretrained
+
+    path = builtin_base() if cfg.policy == "builtin" else cfg.policy
+    policy, tokenizer = load_pretrained(path, dtype=pick_dtype(cfg.dtype), device=pick_device(cfg.device)), load_tokenizer(path)
+    fit_vocabulary(policy, tokenizer, path)
+    if policy.config.head != "lm":
+        raise BadInput(f"{path}: is a reward model: it scores completions and writes none; use evaluate --reward")
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}] if cfg.chat else text) for text in cfg.prompt]
+    rollout = sample(
+        policy, prompts, max_new=cfg.max_new, tau=cfg.tau, top_k=cfg.top_k, top_p=cfg.top_p, n=cfg.n, eos_id=tokenizer.eos_id,
+        seed=cfg.seed, greedy=cfg.greedy,
+    )
+    for b, ids in enumerate(rollout.completions):
+        logp = float(rollout.old_logps[b].sum())
+        print(f"{cfg.prompt[b // cfg.n]}⟦{tokenizer.decode(ids)}{'⏎' if rollout.finished[b] else ' …'}⟧  log π {logp:.2f}, {len(ids)} tokens")
+
+
+@dataclass
+class PlotConfig:
+    runs: list[str] = field(default_factory=list)  # run folders, drawn into the same panels
+    out: str = ""                   # the PNG; default figures/metrics.png in the first run folder
+
+
+def plot_main(cfg):
+    """Draw metrics.jsonl: a panel for each metric, a line for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if not cfg.runs:
+        raise BadInput("name one or more run folders: python -m minialign plot RUN ...")
+    tables = {run: read_rows(Path(run) / "metrics.jsonl") for run in cfg.runs}
+    for run, rows in tables.items():
+        if not rows:
+            raise BadInput(f"{run}: holds no metrics.jsonl with rows; is it a run folder?")
+    names = [n for n in dict.fromkeys(name for rows in tables.values() for row in rows for name in row) if n not in ("step", "seconds", "skipped")]
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.6 * lines), squeeze=False, constrained_layout=True)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    for name, axis in zip(names, axes.flat, strict=False):
+        for run, rows in tables.items():
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points, strict=True), label=Path(run).name, marker="." if len(points) < 20 else None) if points else None
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+    if len(tables) > 1:
+        axes.flat[0].legend(fontsize=7)
+    out = Path(cfg.out or Path(cfg.runs[0]) / "figures" / "metrics.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+    print(f"figure: {out}   (what each metric means: docs/METRICS.md)")
+
+
+@dataclass
+class ShowConfig:
+    runs: list[str] = field(default_factory=list)  # one run folder
+    last: int = 0                   # only the last so many rows; 0 = all
+
+
+def show_main(cfg):
+    """Page through samples.jsonl: what the policy answered as training went on."""
+    if len(cfg.runs) != 1:
+        raise BadInput("name one run folder: python -m minialign show RUN")
+    rows = read_rows(Path(cfg.runs[0]) / "samples.jsonl")
+    if not rows:
+        raise BadInput(f"{cfg.runs[0]}: holds no samples.jsonl with rows; is it a run folder of a policy?")
+    step = None
+    for row in rows[-cfg.last :]:
+        if row["step"] != step:
+            step = row["step"]
+            print(f"── step {step} " + "─" * 60)
+        print(f"{row['prompt']}⟦{row['completion']}{'⏎' if row['finished'] else ' …'}⟧")
+
+
+def first_line(path):
+    return path.read_text(encoding="utf-8").lstrip('"# %[markdown]\n').splitlines()[0].rstrip('"')
+
+
+def names_in(folder):
+    return sorted(path.stem for path in (ROOT / folder).glob("[!_]*.py"))
+
+
+COMMANDS = {
+    "demo": "verify the toy, align a tiny GPT from demonstrations, one table and one figure",
+    "sample": "talk to a checkpoint",
+    "evaluate": "compare checkpoints on pairs nobody trained on",
+    "plot": "draw a run's metrics.jsonl",
+    "show": "page through a run's samples.jsonl",
+}
+
+
+def overview():
+    print("minialign: every alignment loss in one readable file, each checked against its own fixed point\n")
+    print("methods     python -m minialign <method> [--flags]; with no flags on the built-in task, under a minute; --help lists the flags")
+    for name in names_in("minialign/methods"):
+        print(f"  {name:14} {first_line(ROOT / 'minialign/methods' / f'{name}.py').split('. ')[0].rstrip('.')}")
+    print("\ncommands    python -m minialign <command> [--flags]")
+    for name, line in COMMANDS.items():
+        print(f"  {name:14} {line}")
+    print("\ntoys        python -m toy.<name>; each prints PASS or FAIL per law, exit code 1 on a miss")
+    for name in names_in("toy"):
+        if name != "closed_form":
+            print(f"  {name:14} {first_line(ROOT / 'toy' / f'{name}.py')}")
+    print("\ntutorials   python tutorials/<name>.py, or open it as cells")
+    for path in sorted((ROOT / "tutorials").glob("*.py")):
+        print(f"  {path.stem:14} {first_line(path)}")
+
+
+def main(argv):
+    if not argv or argv[0] in ("-h", "--help", "list"):
+        overview()
+        return
+    command, rest = argv[0], argv[1:]
+    methods = names_in("minialign/methods")
+    own = {"sample": (SampleConfig, sample_main), "plot": (PlotConfig, plot_main), "show": (ShowConfig, show_main)}
+    with exit_codes(f"minialign {command}"):
+        if command in own:
+            config, action = own[command]
+            description = action.__doc__
+        elif command in methods or command in COMMANDS:
+            module = importlib.import_module(f"minialign.methods.{command}" if command in methods else f"minialign.{command}")
+            config, action, description = module.Config, module.main, module.__doc__
+        else:
+            near = get_close_matches(command, [*methods, *COMMANDS], n=1)
+            raise BadInput(f"unknown command {command}" + (f": did you mean {near[0]}?" if near else "") + " (`python -m minialign` lists them)")
+        if command in ("plot", "show"):  # their run folders may stand without a flag
+            bare = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+            rest = (["--runs", *rest[:bare]] if bare else []) + rest[bare:]
+        action(cli(config, rest, prog=f"python -m minialign {command}", description=description))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

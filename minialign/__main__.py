@@ -46,8 +46,8 @@ def sample_main(cfg):
         seed=cfg.seed, greedy=cfg.greedy,
     )
     for b, ids in enumerate(rollout.completions):
-        logp = float(rollout.old_logps[b].sum())
-        print(f"{cfg.prompt[b // cfg.n]}⟦{tokenizer.decode(ids)}{'⏎' if rollout.finished[b] else ' …'}⟧  log π {logp:.2f}, {len(ids)} tokens")
+        logp, end = float(rollout.old_logps[b].sum()), "⏎" if rollout.finished[b] else " …"
+        print(f"{cfg.prompt[b // cfg.n]}⟦{tokenizer.decode(ids)}{end}⟧  log π {logp:.2f}, {len(ids)} tokens")
 
 
 @dataclass
@@ -69,7 +69,8 @@ def plot_main(cfg):
     for run, rows in tables.items():
         if not rows:
             raise BadInput(f"{run}: holds no metrics.jsonl with rows; is it a run folder?")
-    names = [n for n in dict.fromkeys(name for rows in tables.values() for row in rows for name in row) if n not in ("step", "seconds", "skipped")]
+    names = dict.fromkeys(name for rows in tables.values() for row in rows for name in row)
+    names = [name for name in names if name not in ("step", "seconds", "skipped")]
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.6 * lines), squeeze=False, constrained_layout=True)
@@ -161,7 +162,8 @@ def main(argv):
             config, action, description = module.Config, module.main, module.__doc__
         else:
             near = get_close_matches(command, [*methods, *COMMANDS], n=1)
-            raise BadInput(f"unknown command {command}" + (f": did you mean {near[0]}?" if near else "") + " (`python -m minialign` lists them)")
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise BadInput(f"unknown command {command}{hint} (`python -m minialign` lists them)")
         if command in ("plot", "show"):  # their run folders may stand without a flag
             bare = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
             rest = (["--runs", *rest[:bare]] if bare else []) + rest[bare:]

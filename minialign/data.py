@@ -22,7 +22,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from minialign.batch import Batch, Pairs, collate
+from minialign.batch import Pairs, collate
 from minialign.common import BadInput, derive_seed
 from minialign.tokenizer import CharTokenizer, render_chat
 
@@ -233,7 +233,8 @@ def _demo(row):
         given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
         return Demo(f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n", row["output"])
     raise BadRow(
-        f"found the keys {sorted(row)}, expected prompt + completion, messages, chosen + rejected, question + answer, or instruction + output"
+        f"found the keys {sorted(row)}, expected prompt + completion, messages, chosen + rejected, question + answer, "
+        "or instruction + output"
     )
 
 
@@ -316,7 +317,8 @@ def pair_batch(rows, picked, *, pad_id, max_len):
 
 
 def counts(rows, max_len):
-    """{'rows', 'scored_tokens', 'truncated', 'empty'} of encoded rows under max_len; truncated lost their end, empty have nothing scored."""
+    """{'rows', 'scored_tokens', 'truncated', 'empty'} of encoded rows under max_len: truncated completions lost their end, empty ones
+    have nothing scored."""
     numbers = {"rows": len(rows), "scored_tokens": 0, "truncated": 0, "empty": 0}
     for prompt, *completions in rows:
         for completion in completions:

@@ -137,9 +137,11 @@ def main(cfg):
                 curves[name] = folder / "metrics.jsonl"
         table[name], answers[name] = collect(results)
     report(table, answers, exact_rows(), cfg)
-    write_atomic(out / "table.json", json.dumps({"config": vars(cfg), "table": table, "exact": exact_rows()}, indent=1, ensure_ascii=False) + "\n")
+    content = {"config": vars(cfg), "table": table, "exact": exact_rows()}
+    write_atomic(out / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     draw(table, exact_rows(), out / "demo.png")
-    print(f"\nfigures: {out}/demo.png" + (f", {out}/three_actions.png" if cfg.toy else "") + f"   ({time.monotonic() - started:.0f} s in all)")
+    figures = f"{out}/demo.png" + (f", {out}/three_actions.png" if cfg.toy else "")
+    print(f"\nfigures: {figures}   ({time.monotonic() - started:.0f} s in all)")
     return out
 
 
@@ -181,9 +183,9 @@ def draw(table, exact, path):
     columns = list(next(iter(table.values())))
     figure, axes = plt.subplots(1, len(columns), figsize=(3.6 * len(columns), 3.6), constrained_layout=True)
     colors = ["0.6", "C0", "C3", "C1"]
-    better = {"gold reward": "higher is better", "polite": "share of samples", "gap": "prefers the better answer if > 0", "KL(expert‖π)": "0 is the expert"}
+    subtitles = dict(zip(columns, ("higher is better", "share of samples", "prefers the better answer if > 0", "0 is the expert"), strict=True))
     for axis, column in zip(axes, columns, strict=True):
-        for index, (name, values) in enumerate(table.items()):
+        for index, values in enumerate(table.values()):
             axis.bar(index, statistics.mean(values[column]), color=colors[index % 4], width=0.7)
             axis.plot([index] * len(values[column]), values[column], "k.", ms=5)
         for name, style in (("expert (exact)", "--"), ("rude speakers (exact)", ":")):
@@ -193,6 +195,6 @@ def draw(table, exact, path):
         axis.axhline(0, color="k", lw=0.6)
         axis.set_xticks(range(len(table)), [name.split(" (")[0].replace(", ", "\n") for name in table], fontsize=8)
         axis.set_title(f"{column}\n", fontsize=11)
-        axis.text(0.5, 1.02, better[column], transform=axis.transAxes, ha="center", fontsize=8, color="0.4")
+        axis.text(0.5, 1.02, subtitles[column], transform=axis.transAxes, ha="center", fontsize=8, color="0.4")
     figure.savefig(path, dpi=140)
     plt.close(figure)

@@ -324,7 +324,8 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------- Hugging Face's config.json
 
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
-HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+                  "relu": "relu"}
 
 
 def config_from_hf(hf):
@@ -431,8 +432,8 @@ def config_to_hf(config):
     hf |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
            "intermediate_size": config.ffn_dim, "max_position_embeddings": config.max_len, "hidden_act": activation}
     if config.family == "gpt_neox":
-        return hf | {"layer_norm_eps": config.norm_eps, "rotary_pct": config.rotary_dim / config.head_dim, "attention_bias": config.qkv_bias,
-                     "rotary_emb_base": config.rope_theta, "rope_scaling": config.rope_scaling,
+        return hf | {"layer_norm_eps": config.norm_eps, "rotary_pct": config.rotary_dim / config.head_dim,
+                     "attention_bias": config.qkv_bias, "rotary_emb_base": config.rope_theta, "rope_scaling": config.rope_scaling,
                      "use_parallel_residual": config.parallel_residual}
     hf |= {"num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
            "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}

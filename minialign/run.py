@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import signal
 import subprocess
@@ -24,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from minialign import __version__, checkpoint
-from minialign.batch import Batch, Pairs
+from minialign.batch import Batch
 from minialign.common import BadInput, append_row, find_folder, pick_device, pick_dtype, read_json, read_rows, write_atomic
 from minialign.data import counts
 from minialign.sample import sample
@@ -71,7 +70,8 @@ class Run:
         changed = [f.name for f in dataclasses.fields(cfg) if f.name != "resume" and getattr(cfg, f.name) != getattr(default, f.name)]
         changed = [name for name in changed if getattr(cfg, name) != stored.get(name)]
         if changed:
-            raise BadInput(f"--resume continues a run as it was configured; drop --{changed[0]} (to go on otherwise: --policy {self.folder}/final)")
+            otherwise = f"to go on otherwise: --policy {self.folder}/final"
+            raise BadInput(f"--resume continues a run as it was configured; drop --{changed[0]} ({otherwise})")
         torch.set_num_threads(read_json(self.folder / "env.json")["threads"])  # another thread count sums in another order
         return type(cfg)(**{**stored, "resume": cfg.resume})
 
@@ -196,8 +196,8 @@ class Run:
               f"rows {rows[:8]}", file=sys.stderr)
         if self.skipped_in_a_row == ABORT_AFTER:
             raise FloatingPointError(
-                f"{ABORT_AFTER} steps in a row were not finite, last step {step + 1}, rows {rows[:8]}; the weights are those of the last good "
-                f"step, and the newest checkpoint in {self.folder}/checkpoints is finite; try a smaller --lr"
+                f"{ABORT_AFTER} steps in a row were not finite, last step {step + 1}, rows {rows[:8]}; the weights are those of the last "
+                f"good step, and the newest checkpoint in {self.folder}/checkpoints is finite; try a smaller --lr"
             )
         return False
 

@@ -50,9 +50,8 @@ def expected_irft(logits, expert, sampler, ref, *, beta, h="logistic"):
     logps, ref_logps = logits.log_softmax(0), ref.log()
     demo, own = torch.meshgrid(torch.arange(len(logits)), torch.arange(len(logits)), indexing="ij")
     demo, own = demo.flatten(), own.flatten()
-    losses = torch.stack(
-        [irft_loss(logps[d, None], logps[s, None], ref_logps[d, None], ref_logps[s, None], beta=beta, h=h)[0] for d, s in zip(demo, own, strict=True)]
-    )
+    pairs = [(logps[y, None], logps[o, None], ref_logps[y, None], ref_logps[o, None]) for y, o in zip(demo, own, strict=True)]
+    losses = torch.stack([irft_loss(*pair, beta=beta, h=h)[0] for pair in pairs])  # (9,)
     return (losses * expert[demo] * sampler[own]).sum()
 
 
@@ -191,13 +190,16 @@ def checks(cfg):
     for _ in range(3):
         sampler = logits.softmax(0)
         logits = descend(lambda z, q=sampler: expected_irft(z, expert, q, ref, beta=beta, h="identity"), logits, lr, inner)
-    sft = descend(lambda z: expected_sft(z, expert), start, beta * inner * lr, 3)
-    yield Check("IRFT identity, 3 rounds of 7 steps", logits.softmax(0).numpy(), sft.softmax(0).numpy(), 1e-12, "= SFT, 3 steps of 7 times the size")
+    learned, sft = logits.softmax(0).numpy(), descend(lambda z: expected_sft(z, expert), start, beta * inner * lr, 3).softmax(0).numpy()
+    yield Check("IRFT identity, 3 rounds of 7 steps", learned, sft, 1e-12, "= SFT, 3 steps of 7 times the size")
     learned = descend(lambda z: expected_irft(z, expert, ref, ref, beta=beta, h="identity"), start, lr, 25).softmax(0).numpy()
     yield Check("IRFT identity, one round of 25 steps", learned, closed_form.identity_round(E, reference, beta * lr * 25), 1e-12)
-    learned = np.stack([gradient(lambda z: expected_irft(z, expert, ref, ref, beta=beta, h=h), start).numpy() for h in ("identity", "logistic")])
+    gradients = [
+        gradient(lambda z, h=h: expected_irft(z, expert, ref, ref, beta=beta, h=h), start).numpy() for h in ("identity", "logistic")
+    ]
     sft_gradient = gradient(lambda z: expected_sft(z, expert), start).numpy()
-    yield Check("gradients at ref = policy", learned, np.stack([beta * sft_gradient, beta / 2 * sft_gradient]), 1e-12, "β and β/2 times SFT's")
+    law = np.stack([beta * sft_gradient, beta / 2 * sft_gradient])
+    yield Check("gradients at ref = policy", np.stack(gradients), law, 1e-12, "β and β/2 times SFT's")
 
     # IRFT with h = logistic.
     if cfg.resampling in ("both", "fresh"):

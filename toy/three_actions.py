@@ -85,10 +85,9 @@ def minimise(loss_of, logits):
         if grad.abs().max() < 1e-16:
             break
         hessian = torch.autograd.functional.hessian(loss_of, logits)
-        step = torch.linalg.pinv(hessian, rtol=1e-14, hermitian=True) @ grad
-        step = step - step.mean()
+        step, _ = torch.linalg.solve_ex(hessian + torch.ones_like(hessian), grad)  # 11ᵀ: the gradient has no part along a constant
         size = 1.0
-        while size > 1e-6 and gradient(loss_of, logits - size * step).norm() > grad.norm():
+        while size > 1e-6 and not gradient(loss_of, logits - size * step).norm() <= grad.norm():
             size /= 2
         if size <= 1e-6:
             break

@@ -1,0 +1,56 @@
+"""Fixtures: a policy folder and data small enough that a whole training run takes a second. No download, nothing outside tmp_path."""
+
+import json
+
+import pytest
+import torch
+
+from minialign.data import builtin_demos, builtin_pairs, builtin_tokenizer
+from minialign.model import GPT, GPTConfig
+from minialign.weights import save_pretrained
+
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and sums would depend on the machine
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory):
+    """A random two-layer GPT with the tokenizer of the built-in task, in float64."""
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = builtin_tokenizer()
+    torch.manual_seed(0)
+    config = GPTConfig.tiny(tokenizer.vocab_size, n_embd=16, n_head=2, ffn_dim=32, max_len=128)
+    save_pretrained(GPT(config).double(), folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demos_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "demos.jsonl"
+    path.write_text("".join(json.dumps(vars(demo)) + "\n" for demo in builtin_demos(20)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(vars(pair)) + "\n" for pair in builtin_pairs(20)))
+    return path
+
+
+@pytest.fixture
+def small(policy_folder, demos_file, pairs_file, tmp_path):
+    """small('irft', steps=6, ...) -> (module, Config) of a run that takes about a second, in its own folder under tmp_path."""
+    import importlib
+
+    def make(method, **changes):
+        module = importlib.import_module(f"minialign.methods.{method}")
+        data = {"pairs": str(pairs_file)} if method == "reward_model" else {"demos": str(demos_file)}
+        sampling = {"max_new": 12} if method != "reward_model" else {}
+        settings = dict(policy=str(policy_folder), steps=6, batch_size=8, max_len=64, dtype="float64", device="cpu", eval_every=4,
+                        save_every=4, log_every=100, lr=3e-3, out=str(tmp_path / f"{method}-{len(list(tmp_path.iterdir()))}"))
+        return module, module.Config(**{**settings, **data, **sampling, **changes})
+
+    return make
+
+
+METHODS = ("sft", "irft", "reward_model")  # every method there is; tests/test_house.py holds this list to the folder

@@ -1,0 +1,123 @@
+"""Not a test: a program that kills its own children with SIGKILL, so that torch is imported once for many kills.
+
+    python -m tests.killing writes FOLDER                          kill before the k-th change of the disk, for every k
+    python -m tests.killing run METHOD TRIALS FOLDER CONFIG_JSON   kill a training run at random moments, resume it, compare
+
+Prints JSON; tests/test_checkpoint.py and tests/test_resume.py read it. Each child is forked before any parallel kernel ran.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from minialign import checkpoint
+from minialign.common import read_rows
+
+torch.set_num_threads(1)
+
+
+def in_child(action, kill_after=None):
+    """Run action() in a fork, killed after so many seconds if it still lives. Returns True if it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            try:
+                action()
+            except BaseException as error:  # a child must never return into the parent's loop
+                traceback.print_exc(file=sys.__stderr__)
+                os._exit(1 if not isinstance(error, SystemExit) else error.code or 0)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
+        raise RuntimeError(f"the child failed with code {os.WEXITSTATUS(status)}")
+    return os.WIFSIGNALED(status)
+
+
+def kill_between_writes(folder):
+    """[step found afterwards] for k = 1, 2, ... until a save survives. Step 1 was saved before, step 2 is being saved."""
+    from tests.test_checkpoint import parts, same
+
+    old, new, found, k = parts(), parts(steps=4), [], 0
+
+    def save_and_die():
+        calls = 0
+
+        def counted(function):
+            def wrapper(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == k:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return wrapper
+
+        for name in ("save_file", "flush_to_disk", "write_atomic", "prune"):
+            setattr(checkpoint, name, counted(getattr(checkpoint, name)))
+        os.replace, Path.mkdir, Path.write_text = counted(os.replace), counted(Path.mkdir), counted(Path.write_text)
+        checkpoint.save_checkpoint(folder, 2, *new, {})
+
+    while True:
+        k += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        checkpoint.save_checkpoint(folder, 1, *old, {})
+        killed = in_child(save_and_die)
+        restored = parts(seed=9, steps=1)
+        state = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(folder), *restored)
+        if not same(restored, new if state["step"] == 2 else old):
+            raise RuntimeError(f"not bitwise equal after a kill before write {k}")
+        found.append(state["step"])
+        if not killed:
+            return found
+
+
+def result_of(folder):
+    """All that a run leaves behind, without what tells the time: weights, optimizer, metrics, samples."""
+    newest = checkpoint.newest_checkpoint(folder)
+    files = {name: (newest / name).read_bytes().hex() for name in ("model.safetensors", "optim.safetensors", "rng.safetensors")}
+    files["export"] = (Path(folder) / "final" / "model.safetensors").read_bytes().hex()
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(Path(folder) / "metrics.jsonl")]
+    return {**files, "checkpoint": newest.name, "metrics": rows, "samples": read_rows(Path(folder) / "samples.jsonl")}
+
+
+def kill_runs(method, trials, folder, settings):
+    """[(seconds until the kill, was it alive, times killed, equal)] for each trial: killed once or twice, then resumed to the end."""
+    module = importlib.import_module(f"minialign.methods.{method}")
+    unbroken = f"{folder}/unbroken"
+    started = time.monotonic()
+    in_child(lambda: module.main(module.Config(**settings, out=unbroken)))
+    duration = time.monotonic() - started
+    expected, rng, outcomes = result_of(unbroken), random.Random(0), []
+    for trial in range(trials):
+        out = f"{folder}/trial-{trial}"
+        delay = duration * (trial + rng.random()) / trials  # spread over the whole run
+        kills = int(in_child(lambda out=out: module.main(module.Config(**settings, out=out)), kill_after=delay))
+        started_at_all = (Path(out) / "config.json").is_file()
+        config = module.Config(resume=out) if started_at_all else module.Config(**settings, out=out + "-again")
+        if rng.random() < 0.4 and started_at_all:  # and once more, while it resumes
+            kills += int(in_child(lambda config=config: module.main(config), kill_after=duration * rng.random()))
+        in_child(lambda config=config: module.main(config))
+        outcomes.append((round(delay, 3), started_at_all, kills, result_of(out if started_at_all else out + "-again") == expected))
+        shutil.rmtree(out, ignore_errors=True)
+    return outcomes
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "writes":
+        print(json.dumps(kill_between_writes(sys.argv[2])))
+    else:
+        print(json.dumps(kill_runs(sys.argv[2], int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))))

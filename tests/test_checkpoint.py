@@ -1,0 +1,164 @@
+"""The checkpoint folder against kill -9 between any two writes, a full disk, truncation, flipped bits and strangers."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minialign import checkpoint
+from minialign.common import BadInput
+
+ROOT = Path(__file__).parent.parent
+
+
+def parts(seed=0, steps=3):
+    """A small module with a tied weight and an AdamW that has taken a few steps."""
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 4))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(torch.randn(2, 4)).pow(2).sum().backward()
+        optimizer.step()
+    return {"policy": module}, {"optimizer": optimizer}
+
+
+def same(left, right):
+    """Bitwise: every parameter and every optimizer tensor."""
+
+    def tensors(modules, optimizers):
+        named = dict(modules["policy"].named_parameters())
+        for index, values in optimizers["optimizer"].state_dict()["state"].items():
+            named |= {f"{index}.{key}": value for key, value in values.items()}
+        return named
+
+    left, right = tensors(*left), tensors(*right)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_round_trip_is_bitwise(tmp_path):
+    saved = parts()
+    torch.manual_seed(77)
+    checkpoint.save_checkpoint(tmp_path, 5, *saved, {"skipped": 1})
+    drawn = torch.rand(3)
+    restored = parts(seed=9, steps=1)
+    folder = checkpoint.newest_checkpoint(tmp_path)
+    state = checkpoint.load_checkpoint(folder, *restored)
+    assert folder.name == "step_000005" and same(saved, restored)
+    assert state["step"] == 5 and state["skipped"] == 1 and state["threads"] == torch.get_num_threads()
+    assert torch.equal(torch.rand(3), drawn)  # the generator continues where it was
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_000005\n"
+
+
+def test_no_pickle_in_the_folder(tmp_path):
+    folder = checkpoint.save_checkpoint(tmp_path, 1, *parts(), {})
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", ".safetensors", ".safetensors", ".safetensors"]
+
+
+def test_keeps_the_newest_and_sweeps_up(tmp_path):
+    stray = tmp_path / "checkpoints" / "step_000009.tmp-1"
+    stray.mkdir(parents=True)
+    for step in (1, 2, 3):
+        checkpoint.save_checkpoint(tmp_path, step, *parts(), {}, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_000002", "step_000003"]
+
+
+def test_steps_are_compared_as_numbers(tmp_path):
+    for step in (999_999, 1_000_000):
+        checkpoint.save_checkpoint(tmp_path, step, *parts(), {})
+    assert checkpoint.newest_checkpoint(tmp_path).name == "step_1000000"
+
+
+@pytest.mark.parametrize("name", [*checkpoint.FILES, "manifest.json"])
+def test_damage_is_noticed_and_stepped_over(tmp_path, name, capsys):
+    """Truncations at many places and single flipped bits, in every file: always refused, and the older checkpoint serves."""
+    checkpoint.save_checkpoint(tmp_path, 1, *parts(), {})
+    folder = checkpoint.save_checkpoint(tmp_path, 2, *parts(), {})
+    path = folder / name
+    whole = path.read_bytes()
+    damages = [whole[: len(whole) * i // 16] for i in range(16)]
+    if name != "manifest.json":  # a flipped bit there may hit white space; its numbers are checked against the files
+        for bit in range(0, 8 * len(whole), max(1, 8 * len(whole) // 50)):
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            damages.append(bytes(flipped))
+    for damage in damages:
+        path.write_bytes(damage)
+        assert checkpoint.newest_checkpoint(tmp_path).name == "step_000001"
+    assert "passed over" in capsys.readouterr().err
+    path.unlink()
+    assert checkpoint.newest_checkpoint(tmp_path).name == "step_000001"
+    path.write_bytes(whole)
+    assert checkpoint.newest_checkpoint(tmp_path).name == "step_000002"
+
+
+def test_nothing_sound_is_none(tmp_path):
+    assert checkpoint.newest_checkpoint(tmp_path) is None
+
+
+def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path):
+    folder = checkpoint.save_checkpoint(tmp_path, 1, *parts(), {})
+    (folder / "model.safetensors").write_bytes(b"torn")
+    checkpoint.save_checkpoint(tmp_path, 1, *parts(), {})
+    assert checkpoint.newest_checkpoint(tmp_path) == folder
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    """Whichever write meets the full disk: the old checkpoint stays, the message names path and bytes, nothing half-written remains."""
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", (0, 0, 0))
+    saved = parts()
+    checkpoint.save_checkpoint(tmp_path, 1, *saved, {})
+    real = checkpoint.save_file
+    for fails_at in (1, 2, 3):
+        calls = []
+
+        def full(tensors, path, calls=calls, fails_at=fails_at):
+            calls.append(path)
+            if (len(calls) - 1) % 3 + 1 == fails_at or len(calls) % 3 == fails_at % 3:
+                Path(path).write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(tensors, path)
+
+        monkeypatch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(BadInput, match=r"step_000002: the checkpoint could not be written .*No space.* bytes free; earlier"):
+            checkpoint.save_checkpoint(tmp_path, 2, *saved, {})
+        assert checkpoint.newest_checkpoint(tmp_path).name == "step_000001"
+        assert not list((tmp_path / "checkpoints").glob("*.tmp-*"))
+
+
+def test_one_stumble_is_retried(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", (0, 0, 0))
+    real, calls = checkpoint.flush_to_disk, []
+
+    def stumble(path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "flush_to_disk", stumble)
+    checkpoint.save_checkpoint(tmp_path, 1, *parts(), {})
+    assert checkpoint.newest_checkpoint(tmp_path) is not None and capsys.readouterr().err.count("try 2") == 1
+
+
+def test_another_model_is_refused(tmp_path):
+    folder = checkpoint.save_checkpoint(tmp_path, 1, *parts(), {})
+    other = {"policy": torch.nn.Linear(4, 3)}, {"optimizer": torch.optim.AdamW(torch.nn.Linear(4, 3).parameters())}
+    with pytest.raises(BadInput, match="of another method or model|of another model"):
+        checkpoint.load_checkpoint(folder, *other)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_between_any_two_writes(tmp_path):
+    """SIGKILL before the k-th change of the disk, for every k: what is found afterwards is a whole checkpoint, the old one until the
+    rename, the new one from then on, bit for bit (the program compares)."""
+    command = [sys.executable, "-m", "tests.killing", "writes", str(tmp_path / "run")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found[0] == 1 and found[-1] == 2 and found == sorted(found) and found.count(1) >= 10 and found.count(2) >= 3, found

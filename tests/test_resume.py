@@ -1,0 +1,176 @@
+"""Exact resume, for every method: bitwise equal losses, metrics, samples, weights and optimizer, wherever the run was cut."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minialign import run
+from minialign.common import BadInput
+from tests.conftest import METHODS
+from tests.killing import result_of
+
+ROOT = Path(__file__).parent.parent
+EXTRA = {"irft": {"rounds": 3}}  # so that a cut falls inside a round as well as between two
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_sigterm_then_resume_is_bitwise(small, method, micro_batch, monkeypatch):
+    """SIGTERM during steps 1, 4, 5 and 9 of 11 in turn (in epoch 0 and in later ones; not on save_every): each time the run saves after
+    the step and exits with 0; the four pieces and the rest equal the unbroken run."""
+    settings = dict(steps=11, micro_batch=micro_batch, **EXTRA.get(method, {}))
+    module, cfg = small(method, **settings)
+    expected = result_of(module.main(cfg))
+    module, cfg = small(method, **settings)
+    original = run.Run.log
+    for stop_at in (1, 4, 5, 9):
+
+        def log(self, step, stop_at=stop_at, **metrics):
+            original(self, step, **metrics)
+            if step + 1 == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(run.Run, "log", log)
+        with pytest.raises(SystemExit) as stop:
+            module.main(cfg)
+        assert stop.value.code == 0
+        assert (Path(cfg.out or cfg.resume) / "checkpoints" / f"step_{stop_at:06d}").is_dir()
+        cfg = module.Config(resume=cfg.out or cfg.resume)
+    monkeypatch.setattr(run.Run, "log", original)
+    assert result_of(module.main(cfg)) == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dying_in_the_middle_of_accumulation(small, method, monkeypatch):
+    """An end without warning between two micro-batches, in epoch 1: the half-summed gradient is lost, the step is done again."""
+    settings = dict(steps=9, micro_batch=2, save_every=3, **EXTRA.get(method, {}))
+    module, cfg = small(method, **settings)
+    expected = result_of(module.main(cfg))
+    module, cfg = small(method, **settings)
+    original, calls = module.step, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4 * 4 + 3:  # four micro-batches a step: the third of step 5
+            raise MemoryError("the machine went away")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "step", dies)
+    with pytest.raises(MemoryError):
+        module.main(cfg)
+    monkeypatch.setattr(module, "step", original)
+    assert result_of(module.main(module.Config(resume=cfg.out))) == expected
+
+
+def killed(method, trials, folder, settings):
+    command = [sys.executable, "-m", "tests.killing", "run", method, str(trials), str(folder), json.dumps(settings)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def check(outcomes, trials):
+    assert len(outcomes) == trials and all(equal for *_, equal in outcomes), outcomes
+    assert sum(alive for _, alive, _, _ in outcomes) >= trials // 2  # most kills met a run that had begun
+    assert sum(kills for _, _, kills, _ in outcomes) >= trials // 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("method", "trials"), [
+    ("sft", 20),
+    pytest.param("irft", 20, marks=pytest.mark.slow), pytest.param("reward_model", 20, marks=pytest.mark.slow),
+    pytest.param("sft", 100, marks=pytest.mark.slow),
+])
+def test_kill_9_at_random_moments(small, tmp_path, method, trials):
+    """SIGKILL at moments spread over the whole run, saving at every step so that many fall into a write; some runs are killed
+    again while they resume. Every one ends bitwise equal to the unbroken run."""
+    _, cfg = small(method, steps=14, save_every=1, eval_every=5, micro_batch=3, **EXTRA.get(method, {}))
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}
+    check(killed(method, trials, tmp_path / "kills", settings), trials)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(small):
+    settings = dict(steps=3, save_every=100)
+    module, cfg = small("sft", **settings)
+    expected = result_of(module.main(cfg))
+    module, cfg = small("sft", **settings)
+    original = module.step
+    module.step = lambda *args: (_ for _ in ()).throw(MemoryError)
+    try:
+        with pytest.raises(MemoryError):
+            module.main(cfg)
+    finally:
+        module.step = original
+    assert result_of(module.main(module.Config(resume=cfg.out))) == expected
+
+
+def test_a_finished_run_resumes_to_the_same_end(small):
+    module, cfg = small("sft")
+    expected = result_of(module.main(cfg))
+    assert result_of(module.main(module.Config(resume=cfg.out))) == expected
+
+
+def test_the_same_seed_twice_is_the_same_run_and_another_is_not(small):
+    runs = []
+    for seed in (1, 1, 2):
+        module, cfg = small("irft", seed=seed)
+        runs.append(result_of(module.main(cfg)))
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logging_evaluating_and_saving_do_not_change_the_training(small, method):
+    exports = []
+    for changes in ({"eval_every": 1, "save_every": 1, "log_every": 1}, {"eval_every": 100, "save_every": 100}):
+        module, cfg = small(method, **changes)
+        exports.append((module.main(cfg) / "final" / "model.safetensors").read_bytes())
+    assert exports[0] == exports[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_is_invariant(small, method):
+    """1×8 = 2×4 = 8×1 (and 3+3+2): the same weights after 6 steps to 1e-10 in float64, the same logged losses."""
+    from safetensors.torch import load_file
+
+    weights, losses = [], []
+    for micro_batch in (0, 4, 1, 3):
+        module, cfg = small(method, micro_batch=micro_batch)
+        folder = module.main(cfg)
+        weights.append(load_file(folder / "final" / "model.safetensors"))
+        losses.append([row["loss"] for row in result_of(folder)["metrics"]])
+    for other, other_losses in zip(weights[1:], losses[1:], strict=True):
+        assert max(float((weights[0][name] - other[name]).abs().max()) for name in other) < 1e-10
+        assert max(abs(a - b) for a, b in zip(losses[0], other_losses, strict=True)) < 1e-10
+
+
+# ----------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_resume_refuses_what_would_not_be_the_same_run(small, demos_file, tmp_path):
+    module, cfg = small("sft")
+    folder = module.main(cfg)
+    irft, _ = small("irft")
+    with pytest.raises(BadInput, match="was not made by irft"):
+        irft.main(irft.Config(resume=str(folder)))
+    with pytest.raises(BadInput, match="drop --steps .*--policy"):
+        module.main(module.Config(resume=str(folder), steps=99))
+    with pytest.raises(BadInput, match="holds no config.json"):
+        module.main(module.Config(resume=str(tmp_path / "nowhere")))
+    with pytest.raises(BadInput, match="exists and is not empty.*--resume"):
+        module.main(cfg)
+
+
+def test_resume_refuses_changed_data(small, demos_file, tmp_path):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(demos_file.read_bytes())
+    module, cfg = small("sft", demos=str(copy))
+    folder = module.main(cfg)
+    copy.write_bytes(demos_file.read_bytes() + b'{"prompt": "ask for tea: ", "completion": "tea now!"}\n')
+    with pytest.raises(BadInput, match="copy.jsonl: has changed since this run began"):
+        module.main(module.Config(resume=str(folder)))

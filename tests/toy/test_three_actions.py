@@ -1,0 +1,75 @@
+import subprocess
+import sys
+
+import pytest
+import torch.nn.functional as F
+
+from minialign.common import BadInput
+from toy import three_actions
+
+
+def test_every_row_meets_its_law(tmp_path, capsys):
+    assert three_actions.main(three_actions.Config(out=str(tmp_path / "figure.png")))
+    out = capsys.readouterr().out
+    assert "FAIL" not in out and out.count("PASS") >= 17
+    assert (tmp_path / "figure.png").stat().st_size > 20_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [
+    dict(beta=0.4, R=1.0, ref=[0.2, 0.3, 0.5]), dict(beta=0.7, R=2.0, expert=[0.02, 0.28, 0.7], ref=[0.1, 0.1, 0.8]), dict(beta=5.0, R=20.0),
+    dict(beta=1.0, R=1.0, ref=[1.0, 1.0, 1.0]),
+])
+def test_other_settings(settings, tmp_path):
+    assert three_actions.main(three_actions.Config(**settings, out=str(tmp_path / "figure.png")))
+
+
+def failures(monkeypatch, wrong):
+    monkeypatch.setattr(three_actions, "irft_loss", wrong)
+    return [check.name for check in three_actions.checks(three_actions.Config(rounds=2)) if not check.passed]
+
+
+WRONG = {
+    "no reference": lambda d, s, rd, rs, *, beta, h="logistic": three_actions_loss(beta * (d - s), h),
+    "beta lost": lambda d, s, rd, rs, *, beta, h="logistic": three_actions_loss((d - rd) - (s - rs), h),
+    "sign flipped": lambda d, s, rd, rs, *, beta, h="logistic": three_actions_loss(-beta * ((d - rd) - (s - rs)), h),
+    "reference of the sample lost": lambda d, s, rd, rs, *, beta, h="logistic": three_actions_loss(beta * ((d - rd) - s), h),
+    "own answer detached": lambda d, s, rd, rs, *, beta, h="logistic": three_actions_loss(beta * ((d - rd) - (s.detach() - rs)), h),
+    "log log, as printed": lambda d, s, rd, rs, *, beta, h="logistic": (F.softplus(-beta * ((d - rd) - (s - rs))).log().mean(), {}),
+}
+
+
+def three_actions_loss(z, h):
+    return (F.softplus(-z).mean() if h == "logistic" else (-z).mean()), {}
+
+
+def test_the_replacement_itself_is_harmless(monkeypatch):
+    right = lambda d, s, rd, rs, *, beta, h="logistic": three_actions_loss(beta * ((d - rd) - (s - rs)), h)  # noqa: E731
+    assert failures(monkeypatch, right) == []
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_variants_miss_a_law(monkeypatch, name):
+    """The check has teeth: each wrong loss, put in the place of the right one, fails at least one row."""
+    assert failures(monkeypatch, WRONG[name])
+
+
+def test_rft_without_the_bound_misses(monkeypatch):
+    """The regulariser of Table 1 is the bound on the reward: without it Algorithm 1 goes on to the demonstration."""
+    unbounded = three_actions.algorithm_1(three_actions.torch.full((3,), 1 / 3).double(), 2, beta=2.0, R=1e6, rounds=20)
+    assert unbounded[2] > 0.999
+
+
+def test_a_missed_law_ends_with_code_1(tmp_path):
+    program = (
+        "import sys, toy.three_actions as t; t.closed_form.table_1 = lambda x: [2 / (2 + 2.7), 2 / (2 + 2.7), 2.7 / 4.7];"
+        f"sys.argv = ['three_actions']; cfg = t.Config(out={str(tmp_path / 'f.png')!r}); sys.exit(0 if t.main(cfg) else 1)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "FAIL  ML-IRL, Table 1" in result.stdout
+
+
+@pytest.mark.parametrize("settings", [dict(expert=[0.5, 0.5]), dict(ref=[0.0, 0.5, 0.5]), dict(beta=0.0), dict(resampling="often")])
+def test_bad_arguments(settings, tmp_path):
+    with pytest.raises(BadInput):
+        three_actions.main(three_actions.Config(**settings, out=str(tmp_path / "f.png")))

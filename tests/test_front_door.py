@@ -1,0 +1,108 @@
+"""`python -m minialign`: what a stranger types first, and what happens when it is mistyped."""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minialign import __main__ as front_door
+from minialign.common import field_comments
+from tests.conftest import METHODS
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*argv, capsys):
+    """(exit code, stdout, stderr) of the front door, in this process."""
+    try:
+        front_door.main(list(argv))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_it_lists_everything(capsys):
+    code, out, _ = call(capsys=capsys)
+    assert code == 0
+    names = [path.stem for folder in ("minialign/methods", "toy", "tutorials") for path in (ROOT / folder).glob("[!_]*.py")]
+    for name in {*names, *front_door.COMMANDS} - {"closed_form"}:
+        assert f"  {name} " in out, name
+
+
+@pytest.mark.parametrize("command", [*METHODS, "sample", "evaluate", "plot", "show", "demo"])
+def test_help_shows_every_field_with_its_comment_and_default(command, capsys):
+    own = {"sample": front_door.SampleConfig, "plot": front_door.PlotConfig, "show": front_door.ShowConfig}
+    config = own.get(command)
+    if config is None:
+        config = importlib.import_module(f"minialign.methods.{command}" if command in METHODS else f"minialign.{command}").Config
+    code, out, _ = call(command, "--help", capsys=capsys)
+    text = " ".join(out.split())
+    comments = field_comments(config)
+    for field in dataclasses.fields(config):
+        assert f"--{field.name}" in text and comments[field.name], field.name
+        assert " ".join(comments[field.name].split()) in text, field.name
+        if field.default is not dataclasses.MISSING:
+            assert f"(default: {field.default!r})" in text
+    assert code == 0
+
+
+def test_mistyped_flag_and_command(capsys):
+    code, _, err = call("irft", "--bta", "0.1", capsys=capsys)
+    assert code == 2 and "did you mean --beta?" in err and err.count("\n") == 1
+    code, _, err = call("iftr", capsys=capsys)
+    assert code == 2 and "unknown command iftr: did you mean irft?" in err
+
+
+def test_bad_input_is_one_sentence_and_code_2_in_a_real_process(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"question": "c"}\n')
+    command = [sys.executable, "-m", "minialign", "sft", "--policy", "new", "--demos", str(bad), "--out", str(tmp_path / "run")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"{bad}:2: found the keys ['question'], expected prompt + completion" in result.stderr
+
+
+def test_sample(policy_folder, capsys):
+    argv = ("sample", "--policy", str(policy_folder), "--prompt", "ask for tea: ", "ask for soap: ", "--n", "2", "--max_new", "5", "--dtype",
+            "float64")
+    code, out, _ = call(*argv, capsys=capsys)
+    assert code == 0 and out.count("ask for tea: ⟦") == 2 and out.count("ask for soap: ⟦") == 2 and "log π -" in out
+    assert call(*argv, capsys=capsys)[1] == out  # the same seed says the same
+    code, _, err = call("sample", "--policy", str(policy_folder), "--prompt", "TEA", capsys=capsys)
+    assert code == 2 and "the vocabulary lacks ['A', 'E', 'T']" in err
+
+
+def test_plot_and_show(small, capsys):
+    module, cfg = small("irft")
+    folder = str(module.main(cfg))
+    capsys.readouterr()
+    code, out, _ = call("plot", folder, capsys=capsys)
+    assert code == 0 and (Path(folder) / "figures" / "metrics.png").stat().st_size > 10_000
+    code, out, _ = call("show", folder, "--last", "2", capsys=capsys)
+    assert code == 0 and out.count("⟦") == 2 and "── step 6" in out
+    for command in ("plot", "show"):
+        code, _, err = call(command, str(Path(folder) / "final"), capsys=capsys)
+        assert code == 2 and "is it a run folder" in err
+
+
+def test_a_reward_model_writes_nothing(small, capsys):
+    module, cfg = small("reward_model")
+    folder = module.main(cfg)
+    capsys.readouterr()
+    code, _, err = call("sample", "--policy", str(folder / "final"), capsys=capsys)
+    assert code == 2 and "is a reward model" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_with_no_flags(method, tmp_path):
+    """On the built-in task, from the front door, in a fresh folder: base model, run, export."""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-m", "minialign", method], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "done in" in result.stdout and len(list((tmp_path / "runs").glob(f"{method}-*/final/model.safetensors"))) == 1

@@ -1,0 +1,146 @@
+"""What surrounds a method: guards against NaN, the first look, the export, refusals at second 0."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minialign import run
+from minialign.batch import collate
+from minialign.common import BadInput, read_rows
+from minialign.data import builtin_tokenizer
+from tests.conftest import METHODS
+
+
+def poison(monkeypatch, module, bad_steps, where="loss"):
+    """Let module.step return a NaN loss (or a NaN gradient) in the given steps, counted from 1."""
+    original, calls = module.step, []
+
+    def step(*args, **kwargs):
+        calls.append(1)
+        loss, stats = original(*args, **kwargs)
+        if len(calls) in bad_steps:
+            loss = loss * math.nan if where == "loss" else loss + 0 * torch.sqrt(loss.detach() * 0 + 0 * loss)  # d sqrt(0) is inf
+        return loss, stats
+
+    monkeypatch.setattr(module, "step", step)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_named(small, monkeypatch, capsys, method, where):
+    module, cfg = small(method, steps=5, save_every=1)
+    poison(monkeypatch, module, {3}, where)
+    folder = module.main(cfg)
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1]
+    error = capsys.readouterr().err
+    assert "step 3 skipped" in error and "rows [" in error and "first non-finite gradient: tok_embed.weight" in error
+    assert all(tensor.isfinite().all() for tensor in load_file(folder / "final" / "model.safetensors").values())
+
+
+def test_a_skipped_step_leaves_the_weights_alone(small, monkeypatch):
+    """The last step is bad: the export equals that of a run one step shorter, bit for bit (constant learning rate)."""
+    weights = []
+    for steps, bad in ((3, {3}), (2, set())):
+        module, cfg = small("sft", steps=steps, schedule="constant", warmup=0.0)
+        with monkeypatch.context() as patch:
+            poison(patch, module, bad)
+            weights.append((module.main(cfg) / "final" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_three_bad_steps_end_the_run_and_the_checkpoint_is_finite(small, monkeypatch):
+    module, cfg = small("sft", steps=9, save_every=1)
+    poison(monkeypatch, module, {3, 4, 5})
+    with pytest.raises(FloatingPointError, match="3 steps in a row .* last step 5, rows .* smaller --lr"):
+        module.main(cfg)
+    newest = run.checkpoint.newest_checkpoint(cfg.out)
+    assert newest.name == "step_000002"  # no step whose guard failed is ever saved
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
+
+
+def test_two_bad_steps_then_a_good_one_go_on(small, monkeypatch):
+    module, cfg = small("sft", steps=6)
+    poison(monkeypatch, module, {1, 2, 4, 5})
+    assert read_rows(module.main(cfg) / "metrics.jsonl")[-1]["skipped"] == 4
+
+
+def test_first_look(small, capsys):
+    """Device, sizes, decoded rows with what is scored in ⟦ ⟧ and EOS as ⏎, counts."""
+    module, cfg = small("sft", steps=1)
+    module.main(cfg)
+    out = capsys.readouterr().out
+    assert "sft: cpu (1 threads), float64, parameters: policy " in out
+    assert "data: 18 rows, " in out and " truncated, " in out and " empty; about " in out and " MB at the peak" in out
+    assert "ask for " in out and "⟦" in out and "⏎⟧" in out and " scored)" in out
+    for line in ("curves ", "samples ", "talk ", "weights "):
+        assert line in out
+
+
+def test_show_row_marks_exactly_what_is_scored():
+    tokenizer = builtin_tokenizer()
+    prompt, completion = tokenizer.encode("ask for tea: "), tokenizer.encode("give me tea now!") + [tokenizer.eos_id]
+    whole = collate([prompt], [completion], pad_id=tokenizer.pad_id)
+    assert run.show_row(tokenizer, whole, 0) == "ask for tea: ⟦give me tea now!⏎⟧  (17 scored)"
+    cut = collate([prompt], [completion], pad_id=tokenizer.pad_id, max_len=len(prompt) + 4)
+    assert run.show_row(tokenizer, cut, 0) == "ask for tea: ⟦give⟧  (4 scored)"
+    none = collate([prompt], [completion], pad_id=tokenizer.pad_id, max_len=len(prompt))
+    assert run.show_row(tokenizer, none, 0).endswith("⟦⟧  (0 scored)")
+
+
+def test_the_run_folder(small):
+    module, cfg = small("irft")
+    folder = module.main(cfg)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "env.json", "inputs.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl",
+                     "samples.jsonl", "checkpoints", "final"}
+    environment = json.loads((folder / "env.json").read_text())
+    assert {"minialign", "commit", "python", "torch", "platform", "device", "threads", "argv", "started"} == set(environment)
+    sample_rows = read_rows(folder / "samples.jsonl")
+    assert {"step", "prompt", "completion", "finished"} == set(sample_rows[0]) and sample_rows[-1]["step"] == cfg.steps
+
+
+def test_metrics_are_valid_json_everywhere(small):
+    """NaN is no JSON: no metric may need it, with or without held-out rows."""
+    for method in METHODS:
+        for held_out in (0.0, 0.2):
+            module, cfg = small(method, held_out=held_out, steps=2)
+            text = (module.main(cfg) / "metrics.jsonl").read_text()
+            json.loads("[" + ",".join(text.splitlines()) + "]", parse_constant=lambda name: pytest.fail(f"{method}: {name}"))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"steps": 0}, "--steps 0: must be at least 1"), ({"batch_size": -3}, "--batch_size -3"), ({"held_out": 0.95}, "at most 0.9"),
+    ({"warmup": 2.0}, "--warmup 2.0"), ({"max_grad_norm": 0.0}, "--max_grad_norm 0.0: must be above 0"), ({"schedule": "cos"}, "--schedule cos"),
+    ({"lr": -1.0}, "--lr -1.0"), ({"lr": math.nan}, "--lr nan"), ({"policy": "no/such/folder"}, "no/such/folder: no such folder"),
+    ({"demos": "absent.jsonl"}, "absent.jsonl: cannot be read"), ({"max_len": 500}, "--max_len 500: the policy's context is 128"),
+    ({"dtype": "half"}, "--dtype half"), ({"device": "abacus"}, "--device abacus"),
+])
+def test_refusals_at_second_0(small, changes, message):
+    module, cfg = small("sft", **changes)
+    with pytest.raises(BadInput, match=message):
+        module.main(cfg)
+
+
+def test_a_run_folder_that_cannot_be_written(small, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    module, cfg = small("sft", out=str(blocker / "run"))
+    with pytest.raises(BadInput, match="cannot be written"):
+        module.main(cfg)
+
+
+def test_a_tokenizer_too_large_for_the_policy(small, policy_folder, tmp_path):
+    import shutil
+
+    from minialign.tokenizer import CharTokenizer
+
+    folder = tmp_path / "mixed"
+    shutil.copytree(policy_folder, folder)
+    CharTokenizer("".join(chr(i) for i in range(40, 140))).save(folder)
+    module, cfg = small("sft", policy=str(folder))
+    with pytest.raises(BadInput, match="ids up to 100, the model only"):
+        module.main(cfg)

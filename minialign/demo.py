@@ -183,7 +183,8 @@ def draw(table, exact, path):
     columns = list(next(iter(table.values())))
     figure, axes = plt.subplots(1, len(columns), figsize=(3.6 * len(columns), 3.6), constrained_layout=True)
     colors = ["0.6", "C0", "C3", "C1"]
-    subtitles = dict(zip(columns, ("higher is better", "share of samples", "prefers the better answer if > 0", "0 is the expert"), strict=True))
+    meaning = ("higher is better", "share of samples", "prefers the better answer if > 0", "0 is the expert")
+    subtitles = dict(zip(columns, meaning, strict=True))
     for axis, column in zip(axes, columns, strict=True):
         for index, values in enumerate(table.values()):
             axis.bar(index, statistics.mean(values[column]), color=colors[index % 4], width=0.7)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,8 @@ class Run:
         self.cfg, self.device, self.dtype = cfg, pick_device(cfg.device), pick_dtype(cfg.dtype)
         if not self.resuming:
             self._create()
+        if self.device.type == "mps":
+            print("note: Apple's mps device has computed wrong losses in some releases of torch; compare a short run with --device cpu")
         torch.manual_seed(cfg.seed)
         self.modules, self.optimizers = {}, {}
         self.first_step, self.skipped, self.skipped_in_a_row, self.stop = 0, 0, 0, None
@@ -124,14 +127,26 @@ class Run:
         cfg, numbers = self.cfg, counts(rows, self.cfg.max_len)
         if not numbers["scored_tokens"]:
             raise BadInput(f"no row has a scored token: every prompt fills --max_len {cfg.max_len}; raise it, or set --max_prompt")
+        needed = peak_memory(self, models, batch)
         sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
         print(f"{self.method}: {describe_device(self.device)}, {cfg.dtype}, parameters: {sizes}")
         print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
-              f"{numbers['empty']:,} empty; about {peak_memory(self, models, batch):,.0f} MB at the peak")
+              f"{numbers['empty']:,} empty; about {needed:,.0f} MB at the peak")
+        if self.device.type == "cuda" and needed * 2**20 > torch.cuda.mem_get_info(self.device)[0]:
+            print("note: that is more than the GPU has free; a smaller --micro_batch or --max_len needs less", file=sys.stderr)
         for side in [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]:
             for b in range(min(3 if side is batch else 1, len(side))):
                 print("  " + show_row(tokenizer, side, b))
         print(f"folder: {self.folder}" + (f", resuming after step {self.first_step}" if self.resuming else ""), flush=True)
+
+    def check_context(self, policy, rows):
+        """Refuse at second 0 prompts that leave no room for max_new sampled tokens, rather than at the step that meets the longest."""
+        longest, context = max(len(row[0]) for row in rows), policy.config.max_len
+        if longest + self.cfg.max_new - 1 > context:
+            raise BadInput(
+                f"the longest prompt has {longest} tokens: with --max_new {self.cfg.max_new} it exceeds the policy's context of {context}; "
+                f"set --max_prompt {max(1, context - self.cfg.max_new)}, or a smaller --max_new"
+            )
 
     # --------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -139,6 +154,12 @@ class Run:
         """Name the modules and optimizers that a checkpoint holds; when resuming, restore the newest one into them."""
         self.modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
         self.optimizers = {name: part for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
+        needed = 2 * sum(3 * p.numel() * p.element_size() for module in self.modules.values() for p in module.parameters())
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:  # two checkpoints, each with weights and two moments: better refused now than at step 1000
+            raise BadInput(
+                f"{self.folder}: checkpoints need about {needed:,} bytes and the disk has {free:,} free; make room or name another --out"
+            )
         if not self.resuming:
             return
         newest = checkpoint.newest_checkpoint(self.folder)
@@ -195,9 +216,12 @@ class Run:
         print(f"step {step + 1} skipped: loss {float(loss):g}, grad norm {float(grad_norm):g}, first non-finite gradient: {bad}, "
               f"rows {rows[:8]}", file=sys.stderr)
         if self.skipped_in_a_row == ABORT_AFTER:
+            names = [n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            dump = {"step": step + 1, "rows": list(rows), "loss": repr(float(loss)), "grad_norm": repr(float(grad_norm)), "non_finite": names}
+            write_atomic(self.folder / "debug.json", json.dumps(dump, indent=1) + "\n")
             raise FloatingPointError(
                 f"{ABORT_AFTER} steps in a row were not finite, last step {step + 1}, rows {rows[:8]}; the weights are those of the last "
-                f"good step, and the newest checkpoint in {self.folder}/checkpoints is finite; try a smaller --lr"
+                f"good step, and the newest checkpoint in {self.folder}/checkpoints is finite; details in debug.json; try a smaller --lr"
             )
         return False
 

@@ -64,7 +64,8 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
         generator = torch.Generator().manual_seed(derive_seed(seed, row, count[row]))
         uniforms[b] = torch.rand(max_new, generator=generator, dtype=torch.float64)  # drawn ahead: no schedule can change them
         count[row] += 1
-    uniforms = uniforms.to(device, torch.promote_types(policy.head_weight.dtype, torch.float32))
+    wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # logits rounded to bfloat16 would not equal token_logps
+    uniforms, head = uniforms.to(device, wide), policy.head_weight.to(wide)  # (B, max_new), (V, C)
 
     # Prefill: each distinct prompt once, right-padded; its last real position holds the first prediction.
     lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
@@ -77,11 +78,11 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
 
     alive = torch.arange(len(rows), device=device)  # (A,) the rows still in the batch
     tokens = torch.zeros(len(rows), max_new, dtype=torch.long, device=device)
-    token_logps = torch.zeros(len(rows), max_new, dtype=uniforms.dtype, device=device)
+    token_logps = torch.zeros(len(rows), max_new, dtype=wide, device=device)
     new_lengths = torch.full((len(rows),), max_new, device=device)
     finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for t in range(max_new):
-        logits = (hidden @ policy.head_weight.T).to(uniforms.dtype) / tau  # (A, V)
+        logits = hidden.to(wide) @ head.T / tau  # (A, V)
         allowed = logits
         if config.n_tokens is not None and config.n_tokens < config.vocab_size:
             allowed = allowed.clone()
@@ -108,7 +109,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     completions = [ids[:length] for ids, length in zip(tokens.tolist(), new_lengths.tolist(), strict=True)]
     batch = collate(rows, completions, pad_id=0 if eos_id is None else eos_id).to(device)
     real = torch.arange(max_new, device=device) < new_lengths[:, None]  # (B, max_new)
-    old_logps = torch.zeros(batch.mask.shape, dtype=token_logps.dtype, device=device)
+    old_logps = torch.zeros(batch.mask.shape, dtype=wide, device=device)
     old_logps = old_logps.masked_scatter(batch.mask, token_logps[real])  # both run row by row, in order
     return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, new_lengths, finished, completions)
 

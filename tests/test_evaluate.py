@@ -62,7 +62,8 @@ def test_the_table_against_a_loop(policy_folder, pairs_file, small, capsys):
     assert rows[1]["gap"][0] == pytest.approx(sum(gaps) / 20, abs=1e-9)
     nll = -sum(row[2][0] for row in table) / sum(row[2][1] for row in table)
     assert rows[1]["nll"][0] == pytest.approx(nll, abs=1e-9)
-    margins = [0.0 if p.chosen == p.rejected else row[2][0] - row[0][0] - row[3][0] + row[1][0] for p, row in zip(pairs, table, strict=True)]
+    margins = [row[2][0] - row[0][0] - row[3][0] + row[1][0] for row in table]
+    margins = [0.0 if p.chosen == p.rejected else margin for p, margin in zip(pairs, margins, strict=True)]
     wins = sum(margin > 0 for margin in margins) + 0.5 * sum(margin == 0 for margin in margins)
     assert rows[1]["implicit_accuracy"][0] == pytest.approx(wins / 20)
     assert rows[0]["implicit_accuracy"][0] == 0.5  # a reference against itself: all ties
@@ -78,8 +79,8 @@ def test_a_reward_model_and_json(small, pairs_file, tmp_path, capsys):
 
 
 def test_batching_does_not_matter(policy_folder, pairs_file):
-    tables = [evaluate.main(evaluate.Config(policies=[str(policy_folder)], pairs=str(pairs_file), held_out=1, batch_size=b, dtype="float64"))
-              for b in (1, 7, 32)]
+    settings = dict(policies=[str(policy_folder)], pairs=str(pairs_file), held_out=1, dtype="float64")
+    tables = [evaluate.main(evaluate.Config(**settings, batch_size=b)) for b in (1, 7, 32)]
     for table in tables[1:]:
         assert table[0]["gap"] == pytest.approx(tables[0][0]["gap"], abs=1e-10)
 

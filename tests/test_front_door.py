@@ -68,8 +68,8 @@ def test_bad_input_is_one_sentence_and_code_2_in_a_real_process(tmp_path):
 
 
 def test_sample(policy_folder, capsys):
-    argv = ("sample", "--policy", str(policy_folder), "--prompt", "ask for tea: ", "ask for soap: ", "--n", "2", "--max_new", "5", "--dtype",
-            "float64")
+    argv = ["sample", "--policy", str(policy_folder), "--prompt", "ask for tea: ", "ask for soap: ", "--n", "2", "--max_new", "5"]
+    argv += ["--dtype", "float64"]
     code, out, _ = call(*argv, capsys=capsys)
     assert code == 0 and out.count("ask for tea: ⟦") == 2 and out.count("ask for soap: ⟦") == 2 and "log π -" in out
     assert call(*argv, capsys=capsys)[1] == out  # the same seed says the same
@@ -103,6 +103,7 @@ def test_a_reward_model_writes_nothing(small, capsys):
 def test_every_method_runs_with_no_flags(method, tmp_path):
     """On the built-in task, from the front door, in a fresh folder: base model, run, export."""
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-m", "minialign", method], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "minialign", method]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "done in" in result.stdout and len(list((tmp_path / "runs").glob(f"{method}-*/final/model.safetensors"))) == 1

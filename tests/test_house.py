@@ -29,8 +29,8 @@ def imports(path):
 
 
 def test_top_level():
-    expected = {"minialign", "toy", "tutorials", "tests", "docs", "requirements.txt", "requirements-dev.txt", "constraints.txt", "README.md",
-                "LICENSE", "Makefile", "pyproject.toml", "CHANGELOG.md", ".gitignore", ".ci"}
+    expected = {"minialign", "toy", "tutorials", "tests", "docs", "requirements.txt", "requirements-dev.txt", "constraints.txt",
+                "README.md", "LICENSE", "Makefile", "pyproject.toml", "CHANGELOG.md", ".gitignore", ".ci"}
     assert {path.split("/")[0] for path in TRACKED} == expected
 
 
@@ -82,7 +82,8 @@ def test_a_method_file_has_its_rooms_in_order(method):
     source = (ROOT / f"minialign/methods/{method}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
     doc = ast.get_docstring(tree)
-    places = [doc.find(word) for word in ("\n\n    L", "Symbols", "Idea", "Differs", "Details", "Law", "Checked", f"python -m minialign {method}")]
+    rooms = ("\n\n    L", "Symbols", "Idea", "Differs", "Details", "Law", "Checked", f"python -m minialign {method}")
+    places = [doc.find(room) for room in rooms]
     assert -1 not in places and places == sorted(places), places
     rooms = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
     loss = next(name for name in rooms if name.endswith("_loss"))

@@ -109,13 +109,13 @@ def test_metrics_are_valid_json_everywhere(small):
         for held_out in (0.0, 0.2):
             module, cfg = small(method, held_out=held_out, steps=2)
             text = (module.main(cfg) / "metrics.jsonl").read_text()
-            json.loads("[" + ",".join(text.splitlines()) + "]", parse_constant=lambda name: pytest.fail(f"{method}: {name}"))
+            json.loads("[" + ",".join(text.splitlines()) + "]", parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"steps": 0}, "--steps 0: must be at least 1"), ({"batch_size": -3}, "--batch_size -3"), ({"held_out": 0.95}, "at most 0.9"),
-    ({"warmup": 2.0}, "--warmup 2.0"), ({"max_grad_norm": 0.0}, "--max_grad_norm 0.0: must be above 0"), ({"schedule": "cos"}, "--schedule cos"),
-    ({"lr": -1.0}, "--lr -1.0"), ({"lr": math.nan}, "--lr nan"), ({"policy": "no/such/folder"}, "no/such/folder: no such folder"),
+    ({"warmup": 2.0}, "--warmup 2.0"), ({"max_grad_norm": 0.0}, "--max_grad_norm 0.0: must be above 0"),
+    ({"schedule": "cos"}, "--schedule cos"), ({"lr": -1.0}, "--lr -1.0"), ({"lr": math.nan}, "--lr nan"), ({"policy": "no/such/folder"}, "no/such/folder: no such folder"),
     ({"demos": "absent.jsonl"}, "absent.jsonl: cannot be read"), ({"max_len": 500}, "--max_len 500: the policy's context is 128"),
     ({"dtype": "half"}, "--dtype half"), ({"device": "abacus"}, "--device abacus"),
 ])
@@ -143,4 +143,17 @@ def test_a_tokenizer_too_large_for_the_policy(small, policy_folder, tmp_path):
     CharTokenizer("".join(chr(i) for i in range(40, 140))).save(folder)
     module, cfg = small("sft", policy=str(folder))
     with pytest.raises(BadInput, match="ids up to 100, the model only"):
+        module.main(cfg)
+
+
+def test_prompts_that_leave_no_room_for_sampling(small):
+    module, cfg = small("irft", max_new=120)
+    with pytest.raises(BadInput, match="the longest prompt has .* --max_new 120 .* context of 128; set --max_prompt 8"):
+        module.main(cfg)
+
+
+def test_a_disk_too_small_for_checkpoints(small, monkeypatch):
+    module, cfg = small("sft")
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(BadInput, match="checkpoints need about .* bytes and the disk has 1,000 free"):
         module.main(cfg)

@@ -122,7 +122,9 @@ def main(cfg):
     policy, tokenizer = run.open_policy(cfg.policy)
     run.same_input("data", cfg.demos)
     demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
-    rows, held_out = split_held_out(encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt), cfg.held_out)
+    encoded = encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt)
+    run.check_context(policy, encoded)
+    rows, held_out = split_held_out(encoded, cfg.held_out)
 
     def batch_of(source, picked):
         return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)

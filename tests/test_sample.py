@@ -1,0 +1,384 @@
+"""The sampler against a language that is summed over: frequencies, invariance to the batch, what it reports, what it refuses."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from minialign.common import BadInput
+from minialign.logps import token_logps
+from minialign.model import GPT, GPTConfig
+from minialign.sample import draw, keep_top_k, keep_top_p, sample
+from tests.enumerable import EOS, MAX_NEW, N_CONTENT, PROMPTS, all_completions, tiny_gpt
+
+FAMILIES = {
+    "gpt2": {},
+    "gpt_neox": dict(positions="rotary", rotary_dim=4, parallel_residual=True),
+    "llama": dict(n_head=4, n_kv_head=2, positions="rotary", norm="rms", gated=True, activation="silu", qkv_bias=False, out_bias=False,
+                  mlp_bias=False),
+    "windowed": dict(n_layer=2, n_head=4, n_kv_head=2, positions="rotary", norm="rms", gated=True, windows=(2, None)),
+    "qwen3": dict(n_head=4, n_kv_head=1, head_dim=16, positions="rotary", norm="rms", gated=True, qk_norm=True,
+                  rope_scaling={"rope_type": "linear", "factor": 2.0}),
+}
+
+
+def run(policy, prompts, **changes):
+    return sample(policy, prompts, **{"max_new": MAX_NEW, "eos_id": EOS, "seed": 0, **changes})
+
+
+# ------------------------------------------------------------------------------------------------------------ the law
+
+
+def truncated(logits, tau, top_k, top_p):
+    """The next-token law in numpy, written apart from the code: temperature, then the k likeliest, then the nucleus of what is left."""
+    p = np.exp((logits - logits.max()) / tau)
+    p /= p.sum()
+    order = sorted(range(len(p)), key=lambda token: -p[token])
+    keep = order[: top_k or len(p)]
+    if top_p is not None:
+        kept_mass, nucleus = p[keep].sum(), []
+        for token in keep:
+            nucleus.append(token)
+            if p[nucleus].sum() / kept_mass >= top_p:
+                break
+        keep = nucleus
+    law = np.zeros(len(p))
+    law[keep] = p[keep] / p[keep].sum()
+    return law
+
+
+@torch.no_grad()
+def exact_law(policy, prompt, *, tau=1.0, top_k=None, top_p=None):
+    """{completion: probability}: the product of next-token laws, each from a full forward pass of its prefix, without any cache."""
+    conditionals, law = {}, {}
+    for completion in all_completions(N_CONTENT, EOS, MAX_NEW):
+        probability = 1.0
+        for t, token in enumerate(completion):
+            prefix = (*prompt, *completion[:t])
+            if prefix not in conditionals:
+                conditionals[prefix] = truncated(policy(torch.tensor([prefix]))[0, -1].numpy(), tau, top_k, top_p)
+            probability *= conditionals[prefix][token]
+        law[tuple(completion)] = probability
+    assert abs(sum(law.values()) - 1) < 1e-12
+    return law
+
+
+def surprise(counts, law):
+    """Standard deviations by which chi-square exceeds its mean (Wilson-Hilferty); classes that expect fewer than 5 are merged."""
+    n = sum(counts.values())
+    if any(law[completion] == 0 for completion in counts):
+        return np.inf
+    rare = [completion for completion in law if n * law[completion] < 5]
+    classes = [[completion] for completion in law if n * law[completion] >= 5] + ([rare] if sum(law[c] for c in rare) > 0 else [])
+    expected = np.array([n * sum(law[c] for c in members) for members in classes])
+    observed = np.array([sum(counts[c] for c in members) for members in classes])
+    if len(classes) == 1:
+        return 0.0
+    k, chi2 = len(classes) - 1, ((observed - expected) ** 2 / expected).sum()
+    return ((chi2 / k) ** (1 / 3) - (1 - 2 / (9 * k))) / np.sqrt(2 / (9 * k))
+
+
+SETTINGS = [
+    dict(),
+    dict(tau=0.7),
+    dict(tau=1.5),
+    dict(top_k=2),
+    dict(top_p=0.8),
+    dict(tau=0.7, top_k=3, top_p=0.9),
+    dict(tau=1.5, top_k=2, top_p=0.6),  # top-p before top-k would keep two tokens where the right order keeps one
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_frequencies_follow_the_law(setting):
+    """3000 samples of each of four prompts, chi-square against the enumerated law: below 4 standard deviations."""
+    policy = tiny_gpt()
+    rollout = run(policy, PROMPTS, n=3000, **setting)
+    for i, prompt in enumerate(PROMPTS):
+        counts = Counter(map(tuple, rollout.completions[3000 * i : 3000 * (i + 1)]))
+        assert surprise(counts, exact_law(policy, prompt, **setting)) < 4, (prompt, setting)
+
+
+def test_chi_square_has_teeth():
+    """The same test refuses the law of another temperature and that of another prompt."""
+    policy = tiny_gpt()
+    counts = Counter(map(tuple, run(policy, [PROMPTS[0]], n=3000, tau=0.7).completions))
+    assert surprise(counts, exact_law(policy, PROMPTS[0], tau=0.7)) < 4
+    assert surprise(counts, exact_law(policy, PROMPTS[0], tau=0.9)) > 6
+    assert surprise(counts, exact_law(policy, PROMPTS[1], tau=0.7)) > 10
+
+
+def test_samples_of_one_prompt_are_independent():
+    """Consecutive samples of a prompt share their first token as often as two independent draws: within 4 standard deviations."""
+    policy = tiny_gpt()
+    first = [completion[0] for completion in run(policy, [PROMPTS[0]], n=4000).completions]
+    with torch.no_grad():
+        p = policy(torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1).numpy()
+    expected = (p**2).sum()
+    agree = np.mean([a == b for a, b in zip(first[::2], first[1::2], strict=True)])
+    assert abs(agree - expected) < 4 * np.sqrt(expected * (1 - expected) / 2000)
+
+
+@torch.no_grad()
+def test_greedy_is_the_argmax_of_full_forward_passes():
+    for family, changes in FAMILIES.items():
+        policy = tiny_gpt(**changes)
+        rollout = run(policy, PROMPTS, max_new=8, greedy=True)
+        for prompt, completion in zip(PROMPTS, rollout.completions, strict=True):
+            expected = []
+            while len(expected) < 8 and EOS not in expected:
+                expected.append(int(policy(torch.tensor([prompt + expected]))[0, -1].argmax()))
+            assert completion == expected, family
+
+
+def test_the_rules_by_hand():
+    """p = .5 .3 .15 .05: top-2 keeps two; the nucleus of .8 is two tokens, of .81 three, of .01 one, of 1 all."""
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
+    kept = lambda x: x.isfinite()[0].tolist()  # noqa: E731
+    assert kept(keep_top_k(logits, 2)) == [True, True, False, False]
+    assert kept(keep_top_k(logits, 9)) == [True] * 4
+    for p, number in ((0.79, 2), (0.81, 3), (0.01, 1), (1.0, 4)):
+        assert kept(keep_top_p(logits, p)) == [True] * number + [False] * (4 - number)
+    assert torch.equal(keep_top_p(logits.flip(1), 0.79), keep_top_p(logits, 0.79).flip(1))  # whatever the order of the vocabulary
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    """p = .2 0 .8 0: a point below .2 is token 0, from .2 on token 2; no point, not even the last below 1, hits a forbidden token."""
+    logits = torch.tensor([[0.2, 0.0, 0.8, 0.0]]).log()
+    for point, token in ((0.0, 0), (0.19, 0), (0.21, 2), (1 - 2**-24, 2)):
+        assert draw(logits, torch.tensor([point])).item() == token
+    assert draw(logits[:, [1, 0, 2, 3]], torch.tensor([0.0])).item() == 1
+
+
+# ------------------------------------------------------------------------------------- the same seed, whatever the batch
+
+
+def test_a_row_is_the_same_alone_and_in_any_batch():
+    """60 random schedules: batches of random prompts (with repeats, shuffled) and n, each row as sample(prompt alone) has it."""
+    policy = tiny_gpt(max_len=32)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(N_CONTENT) for _ in range(rng.randint(1, 6))] for _ in range(10)]
+    alone = {tuple(prompt): run(policy, [prompt], max_new=6, n=12).completions for prompt in prompts}
+    for _ in range(60):
+        n, chosen = rng.randint(1, 3), rng.choices(prompts, k=rng.randint(1, 4))
+        completions, seen = run(policy, chosen, max_new=6, n=n).completions, Counter()
+        for b, completion in enumerate(completions):
+            prompt = tuple(chosen[b // n])  # the n of one prompt are adjacent
+            assert completion == alone[prompt][seen[prompt]]
+            seen[prompt] += 1
+
+
+@pytest.mark.slow
+def test_a_row_is_the_same_in_500_random_schedules():
+    """As above for every family, other settings and longer rows; log-probs agree to 1e-10 as well."""
+    rng = random.Random(1)
+    for family, changes in FAMILIES.items():
+        policy = tiny_gpt(max_len=64, **changes)
+        prompts = [[rng.randrange(N_CONTENT) for _ in range(rng.randint(1, 20))] for _ in range(12)]
+        alone = {}
+        for _ in range(100):
+            setting = rng.choice(SETTINGS)
+            n, chosen = rng.randint(1, 3), rng.choices(prompts, k=rng.randint(1, 6))
+            rollout, seen = run(policy, chosen, max_new=20, n=n, **setting), Counter()
+            for b, completion in enumerate(rollout.completions):
+                prompt = tuple(chosen[b // n])
+                key = (prompt, str(setting))
+                if key not in alone:
+                    alone[key] = run(policy, [prompt], max_new=20, n=18, **setting)
+                single = alone[key]
+                assert completion == single.completions[seen[prompt]], (family, setting)
+                logps = rollout.old_logps[b][rollout.mask[b]]
+                assert torch.allclose(logps, single.old_logps[seen[prompt]][single.mask[seen[prompt]]], rtol=0, atol=1e-10)
+                seen[prompt] += 1
+
+
+def test_duplicates_continue_where_n_would():
+    policy = tiny_gpt()
+    assert run(policy, [[0], [0], [0]]).completions == run(policy, [[0]], n=3).completions
+    assert len(set(map(tuple, run(policy, [[0]] * 40).completions))) > 5  # and they differ from each other
+
+
+def test_the_n_of_one_prompt_are_adjacent():
+    rollout = run(tiny_gpt(), PROMPTS, n=2)
+    first = [prompt[0] for prompt in PROMPTS for _ in range(2)]
+    assert rollout.inputs[:, 0].tolist() == first and len(rollout) == 2 * len(PROMPTS)
+
+
+def test_another_seed_gives_other_samples():
+    policy = tiny_gpt()
+    draws = [run(policy, PROMPTS, n=10, seed=seed).completions for seed in (0, 0, 1, (3, "a"))]
+    assert draws[0] == draws[1] and draws[0] != draws[2] != draws[3]
+
+
+# -------------------------------------------------------------------------------------------------- what a rollout says
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_old_logps_equal_token_logps(family, dtype, bound):
+    """Ragged cache against one full forward pass, prompts of 1 to 7 tokens; under truncation still the UNtruncated distribution."""
+    policy = tiny_gpt(dtype=dtype, max_len=32, **FAMILIES[family])
+    prompts = [*PROMPTS, [0, 1, 2, 3, 3, 2, 1]]
+    for setting in SETTINGS:
+        rollout = run(policy, prompts, n=5, max_new=16, **setting)
+        with torch.no_grad():
+            logps = token_logps(policy, rollout, tau=setting.get("tau", 1.0))
+        assert rollout.old_logps.dtype == dtype and logps.shape == rollout.old_logps.shape
+        assert (logps - rollout.old_logps).abs().max() <= bound, setting
+        assert (rollout.old_logps[~rollout.mask] == 0).all()
+
+
+@torch.no_grad()
+def test_old_logps_of_a_bfloat16_policy_are_float32_statistics():
+    """One token after one prompt: log_softmax in float64 of the policy's own bfloat16 hidden state and head, to 1e-5.
+
+    Logits rounded to bfloat16 would put a ratio of 1 at 0.99 or 1.01.
+    """
+    policy = tiny_gpt(64, dtype=torch.bfloat16)
+    rollout = sample(policy, [[1, 2, 3]], max_new=1, n=50, eos_id=None, seed=0)
+    logits = policy.hidden(torch.tensor([[1, 2, 3]]))[0, -1].double() @ policy.head_weight.double().T
+    expected = logits.log_softmax(-1)[rollout.targets[:, -1]]
+    got = rollout.old_logps[:, -1]
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() < 1e-5
+
+
+def test_fields_agree_with_each_other():
+    """finished iff the completion ends in EOS, which occurs nowhere else; unfinished ones have max_new tokens; lengths count both."""
+    rollout = run(tiny_gpt(), PROMPTS, n=50, max_new=4)
+    assert rollout.finished.any() and not rollout.finished.all()
+    for b, completion in enumerate(rollout.completions):
+        assert rollout.finished[b] == (completion[-1] == EOS) and EOS not in completion[:-1]
+        assert len(completion) == rollout.lengths[b] == rollout.mask[b].sum() and 1 <= len(completion) <= 4
+        assert rollout.finished[b] or len(completion) == 4
+        assert rollout.targets[b][rollout.mask[b]].tolist() == completion
+        prompt = PROMPTS[b // 50]
+        assert rollout.inputs[b, : len(prompt)].tolist() == prompt and int(rollout.mask[b].nonzero()[0]) == len(prompt) - 1
+
+
+def test_eos_as_the_very_last_token_still_counts_as_finished():
+    rollout = run(tiny_gpt(), [[0]], n=300, max_new=2)
+    by_length = {(len(c), c[-1] == EOS) for c in rollout.completions}
+    assert by_length == {(1, True), (2, True), (2, False)}
+    assert [bool(f) for f in rollout.finished] == [c[-1] == EOS for c in rollout.completions]
+
+
+def test_without_eos_nothing_stops():
+    rollout = run(tiny_gpt(), PROMPTS, n=20, eos_id=None)
+    assert not rollout.finished.any() and set(map(len, rollout.completions)) == {MAX_NEW}
+    assert any(EOS in completion for completion in rollout.completions)
+
+
+def test_padding_rows_of_the_vocabulary_are_never_sampled():
+    """The last 3 of 8 ids pad the table; their logits are made the largest. 100,000 draws and greedy: none of them appears."""
+    policy = tiny_gpt(8, n_tokens=5, max_len=64)
+    with torch.no_grad():
+        policy.norm.bias.fill_(0.5)
+        policy.head_weight[5:] = 1.0
+    with torch.no_grad():
+        assert policy(torch.tensor([[0]]))[0, -1].argmax() >= 5
+    rollout = sample(policy, [[0]], n=2000, max_new=50, eos_id=None, seed=0)
+    counts = Counter(token for completion in rollout.completions for token in completion)
+    assert sum(counts.values()) == 100_000 and set(counts) == set(range(5))
+    greedy = sample(policy, [[0]], max_new=50, eos_id=None, seed=0, greedy=True)
+    assert max(greedy.completions[0]) < 5
+    with torch.no_grad():
+        assert (token_logps(policy, greedy) - greedy.old_logps).abs().max() < 1e-10  # still those of the whole softmax
+
+
+# ------------------------------------------------------------------------------------------------------------- thrift
+
+
+def test_one_prefill_a_prompt_and_no_row_after_its_end(monkeypatch):
+    """What goes through the model: the distinct prompts once, then one token for each row that has not said EOS, step by step."""
+    policy, fed = tiny_gpt(), []
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, inputs, **kw: fed.append(tuple(inputs.shape)) or hidden(self, inputs, **kw))
+    rollout = run(policy, [[0], [2, 0, 1], [0]], n=20, max_new=6)
+    lengths = [len(completion) for completion in rollout.completions]
+    finished = rollout.finished.tolist()
+    alive = [sum(not (f and n <= t) for n, f in zip(lengths, finished, strict=True)) for t in range(1, 6)]
+    assert fed == [(2, 3)] + [(rows, 1) for rows in alive if rows]
+    assert alive[0] > alive[-1] > 0  # the case is not idle
+
+
+def test_sampling_stops_when_all_rows_have(monkeypatch):
+    """A policy that always says EOS costs one prefill, whatever max_new."""
+    policy, fed = tiny_gpt(), []
+    with torch.no_grad():
+        policy.norm.bias.fill_(1.0)
+        policy.head_weight[EOS] = 10.0
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, inputs, **kw: fed.append(tuple(inputs.shape)) or hidden(self, inputs, **kw))
+    rollout = run(policy, PROMPTS, max_new=12)
+    assert rollout.completions == [[EOS]] * 4 and rollout.finished.all() and len(fed) == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_policy_and_global_state_are_left_alone(training):
+    policy = tiny_gpt().train(training)
+    policy.head_weight.grad = torch.ones_like(policy.head_weight)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    rollout = run(policy, PROMPTS, n=3)
+    assert policy.training == training and torch.is_grad_enabled() and all(p.requires_grad for p in policy.parameters())
+    assert (policy.head_weight.grad == 1).all() and policy.tok_embed.weight.grad is None
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == python_state
+    assert (np.random.get_state()[1] == numpy_state).all()
+    assert not rollout.old_logps.requires_grad
+
+
+def test_the_global_seed_does_not_matter():
+    policy = tiny_gpt()
+    draws = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        draws.append(run(policy, PROMPTS, n=20).completions)
+    assert draws[0] == draws[1]
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        ([[0], []], {}, "at least one token in each"),
+        ([[0]], dict(max_new=0), "max_new=0 and n=1 must be at least 1"),
+        ([[0]], dict(n=0), "n=0 must be at least 1"),
+        ([[0]], dict(tau=0.0), "tau=0.0 must be above 0; for the likeliest token use greedy"),
+        ([[0]], dict(tau=-1.0), "tau=-1.0 must be above 0"),
+        ([[0]], dict(tau=float("nan")), "tau=nan must be above 0"),
+        ([[0]], dict(top_k=0), "top_k=0 must be at least 1"),
+        ([[0]], dict(top_p=0.0), r"top_p=0.0 must lie in \(0, 1\]"),
+        ([[0]], dict(top_p=1.1), r"top_p=1.1 must lie in \(0, 1\]"),
+        ([[0]], dict(max_new=17), "a prompt of 1 tokens and max_new=17 exceed the model's context of 16"),
+        ([[0], [0] * 15], dict(max_new=3), "a prompt of 15 tokens and max_new=3 exceed"),
+        ([[0, 5]], {}, "the id 5, but the model has 5 embedding rows"),
+    ],
+)
+def test_arguments_out_of_range(prompts, changes, message):
+    with pytest.raises(BadInput, match=message):
+        run(tiny_gpt(), prompts, **changes)
+
+
+def test_the_context_is_used_to_its_last_position():
+    """The last token sampled is never fed back: 14 tokens of prompt and 3 new fit 16 positions, and the rollout can be scored."""
+    policy = tiny_gpt()
+    rollout = run(policy, [[0, 1] * 7, [1]], max_new=3, eos_id=None)
+    with torch.no_grad():
+        assert (token_logps(policy, rollout) - rollout.old_logps).abs().max() < 1e-10
+    assert rollout.inputs.shape == (2, 16)
+
+
+def test_a_vocabulary_of_one_token():
+    """Nothing to choose: that token at log-prob 0, until max_new, or once if it is EOS."""
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig.tiny(1, n_embd=8, n_head=2, ffn_dim=16))
+    rollout = sample(policy, [[0]], max_new=3, eos_id=None, seed=0)
+    assert rollout.completions == [[0, 0, 0]] and rollout.old_logps.abs().max() < 1e-6
+    assert sample(policy, [[0]], max_new=3, eos_id=0, seed=0, top_k=5, top_p=0.5).completions == [[0]]

@@ -217,8 +217,8 @@ class Run:
               f"rows {rows[:8]}", file=sys.stderr)
         if self.skipped_in_a_row == ABORT_AFTER:
             names = [n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            dump = {"step": step + 1, "rows": list(rows), "loss": repr(float(loss)), "grad_norm": repr(float(grad_norm)), "non_finite": names}
-            write_atomic(self.folder / "debug.json", json.dumps(dump, indent=1) + "\n")
+            dump = {"step": step + 1, "rows": list(rows), "loss": repr(float(loss)), "grad_norm": repr(float(grad_norm))}
+            write_atomic(self.folder / "debug.json", json.dumps({**dump, "non_finite_gradients": names}, indent=1) + "\n")
             raise FloatingPointError(
                 f"{ABORT_AFTER} steps in a row were not finite, last step {step + 1}, rows {rows[:8]}; the weights are those of the last "
                 f"good step, and the newest checkpoint in {self.folder}/checkpoints is finite; details in debug.json; try a smaller --lr"

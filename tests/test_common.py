@@ -49,8 +49,9 @@ def test_help_shows_every_field_with_comment_and_default(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "What it does." in text
-    for flag, comment, default in (("--beta", "β: pull to ref", "0.1"), ("--steps", "how many", "5"),
-                                   ("--greedy", "likeliest token", "False"), ("--max_prompt", "most tokens", "None"), ("--names", "some names", "a")):
+    expected = (("--beta", "β: pull to ref", "0.1"), ("--steps", "how many", "5"), ("--greedy", "likeliest token", "False"),
+                ("--max_prompt", "most tokens", "None"), ("--names", "some names", "a"))
+    for flag, comment, default in expected:
         assert flag in text and f"{comment} (default: {default})" in text
 
 

@@ -32,6 +32,7 @@ from minialign.tokenizer import load_tokenizer
 from minialign.weights import fit_vocabulary, load_pretrained, save_pretrained
 
 SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies")  # the rest is in metrics.jsonl
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient
 
 
@@ -69,6 +70,9 @@ class Run:
         stored = read_json(self.folder / "config.json")
         if stored.pop("method", None) != self.method:
             raise BadInput(f"{self.folder}: was not made by {self.method}; resume it with the method that made it")
+        fields = {f.name for f in dataclasses.fields(cfg)}
+        if stored.keys() != fields:
+            raise BadInput(f"{self.folder}/config.json: has other fields ({sorted(stored.keys() ^ fields)[:3]}), so another version made it")
         default = type(cfg)()
         changed = [f.name for f in dataclasses.fields(cfg) if f.name != "resume" and getattr(cfg, f.name) != getattr(default, f.name)]
         changed = [name for name in changed if getattr(cfg, name) != stored.get(name)]
@@ -79,10 +83,13 @@ class Run:
         return type(cfg)(**{**stored, "resume": cfg.resume})
 
     def _create(self):
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise BadInput(f"{self.folder}: exists and is not empty; name another --out, or continue it with --resume {self.folder}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # What a run leaves that was refused before step 1 may be written over; anything else is somebody's work.
+            if {path.name for path in self.folder.iterdir()} - {"config.json", "env.json", "inputs.json", *TOKENIZER_FILES}:
+                raise BadInput(f"{self.folder}: exists and is not empty; name another --out, or continue it with --resume {self.folder}")
+            for name in ("inputs.json", *TOKENIZER_FILES):
+                (self.folder / name).unlink(missing_ok=True)
             environment = {
                 "minialign": __version__, "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
                 "platform": platform.platform(), "device": describe_device(self.device), "threads": torch.get_num_threads(),
@@ -103,6 +110,8 @@ class Run:
         policy = load_pretrained(path, dtype=self.dtype, device=self.device)
         tokenizer = load_tokenizer(path)
         fit_vocabulary(policy, tokenizer, path)
+        if policy.config.head != "lm" and self.method != "reward_model":
+            raise BadInput(f"{path}: is a reward model, which writes nothing; {self.method} needs a policy with a language-model head")
         if self.cfg.max_len - 1 > policy.config.max_len:
             raise BadInput(f"--max_len {self.cfg.max_len}: the policy's context is {policy.config.max_len} tokens")
         tokenizer.save(self.folder)

@@ -60,8 +60,8 @@ class Tokenizer:
     def save(self, folder):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "tokenizer.json", self.inner.to_str(pretty=True))
         write_atomic(folder / "tokenizer_config.json", json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / "tokenizer.json", self.inner.to_str(pretty=True))  # last: where it stands, both do
 
 
 def _settings():

@@ -47,7 +47,10 @@ def table(spin, sft):
     return {name: dict.fromkeys(columns, values) for name, values in (("base", sft), ("SFT", sft), ("SPIN (IRFT, 1 round)", spin))}
 
 
-@pytest.mark.parametrize(("spin", "verdict"), [([2.0, 2, 2], "3/3  holds"), ([0.0, 0, 0], "0/3  does not hold"), ([0.0, 2, 2], "not separable")])
+VERDICTS = [([2.0, 2, 2], "3/3  holds"), ([0.0, 0, 0], "0/3  does not hold"), ([0.0, 2, 2], "not separable")]
+
+
+@pytest.mark.parametrize(("spin", "verdict"), VERDICTS)
 def test_verdicts_come_from_the_runs(capsys, spin, verdict):
     """Swap who wins and the verdict flips."""
     answers = {name: [("p", "t")] * 2 for name in ("base", "SFT", "SPIN (IRFT, 1 round)")}

@@ -116,7 +116,8 @@ def test_metrics_are_valid_json_everywhere(small):
     ({"steps": 0}, "--steps 0: must be at least 1"), ({"batch_size": -3}, "--batch_size -3"), ({"held_out": 0.95}, "at most 0.9"),
     ({"warmup": 2.0}, "--warmup 2.0"), ({"max_grad_norm": 0.0}, "--max_grad_norm 0.0: must be above 0"),
     ({"schedule": "cos"}, "--schedule cos"), ({"lr": -1.0}, "--lr -1.0"), ({"lr": math.nan}, "--lr nan"),
-    ({"policy": "no/such/folder"}, "no/such/folder: no such folder"), ({"demos": "absent.jsonl"}, "absent.jsonl: cannot be read"), ({"max_len": 500}, "--max_len 500: the policy's context is 128"),
+    ({"policy": "no/such/folder"}, "no/such/folder: no such folder"),
+    ({"demos": "absent.jsonl"}, "absent.jsonl: cannot be read"), ({"max_len": 500}, "--max_len 500: the policy's context is 128"),
     ({"dtype": "half"}, "--dtype half"), ({"device": "abacus"}, "--device abacus"),
 ])
 def test_refusals_at_second_0(small, changes, message):
@@ -157,3 +158,32 @@ def test_a_disk_too_small_for_checkpoints(small, monkeypatch):
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(BadInput, match="checkpoints need about .* bytes and the disk has 1,000 free"):
         module.main(cfg)
+
+
+def test_a_run_refused_before_step_1_may_be_repeated(small, demos_file):
+    """A mistyped file leaves a folder behind; the mended command may use it, and the stale record of inputs is gone."""
+    module, cfg = small("sft", demos="absent.jsonl")
+    with pytest.raises(BadInput):
+        module.main(cfg)
+    cfg.demos = str(demos_file)
+    module.main(cfg)
+    with pytest.raises(BadInput, match="exists and is not empty"):
+        module.main(cfg)
+
+
+def test_a_reward_model_is_no_policy(small):
+    module, cfg = small("reward_model", steps=1)
+    reward = module.main(cfg) / "final"
+    for method in ("sft", "irft"):
+        module, cfg = small(method, policy=str(reward))
+        with pytest.raises(BadInput, match="is a reward model"):
+            module.main(cfg)
+
+
+def test_a_run_of_another_version_is_not_resumed(small):
+    module, cfg = small("sft", steps=1)
+    folder = module.main(cfg)
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**record, "learning_rate": 1.0}))
+    with pytest.raises(BadInput, match="'learning_rate'.*another version"):
+        module.main(module.Config(resume=str(folder)))

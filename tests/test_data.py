@@ -1,0 +1,616 @@
+"""Files in every accepted form and every damaged one; text to ids; the built-in task against its own law."""
+
+import codecs
+import gzip
+import json
+import math
+import random
+import re
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from minialign import data
+from minialign.common import BadInput
+from minialign.data import (
+    Demo,
+    Pair,
+    builtin_demos,
+    builtin_law,
+    builtin_pairs,
+    builtin_prompt,
+    builtin_texts,
+    builtin_tokenizer,
+    counts,
+    demo_batch,
+    encode_completion,
+    encode_demos,
+    encode_pairs,
+    encode_prompt,
+    encode_texts,
+    gold_reward,
+    pair_batch,
+    read_demonstrations,
+    read_preferences,
+    read_prompts,
+    read_texts,
+    split_held_out,
+)
+from minialign.tokenizer import CharTokenizer
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+READERS = (read_demonstrations, read_preferences, read_prompts, read_texts)
+USER, REPLY, OTHER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+ACCEPTED = "expected prompt + completion, messages, chosen + rejected, question + answer, or instruction + output"
+
+
+def lines(*rows, end="\n"):
+    return "".join(json.dumps(row) + end for row in rows).encode()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(bytes or rows) -> the path of a file that holds them."""
+
+    def make(content, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else lines(*content))
+        return path
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------ accepted rows
+
+DEMOS = {
+    "strings": ({"prompt": "p", "completion": "c"}, Demo("p", "c")),
+    "empty completion": ({"prompt": "p", "completion": ""}, Demo("p", "")),
+    "other keys too": ({"prompt": "p", "completion": "c", "id": 7, "meta": None}, Demo("p", "c")),
+    "prompt and completion as messages": ({"prompt": [SYSTEM, USER], "completion": [REPLY]}, Demo([SYSTEM, USER], "yes")),
+    "messages": ({"messages": [SYSTEM, USER, REPLY]}, Demo([SYSTEM, USER], "yes")),
+    "several turns": ({"messages": [USER, OTHER, USER, REPLY]}, Demo([USER, OTHER, USER], "yes")),
+    "gsm8k": ({"question": "1+1?", "answer": "2\n#### 2"}, Demo("Question: 1+1?\nAnswer: ", "2\n#### 2")),
+    "alpaca": ({"instruction": "Add.", "input": "1 1", "output": "2"},
+               Demo("### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n", "2")),
+    "alpaca, empty input": ({"instruction": "Hi.", "input": "", "output": "Hi"}, Demo("### Instruction:\nHi.\n\n### Response:\n", "Hi")),
+    "alpaca, no input": ({"instruction": "Hi.", "output": "Hi"}, Demo("### Instruction:\nHi.\n\n### Response:\n", "Hi")),
+}
+HH = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+PAIRS = {
+    "strings": ({"prompt": "p", "chosen": "c", "rejected": "r"}, Pair("p", "c", "r")),
+    "messages": ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}, Pair([USER], "yes", "no")),
+    "conversations": ({"chosen": [SYSTEM, USER, REPLY], "rejected": [SYSTEM, USER, OTHER]}, Pair([SYSTEM, USER], "yes", "no")),
+    "equal conversations": ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, Pair([USER], "yes", "yes")),
+    "hh": ({"chosen": HH + " yes", "rejected": HH + " no"}, Pair(HH + " ", "yes", "no")),
+    "hh, equal beginnings": ({"chosen": HH + " yes, I do", "rejected": HH + " yes, he does"}, Pair(HH + " ", "yes, I do", "yes, he does")),
+    "hh, an empty answer": ({"chosen": HH + " yes", "rejected": HH}, Pair(HH, " yes", "")),
+    "hh, equal": ({"chosen": HH + " x", "rejected": HH + " x"}, Pair(HH + " ", "x", "x")),
+    # They part in the first answer and go on: the prompt ends at the last turn of the assistant that both share.
+    "hh, parted early": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: B\n\nHuman: c\n\nAssistant: d"},
+        Pair("\n\nHuman: a\n\nAssistant: ", "b\n\nHuman: c\n\nAssistant: d", "B\n\nHuman: c\n\nAssistant: d"),
+    ),
+    # They part in what the human says second: the shared answer b is part of what is judged.
+    "hh, parted by the human": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: e\n\nAssistant: f"},
+        Pair("\n\nHuman: a\n\nAssistant: ", "b\n\nHuman: c\n\nAssistant: d", "b\n\nHuman: e\n\nAssistant: f"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_demonstrations(write, name):
+    row, demo = DEMOS[name]
+    assert read_demonstrations(write([row])) == [demo]
+    assert read_prompts(write([row])) == [demo.prompt]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_preferences(write, name):
+    """The pair; as a demonstration its chosen answer; as prompts its prompt. Nothing of a transcript is lost or doubled."""
+    row, pair = PAIRS[name]
+    assert read_preferences(write([row])) == [pair]
+    assert read_demonstrations(write([row])) == [Demo(pair.prompt, pair.chosen)]
+    assert read_prompts(write([row])) == [pair.prompt]
+    if isinstance(row["chosen"], str) and "prompt" not in row:
+        assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (row["chosen"], row["rejected"])
+
+
+def test_prompts_of_their_own(write):
+    assert read_prompts(write([{"prompt": "p"}, {"prompt": [USER]}])) == ["p", [USER]]
+
+
+def test_a_prompt_with_other_keys_beside_it(write):
+    """As in the other formats, keys that are not asked for do not hurt."""
+    assert read_prompts(write([{"prompt": "p", "id": 3}])) == ["p"]
+
+
+def test_texts(write):
+    """text; prompt + completion joined; both answers of a preference; messages as a transcript."""
+    rows = [{"text": "t"}, DEMOS["strings"][0], PAIRS["strings"][0], {"messages": [USER, REPLY]}]
+    assert read_texts(write(rows)) == ["t", "pc", "pc", "pr", "\n\nHuman: hi\n\nAssistant: yes"]
+
+
+def test_a_txt_file_is_one_document(write):
+    text = "\n line one\r\nline two ☕\n\n"
+    assert read_texts(write(text.encode(), "a.txt")) == [text]
+    assert read_texts(write(codecs.BOM_UTF8 + text.encode(), "b.txt")) == [text]
+    assert read_texts(write(gzip.compress(text.encode()), "c.txt")) == [text]
+    with pytest.raises(BadInput, match=r"d.txt: not UTF-8 text \(byte 2\)"):
+        read_texts(write(b"ab\xff", "d.txt"))
+
+
+# ----------------------------------------------------------------------------------------------------- accepted files
+
+ROWS = [{"prompt": f"p{i} é ☕ \u2028", "completion": f"c{i}"} for i in range(3)]
+FILES = {
+    "jsonl": lines(*ROWS),
+    "no newline at the end": lines(*ROWS)[:-1],
+    "crlf": lines(*ROWS, end="\r\n"),
+    "byte-order mark": codecs.BOM_UTF8 + lines(*ROWS),
+    "blank lines": b"\n" + b"\n  \n".join(lines(row) for row in ROWS) + b"\r\n",
+    "utf-8 as it is": "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode(),
+    "json list": json.dumps(ROWS).encode(),
+    "json list, indented, with mark": codecs.BOM_UTF8 + b"\n " + json.dumps(ROWS, indent=2, ensure_ascii=False).encode(),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+def test_files(write, name, packed):
+    """Gzip is told by its first bytes: the name says nothing."""
+    content = gzip.compress(FILES[name]) if packed else FILES[name]
+    assert read_demonstrations(write(content, "data")) == [Demo(row["prompt"], row["completion"]) for row in ROWS]
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+GOOD = {"prompt": "p", "completion": "c"}
+BAD_ROWS = {
+    "no object": (b"[1]x", "not valid JSON"),
+    "a number": (b"5", "expected an object with named fields, found int"),
+    "null": (b"null", "expected an object with named fields, found NoneType"),
+    "a string": (b'"prompt"', "expected an object with named fields, found str"),
+    "torn": (b'{"prompt": "p", "compl', "not a line of JSON (Unterminated string"),
+    "nul": (b'{"prompt": "a\0b", "completion": "c"}', "not a line of JSON (Invalid control character"),
+    "nul bytes": (b"\0\0\0\0", "not a line of JSON"),
+    "not utf-8": (b'{"prompt": "\xff", "completion": "c"}', "not a line of JSON ('utf-8' codec can't decode byte 0xff"),
+    "two rows on a line": (b'{"prompt": "p", "completion": "c"}{"a": 1}', "not a line of JSON (Extra data"),
+    "too deep": (b'{"prompt": ' + b"[" * 100_000, "not a line of JSON"),
+    "a number of 5000 digits": (b'{"prompt": "p", "completion": "c", "id": ' + b"1" * 5000 + b"}", "not a line of JSON"),
+    "wrong keys": (b'{"promt": "p", "completion": "c"}', f"found the keys ['completion', 'promt'], {ACCEPTED}"),
+    "no keys": (b"{}", f"found the keys [], {ACCEPTED}"),
+    "a completion of numbers": (b'{"prompt": "p", "completion": [1, 2]}', "'completion' must be text or a list of {role, content}, found list"),
+    "a null completion": (b'{"prompt": "p", "completion": null}', "'completion' must be text or a list of {role, content}, found NoneType"),
+    "a number as prompt": (b'{"prompt": 3, "completion": "c"}', "'prompt' must be text or a list of {role, content}, found int"),
+    "an empty list": (b'{"prompt": [], "completion": "c"}', "'prompt' must be text or a list of {role, content}, found list"),
+    "a message without content": (b'{"prompt": [{"role": "user"}], "completion": "c"}', "'prompt' must be text or a list of {role, content}"),
+    "half a surrogate pair": (b'{"prompt": "\\ud83d", "completion": "c"}', "'prompt' holds half of a surrogate pair"),
+    "half a pair in a message": (b'{"prompt": [{"role": "user", "content": "\\udc00"}], "completion": "c"}', "'prompt' holds half of"),
+    "two completions": (lines({"prompt": "p", "completion": [REPLY, OTHER]})[:-1], "must be exactly one message of the assistant"),
+    "the user completes": (lines({"prompt": "p", "completion": [USER]})[:-1], "must be exactly one message of the assistant"),
+    "messages end with the user": (lines({"messages": [REPLY, USER]})[:-1], "must be a list of at least two that ends with the assistant's"),
+    "one message": (lines({"messages": [REPLY]})[:-1], "must be a list of at least two that ends with the assistant's"),
+    "messages are text": (b'{"messages": "hi"}', "must be a list of at least two that ends with the assistant's"),
+    "no shared turn": (b'{"chosen": "yes", "rejected": "no"}', "share no 'Assistant:' turn; give the prompt in a field of its own: 'prompt'"),
+    "no shared message": (lines({"chosen": [USER, REPLY], "rejected": [SYSTEM, REPLY]})[:-1], "share no message that could be the prompt"),
+    "text and messages": (lines({"chosen": "x", "rejected": [USER, REPLY]})[:-1], "must both be text or both be messages"),
+    "conversations of several turns": (
+        lines({"chosen": [USER, REPLY, USER, REPLY], "rejected": [USER, OTHER, USER, REPLY]})[:-1], "exactly one message of the assistant"),
+    "gsm8k with a number": (b'{"question": "q", "answer": 3}', "'answer' must be text or a list of {role, content}, found int"),
+    "alpaca with a number": (b'{"instruction": "q", "input": 3, "output": "x"}', "'input' must be text or a list of {role, content}, found int"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_ROWS if name != "no object"])
+def test_a_bad_row_is_named_by_its_line_and_can_be_skipped(write, capsys, name):
+    """Line 143 of 144, blank lines counted as an editor counts them; with skip_bad it is counted, named, and the rest is read."""
+    row, message = BAD_ROWS[name]
+    path = write(lines(GOOD) * 100 + b"\n" + lines(GOOD) * 41 + row + b"\n" + lines(GOOD))
+    with pytest.raises(BadInput) as error:
+        read_demonstrations(path)
+    assert str(error.value).startswith(f"{path}:143: ") and message in str(error.value)
+    assert str(error.value).endswith("; mend the row, or skip such rows with --skip_bad")
+    capsys.readouterr()
+    assert read_demonstrations(path, skip_bad=True) == [Demo("p", "c")] * 142
+    said = capsys.readouterr().err
+    assert f"{path}: 1 bad rows skipped of 143; the first: {path}:143: " in said and message in said
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_skip_bad_names_the_first_and_goes_on(write, capsys, reader):
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    path = write(lines(row) + b"{torn\n" + lines(row, {"a": 1}, 5, row))
+    assert len(reader(path, skip_bad=True)) == (6 if reader is read_texts else 3)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"3 bad rows skipped of 6; the first: {path}:2: not a line of JSON" in said
+
+
+def test_each_reader_says_which_keys_it_accepts(write):
+    path = write([{"a": 1, "b": 2}])
+    for reader, accepted in (
+        (read_demonstrations, ACCEPTED),
+        (read_prompts, "prompt"),
+        (read_texts, "text"),
+        (read_preferences, "expected prompt + chosen + rejected, or chosen + rejected"),
+    ):
+        with pytest.raises(BadInput) as error:
+            reader(path)
+        found, expected = str(error.value).split(", expected ")
+        assert found == f"{path}:1: found the keys ['a', 'b']" and accepted.removeprefix("expected ") in expected, reader
+
+
+def test_read_texts_accepts_and_names_the_key_text(write):
+    with pytest.raises(BadInput, match=r":1: .*expected .*\btext\b"):
+        read_texts(write([{"txt": "t"}]))
+    with pytest.raises(BadInput, match=r":1: 'text' must be text, found int|:1: 'text' must be text"):
+        read_texts(write([{"text": 5}]))
+
+
+@pytest.mark.parametrize("reader", [read_prompts, read_texts])
+def test_half_a_surrogate_pair_is_refused_everywhere(write, reader):
+    with pytest.raises(BadInput, match=":1: .* holds half of a surrogate pair"):
+        reader(write(b'{"%s": "\\ud83d"}' % (b"prompt" if reader is read_prompts else b"text")))
+
+
+def test_a_prompt_of_the_wrong_type_is_named(write):
+    with pytest.raises(BadInput, match=r":1: 'prompt' must be text or a list of \{role, content\}, found int"):
+        read_prompts(write([{"prompt": 5}]))
+
+
+def test_rows_of_a_list_are_counted(write, capsys):
+    path = write(json.dumps([GOOD, {"a": 1}, GOOD]).encode())
+    with pytest.raises(BadInput, match=r"row 2: found the keys \['a'\]"):
+        read_demonstrations(path)
+    assert len(read_demonstrations(path, skip_bad=True)) == 2 and "row 2" in capsys.readouterr().err
+
+
+def test_a_demonstration_is_no_preference(write):
+    with pytest.raises(BadInput, match=r"found the keys \['completion', 'prompt'\], expected prompt \+ chosen \+ rejected"):
+        read_preferences(write([GOOD]))
+
+
+def test_files_that_hold_no_rows(write, tmp_path):
+    whole = gzip.compress(lines(*ROWS) * 20)
+    for content, message in {
+        b"": "no usable rows",
+        b"\n \r\n": "no usable rows",
+        b"[]": "no usable rows",
+        gzip.compress(b""): "no usable rows",
+        b'[{"prompt": "p"': "not valid JSON",
+        b"[" * 100_000: "not valid JSON",
+        b"[" + b"1" * 5000 + b"]": "not valid JSON",
+        b'[{"prompt": "\xff"}]': r"not UTF-8 text \(byte 13\)",
+        b"[1]\n[2]\n": "not valid JSON",
+        "[1]".encode("utf-16"): "not a line of JSON",
+        whole[:-1]: "cut short or damaged .*; fetch it again",
+        whole[: len(whole) // 2]: "cut short or damaged",
+        whole[:5]: "cut short or damaged",
+        whole[:2]: "cut short or damaged",
+        whole[:20] + b"\0\0\0" + whole[23:]: "cut short or damaged",
+    }.items():
+        path = write(content)
+        with pytest.raises(BadInput, match=f"rows.jsonl:?.* {message}"):
+            read_demonstrations(path)
+    with pytest.raises(BadInput, match="rows.jsonl: no usable rows"):
+        read_demonstrations(write([{"a": 1}]), skip_bad=True)
+    with pytest.raises(BadInput, match=r"none.jsonl: cannot be read \(No such file or directory\)"):
+        read_demonstrations(tmp_path / "none.jsonl")
+    with pytest.raises(BadInput, match=r": cannot be read \("):
+        read_demonstrations(tmp_path)
+
+
+def test_a_hub_name_needs_datasets(monkeypatch):
+    """None in sys.modules makes `import datasets` fail as if it were not installed."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for reader in READERS:
+        with pytest.raises(BadInput, match="some/dataset: no such file; to read it as a data set of the hub, first `pip install datasets`"):
+            reader("some/dataset")
+
+
+def test_a_hub_name_through_datasets(monkeypatch):
+    """A stand-in for the library: its rows are read, its error is quoted, whatever that says."""
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = lambda name, split: [GOOD, GOOD] if (name, split) == ("some/dataset", "train") else None
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert read_demonstrations("some/dataset") == [Demo("p", "c")] * 2
+    with pytest.raises(BadInput, match="some/dataset: row 1: found the keys"):
+        read_preferences("some/dataset")
+    for words, message in (("No route to host\nTraceback …", r"could not deliver it \(No route to host\)"), ("", "could not deliver it")):
+
+        def fail(name, split, words=words):
+            raise ConnectionError(words)
+
+        fake.load_dataset = fail
+        with pytest.raises(BadInput, match=message):
+            read_demonstrations("some/dataset")
+
+
+# --------------------------------------------------------------------------------------------------------------- fuzz
+
+
+def mutate(rng, content):
+    """One to four random edits: flip, delete, insert, repeat, cut, or a fragment that means something to a parser."""
+    fragments = [b"\0", b"\n", b"\r", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b"null", b"1e999", b"NaN", b"\xef\xbb\xbf", b"\xff", b"\\ud800",
+                 b'"prompt"', b'"chosen": 1,', b"-0", b"\x1f\x8b", b"\xe2\x80\xa8", b"1" * 5000, b"[" * 2000]
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        i = rng.randrange(len(content) + 1)
+        j = min(len(content), i + rng.randint(1, 30))
+        match rng.randrange(6):
+            case 0:
+                content[i:j] = bytes(rng.randrange(256) for _ in range(j - i))
+            case 1:
+                del content[i:j]
+            case 2:
+                content[i:i] = rng.choice(fragments)
+            case 3:
+                content[i:i] = content[i:j]
+            case 4:
+                del content[i:]
+            case 5:
+                content[i:j] = rng.choice(fragments)
+    return bytes(content)
+
+
+def fuzz(tmp_path, capsys, seed, rounds):
+    rng = random.Random(seed)
+    every = [row for row, _ in [*DEMOS.values(), *PAIRS.values()]] + [{"prompt": "p"}, {"text": "t"}]
+    wholes = [lines(*every), lines(*ROWS, end="\r\n"), json.dumps(every).encode(), gzip.compress(lines(*every), mtime=0),
+              codecs.BOM_UTF8 + "\n".join(json.dumps(row, ensure_ascii=False) for row in every).encode()]
+    path, outcomes = tmp_path / "fuzzed", Counter()
+    for _ in range(rounds):
+        content = mutate(rng, rng.choice(wholes))
+        path.write_bytes(content)
+        for reader in READERS:
+            for skip_bad in (False, True):
+                try:
+                    rows = reader(path, skip_bad=skip_bad)
+                except BadInput as error:
+                    outcomes["refused"] += 1
+                    assert str(error).startswith(str(path)) and not capsys.readouterr().out
+                    continue
+                outcomes["read"] += 1
+                said = capsys.readouterr().err
+                json.dumps([vars(row) if isinstance(row, Demo | Pair) else row for row in rows], ensure_ascii=False).encode()
+                skipped = int(m.group(1)) if (m := re.search(r": (\d+) bad rows skipped of", said)) else 0
+                assert skip_bad or not skipped
+                plain = content[:2] != b"\x1f\x8b" and content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"["
+                if plain and reader is not read_texts:  # nothing is dropped silently
+                    assert len(rows) + skipped == sum(bool(line.strip()) for line in content.split(b"\n"))
+    return outcomes
+
+
+def test_damaged_files_are_refused_or_read_never_worse(tmp_path, capsys):
+    """600 damaged files, each read eight ways: BadInput that begins with the path, or rows of sound text that add up."""
+    outcomes = fuzz(tmp_path, capsys, seed=0, rounds=600)
+    assert min(outcomes["refused"], outcomes["read"]) > 300
+
+
+@pytest.mark.slow
+def test_many_more_damaged_files(tmp_path, capsys):
+    fuzz(tmp_path, capsys, seed=1, rounds=20_000)
+
+
+# ---------------------------------------------------------------------------------------------------------- real files
+
+
+def real(name):
+    if not (REAL / name).exists():
+        pytest.skip(f"the real data is not here: {REAL.parent.name}/{REAL.name}/{name} beside the checkout")
+    return REAL / name
+
+
+def test_hh_harmless_is_read_whole():
+    """1,800 rows; prompt and answers put together are the transcripts of the file, and every prompt ends where the assistant speaks."""
+    path = real("hh_harmless.jsonl.gz")
+    rows = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
+    pairs = read_preferences(path)
+    assert len(pairs) == len(rows) == 1800
+    for row, pair in zip(rows, pairs, strict=True):
+        assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (row["chosen"], row["rejected"])
+        assert pair.prompt.startswith("\n\nHuman: ") and pair.prompt.rstrip().endswith("\n\nAssistant:")
+    assert read_demonstrations(path) == [Demo(pair.prompt, pair.chosen) for pair in pairs]
+    assert read_prompts(path) == [pair.prompt for pair in pairs] and len(read_texts(path)) == 3600
+
+
+def test_gsm8k_is_read_whole():
+    path = real("gsm8k_train.jsonl")
+    demos = read_demonstrations(path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert demos == [Demo(f"Question: {row['question']}\nAnswer: ", row["answer"]) for row in rows] and len(demos) == 7473
+    with pytest.raises(BadInput, match=r":1: found the keys \['answer', 'question'\]"):
+        read_preferences(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ to ids
+
+
+class Spelled:
+    """a = 1, b = 2, …; BOS 90, EOS 91, pad 92, all different so that each can be counted. '<' is BOS spelled out by a template."""
+
+    bos_id, eos_id, pad_id, settings = 90, 91, 92, {"bos_token": "<"}
+    chat_template = None
+
+    def encode(self, text):
+        return [90 if char == "<" else ord(char) - 96 for char in text]
+
+
+class WithoutBos(Spelled):
+    bos_id = None
+
+
+def test_encode_prompt():
+    """BOS once, in front; max_prompt keeps BOS and the end; nothing becomes BOS, or EOS where there is no BOS."""
+    assert encode_prompt(Spelled(), "abc") == [90, 1, 2, 3]
+    assert encode_prompt(Spelled(), "<abc") == [90, 1, 2, 3]
+    assert encode_prompt(Spelled(), "abcdef", max_prompt=3) == [90, 5, 6]
+    assert encode_prompt(Spelled(), "abc", max_prompt=4) == [90, 1, 2, 3]
+    assert encode_prompt(Spelled(), "") == [90]
+    assert encode_prompt(WithoutBos(), "abc") == [1, 2, 3]
+    assert encode_prompt(WithoutBos(), "abcdef", max_prompt=2) == [5, 6]
+    assert encode_prompt(WithoutBos(), "") == [91]
+
+
+@pytest.mark.parametrize("max_prompt", [1, 2, 3, 8])
+@pytest.mark.parametrize("tokenizer", [Spelled(), WithoutBos()], ids=["bos", "no bos"])
+def test_max_prompt_is_a_maximum(tokenizer, max_prompt):
+    for text in ("", "a", "ab", "abcdefghij"):
+        ids = encode_prompt(tokenizer, text, max_prompt=max_prompt)
+        assert 1 <= len(ids) <= max_prompt
+
+
+def test_messages_go_through_the_template_which_may_write_bos_itself():
+    tokenizer = Spelled()
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert encode_prompt(tokenizer, [{"role": "user", "content": "ab"}]) == [90, 1, 2]
+
+
+def test_eos_is_appended_exactly_once():
+    tokenizer = Spelled()
+    assert encode_completion(tokenizer, "ab") == [1, 2, 91] and encode_completion(tokenizer, "") == [91]
+    assert encode_demos(tokenizer, [Demo("ab", "c")]) == [([90, 1, 2], [3, 91])]
+    assert encode_pairs(tokenizer, [Pair("abc", "c", "de")], max_prompt=2) == [([90, 3], [3, 91], [4, 5, 91])]
+
+
+def test_prompt_and_completion_are_encoded_apart():
+    """A tokenizer that joins 'ab' into one id must not join them across the border."""
+
+    class Joining(WithoutBos):
+        def encode(self, text):
+            return [ord(piece[0]) if len(piece) == 1 else 77 for piece in re.findall("ab|.", text)]
+
+    assert Joining().encode("ab") == [77]
+    assert encode_demos(Joining(), [Demo("a", "b")]) == [([97], [98, 91])]
+
+
+@pytest.mark.parametrize("max_len", [2, 3, 4, 5, 100])
+@pytest.mark.parametrize("tokenizer", [Spelled(), WithoutBos()], ids=["bos", "no bos"])
+def test_windows_score_every_token_once(tokenizer, max_len):
+    """Each row: one token seen, at most max_len − 1 scored; scored tokens in order are the text and its EOS; each row's seen token
+    is the one just before (BOS, or EOS where there is none, at the start)."""
+    for text in ("", "a", "abcdefghijkl"):
+        rows = encode_texts(tokenizer, [text, "xy"], max_len=max_len)
+        seen = [token for prompt, _ in rows for token in prompt]
+        scored = [token for _, completion in rows for token in completion]
+        start = tokenizer.bos_id or tokenizer.eos_id
+        assert scored == [*tokenizer.encode(text), 91, 24, 25, 91]
+        assert all(len(prompt) == 1 and 1 <= len(completion) < max_len for prompt, completion in rows)
+        before = dict(zip(range(len(scored)), [start, *tokenizer.encode(text), start, 24, 25], strict=True))
+        places = [sum(len(c) for _, c in rows[:i]) for i in range(len(rows))]
+        assert seen == [before[place] for place in places]
+
+
+def test_batches_of_picked_rows():
+    rows = encode_demos(Spelled(), [Demo("a", "b"), Demo("c", "de"), Demo("f", "g")])
+    batch = demo_batch(rows, [1, 0], pad_id=92, max_len=10)
+    assert batch.inputs.tolist() == [[90, 3, 4, 5], [90, 1, 2, 91]]
+    assert batch.targets.tolist() == [[3, 4, 5, 91], [1, 2, 91, 92]]
+    pairs = pair_batch(encode_pairs(Spelled(), [Pair("a", "b", "cd")]), [0, 0], pad_id=92, max_len=4)
+    assert len(pairs) == 2 and pairs.chosen.targets[0][pairs.chosen.mask[0]].tolist() == [2, 91]
+    assert pairs.rejected.targets[0][pairs.rejected.mask[0]].tolist() == [3, 4]
+
+
+def test_counts_agree_with_the_batches():
+    """Rows of 2 + 3, 6 + 2 and 1 + 1 tokens at max_len 4: scored 2 + 0 + 1, two cut, one of them empty; the masks say the same."""
+    rows = [([1, 1], [2, 2, 9]), ([1] * 6, [2, 9]), ([1], [9])]
+    assert counts(rows, 4) == {"rows": 3, "scored_tokens": 3, "truncated": 2, "empty": 1}
+    rng = random.Random(0)
+    for _ in range(50):
+        rows = [([1] * rng.randint(1, 6), [2] * rng.randint(1, 6), [3] * rng.randint(1, 6)) for _ in range(5)]
+        max_len = rng.randint(1, 13)
+        pairs = pair_batch(rows, range(5), pad_id=0, max_len=max_len)
+        per_row = [*pairs.chosen.mask.sum(1).tolist(), *pairs.rejected.mask.sum(1).tolist()]
+        whole = [len(row[1]) for row in rows] + [len(row[2]) for row in rows]
+        assert counts(rows, max_len) == {"rows": 5, "scored_tokens": sum(per_row), "truncated": sum(a < b for a, b in zip(per_row, whole, strict=True)),
+                                         "empty": per_row.count(0)}
+
+
+@pytest.mark.parametrize(("n", "share", "held"), [(10, 0.2, 2), (10, 0.0, 0), (9, 0.1, 0), (20, 0.1, 2), (10, 1.0, 10)])
+def test_split_held_out(n, share, held):
+    rows = list(range(n))
+    training, kept = split_held_out(rows, share)
+    assert training + kept == rows and kept == rows[n - held :]
+
+
+# ------------------------------------------------------------------------------------------------------ the built-in task
+
+
+def z_scores(frequencies, law, n):
+    return [(frequencies.get(key, 0) - n * p) / math.sqrt(n * p * (1 - p)) for key, p in law.items()]
+
+
+@pytest.mark.parametrize("politeness", [0.9, 0.25, 0.0, 1.0])
+def test_laws_are_distributions_over_36_answers(politeness):
+    for thing in data.THINGS:
+        law = builtin_law(builtin_prompt(thing), politeness)
+        assert len(law) == 36 and abs(sum(law.values()) - 1) < 1e-12 and all(thing in completion for completion in law)
+    assert law[f"may i have {thing}, please."] == pytest.approx(politeness**2 / 9)
+    assert law[f"give me {thing}, please."] == pytest.approx(politeness * (1 - politeness) / 9)
+
+
+def test_sampled_frequencies_follow_the_laws():
+    """Texts: rude speakers. Demonstrations: .7 expert + .3 rude (not a speaker of average politeness). 20,000 each, 5 standard deviations."""
+    n = 20_000
+    rude, expert = ({prompt: builtin_law(prompt, p) for prompt in map(builtin_prompt, data.THINGS)} for p in (data.RUDE, data.EXPERT))
+    texts = {prompt + c: p / 24 for prompt, law in rude.items() for c, p in law.items()}
+    assert max(map(abs, z_scores(Counter(builtin_texts(n)), texts, n))) < 5
+    demos = {(prompt, c): (0.7 * p + 0.3 * rude[prompt][c]) / 24 for prompt, law in expert.items() for c, p in law.items()}
+    seen = Counter((demo.prompt, demo.completion) for demo in builtin_demos(n))
+    assert set(seen) <= set(demos) and max(map(abs, z_scores(seen, demos, n))) < 5
+    openings = [demo.completion.startswith(data.POLITE_OPENINGS) for demo in builtin_demos(n, low_quality=0.0)]
+    assert abs(sum(openings) / n - data.EXPERT) < 0.01
+
+
+def test_gold_reward_by_hand():
+    """+1 for the thing, ±1 for opening and ending."""
+    cases = [("may i have tea, please.", 3), ("give me tea, please.", 1), ("may i have tea now!", 1), ("give me tea or else!", -1),
+             ("give me salt now!", -2), ("may i have salt, thank you.", 2), ("tea", 0), ("", 0), ("bring tea", 1), ("i want", -1),
+             ("i would like a coat if you can.", 2)]
+    prompts = [builtin_prompt("tea")] * len(cases)
+    assert gold_reward(prompts, [text for text, _ in cases]) == [reward for _, reward in cases]
+    assert gold_reward([builtin_prompt("a map")], ["could i get a map, thank you."]) == [3]
+    with pytest.raises(ValueError):
+        gold_reward(["one"], [])
+
+
+def test_pairs_obey_bradley_terry():
+    """Of n pairs that differ by d in gold reward, the better was chosen with frequency σ(d), equal ones are no information: 4 s.d."""
+    wins = {}
+    for pair in builtin_pairs(8000):
+        chosen, rejected = gold_reward([pair.prompt] * 2, [pair.chosen, pair.rejected])
+        wins.setdefault(abs(chosen - rejected), []).append(chosen > rejected)
+    assert set(wins) == {0, 2, 4}
+    for gap in (2, 4):
+        n, p = len(wins[gap]), 1 / (1 + math.exp(-gap))
+        assert n > 300 and abs(sum(wins[gap]) - n * p) < 4 * math.sqrt(n * p * (1 - p))
+
+
+def test_pairs_are_answers_of_rude_speakers_to_one_prompt():
+    """Chosen and rejected together follow the rude law: choosing only orders them."""
+    pairs, n = builtin_pairs(8000), 16_000
+    law = {(prompt, c): p / 24 for prompt in map(builtin_prompt, data.THINGS) for c, p in builtin_law(prompt, data.RUDE).items()}
+    seen = Counter((pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected))
+    assert set(seen) <= set(law) and sum(seen.values()) == n
+    polite = sum(count for (_, text), count in seen.items() if text.startswith(data.POLITE_OPENINGS))
+    assert abs(polite / n - data.RUDE) < 4 * math.sqrt(0.25 * 0.75 / n)
+
+
+def test_the_task_repeats_and_its_seeds_differ():
+    for make in (builtin_texts, builtin_demos, builtin_pairs):
+        assert make(50, seed=3) == make(50, seed=3) != make(50, seed=4)
+        assert make(20, seed=3) == make(50, seed=3)[:20]
+    state = random.getstate()
+    builtin_pairs(5)
+    assert random.getstate() == state
+
+
+def test_the_builtin_tokenizer_covers_the_task():
+    tokenizer = builtin_tokenizer()
+    assert isinstance(tokenizer, CharTokenizer)
+    for text in builtin_texts(200) + [demo.prompt + demo.completion for demo in builtin_demos(200)]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text

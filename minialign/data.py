@@ -244,12 +244,13 @@ def _texts(row):
         return [row["text"]]
     if {"chosen", "rejected"} <= row.keys():
         pair = _pair(row)
-        return [_plain(pair.prompt) + pair.chosen, _plain(pair.prompt) + pair.rejected]
+        return [plain_text(pair.prompt) + pair.chosen, plain_text(pair.prompt) + pair.rejected]
     demo = _demo(row)
-    return [_plain(demo.prompt) + demo.completion]
+    return [plain_text(demo.prompt) + demo.completion]
 
 
-def _plain(prompt):
+def plain_text(prompt):
+    """A prompt as text: messages become a transcript."""
     return prompt if isinstance(prompt, str) else render_chat(None, prompt)
 
 

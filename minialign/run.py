@@ -72,7 +72,7 @@ class Run:
             raise BadInput(f"{self.folder}: was not made by {self.method}; resume it with the method that made it")
         fields = {f.name for f in dataclasses.fields(cfg)}
         if stored.keys() != fields:
-            raise BadInput(f"{self.folder}/config.json: has other fields ({sorted(stored.keys() ^ fields)[:3]}), so another version made it")
+            raise BadInput(f"{self.folder}/config.json: has other fields ({sorted(stored.keys() ^ fields)[:3]}): another version made it")
         default = type(cfg)()
         changed = [f.name for f in dataclasses.fields(cfg) if f.name != "resume" and getattr(cfg, f.name) != getattr(default, f.name)]
         changed = [name for name in changed if getattr(cfg, name) != stored.get(name)]
@@ -251,7 +251,11 @@ class Run:
 
     def log_samples(self, step, policy, tokenizer, prompts_ids, *, tau=1.0):
         """Write what the policy now answers to a few prompts to samples.jsonl. Has its own generators: training cannot notice."""
-        max_new = min(self.cfg.max_new, policy.config.max_len - max(map(len, prompts_ids)))
+        context = policy.config.max_len
+        prompts_ids = [prompt for prompt in prompts_ids if len(prompt) < context]
+        if not prompts_ids:
+            return
+        max_new = min(self.cfg.max_new, context - max(map(len, prompts_ids)))
         rollout = sample(policy, prompts_ids, max_new=max_new, tau=tau, eos_id=tokenizer.eos_id, seed=self.cfg.seed)
         for prompt, ids, finished in zip(prompts_ids, rollout.completions, rollout.finished.tolist(), strict=True):
             row = {"step": step + 1, "prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(ids), "finished": finished}

@@ -64,6 +64,7 @@ def refused(folder, *parts):
     with pytest.raises(BadInput) as error:
         load_pretrained(folder)
     message = str(error.value)
+    assert "\n" not in message
     for part in parts:
         assert part in message, message
     return message
@@ -344,6 +345,24 @@ def test_no_such_folder_nor_hub_name(tmp_path):
     refused(tmp_path / "model.safetensors", "expected a folder with config.json and model.safetensors, not a single file")
 
 
+def test_hub_name_fetches_weights_and_settings_only(folder, monkeypatch):
+    """What a hub repository may hold besides, pickles and code, is not even downloaded."""
+    asked = {}
+
+    def deliver(name, allow_patterns):
+        asked[name] = set(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", deliver)
+    assert load_pretrained("owner/name").config.vocab_size == 7
+    assert asked == {"owner/name": {"*.json", "*.safetensors", "*.jinja"}}
+
+
+def test_damaged_tokenizer_is_named(folder):
+    (folder / "tokenizer.json").write_text("{")
+    refused(folder, f"{folder / 'tokenizer.json'}: not a sound tokenizer", "fetch or write it again")
+
+
 @pytest.mark.parametrize(("content", "part"), [
     (None, "the file is missing"), (b"", "not valid JSON"), (b"{,}", "not valid JSON"), (b"\xff\xfe{}", "not valid JSON"),
     (b"[1]", "expected an object, found list"), (b"3", "expected an object, found int"), (b"[" * 100_000, "not valid JSON"),
@@ -566,6 +585,7 @@ HOSTILE = {
     "dtype is a number": raw_safetensors({"a": F32 | {"dtype": 7}}, bytes(8)),
     "invalid utf-8": raw_safetensors(json.dumps({"a": F32}).encode().replace(b'"a"', b'"\xff"'), bytes(8)),
     "trailing bytes": raw_safetensors({"a": F32}, bytes(9)),
+    "key twice": raw_safetensors(json.dumps({"a": F32, "b": F32 | {"data_offsets": [8, 16]}}).encode().replace(b'"b"', b'"a"'), bytes(16)),
     "list": raw_safetensors(b"[]"),
     "no JSON": raw_safetensors(b"x" * 64),
     "deep JSON": raw_safetensors(b'{"a":' + b"[" * 50_000),

@@ -268,7 +268,8 @@ assert_close(my_mlp(wide, mlp.gate.weight, mlp.up.weight, mlp.down.weight), mlp(
 
 # %% [markdown]
 # **The residual stream.** No part replaces what is there, every part adds. So the last state is the embedding plus everything that was
-# written, and we can list the writers. At the start they whisper: `init_weights` makes the projections into the stream small.
+# written, and we can list the writers. In a new model the embedding is the loudest: `init_weights` makes the projections into the
+# stream small.
 
 # %%
 torch.manual_seed(0)
@@ -282,7 +283,7 @@ final = policy.hidden(ids)  # (B, T, C), after the last norm
 
 for name, write in writes.items():
     print(f"{name:13} writes vectors of length {write.norm(dim=-1).mean():.4f}")
-assert len(writes) == 5
+assert len(writes) == 5 and max(writes, key=lambda name: writes[name].norm()) == "embedding"
 assert_close(my_norm(sum(writes.values()), policy.norm.weight), final)
 
 # %% [markdown]
@@ -352,11 +353,12 @@ assert_close(by_hand, attention(read, rotary, None, None, at[None], 0), atol=1e-
 # of each target. A new model knows nothing and spreads its bets, so its loss is near that of a uniform guess, $\ln V$.
 
 # %%
-sentence = "the rat saw the cat and the cat saw the hat."
+sentence = "she sells sea shells by the sea."
 tokenizer = CharTokenizer(sentence)
 batch = collate([[tokenizer.bos_id]], [tokenizer.encode(sentence) + [tokenizer.eos_id]], pad_id=tokenizer.pad_id)
 for t in range(4):
-    print(f"t = {t}   sees {tokenizer.decode(batch.inputs[0, : t + 1].tolist())!r:6} predicts {tokenizer.decode([int(batch.targets[0, t])])!r}")
+    seen, next_one = tokenizer.decode(batch.inputs[0, : t + 1].tolist()), tokenizer.decode([int(batch.targets[0, t])])
+    print(f"t = {t}   sees {seen!r:6} predicts {next_one!r}")  # the end-of-text token, seen first, decodes to nothing
 
 
 def my_loss(logits, targets):
@@ -366,7 +368,7 @@ def my_loss(logits, targets):
 
 
 V = tokenizer.vocab_size
-config = GPTConfig.tiny(V)
+config = GPTConfig.tiny(V, n_head=2)
 torch.manual_seed(0)
 policy = GPT(config)
 loss = my_loss(policy(batch.inputs), batch.targets)
@@ -407,25 +409,37 @@ with torch.no_grad():
     assert_close(torch.cat(pieces, dim=1), policy(batch.inputs), atol=1e-5, rtol=1e-4)
 print(f"positions through the model for {T} tokens: {T} with the cache, {T * (T + 1) // 2} without")
 print(f"numbers kept per token: 2·L·H·D = {2 * config.n_layer * config.n_head * config.head_dim}")
-assert int(cache.lengths[0]) == T == 45 and T * (T + 1) // 2 == 1035
+assert int(cache.lengths[0]) == T == 33 and T * (T + 1) // 2 == 561
 assert cache.keys.numel() + cache.values.numel() == T * 2 * config.n_layer * config.n_head * config.head_dim == T * 256
 
 # %% [markdown]
 # ## 8. The experiment: learn one sentence by heart
 #
-# A model that cannot learn one sentence has a bug. So this is the first thing to try with any new model. Watch the greedy
-# continuation (`sample` always takes the likeliest token) while the loss falls.
+# A model that cannot learn one sentence has a bug. So this is the first thing to try with any new model.
+#
+# The sentence is chosen to need attention. After `s` comes `h`, `e` or a space; after `e` comes a space, `l` or `a`. Whoever sees only the
+# last letter can do no better than the average surprise of the next letter given this one. We can count that bound.
+
+# %%
+text = [tokenizer.bos_id, *tokenizer.encode(sentence), tokenizer.eos_id]
+counts = torch.zeros(V, V)
+for this, following in zip(text[:-1], text[1:], strict=True):
+    counts[this, following] += 1
+chance = counts / counts.sum(1, keepdim=True).clamp(min=1)  # watch: chance (V, V), row = this letter, column = the next
+last_letter_only = -(counts * chance.clamp(min=1e-9).log()).sum().item() / counts.sum().item()
+print(f"uniform guess {ln(V):.3f}   best from the last letter alone {last_letter_only:.3f}   (nats per token)")
+assert 0.6 < last_letter_only < ln(V)
 
 # %%
 STEPS = 120
 
 
-def train(forward, policy):
-    """Fit `forward(inputs) -> logits` to the sentence; returns the losses."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-3, weight_decay=0.0)
+def train(forward, parameters):
+    """Fit `forward(inputs) -> logits` to the sentence; returns the loss of every step."""
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.0)
     losses = []
     for _ in range(STEPS):
-        loss = my_loss(forward(batch.inputs), batch.targets)
+        loss = my_loss(forward(batch.inputs), batch.targets)  # watch: loss ()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -433,9 +447,175 @@ def train(forward, policy):
     return losses
 
 
-losses = train(policy, policy)
-said = sample(policy, [[tokenizer.bos_id]], max_new=60, eos_id=tokenizer.eos_id, seed=0, greedy=True)
-said = tokenizer.decode(said.completions[0])
-print(f"loss {losses[0]:.3f} -> {losses[-1]:.4f}\nsays {said!r}")
-assert losses[-1] < 0.02
+losses = train(policy, policy.parameters())
+rollout = sample(policy, [[tokenizer.bos_id]], max_new=60, eos_id=tokenizer.eos_id, seed=0, greedy=True)  # the likeliest token, always
+said = tokenizer.decode(rollout.completions[0])
+print(f"loss {losses[0]:.3f} -> {losses[-1]:.4f}   says {said!r}")
+assert losses[-1] < 0.02 < last_letter_only
 assert said == sentence
+
+# %% [markdown]
+# Where did it look? `my_gpt` also returns the weights of all heads. We draw the most decided one: the head whose largest weight in a row
+# is largest on average. Each row is a position that predicts; its dark squares are the letters it gathered from. Do not expect grammar:
+# a model that learns one sentence needs only some landmark that tells one `s` from the next, and any landmark will do.
+
+# %%
+with torch.no_grad():
+    _, maps = my_gpt(dict(policy.named_parameters()), batch.inputs, config.n_layer, config.n_head)
+heads = torch.cat([weights[0] for weights in maps])  # watch: heads (L·H, T, T)
+number = heads.amax(-1).mean(-1).argmax().item()
+layer, head = divmod(number, config.n_head)
+looks = heads[number]  # (T, T)
+assert_close(looks.sum(-1), torch.ones(T))
+assert looks.triu(1).abs().max() == 0  # nothing from the future
+
+letters = ["▸", *sentence.replace(" ", "␣")]
+figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), width_ratios=[1, 1.15], constrained_layout=True)
+axes[0].semilogy(range(1, STEPS + 1), losses, color="C0", lw=2)
+for level, label in ((ln(V), "uniform guess, ln V"), (last_letter_only, "best from the last letter alone")):
+    axes[0].axhline(level, color="0.45", lw=1, ls="--")
+    axes[0].text(STEPS, level * 1.05, label, ha="right", va="bottom", fontsize=10, color="0.35")
+axes[0].set(xlabel="step", ylabel="loss (nats per token)", xlim=(0, STEPS + 2), title="Below the second line only attention can go")
+axes[0].spines[["top", "right"]].set_visible(False)
+
+future = torch.ones(T, T, dtype=torch.bool).triu(1)
+image = axes[1].imshow(looks.masked_fill(future, torch.nan), cmap="Blues", vmin=0, vmax=1)
+axes[1].set_facecolor("0.94")
+axes[1].text(T * 0.71, T * 0.27, "the future:\nmasked", ha="center", va="center", fontsize=11, color="0.45")
+axes[1].set_xticks(range(T), letters, fontsize=9, family="DejaVu Sans Mono")
+axes[1].set_yticks(range(T), letters, fontsize=9, family="DejaVu Sans Mono")
+axes[1].tick_params(length=0)
+axes[1].set_ylabel("position that predicts the next letter", labelpad=8)
+axes[1].set(xlabel="gathers from", title=f"Attention of layer {layer}, head {head}")
+figure.colorbar(image, ax=axes[1], shrink=0.8, label="attention weight")
+figure.savefig(FIGURES / "01_gpt.png", dpi=140)
+if IN_NOTEBOOK:
+    plt.show()
+plt.close(figure)
+print("figure:", (FIGURES / "01_gpt.png").relative_to(ROOT))
+
+# %% [markdown]
+# ## 9. Break it on purpose: take the mask away
+#
+# `my_gpt(causal=False)` lets every position see the whole row, its own target included. Does the loss warn us? First ask which inputs
+# a prediction depends on: the gradient of one position's logits with respect to every position's embedding.
+
+
+# %%
+def sees(causal):
+    """The length of d(logits at position 10) / d(embedding of each position), (T,)."""
+    weights = dict(policy.named_parameters())
+    x = policy.embed(batch.inputs).detach().requires_grad_(True)  # (1, T, C)
+    table = torch.cat([weights["tok_embed.weight"].detach(), x[0]])  # extra rows V … V+T−1: one private embedding per position
+    logits, _ = my_gpt({**weights, "tok_embed.weight": table}, V + torch.arange(T)[None], config.n_layer, config.n_head, causal)
+    (grad,) = torch.autograd.grad(logits[0, 10, :V].sum(), x)
+    return grad[0].norm(dim=-1)  # watch: (T,)
+
+
+with_mask, without_mask = sees(causal=True), sees(causal=False)
+print("position 10 sees, with the mask   :", "".join("#" if length > 0 else "." for length in with_mask))
+print("position 10 sees, without the mask:", "".join("#" if length > 0 else "." for length in without_mask))
+assert (with_mask[:11] > 0).all() and (with_mask[11:] == 0).all()
+assert (without_mask > 0).all()  # position 11 holds the answer, and it is seen
+
+# %% [markdown]
+# Now train without the mask, from the same start. The loss looks just as good. But when the model writes by itself there is no future to
+# copy from, and it has learned little else.
+
+# %%
+torch.manual_seed(0)
+peeker = GPT(config)
+weights = dict(peeker.named_parameters())
+peeker_losses = train(lambda inputs: my_gpt(weights, inputs, config.n_layer, config.n_head, causal=False)[0], peeker.parameters())
+
+written = [tokenizer.bos_id]
+with torch.no_grad():
+    for _ in range(len(sentence)):
+        logits, _ = my_gpt(weights, torch.tensor([written]), config.n_layer, config.n_head, causal=False)
+        written.append(int(logits[0, -1].argmax()))
+peeker_said = tokenizer.decode(written)
+print(f"with the mask    loss {losses[-1]:.4f}   says {said!r}")
+print(f"without the mask loss {peeker_losses[-1]:.4f}   says {peeker_said!r}")
+assert peeker_losses[-1] < 0.02  # nothing in the loss warns you
+assert peeker_said != sentence
+
+# %% [markdown]
+# Keep this in mind for every method that follows: **a loss that is better than it can be is a leak**, and only samples show it.
+# Exercise 3 makes a test of it.
+#
+# ## Where to read on
+#
+# * `minialign/model.py`, from the bottom up: `GPT.hidden` is section 5, `Block`, `Attention` and `MLP` are its parts, `rotary_angles`
+#   and `rotate` are section 3, `KVCache` is section 7. The other switches of `GPTConfig` turn the same class into GPT-2, Pythia, Llama,
+#   Mistral, Qwen2 and Qwen3.
+# * `minialign/batch.py`: `collate`, the one place that shifts.
+# * `tests/test_model.py`: the same model against the `transformers` library.
+# * Next: `tutorials/02_sampling.py`, how to draw a text from these logits.
+#
+# ## Exercises
+#
+# 1. **Count** (easy, 5 minutes). How many parameters has `GPTConfig.tiny(V)`? Write the formula in $V$, $C$, $L$ and the MLP's width.
+# 2. **Grouped queries** (medium, 10 minutes). Large models share one key-value head among several query heads, which makes the cache
+#    smaller. Compute the attention of a model with `n_head=4, n_kv_head=2` with `my_attention`.
+# 3. **The impossible loss** (medium, 15 minutes). On letters drawn at random no honest model can get below $\ln(\text{letters})$. Train on
+#    fresh random letters at every step, with and without the mask. How far below the floor does the peeker get?
+#
+# Solutions follow. Stop scrolling here.
+
+# %% [markdown]
+# ---
+# ## Solutions
+#
+# **1.** The table is $VC$ and the head is the same table. A block has four attention projections of $C^2$, three MLP matrices of $C$ times
+# its width, and two norms of $C$. One more norm at the end.
+
+# %%
+config = GPTConfig.tiny(100)
+C, width, L = config.n_embd, config.ffn_dim, config.n_layer
+by_formula = 100 * C + L * (4 * C * C + 3 * C * width + 2 * C) + C
+print(by_formula, "parameters")
+assert by_formula == sum(parameter.numel() for parameter in GPT(config).parameters()) == 88_640
+
+# %% [markdown]
+# **2.** Query heads 0 and 1 read key-value head 0, query heads 2 and 3 read head 1. So repeat each key-value head twice, in place.
+
+# %%
+grouped = GPTConfig.tiny(11, n_head=4, n_kv_head=2)
+torch.manual_seed(0)
+attention = Attention(grouped, layer=0)
+x = torch.randn(1, 9, grouped.n_embd)
+rotary = rotary_angles(grouped, torch.arange(9)[None])
+
+q = attention.q(x).view(1, 9, 4, -1).transpose(1, 2)  # (B, H, T, D)
+k = attention.k(x).view(1, 9, 2, -1).transpose(1, 2).repeat_interleave(2, dim=1)  # (B, 2, T, D) -> (B, H, T, D)
+v = attention.v(x).view(1, 9, 2, -1).transpose(1, 2).repeat_interleave(2, dim=1)
+y, _ = my_attention(my_rotate(q, torch.arange(9)), my_rotate(k, torch.arange(9)), v)
+assert_close(attention.o(y.transpose(1, 2).reshape(1, 9, -1)), attention(x, rotary, None, None, torch.arange(9)[None], 0))
+print("grouped queries agree")
+
+# %% [markdown]
+# **3.** The honest model stays at the floor. The peeker falls through it: the answer stands one position to the right, and rotary
+# positions make "one to the right" easy to find.
+
+
+# %%
+def loss_on_noise(causal, steps=150, letters=8):
+    torch.manual_seed(0)
+    config = GPTConfig.tiny(letters, n_layer=1, n_head=2, ffn_dim=64)
+    model = GPT(config)
+    weights = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        noise = torch.randint(letters, (16, 17))  # fresh every step: nothing can be learned by heart
+        logits, _ = my_gpt(weights, noise[:, :-1], config.n_layer, config.n_head, causal)
+        loss = my_loss(logits, noise[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+honest, leaking = loss_on_noise(causal=True), loss_on_noise(causal=False)
+print(f"floor ln 8 = {ln(8):.3f}   with the mask {honest:.3f}   without {leaking:.3f}")
+assert honest > ln(8) - 0.1
+assert leaking < 0.7 * ln(8)

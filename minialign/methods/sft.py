@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
+from minialign.common import batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
 from minialign.data import (
     builtin_demos,
     builtin_texts,
@@ -32,6 +32,7 @@ from minialign.data import (
     demo_batch,
     encode_demos,
     encode_texts,
+    plain_text,
     read_demonstrations,
     read_texts,
     split_held_out,
@@ -104,8 +105,7 @@ def main(cfg):
     """Run it; returns the run folder."""
     run = Run("sft", cfg)
     cfg = run.cfg
-    policy, tokenizer, rows = open_policy_and_rows(run)
-    rows, held_out = split_held_out(rows, cfg.held_out)
+    policy, tokenizer, rows, held_out = open_policy_and_rows(run)
 
     def batch_of(source, picked):
         return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
@@ -119,13 +119,11 @@ def main(cfg):
         n_tokens = max(1, int(batch_of(rows, picked).mask.sum()))
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
-        total, stats = 0.0, Mean()
+        total = 0.0
         for micro in split_micro(picked, cfg.micro_batch):
-            batch = batch_of(rows, micro)
-            loss, micro_stats = step(policy, batch, n_tokens)
+            loss, _ = step(policy, batch_of(rows, micro), n_tokens)  # already divided by the tokens of the whole step
             loss.backward()
             total += loss.item()
-            stats.add(micro_stats, weight=int(batch.mask.sum()) / n_tokens)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.finite(k, policy, picked, total, grad_norm):
             optimizer.step()
@@ -140,16 +138,19 @@ def main(cfg):
 
 
 def open_policy_and_rows(run):
-    """(policy, tokenizer, encoded rows) for demonstrations or text, and for a policy that exists or a new one."""
+    """(policy, tokenizer, training rows, held-out rows), encoded; for demonstrations or text, for a policy that exists or a new one."""
     cfg = run.cfg
     run.same_input("data", cfg.text or cfg.demos)
     if cfg.text:
         texts = builtin_texts() if cfg.text == "builtin" else read_texts(cfg.text, skip_bad=cfg.skip_bad)
+        train, held_out = split_held_out(texts, cfg.held_out)  # by documents: none is on both sides
     else:
         demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
-        texts = [demo.prompt + demo.completion for demo in demos if isinstance(demo.prompt, str)]
+        train, held_out = split_held_out(demos, cfg.held_out)
+        texts = [plain_text(demo.prompt) + demo.completion for demo in train]
+
     if cfg.policy == "new":
-        if (run.folder / "tokenizer.json").is_file():  # resuming: the tokenizer is part of the run
+        if run.resuming and (run.folder / "tokenizer.json").is_file():  # the tokenizer is part of the run
             tokenizer = load_tokenizer(run.folder)
         else:
             tokenizer = builtin_tokenizer() if "builtin" in (cfg.text or cfg.demos) else train_bpe(texts, cfg.vocab)
@@ -159,9 +160,12 @@ def open_policy_and_rows(run):
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **size)).to(run.device, run.dtype)
     else:
         policy, tokenizer = run.open_policy(cfg.policy)
-    if cfg.text:
-        return policy, tokenizer, encode_texts(tokenizer, texts, max_len=cfg.max_len)
-    return policy, tokenizer, encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt)
+
+    if not cfg.text:
+        return policy, tokenizer, *(encode_demos(tokenizer, part, max_prompt=cfg.max_prompt) for part in (train, held_out))
+    if len(texts) == 1:  # one long document can only be cut
+        return policy, tokenizer, *split_held_out(encode_texts(tokenizer, texts, max_len=cfg.max_len), cfg.held_out)
+    return policy, tokenizer, *(encode_texts(tokenizer, part, max_len=cfg.max_len) for part in (train, held_out))
 
 
 if __name__ == "__main__":

@@ -85,3 +85,24 @@ def test_too_long_prompts_are_refused_at_second_0(small):
     module, cfg = small("sft", max_len=4)
     with pytest.raises(BadInput, match="no row has a scored token.*--max_len 4"):
         module.main(cfg)
+
+
+def test_held_out_text_is_held_out_by_document(small, tmp_path, monkeypatch):
+    """No document has windows on both sides; a single document is cut by windows."""
+    from minialign.methods import sft
+    from minialign.run import Run
+
+    documents = [f"document {i} " * (1 + i % 5) for i in range(20)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join('{"text": "%s"}\n' % text for text in documents))
+    module, cfg = small("sft", policy="new", text=str(path), demos="", vocab=300, max_len=16, held_out=0.2)
+    _, tokenizer, rows, held_out = sft.open_policy_and_rows(Run("sft", cfg))
+    held = tokenizer.decode([token for _, completion in held_out for token in completion])
+    trained = tokenizer.decode([token for _, completion in rows for token in completion])
+    assert held == "".join(documents[16:]) and trained == "".join(documents[:16])
+
+    path = tmp_path / "one.txt"
+    path.write_text("".join(documents))
+    module, cfg = small("sft", policy="new", text=str(path), demos="", vocab=300, max_len=16, held_out=0.2)
+    _, tokenizer, rows, held_out = sft.open_policy_and_rows(Run("sft", cfg))
+    assert len(held_out) == int(0.2 * (len(rows) + len(held_out))) > 0

@@ -36,8 +36,10 @@ figures: $(VENV)/installed       ## the pictures of README
 notebooks: $(VENV)/installed-dev ## execute the tutorials into tutorials/notebooks
 	mkdir -p tutorials/notebooks
 	for file in tutorials/[0-9]*.py; do \
-		$(BIN)/jupytext --quiet --to notebook --execute --output tutorials/notebooks/$$(basename $$file .py).ipynb $$file || exit 1; \
+		$(BIN)/jupytext --quiet --to notebook --set-kernel python3 --execute \
+			--output tutorials/notebooks/$$(basename $$file .py).ipynb $$file || exit 1; \
 	done
+	rm -rf tutorials/notebooks/runs
 
 clean:
 	rm -rf $(VENV) runs

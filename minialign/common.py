@@ -137,6 +137,11 @@ def append_row(path, row):
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+def first_line(error):
+    """What an exception of somebody else's code says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def find_folder(path_or_hub_name):
     """The local folder: the path itself, or the files of a hub name, fetched (or found in the cache) by huggingface_hub."""
     folder = Path(path_or_hub_name).expanduser()
@@ -152,9 +157,8 @@ def find_folder(path_or_hub_name):
     except HFValidationError:
         raise BadInput(f"{path_or_hub_name}: no such folder, and not a hub name (owner/name) either") from None
     except Exception as error:  # network, missing repository, gated repository: huggingface_hub's own sentence says which
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(
-            f"{path_or_hub_name}: no such folder here, and the hub could not deliver it ({reason}); "
+            f"{path_or_hub_name}: no such folder here, and the hub could not deliver it ({first_line(error)}); "
             "for a gated model run `hf auth login` first"
         ) from None
 
@@ -165,7 +169,7 @@ def read_json(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: the file is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of thousands of digits
         raise BadInput(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path}: expected an object, found {type(content).__name__}")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minialign.batch import Pairs, collate
-from minialign.common import BadInput, derive_seed
+from minialign.common import BadInput, derive_seed, first_line
 from minialign.tokenizer import CharTokenizer, render_chat
 
 
@@ -59,7 +59,7 @@ def read_preferences(path, *, skip_bad=False):
 
 def read_prompts(path, *, skip_bad=False):
     """list of prompts (text, or messages); errors as read_demonstrations."""
-    return _read(path, lambda row: row["prompt"] if set(row) == {"prompt"} and _is_text(row["prompt"]) else _demo(row).prompt, skip_bad)
+    return _read(path, _prompt, skip_bad)
 
 
 def read_texts(path, *, skip_bad=False):
@@ -122,7 +122,7 @@ def _records(path):
     if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":  # one JSON list of rows
         try:
             rows = json.loads(_decode(path, content))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
             raise BadInput(f"{path}: not valid JSON ({error})") from None
         for number, row in enumerate(rows, start=1):
             yield f"{path}: row {number}", row, None
@@ -131,7 +131,7 @@ def _records(path):
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), None
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 yield f"{path}:{number}", None, f"not a line of JSON ({error})"
 
 
@@ -144,7 +144,7 @@ def _hub_records(name):
     try:
         rows = load_dataset(name, split="train")
     except Exception as error:  # network, name, gate: the library's own sentence says which
-        raise BadInput(f"{name}: no such file, and the hub could not deliver it ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"{name}: no such file, and the hub could not deliver it ({first_line(error)})") from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}: row {number}", row, None
 
@@ -159,12 +159,12 @@ def _is_messages(value):
     return all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
 
 
-def _check(row, *keys):
+def _check(row, *keys, messages=True):
     for key in keys:
         value = row[key]
-        if not _is_text(value):
-            raise BadRow(f"{key!r} must be text or a list of {{role, content}}, found {type(value).__name__}")
-        texts = [value] if isinstance(value, str) else [message["content"] for message in value]
+        if not (_is_text(value) if messages else isinstance(value, str)):
+            raise BadRow(f"{key!r} must be text{' or a list of {role, content}' * messages}, found {type(value).__name__}")
+        texts = [value] if isinstance(value, str) else [text for message in value for text in (message["role"], message["content"])]
         if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
             raise BadRow(f"{key!r} holds half of a surrogate pair, which is no character")
 
@@ -212,7 +212,10 @@ def _pair(row):
     raise BadRow(f"found the keys {sorted(row)}, expected prompt + chosen + rejected, or chosen + rejected")
 
 
-def _demo(row):
+DEMO_KEYS = "prompt + completion, messages, chosen + rejected, question + answer, or instruction + output"
+
+
+def _demo(row, other_keys=""):
     if {"prompt", "completion"} <= row.keys():
         _check(row, "prompt", "completion")
         return Demo(row["prompt"], _answer(row["completion"]))
@@ -226,26 +229,30 @@ def _demo(row):
         pair = _pair(row)
         return Demo(pair.prompt, pair.chosen)
     if {"question", "answer"} <= row.keys():
-        _check(row, "question", "answer")
+        _check(row, "question", "answer", messages=False)
         return Demo(f"Question: {row['question']}\nAnswer: ", row["answer"])
     if {"instruction", "output"} <= row.keys():
-        _check(row, "instruction", "output", *(["input"] if row.get("input") else []))
+        _check(row, "instruction", "output", *(["input"] if row.get("input") else []), messages=False)
         given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
         return Demo(f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n", row["output"])
-    raise BadRow(
-        f"found the keys {sorted(row)}, expected prompt + completion, messages, chosen + rejected, question + answer, "
-        "or instruction + output"
-    )
+    raise BadRow(f"found the keys {sorted(row)}, expected {other_keys}{DEMO_KEYS}")
+
+
+def _prompt(row):
+    if "prompt" in row:
+        _check(row, "prompt")
+        return row["prompt"]
+    return _demo(row, "prompt, ").prompt
 
 
 def _texts(row):
-    if isinstance(row.get("text"), str):
-        _check(row, "text")
+    if row.get("text") is not None:
+        _check(row, "text", messages=False)
         return [row["text"]]
     if {"chosen", "rejected"} <= row.keys():
         pair = _pair(row)
         return [plain_text(pair.prompt) + pair.chosen, plain_text(pair.prompt) + pair.rejected]
-    demo = _demo(row)
+    demo = _demo(row, "text, ")
     return [plain_text(demo.prompt) + demo.completion]
 
 
@@ -266,12 +273,12 @@ def encode_prompt(tokenizer, prompt, *, max_prompt=None):
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids = ids[1:] if bos and ids[:1] == bos else ids  # a template may have written it already
     if max_prompt is not None:
-        ids = ids[max(0, len(ids) - max(1, max_prompt - len(bos))) :]
+        ids = ids[max(0, len(ids) - (max_prompt - len(bos))) :]
     return bos + ids or [tokenizer.eos_id]
 
 
 def encode_completion(tokenizer, completion):
-    """Ids of a completion and its EOS: the one place that appends it."""
+    """Ids of a completion and its EOS: the one place that appends it. (Text that spells out the EOS token is encoded as that token.)"""
     return tokenizer.encode(completion) + [tokenizer.eos_id]
 
 

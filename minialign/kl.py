@@ -13,10 +13,12 @@ So the KL belongs into the detached reward (k1), or into the loss as k2; GRPO pu
 Each function takes log-probs of any one shape and returns that shape. Checked by tests/test_kl.py: values and gradients by enumeration.
 """
 
+import math
+
 import torch
 
-# e^20 is 5e8: further out the value no longer matters, only that neither it nor its gradient is inf.
-# The clamp is on the exponent alone, before exp: clipping after it would leave 0·inf = NaN in the backward pass.
+# Beyond e^20 = 5e8 the exponential goes on as its tangent: neither value nor gradient is ever inf, and the gradient keeps its sign.
+# (Clipping after exp would leave 0·inf = NaN in the backward pass; clipping before it would leave only the +1 of d, which pushes away.)
 MAX_EXPONENT = 20.0
 
 
@@ -30,10 +32,12 @@ def k2(logps, ref_logps):
 
 def k3(logps, ref_logps):
     ref_logratio = ref_logps - logps
-    return torch.expm1(ref_logratio.clamp(max=MAX_EXPONENT)) - ref_logratio  # expm1: near 0 the 1 would cancel all digits
+    tangent = math.exp(MAX_EXPONENT) * torch.relu(ref_logratio - MAX_EXPONENT)  # 0 up to MAX_EXPONENT
+    return torch.expm1(ref_logratio.clamp(max=MAX_EXPONENT)) + tangent - ref_logratio  # expm1: near 0 the 1 would cancel all digits
 
 
 def exact_kl(logits, ref_logits):
     """KL(π‖ref) of whole distributions: logits, ref_logits (..., V) -> (...), in nats."""
     logps, ref_logps = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    return torch.where(logps.isneginf(), 0, logps.exp() * (logps - ref_logps)).sum(-1)
+    logratio = torch.where(logps.isneginf(), 0, logps - ref_logps)  # 0·log 0 = 0, in the gradient too
+    return (logps.exp() * logratio).sum(-1)

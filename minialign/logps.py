@@ -6,7 +6,7 @@ hidden h (N, C) and head W (V, C) go in; two numbers a token come out. The (N, V
 most training steps, so there are two bodies that agree to rounding:
 
     naive     makes it, in float32, and lets autograd keep it: simplest, fastest while it is small
-    chunked   makes `CHUNK_ROWS` rows of it at a time and again in the backward pass: never more than one (chunk, V) piece alive
+    chunked   makes `CHUNK_ROWS` rows of it at a time and again in the backward pass: no tensor is ever larger than (chunk, V)
 
 Statistics are float32 even when h and W are bfloat16: logits rounded to bfloat16 would put 1.5 to 6 % noise on every ratio.
 Only scored positions enter: a prompt token costs nothing here.
@@ -95,6 +95,8 @@ class ChunkedLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, e):
+        if g is None and e is None:
+            return None, None, None, None, None
         hidden, weight, targets, lse, entropies = ctx.saved_tensors
         wide = lse.dtype
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None

@@ -58,6 +58,13 @@ class GPTConfig:
         self.ffn_dim = self.ffn_dim or 4 * self.n_embd
         self.rotary_dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
         self.windows = tuple(self.windows) or (None,) * self.n_layer
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "ffn_dim", "max_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+                raise BadInput(f"{name} must be a whole number from 1 to 2**31, found {value!r}")
+        odd = not isinstance(self.rotary_dim, int) or self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim
+        if self.positions == "rotary" and odd:
+            raise BadInput(f"rotary_dim must be even and at most head_dim = {self.head_dim}, found {self.rotary_dim!r}")
         if self.n_head % self.n_kv_head:
             raise BadInput(f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads evenly: n_kv_head must divide n_head")
         if len(self.windows) != self.n_layer:
@@ -168,7 +175,11 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, 
 
 
 class Attention(nn.Module):
-    """Causal attention of H query heads over KV key-value heads, H/KV queries to a key."""
+    """Causal attention of H query heads over KV key-value heads, H/KV queries to a key.
+
+    forward: x (B, T, C); rotary (cos, sin) or None; mask (B, 1, T, S) bool or None for plain causal; with a cache the positions (B, T)
+    that the new keys take and the span S of cached positions to look at. Returns (B, T, C).
+    """
 
     def __init__(self, config, layer):
         super().__init__()
@@ -280,10 +291,12 @@ class GPT(nn.Module):
         B, T = inputs.shape
         first = torch.zeros(1, dtype=torch.long, device=inputs.device) if cache is None else cache.lengths
         positions = first[:, None] + torch.arange(T, device=inputs.device)  # (1, T) or (B, T)
-        capacity = self.config.max_len if cache is None else cache.keys.shape[3]
-        if (cache is not None or self.pos_embed is not None) and int(first.max()) + T > capacity:
-            what = "the model's context of" if cache is None else "the KV cache's"
-            raise BadInput(f"{int(first.max()) + T} positions do not fit {what} {capacity}: shorten the rows (--max_len, --max_new)")
+        end = int(first.max()) + T
+        limits = {"the model's context of": self.config.max_len if self.pos_embed is not None else end,
+                  "the KV cache's": cache.keys.shape[3] if cache is not None else end}
+        for what, limit in limits.items():
+            if end > limit:
+                raise BadInput(f"{end} positions do not fit {what} {limit}: shorten the rows (--max_len, --max_new)")
 
         x = self.embed(inputs) if embeds is None else embeds  # (B, T, C)
         if self.pos_embed is not None:
@@ -295,7 +308,7 @@ class GPT(nn.Module):
         span = 0
         if cache is not None:
             advance = torch.full_like(cache.lengths, T) if lengths is None else lengths.to(cache.lengths)
-            span = int(first.max()) + T  # no row has more positions than this
+            span = end  # no row has more positions than this
         masks = {window: self.mask(positions, span, window, cache) for window in set(self.config.windows)}
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             x = block(x, rotary, masks[window], cache, positions, span)
@@ -336,7 +349,9 @@ def config_from_hf(hf):
         return (_gpt2_config if family == "gpt2" else _rotary_config)(hf, family)
     except KeyError as error:
         raise BadInput(f"config.json: the key {error} is missing, which a {family} model needs") from None
-    except (TypeError, ZeroDivisionError, OverflowError) as error:
+    except BadInput as error:
+        raise BadInput(f"config.json: {str(error).removeprefix('config.json: ')}") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
         raise BadInput(f"config.json: a value has the wrong type or size for a {family} model ({error})") from None
 
 
@@ -432,7 +447,10 @@ def config_to_hf(config):
     hf |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
            "intermediate_size": config.ffn_dim, "max_position_embeddings": config.max_len, "hidden_act": activation}
     if config.family == "gpt_neox":
-        return hf | {"layer_norm_eps": config.norm_eps, "rotary_pct": config.rotary_dim / config.head_dim,
+        fraction = config.rotary_dim / config.head_dim
+        if int(fraction * config.head_dim) != config.rotary_dim:  # the reader rounds down, and division may have rounded down too
+            fraction = (config.rotary_dim + 0.5) / config.head_dim
+        return hf | {"layer_norm_eps": config.norm_eps, "rotary_pct": fraction,
                      "attention_bias": config.qkv_bias, "rotary_emb_base": config.rope_theta, "rope_scaling": config.rope_scaling,
                      "use_parallel_residual": config.parallel_residual}
     hf |= {"num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,

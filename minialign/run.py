@@ -283,11 +283,12 @@ class Run:
 def check_config(cfg):
     """Refuse numbers that cannot work, at second 0. Knows the fields by name, so that a Config only lists them."""
     at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
-                "save_every": 1, "rounds": 1, "lr": 0, "beta": 0, "weight_decay": 0, "warmup": 0, "held_out": 0, "layers": 1,
-                "heads": 1, "width": 1}
+                "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "beta": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
+                "layers": 1, "heads": 1, "width": 1}
     at_most = {"warmup": 1, "held_out": 0.9}
     for name, low in at_least.items():
         value = getattr(cfg, name, low)
+        value = low if value is None else value
         high = at_most.get(name, math.inf)
         if not low <= value <= high:
             raise BadInput(f"--{name} {value}: must be at least {low}" + (f" and at most {high}" if name in at_most else ""))

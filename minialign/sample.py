@@ -22,7 +22,7 @@ from minialign.model import KVCache
 
 
 def keep_top_k(logits, k):
-    """Keep the k likeliest tokens of each row."""
+    """Keep the k likeliest tokens of each row (more if several tie for the k-th place)."""
     kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < kth, -torch.inf)
 
@@ -128,6 +128,7 @@ def check_arguments(config, prompts_ids, max_new, tau, top_k, top_p, n):
     longest = max(len(prompt) for prompt in prompts_ids)
     if longest + max_new - 1 > config.max_len:  # the last token sampled is never fed back
         raise BadInput(f"a prompt of {longest} tokens and max_new={max_new} exceed the model's context of {config.max_len}")
-    worst = max(max(prompt) for prompt in prompts_ids)
-    if worst >= config.vocab_size:
+    lowest, highest = min(min(prompt) for prompt in prompts_ids), max(max(prompt) for prompt in prompts_ids)
+    if lowest < 0 or highest >= config.vocab_size:
+        worst = lowest if lowest < 0 else highest
         raise BadInput(f"a prompt holds the id {worst}, but the model has {config.vocab_size} embedding rows: wrong tokenizer?")

@@ -34,7 +34,13 @@ class Tokenizer:
         pad_id = self._special("pad_token")
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.bos_id = self._special("bos_token") if settings.get("add_bos_token", False) else None
-        self.chat_template = settings.get("chat_template")
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several named ones: [{"name": "default", "template": …}, …]
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default", template)
+        if template is not None and not isinstance(template, str):
+            raise BadInput("tokenizer_config.json: the chat template must be text, or a list of which one is named 'default'")
+        self.chat_template = template
 
     def _special(self, name):
         """The id of a special token that tokenizer_config.json names as a string or as {'content': string}; None if it names none."""
@@ -120,7 +126,10 @@ def load_tokenizer(path_or_hub_name):
         settings = settings | {"add_bos_token": bool(ids) and isinstance(bos, str) and ids[0] == inner.token_to_id(bos)}
     template = folder / "chat_template.jinja"
     if template.is_file():
-        settings = settings | {"chat_template": template.read_text(encoding="utf-8")}
+        try:
+            settings = settings | {"chat_template": template.read_text(encoding="utf-8")}
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{template}: not UTF-8 text ({error})") from None
     return Tokenizer(inner, settings)
 
 
@@ -134,6 +143,18 @@ def plain_chat(messages):
     return "".join(lines) + "\n\nAssistant: "
 
 
+class Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, in which products are bounded too: 'x' * 10**9 would otherwise take gigabytes before anything is rendered."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context, operator, left, right):
+        sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
+        if operator == "**" or sizes[0] * sizes[1] > MAX_TEMPLATE:
+            raise TemplateError(f"{operator} of operands this large is refused")
+        return super().call_binop(context, operator, left, right)
+
+
 def render_chat(tokenizer, messages):
     """A list of {role, content} -> the prompt text, through the tokenizer's chat template.
 
@@ -143,15 +164,13 @@ def render_chat(tokenizer, messages):
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return plain_chat(messages)
-    if isinstance(template, list):  # several named templates: [{"name": "default", "template": ...}, ...]
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), template[0]["template"])
     if len(template) > MAX_TEMPLATE:
         raise BadInput(f"the chat template has {len(template)} characters: more than {MAX_TEMPLATE} is refused")
 
     def raise_exception(message):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])  # as transformers sets it up
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = raise_exception
     tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokenizer.settings.items()}
@@ -162,6 +181,6 @@ def render_chat(tokenizer, messages):
             rendered += piece
             if len(rendered) > limit:
                 raise TemplateError(f"it renders more than {limit} characters")
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except Exception as error:  # foreign code may raise anything, a division by zero or a MemoryError too
         raise BadInput(f"the chat template failed ({type(error).__name__}: {error})") from None
     return rendered

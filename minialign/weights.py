@@ -12,13 +12,14 @@ Checked by tests/test_weights.py: round trips through transformers are bitwise e
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from minialign.common import PICKLES, BadInput, find_folder, read_json, write_atomic
-from minialign.model import GPT, GPTConfig, config_to_hf
+from minialign.model import GPT, GPTConfig, config_from_hf, config_to_hf
 from minialign.tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ the packings
@@ -142,11 +143,11 @@ def weight_files(folder):
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise BadInput(f"{index}: 'weight_map' must map tensor names to file names")
-    files = []
+    files, present = [], {file.name for file in folder.iterdir()}
     for name in sorted(set(names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise BadInput(f"{index}: names the shard {name!r}: expected a .safetensors file in the same folder")
-        if not (folder / name).is_file():
+        if name not in present:
             raise BadInput(f"{folder}: the shard {name} is missing, which the index names; fetch the folder again")
         files.append(folder / name)
     return files
@@ -240,8 +241,12 @@ def save_pretrained(model, folder, tokenizer=None):
     """
     from huggingface_hub import save_torch_state_dict  # imported where used: it takes longer to import than most runs to start
 
+    ours, readers = vars(replace(model.config, n_tokens=None)), vars(config_from_hf(config_to_hf(model.config)))
+    if lost := [name for name in ours if ours[name] != readers[name]]:
+        raise BadInput(f"{folder}: the {model.config.family} layout cannot express {', '.join(lost)} of this model: nothing was written")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)  # written again last: an export that dies half-way is no folder to load
     state, tensors = model.state_dict(), {}
     for theirs, ours, (pack, _) in layout(model.config)[0]:
         tensors[theirs] = pack([state[name].detach() for name in ours]).cpu().contiguous()

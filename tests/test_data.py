@@ -194,6 +194,7 @@ BAD_ROWS = {
     "a message without content": (b'{"prompt": [{"role": "user"}], "completion": "c"}', f"'prompt' {TEXT_OR_MESSAGES}"),
     "half a surrogate pair": (b'{"prompt": "\\ud83d", "completion": "c"}', "'prompt' holds half of a surrogate pair"),
     "half a pair in a message": (b'{"prompt": [{"role": "user", "content": "\\udc00"}], "completion": "c"}', "'prompt' holds half of"),
+    "half a pair as a role": (b'{"prompt": [{"role": "\\ud800", "content": "x"}], "completion": "c"}', "'prompt' holds half of"),
     "two completions": (lines({"prompt": "p", "completion": [REPLY, OTHER]})[:-1], "must be exactly one message of the assistant"),
     "the user completes": (lines({"prompt": "p", "completion": [USER]})[:-1], "must be exactly one message of the assistant"),
     "messages end with the user": (lines({"messages": [REPLY, USER]})[:-1], "a list of at least two that ends with the assistant's"),
@@ -204,8 +205,11 @@ BAD_ROWS = {
     "text and messages": (lines({"chosen": "x", "rejected": [USER, REPLY]})[:-1], "must both be text or both be messages"),
     "conversations of several turns": (
         lines({"chosen": [USER, REPLY, USER, REPLY], "rejected": [USER, OTHER, USER, REPLY]})[:-1], "exactly one message of the assistant"),
-    "gsm8k with a number": (b'{"question": "q", "answer": 3}', f"'answer' {TEXT_OR_MESSAGES}, found int"),
-    "alpaca with a number": (b'{"instruction": "q", "input": 3, "output": "x"}', f"'input' {TEXT_OR_MESSAGES}, found int"),
+    "gsm8k with a number": (b'{"question": "q", "answer": 3}', "'answer' must be text"),
+    "alpaca with a number": (b'{"instruction": "q", "input": 3, "output": "x"}', "'input' must be text"),
+    "gsm8k with messages": (lines({"question": "q", "answer": [REPLY]})[:-1], "'answer' must be text"),
+    "gsm8k asked in messages": (lines({"question": [USER], "answer": "a"})[:-1], "'question' must be text"),
+    "alpaca with messages": (lines({"instruction": "q", "output": [REPLY]})[:-1], "'output' must be text"),
 }
 
 
@@ -375,7 +379,10 @@ def fuzz(tmp_path, capsys, seed, rounds):
                     continue
                 outcomes["read"] += 1
                 said = capsys.readouterr().err
-                json.dumps([vars(row) if isinstance(row, Demo | Pair) else row for row in rows], ensure_ascii=False).encode()
+                for row in rows:  # a prompt is text or messages, an answer text; all of it can be encoded
+                    prompt, *answers = vars(row).values() if isinstance(row, Demo | Pair) else [row]
+                    assert isinstance(prompt, str | list) and all(isinstance(answer, str) for answer in answers)
+                    json.dumps([prompt, answers], ensure_ascii=False).encode()
                 skipped = int(m.group(1)) if (m := re.search(r": (\d+) bad rows skipped of", said)) else 0
                 assert skip_bad or not skipped
                 plain = content[:2] != b"\x1f\x8b" and content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"["

@@ -121,6 +121,15 @@ def test_samples_of_one_prompt_are_independent():
     assert abs(agree - expected) < 4 * np.sqrt(expected * (1 - expected) / 2000)
 
 
+def test_samples_of_different_prompts_are_independent():
+    """A policy to which all 5 tokens are equally likely: the i-th samples of two prompts agree in 1 of 5 cases, within 4 s.d."""
+    policy = tiny_gpt()
+    torch.nn.init.zeros_(policy.head_weight)
+    one, other = (run(policy, [prompt], n=2000, max_new=1).completions for prompt in ([0], [1]))
+    agree = np.mean([a == b for a, b in zip(one, other, strict=True)])
+    assert abs(agree - 0.2) < 4 * np.sqrt(0.2 * 0.8 / 2000)
+
+
 @torch.no_grad()
 def test_greedy_is_the_argmax_of_full_forward_passes():
     for family, changes in FAMILIES.items():
@@ -145,9 +154,9 @@ def test_the_rules_by_hand():
 
 
 def test_draw_inverts_the_cumulative_distribution():
-    """p = .2 0 .8 0: a point below .2 is token 0, from .2 on token 2; no point, not even the last below 1, hits a forbidden token."""
+    """p = .2 0 .8 0: a point below .2 is token 0, from .2 on token 2; none hits a forbidden token, not even one rounded up to 1."""
     logits = torch.tensor([[0.2, 0.0, 0.8, 0.0]]).log()
-    for point, token in ((0.0, 0), (0.19, 0), (0.21, 2), (1 - 2**-24, 2)):
+    for point, token in ((0.0, 0), (0.19, 0), (0.21, 2), (1 - 2**-24, 2), (1.0, 2)):
         assert draw(logits, torch.tensor([point])).item() == token
     assert draw(logits[:, [1, 0, 2, 3]], torch.tensor([0.0])).item() == 1
 

@@ -142,6 +142,8 @@ def test_pad_falls_back_to_eos(bpe_folder):
     assert tokenizer.pad_id == tokenizer.eos_id == BPE.inner.token_to_id("a") != 0
     edit(bpe_folder, pad_token="b")
     assert load_tokenizer(bpe_folder).pad_id == BPE.inner.token_to_id("b")
+    edit(bpe_folder, pad_token=END)
+    assert load_tokenizer(bpe_folder).pad_id == 0  # an id of 0 is an id
 
 
 def test_bos_only_where_the_folder_asks_for_it(bpe_folder):

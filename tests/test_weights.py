@@ -309,14 +309,21 @@ def test_export_writes_these_files_and_config_json_last(tmp_path, monkeypatch):
     assert {name: getattr(generation, name) for name in ids} == ids
 
 
-def test_export_that_dies_leaves_no_config_json(tmp_path, monkeypatch):
-    def die(*args, **options):
+@pytest.mark.parametrize("older", [False, True])
+def test_export_that_dies_leaves_no_config_json(older, folder, tmp_path, monkeypatch):
+    """A folder that has config.json is whole, so one that died after its weights has none, not even that of an older export."""
+    writer = huggingface_hub.save_torch_state_dict
+
+    def write_and_die(*args, **options):
+        writer(*args, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", die)
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", write_and_die)
+    target = folder if older else tmp_path / "new"
     with pytest.raises(KeyboardInterrupt):
-        save_pretrained(GPT(GPTConfig.tiny(5)), tmp_path)
-    refused(tmp_path, "config.json: the file is missing")
+        save_pretrained(random_gpt("llama", random.Random(1), torch.float32), target)
+    assert (target / "model.safetensors").exists()
+    refused(target, "config.json: the file is missing")
 
 
 def test_a_second_export_into_a_folder_replaces_the_first(folder, monkeypatch):

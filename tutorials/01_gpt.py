@@ -39,7 +39,7 @@ from minialign.model import GPT, MLP, Attention, GPTConfig, KVCache, RMSNorm, ro
 from minialign.sample import sample
 from minialign.tokenizer import CharTokenizer
 
-FIGURES = ROOT / "runs" / "tutorials"
+FIGURES = Path("runs/tutorials")  # below the folder it runs in
 FIGURES.mkdir(parents=True, exist_ok=True)
 torch.manual_seed(0)
 torch.set_printoptions(precision=4, sci_mode=False)
@@ -492,7 +492,7 @@ figure.savefig(FIGURES / "01_gpt.png", dpi=140)
 if IN_NOTEBOOK:
     plt.show()
 plt.close(figure)
-print("figure:", (FIGURES / "01_gpt.png").relative_to(ROOT))
+print("figure:", FIGURES / "01_gpt.png")
 
 # %% [markdown]
 # ## 9. Break it on purpose: take the mask away

@@ -41,7 +41,7 @@ from minialign.logps import token_logps
 from minialign.model import GPT, GPTConfig, KVCache
 from minialign.sample import draw, keep_top_k, keep_top_p, sample
 
-FIGURES = ROOT / "runs" / "tutorials"
+FIGURES = Path("runs/tutorials")  # below the folder it runs in
 FIGURES.mkdir(parents=True, exist_ok=True)
 torch.set_printoptions(precision=4, sci_mode=False)
 
@@ -256,13 +256,13 @@ for name, how in settings.items():
 #
 # A text is not equally open everywhere. At the first letter of a completion the policy chooses among six openings. In the middle of a word
 # it has no choice. We know the law that the built-in texts are drawn from, so we can check the first one: an opening is polite with
-# probability 1/4, there are three of either kind, and two of them begin with `i`.
+# probability 1/4, there are three of either kind, and one of either kind begins with `i`: 1/12 + 1/4.
 
 # %%
 completion = "i want honey, thank you."
 ids = prompt + tokenizer.encode(completion) + [eos_id]
 with torch.no_grad():
-    seen = policy(torch.tensor([ids[:-1]]))[0, len(prompt) - 1 :].double()  # watch: seen (T, V), the logits of each token of the completion
+    seen = policy(torch.tensor([ids[:-1]]))[0, len(prompt) - 1 :].double()  # watch: seen (T, V), one row of logits per token
 probs = seen.softmax(-1)
 entropies = my_entropy(probs)  # watch: entropies (T,)
 nucleus = keep_top_p(seen, 0.9).isfinite().sum(-1)  # watch: nucleus (T,), how many tokens top-p keeps
@@ -271,9 +271,10 @@ labels = [*completion.replace(" ", "␣"), "eos"]
 first_letters = torch.tensor([1 / 3, 1 / 4, 1 / 4, 1 / 12, 1 / 12])  # i, h, g, m, c
 law = my_entropy(first_letters).item()
 print("kept by top-p 0.9:", " ".join(f"{label}{int(n)}" for label, n in zip(labels, nucleus, strict=True)))
+print(f"on average {nucleus.double().mean():.2f} of {tokenizer.vocab_size} tokens")
 print(f"entropy of the first letter {entropies[0]:.3f}, of the law {law:.3f}")
 assert abs(entropies[0].item() - law) < 0.2
-assert nucleus[0] >= 3 and nucleus.min() == 1
+assert nucleus[0] >= 3 and nucleus.min() == 1 and nucleus.double().mean() < 2
 
 # %%
 places = {"the first letter": 0, "after “honey”": completion.index(","), "inside “honey”": completion.index("ney")}
@@ -287,11 +288,12 @@ for color, (name, curve) in zip(("C0", "C1", "C2"), curves.items(), strict=True)
     axes[0].plot(taus, curve, color=color, lw=2, label=name)
     axes[0].plot(1, entropies[places[name]], "o", color=color, ms=7)
 axes[0].axhline(math.log(tokenizer.vocab_size), color="0.45", ls="--", lw=1)
-axes[0].text(0.1, math.log(tokenizer.vocab_size) - 0.06, "ln V: every token equally likely", va="top", fontsize=10, color="0.35")
+axes[0].text(0.1, math.log(tokenizer.vocab_size) - 0.06, "ln V: all tokens equally likely", va="top", fontsize=10, color="0.35")
 axes[0].axvline(1, color="0.8", lw=1, zorder=0)
 axes[0].set_xscale("log")
 axes[0].set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
-axes[0].set(xlabel="temperature tau", ylabel="entropy (nats)", xlim=(0.095, 10.5), title="Temperature opens every choice, the settled ones too")
+axes[0].set(xlabel="temperature tau", ylabel="entropy (nats)", xlim=(0.095, 10.5))
+axes[0].set_title("Temperature opens every choice, the settled ones too")
 axes[0].legend(frameon=False, loc="center left", title="the policy chooses", alignment="left")
 axes[0].spines[["top", "right"]].set_visible(False)
 
@@ -310,7 +312,8 @@ axes[1].axhline(4 - 0.5, color="C1", ls="--", lw=2, label="kept by top-k 4")
 axes[1].set_xticks(range(len(labels)), labels, family="DejaVu Sans Mono", fontsize=10)
 axes[1].set_yticks(range(RANKS), range(1, RANKS + 1))
 axes[1].tick_params(length=0)
-axes[1].set(xlabel="the completion, character by character", ylabel="rank", title="A fixed k keeps noise where nothing is open; top-p follows the policy")
+axes[1].set(xlabel="the completion, character by character", ylabel="rank")
+axes[1].set_title("A fixed k keeps noise where nothing is open; top-p follows the policy")
 axes[1].legend(loc="lower right", ncols=2)
 axes[1].set_ylim(RANKS - 0.5, -0.56)
 bar = figure.colorbar(image, ax=axes[1], pad=0.01, label="probability")
@@ -319,7 +322,7 @@ figure.savefig(FIGURES / "02_sampling.png", dpi=140)
 if IN_NOTEBOOK:
     plt.show()
 plt.close(figure)
-print("figure:", (FIGURES / "02_sampling.png").relative_to(ROOT))
+print("figure:", FIGURES / "02_sampling.png")
 
 # %% [markdown]
 # ## 6. The log-probs that a sampler must return
@@ -341,9 +344,10 @@ with torch.no_grad():
     forgot_tau = token_logps(policy, rollout)
 ratio = (logps - rollout.old_logps).exp()[rollout.mask]  # watch: ratio (scored tokens,)
 print(f"ratio between {ratio.min():.5f} and {ratio.max():.5f}")
-print(f"with tau forgotten: between {(forgot_tau - rollout.old_logps).exp()[rollout.mask].min():.3f} and 1")
+forgot = (forgot_tau - rollout.old_logps).exp()[rollout.mask]
+print(f"with tau forgotten between {forgot.min():.3f} and {forgot.max():.3f}")
 assert_close(ratio, torch.ones_like(ratio), atol=1e-3, rtol=0)
-assert (forgot_tau - rollout.old_logps).exp()[rollout.mask].min() < 0.95
+assert (forgot - 1).abs().max() > 0.05
 
 # %% [markdown]
 # **Break it on purpose.** It seems more honest to store the log-probs of $q$, since tokens were drawn from $q$. But then the ratio of an
@@ -372,8 +376,9 @@ assert per_completion.mean() < 0.8
 
 # %%
 reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-print("expected reward under p:", (p[0] * reward).sum().item(), " under top-k 2:", (keep_top_k(logits, 2).softmax(-1)[0] * reward).sum().item())
-assert (p[0] * reward).sum() == 1 / 8 and (keep_top_k(logits, 2).softmax(-1)[0] * reward).sum() == 0
+q = keep_top_k(logits, 2).softmax(-1)
+print("expected reward under p:", (p[0] * reward).sum().item(), "  under top-k 2:", (q[0] * reward).sum().item())
+assert (p[0] * reward).sum() == 1 / 8 and (q[0] * reward).sum() == 0
 
 # %% [markdown]
 # ## 7. One generator for each row
@@ -408,9 +413,9 @@ assert together.completions[4] != together.completions[5]
 # %% [markdown]
 # ## 8. Prompts of different lengths in one batch
 #
-# A tensor is a rectangle, prompts are not. Padding on the **right** costs nothing: the causal mask already hides what comes later, so the
-# logits at the last real token are those of the prompt alone. Padding on the **left** puts strangers before the prompt, and without a mask of
-# its own every later token sees them.
+# A tensor is a rectangle, prompts are not. Padding on the **right** changes nothing: the causal mask already hides what comes later, so
+# the logits at the last real token are those of the prompt alone. Padding on the **left** puts strangers before the prompt, and without
+# a mask of its own every later token sees them.
 
 # %%
 lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -496,13 +501,13 @@ assert_close(torch.tensor([logp for logps in all_logps for logp in logps]), roll
 #
 # ## Exercises
 #
-# 1. **Min-p** (easy, 5 minutes). Another rule keeps the tokens with at least a share $m$ of the likeliest token's probability. Write it with
-#    one comparison of logits, without a softmax. Which of the five tokens does $m = 0.2$ keep?
+# 1. **Min-p** (easy, 5 minutes). Another rule keeps the tokens with at least a share $m$ of the likeliest token's probability. Write it
+#    with one comparison of logits, without a softmax. Which of the five tokens does $m = 0.2$ keep?
 # 2. **Gumbel** (medium, 10 minutes). Add $g_v = -\ln(-\ln u_v)$ to each logit, with one uniform $u_v$ per token, and take the argmax. Show
 #    that this draws from the softmax.
 # 3. **A temperature for tokens is none for texts** (medium, 15 minutes). A language of three texts: first A with 0.6 or B with 0.4; after
-#    A comes 1 or 2 with 0.5 each; after B nothing more. Compute the law of the texts when each *token* is drawn at $\tau = 0.5$, and the law
-#    $\propto p(\text{text})^{1/\tau}$. Which text does greedy write, and which one is likeliest?
+#    A comes 1 or 2 with 0.5 each; after B nothing more. Compute the law of the texts when each *token* is drawn at $\tau = 0.5$, and the
+#    law $\propto p(\text{text})^{1/\tau}$. Which text does greedy write, and which one is likeliest?
 #
 # Solutions follow. Stop scrolling here.
 
@@ -533,9 +538,10 @@ show("gumbel", frequency[None])
 assert (frequency - p[0]).abs().max() < 5 * 0.0016
 
 # %% [markdown]
-# **3.** At $\tau = 0.5$ the first token is A with $0.36/(0.36 + 0.16)$, and A's share is then halved. The law of squares weighs whole texts:
-# 0.09, 0.09, 0.16. Greedy writes a text that begins with A, but the likeliest text is B. Cooling tokens favours openings with many ways to
-# go on; cooling texts does not. Remember this when a closed form says $\pi^* \propto \pi_{\text{ref}}\, e^{r/\beta}$: it speaks of texts.
+# **3.** At $\tau = 0.5$ the first token is A with $0.36/(0.36 + 0.16)$, and A's share is then halved. The law of squares weighs whole
+# texts: 0.09, 0.09, 0.16. Greedy writes a text that begins with A, but the likeliest text is B. Cooling tokens favours openings with many
+# ways to go on; cooling texts does not. Remember this when a closed form says $\pi^* \propto \pi_{\text{ref}}\, e^{r/\beta}$:
+# it speaks of texts.
 
 # %%
 texts = torch.tensor([0.6 * 0.5, 0.6 * 0.5, 0.4], dtype=torch.float64)  # A1, A2, B

@@ -62,6 +62,10 @@ class GPTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise BadInput(f"{name} must be a whole number from 1 to 2**31, found {value!r}")
+        choices = {"norm": ("rms", "layer"), "positions": ("rotary", "learned"), "head": ("lm", "scalar"), "activation": tuple(ACTIVATIONS)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise BadInput(f"{name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
         odd = not isinstance(self.rotary_dim, int) or self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim
         if self.positions == "rotary" and odd:
             raise BadInput(f"rotary_dim must be even and at most head_dim = {self.head_dim}, found {self.rotary_dim!r}")

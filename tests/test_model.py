@@ -503,3 +503,9 @@ def test_odd_values_in_config_json_are_refused_or_make_a_model():
                 except Exception as error:
                     pytest.fail(f"{sound['model_type']} with {key}={value!r}: {type(error).__name__}: {error}")
     assert refused > 200
+
+
+@pytest.mark.parametrize(("name", "value"), [("norm", "foo"), ("positions", "sinus"), ("head", "value"), ("activation", "tanh")])
+def test_a_mechanism_that_does_not_exist_is_refused(name, value):
+    with pytest.raises(BadInput, match=f"{name} must be one of .*, found '{value}'"):
+        GPTConfig(vocab_size=7, **{name: value})

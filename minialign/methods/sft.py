@@ -5,11 +5,12 @@
 Symbols  x → prompt, y → completion (its EOS included), log π_θ(y_t|·) → logps (B, T), N → n_tokens.
 Idea     Minimising L minimises KL(demonstrations ‖ π_θ): all probability moves to what was demonstrated, and away from the rest.
 Differs  from irft.py: nothing is pushed down by name; what falls, falls because probabilities sum to one. No reference model.
-Details  The mean is over tokens, not over sequences: a long completion weighs more than a short one, as in TRL (for token losses
-         [1, 1] and [2, 2, 2, 2] that is 1.667; the mean of sequence means is 1.5, the mean of sequence sums 5).
+Details  The mean is over tokens, as in TRL: for token losses [1, 1] and [2, 2, 2, 2] that is 10/6. It is maximum likelihood, and so is
+         the mean of sequence sums (5), which differs by one factor for the whole batch. The mean of sequence means (1.5) is not:
+         it counts the tokens of short completions for more.
          N counts the whole step, so that 1×8, 2×4 and 8×1 rows give one gradient; a mean of micro-batch means would not.
          Prompts are not scored. EOS is: a policy that is never taught to stop does not.
-         --text trains a base model instead: every token of plain text is a target; --policy new starts from random weights.
+         --text trains a base model instead: every token of plain text after BOS is a target; --policy new starts from random weights.
 Law      The expert's own distribution as data grow. On the three actions the gap d between the demonstrated logit and another
          follows 2d + e^d = 1 + 3·lr·steps: probability 1, reached like 1/steps (toy/three_actions.py).
 Checked  tests/methods/test_sft.py (worked numbers, accumulation, masks), toy/three_actions.py (the trajectory).

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,8 +18,6 @@ ROOT = Path(__file__).parent.parent
 
 def test_kl_of_the_measure_is_exact(policy_folder):
     """KL(expert‖π) against one completion at a time with log_softmax; the random policy is far from the expert."""
-    import math
-
     import torch
 
     policy, tokenizer = load_pretrained(policy_folder), load_tokenizer(policy_folder)
@@ -36,10 +35,13 @@ def test_kl_of_the_measure_is_exact(policy_folder):
 
 
 def test_exact_rows():
-    """The expert: politeness .9, so gold reward 1 + 2·(.9 − .1) = 2.6 and both polite .81; rude speakers at .25: 1 + 2·(.25 − .75) = 0."""
-    rows = demo.exact_rows()
-    assert rows["expert (exact)"] == pytest.approx({"gold reward": 2.6, "polite": 0.81})
-    assert rows["rude speakers (exact)"] == pytest.approx({"gold reward": 0.0, "polite": 0.0625})
+    """The expert: politeness .9, so gold reward 1 + 2·(.9 − .1) = 2.6 and both polite .81; rude speakers at .25: 1 + 2·(.25 − .75) = 0,
+    and KL 2·(.9 log .9/.25 + .1 log .1/.75) = 1.902700. Gap: a slot that is polite in the chosen and rude in the rejected answer counts
+    log(.9/.1) for the expert, log(.25/.75) for rude speakers, so the two gaps have the ratio of these logs."""
+    expert, rude = (demo.exact_rows()[name] for name in ("expert (exact)", "rude speakers (exact)"))
+    assert (expert["gold reward"], expert["polite"], expert["KL(expert‖π)"]) == pytest.approx((2.6, 0.81, 0))
+    assert (rude["gold reward"], rude["polite"], rude["KL(expert‖π)"]) == pytest.approx((0, 0.0625, 1.902700), abs=1e-6)
+    assert expert["gap"] > 0 and rude["gap"] / expert["gap"] == pytest.approx(math.log(1 / 3) / math.log(9))
 
 
 def table(spin, sft):

@@ -113,7 +113,9 @@ def show_main(cfg):
 
 
 def first_line(path):
-    return path.read_text(encoding="utf-8").lstrip('"# %[markdown]\n').splitlines()[0].rstrip('"')
+    """The first sentence of a module's docstring, or the title of a tutorial."""
+    line = path.read_text(encoding="utf-8").removeprefix("# %% [markdown]\n").removeprefix('"""').splitlines()[0]
+    return line.removeprefix("# # ").removesuffix('"""')
 
 
 def names_in(folder):

@@ -55,7 +55,7 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
             print(f"writing {final} failed ({error}); try {attempt + 1} in {pause} s", file=sys.stderr)
             time.sleep(pause)
     write_atomic(folder / "latest", final.name + "\n")
-    prune(folder, keep)
+    prune(folder, step, keep)
     return final
 
 
@@ -171,8 +171,12 @@ def load_checkpoint(folder, modules, optimizers):
     return state
 
 
-def prune(folder, keep):
-    """Delete all but the newest `keep` checkpoints, and what killed processes left half-written."""
-    steps = sorted((path for path in folder.glob("step_*") if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
-    for path in steps[:-keep] + list(folder.glob("*.tmp-*")):
+def prune(folder, step, keep):
+    """Delete all but the `keep` newest checkpoints up to `step`, and what killed processes left half-written.
+
+    Folders of later steps go too: the run began again before them, so they were damaged, and they must not outlive the sound ones.
+    """
+    numbers = {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdigit()}
+    kept = sorted(number for number in numbers if number <= step)[-keep:]
+    for path in [numbers[number] for number in numbers if number not in kept] + list(folder.glob("*.tmp-*")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -118,7 +118,7 @@ def read_rows(path):
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would also cut at U+2028 inside a text
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
@@ -244,7 +244,29 @@ def cli(config_class, argv, *, prog, description=""):
         near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), flags, n=1, cutoff=0.5)
         hint = f": did you mean {near[0]}?" if near else ""
         refuse(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{hint} (`{prog} --help` lists them)")
+    if getattr(known, "resume", "") and (others := [word.split("=")[0] for word in argv if word.startswith("--")]) != ["--resume"]:
+        other = next(flag for flag in others if flag != "--resume")
+        refuse(f"--resume continues a run as it was configured: drop {other} (to go on otherwise: --policy {known.resume}/final)")
     return config_class(**vars(known))
+
+
+def check_config(cfg):
+    """Refuse numbers that cannot work, at second 0. Knows the fields by name, so that a Config only lists them."""
+    at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
+                "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
+                "layers": 1, "heads": 1, "width": 1}
+    at_most = {"warmup": 1, "held_out": 0.9}
+    for name, low in at_least.items():
+        value = getattr(cfg, name, low)
+        value = low if value is None else value
+        high = at_most.get(name, math.inf)
+        if not low <= value <= high:
+            raise BadInput(f"--{name} {value}: must be at least {low}" + (f" and at most {high}" if name in at_most else ""))
+    for name in ("max_grad_norm", "beta"):
+        if not getattr(cfg, name, 1) > 0:
+            raise BadInput(f"--{name} {getattr(cfg, name)}: must be above 0")
+    if getattr(cfg, "schedule", "cosine") not in ("cosine", "linear", "constant"):
+        raise BadInput(f"--schedule {cfg.schedule}: must be cosine, linear or constant")
 
 
 @contextlib.contextmanager

@@ -337,6 +337,20 @@ def counts(rows, max_len):
     return numbers
 
 
+def scorable(rows, max_len):
+    """The encoded rows whose prompt leaves room under max_len for at least one scored token; prints how many do not.
+
+    Raises BadInput if none does.
+    """
+    kept = [row for row in rows if len(row[0]) < max_len]
+    if rows and not kept:
+        raise BadInput(f"no row has a scored token: every prompt fills --max_len {max_len}; raise it, or set --max_prompt")
+    if len(kept) < len(rows):
+        left_out = f"{len(rows) - len(kept)} of {len(rows)} rows are left out"
+        print(f"{left_out}: their prompt alone fills --max_len {max_len} (--max_prompt shortens it)")
+    return kept
+
+
 def split_held_out(rows, share):
     """(training rows, held-out rows): the last `share` of the file, in file order, is never trained on."""
     n = int(len(rows) * share)

@@ -5,7 +5,7 @@ polite expert, 30 % of them from rude speakers after all. Everything is measured
 
     gold reward      mean of the programmatic reward over 8 samples of each of the 24 prompts (the expert's is exact)
     polite           share of samples that open and end politely
-    gap              mean of log π(better) − log π(worse) over 400 pairs of base answers ordered by Bradley-Terry draws of gold reward
+    gap              mean of log π(better) − log π(worse) over 400 pairs of answers of rude speakers; better is a Bradley-Terry draw of gold
     KL(expert‖π)     exact, by summing over all 36 things a speaker can say. A gap or a reward beyond the expert's is overshoot,
                      and this column shows its price.
 
@@ -119,8 +119,8 @@ def exact_rows():
 
 def main(cfg):
     """Run it; returns the folder with table.json and demo.png. Exits with 1 if the toy misses a law."""
-    if cfg.seeds < 1 or cfg.steps < 1:
-        raise BadInput("--seeds and --steps must be at least 1")
+    if cfg.seeds < 1 or cfg.steps < 5:
+        raise BadInput("--seeds must be at least 1 and --steps at least 5, one for each round")
     started = time.monotonic()
     out = Path(cfg.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     out.mkdir(parents=True, exist_ok=True)

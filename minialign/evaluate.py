@@ -13,12 +13,13 @@ The gap of sums favours whichever answer is shorter; the gap per token stands be
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
-from minialign.common import BadInput, pick_device, pick_dtype, write_atomic
-from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, split_held_out
+from minialign.common import BadInput, check_config, pick_device, pick_dtype, write_atomic
+from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, scorable, split_held_out
 from minialign.logps import token_logps
 from minialign.rewards import score
 from minialign.tokenizer import load_tokenizer
@@ -89,7 +90,7 @@ def held_out_nll(policy, rows, batch_of, batch_size):
 @torch.no_grad()
 def pair_measures(model, tokenizer, pairs, cfg):
     """For each pair: {'chosen', 'rejected'} summed log-probs (or rewards, for a scalar head) and scored tokens, as (n,) tensors."""
-    rows = encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt)
+    rows = scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.max_len)
     columns = {"chosen": [], "rejected": [], "chosen_tokens": [], "rejected_tokens": []}
     for start in range(0, len(rows), cfg.batch_size):
         picked = range(start, min(start + cfg.batch_size, len(rows)))
@@ -119,34 +120,41 @@ def main(cfg):
         raise BadInput("nothing to evaluate: name --policies, --reward or both")
     if not 0 < cfg.held_out <= 1:
         raise BadInput(f"--held_out {cfg.held_out}: must lie in (0, 1]")
+    check_config(replace(cfg, held_out=min(cfg.held_out, 0.9)))
+    if cfg.out:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     device, dtype = pick_device(cfg.device), pick_dtype(cfg.dtype)
     pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
     pairs = pairs if cfg.held_out == 1 else split_held_out(pairs, cfg.held_out)[1]
     if not pairs:
         raise BadInput(f"{cfg.pairs}: --held_out {cfg.held_out} of it is no pair at all; raise it")
 
-    def measure(name):
+    def measure(name, head):
         model, tokenizer = load_pretrained(name, dtype=dtype, device=device), load_tokenizer(name)
         fit_vocabulary(model, tokenizer, name)
+        if model.config.head != head:
+            what, flag = ("policy", "--policies") if head == "scalar" else ("reward model", "--reward")
+            raise BadInput(f"{name}: is a {what}: name it with {flag}")
         return pair_measures(model, tokenizer, pairs, cfg)
 
     rows = []
     if cfg.policies:
         ref = cfg.ref or cfg.policies[0]
-        ref_measures = measure(ref)
-        print(f"{len(pairs)} pairs of {cfg.pairs}; ± and [ ] are 95 % intervals; implicit reward against {ref}")
+        ref_measures = measure(ref, "lm")
+        print(f"{len(ref_measures['chosen'])} pairs of {cfg.pairs}; ± and [ ] are 95 % intervals; implicit reward against {ref}")
         print(f"{'policy':40} {'NLL / token':>18} {'gap, nats':>20} {'gap / token':>20} {'implicit acc.':>22}")
         for name in cfg.policies:
-            row = policy_row(name, ref_measures if name == ref else measure(name), ref_measures)
+            row = policy_row(name, ref_measures if name == ref else measure(name, "lm"), ref_measures)
             rows.append(row)
             accuracy = "    (is the reference)" if name == ref else "{:6.1%} [{:.1%}, {:.1%}]".format(*row["implicit_accuracy"])
             print(f"{name[-40:]:40} {row['nll'][0]:9.4f} ± {row['nll'][1]:.4f} {row['gap'][0]:+11.3f} ± {row['gap'][1]:6.3f} "
                   f"{row['gap_per_token'][0]:+11.4f} ± {row['gap_per_token'][1]:.4f} {accuracy:>22}")
     if cfg.reward:
-        measures = measure(cfg.reward)
-        accuracy = share_interval(wins(measures["chosen"], measures["rejected"]), len(pairs))
-        rows.append({"reward_model": cfg.reward, "n": len(pairs), "accuracy": accuracy})
-        print("reward model {}: accuracy {:.1%} [{:.1%}, {:.1%}] on {} pairs".format(cfg.reward, *accuracy, len(pairs)))
+        measures = measure(cfg.reward, "scalar")
+        n = len(measures["chosen"])
+        accuracy = share_interval(wins(measures["chosen"], measures["rejected"]), n)
+        rows.append({"reward_model": cfg.reward, "n": n, "accuracy": accuracy})
+        print("reward model {}: accuracy {:.1%} [{:.1%}, {:.1%}] on {} pairs".format(cfg.reward, *accuracy, n))
     if cfg.out:
         write_atomic(cfg.out, json.dumps(rows, indent=1) + "\n")
     return rows

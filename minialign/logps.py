@@ -6,7 +6,7 @@ hidden h (N, C) and head W (V, C) go in; two numbers a token come out. The (N, V
 most training steps, so there are two bodies that agree to rounding:
 
     naive     makes it, in float32, and lets autograd keep it: simplest, fastest while it is small
-    chunked   makes `CHUNK_ROWS` rows of it at a time and again in the backward pass: no tensor is ever larger than (chunk, V)
+    chunked   makes `CHUNK_ROWS` rows of it at a time and again in the backward pass: no logits beyond one (chunk, V) piece
 
 Statistics are float32 even when h and W are bfloat16: logits rounded to bfloat16 would put 1.5 to 6 % noise on every ratio.
 Only scored positions enter: a prompt token costs nothing here.

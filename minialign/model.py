@@ -309,22 +309,18 @@ class GPT(nn.Module):
         if self.config.positions == "rotary":
             rotary = tuple(table.to(x.dtype) for table in rotary_angles(self.config, positions))
 
-        span = 0
-        if cache is not None:
-            advance = torch.full_like(cache.lengths, T) if lengths is None else lengths.to(cache.lengths)
-            span = end  # no row has more positions than this
-        masks = {window: self.mask(positions, span, window, cache) for window in set(self.config.windows)}
+        masks = {window: self.mask(positions, end, window, cache) for window in set(self.config.windows)}
         for block, window in zip(self.blocks, self.config.windows, strict=True):
-            x = block(x, rotary, masks[window], cache, positions, span)
+            x = block(x, rotary, masks[window], cache, positions, end)
         if cache is not None:
-            cache.lengths = cache.lengths + advance
+            cache.lengths = cache.lengths + (T if lengths is None else lengths.to(cache.lengths))
         return self.norm(x)
 
     def mask(self, positions, span, window, cache):
         """Which keys a query sees, (B, 1, T, S) bool, or None for plain causal attention without a cache."""
         if cache is None and (window is None or window >= positions.shape[1]):
             return None
-        keys = torch.arange(span if cache is not None else positions.shape[1], device=positions.device)  # (S,)
+        keys = torch.arange(span, device=positions.device)  # (S,) no row has more positions than this
         back = positions[:, None, :, None] - keys  # (B, 1, T, S) how far back each key lies; negative is the future
         return (back >= 0) if window is None else (back >= 0) & (back < window)
 

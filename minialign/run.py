@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minialign import __version__, checkpoint
 from minialign.batch import Batch
-from minialign.common import BadInput, append_row, find_folder, pick_device, pick_dtype, read_json, read_rows, write_atomic
+from minialign.common import BadInput, append_row, check_config, find_folder, pick_device, pick_dtype, read_json, read_rows, write_atomic
 from minialign.data import counts
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
@@ -112,7 +112,8 @@ class Run:
         fit_vocabulary(policy, tokenizer, path)
         if policy.config.head != "lm" and self.method != "reward_model":
             raise BadInput(f"{path}: is a reward model, which writes nothing; {self.method} needs a policy with a language-model head")
-        if self.cfg.max_len - 1 > policy.config.max_len:
+        positions = self.cfg.max_len - (self.method != "reward_model")  # a policy never sees the last token, a reward model reads it
+        if positions > policy.config.max_len:
             raise BadInput(f"--max_len {self.cfg.max_len}: the policy's context is {policy.config.max_len} tokens")
         tokenizer.save(self.folder)
         return policy, tokenizer
@@ -134,13 +135,12 @@ class Run:
     def first_look(self, tokenizer, rows, batch, **models):
         """What to look at before step 1: device, sizes, three decoded rows with the scored tokens in ⟦ ⟧, counts, memory."""
         cfg, numbers = self.cfg, counts(rows, self.cfg.max_len)
-        if not numbers["scored_tokens"]:
-            raise BadInput(f"no row has a scored token: every prompt fills --max_len {cfg.max_len}; raise it, or set --max_prompt")
         needed = peak_memory(self, models, batch)
         sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
         print(f"{self.method}: {describe_device(self.device)}, {cfg.dtype}, parameters: {sizes}")
+        empty = sum(len(completion) == 1 for _, *completions in rows for completion in completions)  # nothing but EOS
         print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
-              f"{numbers['empty']:,} empty; about {needed:,.0f} MB at the peak")
+              f"{empty:,} empty; about {needed:,.0f} MB at the peak")
         if self.device.type == "cuda" and needed * 2**20 > torch.cuda.mem_get_info(self.device)[0]:
             print("note: that is more than the GPU has free; a smaller --micro_batch or --max_len needs less", file=sys.stderr)
         for side in [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]:
@@ -278,24 +278,6 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------------------------------------- helpers
-
-
-def check_config(cfg):
-    """Refuse numbers that cannot work, at second 0. Knows the fields by name, so that a Config only lists them."""
-    at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
-                "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "beta": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
-                "layers": 1, "heads": 1, "width": 1}
-    at_most = {"warmup": 1, "held_out": 0.9}
-    for name, low in at_least.items():
-        value = getattr(cfg, name, low)
-        value = low if value is None else value
-        high = at_most.get(name, math.inf)
-        if not low <= value <= high:
-            raise BadInput(f"--{name} {value}: must be at least {low}" + (f" and at most {high}" if name in at_most else ""))
-    if getattr(cfg, "max_grad_norm", 1) <= 0:
-        raise BadInput(f"--max_grad_norm {cfg.max_grad_norm}: must be above 0")
-    if getattr(cfg, "schedule", "cosine") not in ("cosine", "linear", "constant"):
-        raise BadInput(f"--schedule {cfg.schedule}: must be cosine, linear or constant")
 
 
 def builtin_base():

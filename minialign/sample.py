@@ -91,7 +91,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
             token = allowed.argmax(-1)  # (A,)
         else:
             allowed = allowed if top_k is None else keep_top_k(allowed, top_k)
-            allowed = allowed if top_p is None else keep_top_p(allowed, top_p)
+            allowed = allowed if top_p is None or top_p == 1 else keep_top_p(allowed, top_p)
             token = draw(allowed, uniforms[alive, t])
         tokens[alive, t] = token
         token_logps[alive, t] = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1)

@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401  an optimizer imports it, seconds long: once here, not in every child
 
 from minialign import checkpoint
 from minialign.common import read_rows
@@ -97,10 +98,10 @@ def result_of(folder):
 def kill_runs(method, trials, folder, settings):
     """[(seconds until the kill, was it alive, times killed, equal)] for each trial: killed once or twice, then resumed to the end."""
     module = importlib.import_module(f"minialign.methods.{method}")
-    unbroken = f"{folder}/unbroken"
-    started = time.monotonic()
-    in_child(lambda: module.main(module.Config(**settings, out=unbroken)))
-    duration = time.monotonic() - started
+    for unbroken in (f"{folder}/warm", f"{folder}/unbroken"):  # the second knows how long a run takes
+        started = time.monotonic()
+        in_child(lambda out=unbroken: module.main(module.Config(**settings, out=out)))
+        duration = time.monotonic() - started
     expected, rng, outcomes = result_of(unbroken), random.Random(0), []
     for trial in range(trials):
         out = f"{folder}/trial-{trial}"

@@ -68,6 +68,17 @@ def test_keeps_the_newest_and_sweeps_up(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_000002", "step_000003"]
 
 
+def test_damaged_later_ones_do_not_push_out_a_sound_one(tmp_path, capsys):
+    """Steps 2 and 3 are damaged, the run begins again from 1 and saves 1 anew: it must not be pruned as the oldest of three."""
+    for step in (1, 2, 3):
+        folder = checkpoint.save_checkpoint(tmp_path, step, *parts(), {}, keep=3)
+        if step > 1:
+            (folder / "state.json").write_text("torn")
+    checkpoint.save_checkpoint(tmp_path, 1, *parts(), {}, keep=2)
+    assert checkpoint.newest_checkpoint(tmp_path).name == "step_000001"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_000001"]
+
+
 def test_steps_are_compared_as_numbers(tmp_path):
     for step in (999_999, 1_000_000):
         checkpoint.save_checkpoint(tmp_path, step, *parts(), {})

@@ -44,6 +44,19 @@ def test_cli_errors_are_one_sentence_and_code_2(argv, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
+@dataclass
+class Resumable:
+    lr: float = 1e-3                # learning rate
+    resume: str = ""                # run folder
+
+
+def test_flags_beside_resume_are_refused_even_at_their_default(capsys):
+    assert common.cli(Resumable, ["--resume", "runs/a"], prog="prog").resume == "runs/a"
+    with pytest.raises(SystemExit) as stop:
+        common.cli(Resumable, ["--lr", "1e-3", "--resume=runs/a"], prog="prog")
+    assert stop.value.code == 2 and "drop --lr (to go on otherwise: --policy runs/a/final)" in capsys.readouterr().err
+
+
 def test_help_shows_every_field_with_comment_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")

@@ -73,7 +73,7 @@ def test_the_demo(tmp_path):
     command = [sys.executable, "-m", "minialign", "demo", "--out", "runs/demo"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "17 of 17 on their law" in result.stdout and "expert (exact)" in result.stdout and "holds" in result.stdout
+    assert "18 of 18 on their law" in result.stdout and "expert (exact)" in result.stdout and "holds" in result.stdout
     content = json.loads((tmp_path / "runs/demo/table.json").read_text())
     assert len(content["table"]["SFT"]["gap"]) == 5
     for figure in ("demo.png", "three_actions.png"):

@@ -97,3 +97,22 @@ def test_errors(changes, message, policy_folder, pairs_file):
     settings = {"policies": [str(policy_folder)], "pairs": str(pairs_file), **changes} if changes else {}
     with pytest.raises(BadInput, match=message):
         evaluate.main(evaluate.Config(**settings))
+
+
+def test_the_wrong_kind_of_model_is_refused(policy_folder, pairs_file, small):
+    module, cfg = small("reward_model", steps=1)
+    reward = str(module.main(cfg) / "final")
+    with pytest.raises(BadInput, match="is a policy: name it with --policies"):
+        evaluate.main(evaluate.Config(reward=str(policy_folder), pairs=str(pairs_file)))
+    with pytest.raises(BadInput, match="is a reward model: name it with --reward"):
+        evaluate.main(evaluate.Config(policies=[reward], pairs=str(pairs_file)))
+
+
+def test_pairs_without_room_for_an_answer_are_left_out_aloud(policy_folder, tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "ask for tea: " * n, "chosen": "tea", "rejected": "tea now!"} for n in (1, 1, 9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = evaluate.main(evaluate.Config(policies=[str(policy_folder)], pairs=str(path), held_out=1, max_len=40))
+    assert table[0]["n"] == 2 and "1 of 3 rows are left out: their prompt alone fills --max_len 40" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="no row has a scored token"):
+        evaluate.main(evaluate.Config(policies=[str(policy_folder)], pairs=str(path), held_out=1, max_len=5))

@@ -174,3 +174,21 @@ def test_no_framework_habits():
                                                   ("tokenizer", "weight_and_bias")}, (path.name, node.name)
         source = path.read_text(encoding="utf-8")
         assert "torch.load(" not in source and "trust_remote_code" not in source and "pickle.load" not in source, path
+
+
+def test_result_tables_are_the_json_behind_them():
+    """docs/RESULTS.md prints docs/demo.json and docs/results_hh.json: every mean of the two tables, rounded as printed, is in the text."""
+    import statistics
+
+    page = (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8").replace("−", "-").replace("**", "")
+    demo = json.loads((ROOT / "docs/demo.json").read_text(encoding="utf-8"))
+    for name, columns in demo["table"].items():
+        shown = " | ".join(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in columns.values())
+        assert f"| {name} | {shown} |" in page, (name, shown)
+    hh = json.loads((ROOT / "docs/results_hh.json").read_text(encoding="utf-8"))
+    for row in hh:
+        if "policy" in row:
+            shown = f"| {row['nll'][0]:.3f} ± {row['nll'][1]:.3f} | +{row['gap'][0]:.1f} ± {row['gap'][1]:.1f} | +{row['gap_per_token'][0]:.3f} ±"
+        else:
+            shown = "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * share for share in row["accuracy"]))
+        assert shown in page, shown

@@ -88,8 +88,8 @@ def check(outcomes, trials):
     pytest.param("sft", 100, marks=pytest.mark.slow),
 ])
 def test_kill_9_at_random_moments(small, tmp_path, method, trials):
-    """SIGKILL at moments spread over the whole run, saving at every step so that many fall into a write; some runs are killed
-    again while they resume. Every one ends bitwise equal to the unbroken run."""
+    """SIGKILL at moments spread over the whole run, which saves at every step so that many fall into a write; some runs are
+    killed again while they resume. Every one ends bitwise equal to the unbroken run."""
     _, cfg = small(method, steps=14, save_every=1, eval_every=5, micro_batch=3, **EXTRA.get(method, {}))
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}
     check(killed(method, trials, tmp_path / "kills", settings), trials)

@@ -187,3 +187,13 @@ def test_a_run_of_another_version_is_not_resumed(small):
     (folder / "config.json").write_text(json.dumps({**record, "learning_rate": 1.0}))
     with pytest.raises(BadInput, match="'learning_rate'.*another version"):
         module.main(module.Config(resume=str(folder)))
+
+
+def test_a_sampled_line_separator_does_not_stop_a_resume(small):
+    """U+2028 and U+0085 are characters of a text, not ends of a line of JSON."""
+    module, cfg = small("sft", steps=2)
+    folder = module.main(cfg)
+    with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 2, "prompt": "", "completion": "a\u2028b\u0085c", "finished": true}\n')
+    module.main(module.Config(resume=str(folder)))
+    assert read_rows(folder / "samples.jsonl")[-1]["completion"] == "a\u2028b\u0085c"

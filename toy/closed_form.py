@@ -55,23 +55,20 @@ def demonstration_law(expert, ref, bound_over_beta):
     Maximise E_E[log π] over π = ref·u/Z with u = e^{r/β} in [1, e^x]. In r it is concave, with gradient (E − π)/β. The KKT
     conditions: π = E where u is inside its bounds (so u = Z·E/ref there), E ≤ π where u = 1, E ≥ π where u = e^x; together
     u = clip(Z·E/ref, 1, e^x). What remains is Z itself, from Σ ref·u = Z. The left side minus the right, divided by Z, is
-    Σ ref·clip(E/ref, 1/Z, e^x/Z) − 1: it falls in Z, so bisection finds the root. (The root may be an interval, along which π is
-    the same: a reward shifted by a constant.) If the spread of E/ref fits into e^x, π = E.
+    Σ ref·clip(E/ref, 1/Z, e^x/Z) − 1: it falls in Z, so bisection finds the root; Z is an average of u, so log Z lies in [0, x].
+    (The root may be an interval, along which π is the same: a reward shifted by a constant.) If the spread of E/ref fits into e^x, π = E.
     """
     expert, ref = normalise(expert), normalise(ref)
-    top = np.exp(bound_over_beta)
-    density = expert / ref
 
-    def mass_left(log_z):
-        z = np.exp(log_z)
-        return (ref * np.clip(density, 1 / z, top / z)).sum() - 1
+    def policy_of(log_z):
+        with np.errstate(over="ignore"):  # an infinite upper bound is no bound
+            return ref * np.clip(expert / ref, np.exp(-log_z), np.exp(bound_over_beta - log_z))
 
-    low, high = -np.log(density.max()) - 1.0, bound_over_beta - np.log(density[density > 0].min()) + 1.0
-    low, high = min(low, -1.0), max(high, bound_over_beta + 1.0)
+    low, high = 0.0, float(bound_over_beta)
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if mass_left(middle) > 0 else (low, middle)
-    return normalise(ref * np.clip(np.exp((low + high) / 2) * density, 1.0, top))
+        low, high = (middle, high) if policy_of(middle).sum() > 1 else (low, middle)
+    return normalise(policy_of((low + high) / 2))
 
 
 def geometric_mixture(expert, ref, beta):

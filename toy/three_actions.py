@@ -22,6 +22,7 @@ import torch
 
 from minialign.common import BadInput, cli, exit_codes
 from minialign.methods.irft import irft_loss
+from minialign.methods.reward_model import bradley_terry_loss
 from minialign.methods.sft import sft_loss
 from toy import closed_form
 
@@ -62,6 +63,12 @@ def expected_sft(logits, expert):
     return sum(weight * sft_loss(logps[y].view(1, 1), one)[0] for y, weight in enumerate(expert))
 
 
+def expected_bradley_terry(rewards, chosen, rejected):
+    """Σ_{a, b} chosen(a)·rejected(b)·bradley_terry_loss(r_a, r_b)."""
+    pairs = [(a, b) for a in range(len(rewards)) for b in range(len(rewards))]
+    return sum(chosen[a] * rejected[b] * bradley_terry_loss(rewards[a, None], rewards[b, None])[0] for a, b in pairs)
+
+
 def gradient(loss_of, logits):
     logits = logits.detach().requires_grad_(True)
     (grad,) = torch.autograd.grad(loss_of(logits), logits)
@@ -75,19 +82,37 @@ def descend(loss_of, logits, lr, steps):
     return logits
 
 
+def descend_to_rest(loss_of, logits, lr):
+    """The same until nothing moves any more: where the expected update is at rest."""
+    for _ in range(30_000):
+        step = lr * gradient(loss_of, logits)
+        if step.abs().max() < 1e-14:
+            break
+        logits = logits - step
+    return logits
+
+
 def minimise(loss_of, logits):
     """Newton's method to machine precision, for losses that are convex in the logits. The flat direction (a constant) is left alone.
 
-    A step is halved until the gradient shrinks, so that a start far away cannot throw it out.
+    A step is halved until the loss falls as its slope promises (Armijo), so that a start far away cannot throw it out; where the loss
+    no longer changes in float64, until the gradient shrinks.
     """
     for _ in range(200):
-        grad = gradient(loss_of, logits)
+        grad, value = gradient(loss_of, logits), float(loss_of(logits))
         if grad.abs().max() < 1e-16:
             break
         hessian = torch.autograd.functional.hessian(loss_of, logits)
         step, _ = torch.linalg.solve_ex(hessian + torch.ones_like(hessian), grad)  # 11ᵀ: the gradient has no part along a constant
-        size = 1.0
-        while size > 1e-6 and not gradient(loss_of, logits - size * step).norm() <= grad.norm():
+        step = step / max(1.0, float(step.abs().max()) / 2)  # two nats at most: far out the curvature says nothing
+        size, slope = 1.0, float(grad @ step)
+
+        def good(size, logits=logits, step=step, grad=grad, value=value, slope=slope):
+            moved = float(loss_of(logits - size * step))
+            flat = abs(moved - value) <= 1e-14 * abs(value) and bool(gradient(loss_of, logits - size * step).norm() < grad.norm())
+            return flat or moved < value - 1e-4 * size * slope
+
+        while size > 1e-6 and not good(size):
             size /= 2
         if size <= 1e-6:
             break
@@ -157,17 +182,23 @@ def checks(cfg):
     uniform, start = torch.full((3,), 1 / 3, dtype=torch.float64), ref.log()
     delta = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
 
-    # A reward that is learned explicitly, bounded by R.
-    learned = ml_irl(delta, uniform, beta=beta, R=cfg.R).numpy()
-    yield Check("ML-IRL, Table 1 (one demo, uniform ref)", learned, closed_form.table_1(x), 1e-12, "(1, 1, e^x)/(2 + e^x), not 2/(2 + e^x)")
-    learned = algorithm_1(uniform, 2, beta=beta, R=cfg.R, seed=cfg.seed).numpy()
-    yield Check("RFT, Algorithm 1, sampled (one demo)", learned, closed_form.table_1(x), 1e-12, "the bound absorbs the noise")
-    learned = ml_irl(delta, ref, beta=beta, R=cfg.R).numpy()
-    yield Check("ML-IRL, one demo, this ref", learned, closed_form.demonstration_law(delta.numpy(), reference, x), 1e-12)
+    # A reward that is learned explicitly, bounded by R. With one demonstration it takes about e^{R/β} steps to reach the bound: those
+    # rows take at most R = 6β.
+    R, capped = min(cfg.R, 6 * beta), min(x, 6.0)
+    learned = ml_irl(delta, uniform, beta=beta, R=R).numpy()
+    note = "(1, 1, e^x)/(2 + e^x), not 2/(2 + e^x)"
+    yield Check("ML-IRL, Table 1 (one demo, uniform ref)", learned, closed_form.table_1(capped), 1e-12, note)
+    learned = algorithm_1(uniform, 2, beta=beta, R=R, seed=cfg.seed).numpy()
+    yield Check("RFT, Algorithm 1, sampled (one demo)", learned, closed_form.table_1(capped), 1e-12, "the bound absorbs the noise")
+    learned = ml_irl(delta, ref, beta=beta, R=R).numpy()
+    yield Check("ML-IRL, one demo, this ref", learned, closed_form.demonstration_law(delta.numpy(), reference, capped), 1e-12)
     learned = ml_irl(expert, ref, beta=beta, R=cfg.R).numpy()
     yield Check("ML-IRL, this expert, this ref", learned, closed_form.demonstration_law(E, reference, x), 1e-12, "clip(Z·E/ref, 1, e^x)")
     learned = ml_irl(expert, ref, beta=beta, R=50 * beta).numpy()
     yield Check("ML-IRL without a bound", learned, E, 1e-12, "= the expert = SFT: the bound is the regulariser")
+    rewards = minimise(lambda r: expected_bradley_terry(r, expert, ref), torch.zeros_like(ref))
+    learned = (ref.log() + rewards).softmax(0).numpy()
+    yield Check("reward model on demo over ref's own answer", learned, E, 1e-12, "r = log E/ref + const, so ref·e^r = E")
 
     # Maximum likelihood.
     zeros = torch.zeros(3, dtype=torch.float64)
@@ -208,7 +239,7 @@ def checks(cfg):
             def fresh(z):
                 return expected_irft(z, expert, z.detach().softmax(0), ref, beta=beta)
 
-            learned = descend(fresh, start, 4 / beta / (1 + beta), 1500).softmax(0).numpy()
+            learned = descend_to_rest(fresh, start, 4 / beta / (1 + beta)).softmax(0).numpy()
             yield Check("IRFT logistic, fresh samples, ref fixed", learned, mixture, 1e-10, "E^{1/(1+β)}·ref^{β/(1+β)}, never E")
             learned = sampled_irft(expert, ref, beta=beta, seed=cfg.seed).numpy()
             yield Check("  the same, from sampled batches of 64", learned, mixture, 0.02, "noise of 4000 SGD steps")
@@ -218,7 +249,7 @@ def checks(cfg):
                 policy = z.detach().softmax(0)
                 return expected_irft(z, expert, policy, policy, beta=beta)
 
-            learned = descend(fresh_spin, start, 4 / beta, 600).softmax(0).numpy()
+            learned = descend_to_rest(fresh_spin, start, 4 / beta).softmax(0).numpy()
             yield Check("IRFT logistic, fresh samples, ref refreshed", learned, E, 1e-10, "each step is β/2 of an SFT step")
     if cfg.resampling in ("both", "stale"):
         for kind in ("fixed", "refreshed"):

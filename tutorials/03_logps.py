@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 3. The one number alignment needs: log π(y|x)
+# # 03 · The one number alignment needs: log π(y|x)
 #
 # **You will hold** two short functions of your own, `token_logps` and `seq_logps`, proved equal to the project's; and a test that
 # finds an off-by-one error in anybody's code: *the probabilities of all completions sum to 1*.

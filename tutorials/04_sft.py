@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 4. Supervised fine-tuning: be like the demonstrations
+# # 04 · Supervised fine-tuning: be like the demonstrations
 #
 # **You will hold** `sft_loss`, five lines, proved equal to the project's; a picture of overfitting measured against the exact truth; and
 # four ways to get SFT wrong without noticing, each caught by an assertion.

@@ -7,14 +7,16 @@ Symbols  y → demo, ỹ → sample (the policy's own answer), π_t → old (the
 Idea     The policy is its own reward model, r = β·log π_θ/π_ref: raise the demonstration's reward above that of one's own answer.
          A reward learned from demonstrations alone.
 Differs  from sft.py: the own answer is pushed down by name. From dpo.py: the rejected answer is not labelled by anyone, it is sampled.
-         SPIN is rounds=1 with the default ref="round"; a second SPIN iteration is a second round, so rounds=T is T SPIN iterations
-         of steps/T steps each. Two separate choices make the family: how often to sample again (rounds), and what the reference is
+         SPIN is rounds=1 with the default ref="round"; a second SPIN iteration is a second run from the first one's export (SPIN's
+         own code also mixes in the first one's answers). rounds=T is T of them under one optimizer and one learning-rate schedule.
+         Two separate choices make the family: how often to sample again (rounds), and what the reference is
          (ref="round": the policy at the start of the round, as the code of the paper runs; ref="initial": fixed, as Eq. 6 prints it).
 Details  Log-probs are summed over the completion, not averaged. The own answer carries EOS only if the policy emitted it.
          h="logistic" is the loss above, "hinge" max(0, 1 − z), "identity" −z. The paper's h = log σ with σ(t) = log(1 + e^{−t})
          reads as log log; softplus(−z) is what was run, and what is meant (docs/ERRATA.md).
-         With fresh samples (rounds = steps) and ref = policy, the expected gradient of "identity" is β times SFT's, that of
-         "logistic" β/2 times: what IRFT adds comes only from stale samples, a reference that stays behind, and σ(−z).
+         max_len cuts the demonstration, max_new the own answer.
+         With fresh samples (rounds = steps) and ref = policy, the expected gradient of "identity" is β times that of SFT on summed
+         log-probs, that of "logistic" β/2 times: what IRFT adds comes only from stale samples, a reference that stays behind, and σ(−z).
 Law      Full-support expert E, exact expectations (toy/three_actions.py, derived in toy/closed_form.py):
          fresh samples, fixed ref:  π ∝ E^{1/(1+β)} · ref^{β/(1+β)}, the geometric mixture, never E;
          one converged round:       π ∝ ref · (E/π_t)^{1/β}, which for ref = π_t extrapolates past E when β < 1.
@@ -34,7 +36,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate
 from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr, split_micro
-from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, split_held_out
+from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, scorable, split_held_out
 from minialign.evaluate import held_out_nll
 from minialign.logps import seq_logps
 from minialign.run import Run
@@ -122,7 +124,7 @@ def main(cfg):
     policy, tokenizer = run.open_policy(cfg.policy)
     run.same_input("data", cfg.demos)
     demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
-    encoded = encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt)
+    encoded = scorable(encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt), cfg.max_len)
     run.check_context(policy, encoded)
     rows, held_out = split_held_out(encoded, cfg.held_out)
 
@@ -130,7 +132,7 @@ def main(cfg):
         return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
 
     old = copy.deepcopy(policy).requires_grad_(False)  # π_t: the policy at the start of the round
-    ref = old if cfg.ref == "round" else copy.deepcopy(old)
+    ref = old if cfg.ref == "round" else copy.deepcopy(old)  # "round": the same object, renewed together with old
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     run.track(policy=policy, old=old, optimizer=optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, old=old)

@@ -12,7 +12,7 @@ Details  The mean is over tokens, as in TRL: for token losses [1, 1] and [2, 2, 
          Prompts are not scored. EOS is: a policy that is never taught to stop does not.
          --text trains a base model instead: every token of plain text after BOS is a target; --policy new starts from random weights.
 Law      The expert's own distribution as data grow. On the three actions the gap d between the demonstrated logit and another
-         follows 2d + e^d = 1 + 3·lr·steps: probability 1, reached like 1/steps (toy/three_actions.py).
+         follows 2d + e^d = 1 + 3·lr·steps as lr → 0: probability 1, reached like 1/steps (toy/three_actions.py).
 Checked  tests/methods/test_sft.py (worked numbers, accumulation, masks), toy/three_actions.py (the trajectory).
 
     python -m minialign sft                                                  # built-in task, laptop CPU, half a minute
@@ -36,6 +36,7 @@ from minialign.data import (
     plain_text,
     read_demonstrations,
     read_texts,
+    scorable,
     split_held_out,
 )
 from minialign.evaluate import held_out_nll
@@ -144,17 +145,17 @@ def open_policy_and_rows(run):
     run.same_input("data", cfg.text or cfg.demos)
     if cfg.text:
         texts = builtin_texts() if cfg.text == "builtin" else read_texts(cfg.text, skip_bad=cfg.skip_bad)
-        train, held_out = split_held_out(texts, cfg.held_out)  # by documents: none is on both sides
+        train, held_out = split_held_out(texts, cfg.held_out) if len(texts) > 1 else (texts, [])  # by documents: none is on both sides
     else:
         demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
         train, held_out = split_held_out(demos, cfg.held_out)
-        texts = [plain_text(demo.prompt) + demo.completion for demo in train]
 
     if cfg.policy == "new":
         if run.resuming and (run.folder / "tokenizer.json").is_file():  # the tokenizer is part of the run
             tokenizer = load_tokenizer(run.folder)
         else:
-            tokenizer = builtin_tokenizer() if "builtin" in (cfg.text or cfg.demos) else train_bpe(texts, cfg.vocab)
+            own = [text if cfg.text else plain_text(text.prompt) + text.completion for text in train]
+            tokenizer = builtin_tokenizer() if (cfg.text or cfg.demos) == "builtin" else train_bpe(own, cfg.vocab)
             tokenizer.save(run.folder)
         torch.manual_seed(cfg.seed)
         size = dict(n_layer=cfg.layers, n_embd=cfg.width, n_head=cfg.heads, ffn_dim=2 * cfg.width, max_len=max(512, 2 * cfg.max_len))
@@ -163,7 +164,8 @@ def open_policy_and_rows(run):
         policy, tokenizer = run.open_policy(cfg.policy)
 
     if not cfg.text:
-        return policy, tokenizer, *(encode_demos(tokenizer, part, max_prompt=cfg.max_prompt) for part in (train, held_out))
+        encoded = (encode_demos(tokenizer, part, max_prompt=cfg.max_prompt) for part in (train, held_out))
+        return policy, tokenizer, *(scorable(rows, cfg.max_len) for rows in encoded)
     if len(texts) == 1:  # one long document can only be cut
         return policy, tokenizer, *split_held_out(encode_texts(tokenizer, texts, max_len=cfg.max_len), cfg.held_out)
     return policy, tokenizer, *(encode_texts(tokenizer, part, max_len=cfg.max_len) for part in (train, held_out))

@@ -161,7 +161,15 @@ def test_own_answers_have_no_fake_eos():
 
 
 def test_bad_settings(small):
-    for changes, message in (({"ref": "sometimes"}, "round or initial"), ({"rounds": 9}, "only 6 steps"), ({"beta": -1.0}, "--beta -1.0")):
+    bad = (({"ref": "sometimes"}, "round or initial"), ({"rounds": 9}, "only 6 steps"), ({"beta": 0.0}, "--beta 0.0: must be above 0"))
+    for changes, message in bad:
         module, cfg = small("irft", **changes)
         with pytest.raises(BadInput, match=message):
             module.main(cfg)
+
+
+def test_demonstrations_without_room_are_left_out(small, capsys):
+    """A prompt that fills max_len leaves nothing of the demonstration: its own answer alone would only be pushed down."""
+    module, cfg = small("irft", steps=1, max_len=16)
+    module.main(cfg)
+    assert "rows are left out: their prompt alone fills --max_len 16" in capsys.readouterr().out

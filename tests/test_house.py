@@ -188,7 +188,8 @@ def test_result_tables_are_the_json_behind_them():
     hh = json.loads((ROOT / "docs/results_hh.json").read_text(encoding="utf-8"))
     for row in hh:
         if "policy" in row:
-            shown = f"| {row['nll'][0]:.3f} ± {row['nll'][1]:.3f} | +{row['gap'][0]:.1f} ± {row['gap'][1]:.1f} | +{row['gap_per_token'][0]:.3f} ±"
+            nll, gap, per_token = row["nll"], row["gap"], row["gap_per_token"]
+            shown = f"| {nll[0]:.3f} ± {nll[1]:.3f} | +{gap[0]:.1f} ± {gap[1]:.1f} | +{per_token[0]:.3f} ±"
         else:
             shown = "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * share for share in row["accuracy"]))
         assert shown in page, shown

@@ -337,24 +337,30 @@ def counts(rows, max_len):
     return numbers
 
 
-def scorable(rows, max_len):
-    """The encoded rows whose prompt leaves room under max_len for at least one scored token; prints how many do not.
+def split_held_out(rows, share):
+    """(training rows, held-out rows): the last `share` of the file, in file order, is never trained on."""
+    n = int(len(rows) * share)
+    return (rows[:-n], rows[-n:]) if n else (rows, [])
 
-    Raises BadInput if none does.
-    """
+
+def scorable(rows, max_len):
+    """The encoded rows whose prompt leaves room under max_len for at least one scored token; prints how many do not."""
     kept = [row for row in rows if len(row[0]) < max_len]
-    if rows and not kept:
-        raise BadInput(f"no row has a scored token: every prompt fills --max_len {max_len}; raise it, or set --max_prompt")
     if len(kept) < len(rows):
         left_out = f"{len(rows) - len(kept)} of {len(rows)} rows are left out"
         print(f"{left_out}: their prompt alone fills --max_len {max_len} (--max_prompt shortens it)")
     return kept
 
 
-def split_held_out(rows, share):
-    """(training rows, held-out rows): the last `share` of the file, in file order, is never trained on."""
-    n = int(len(rows) * share)
-    return (rows[:-n], rows[-n:]) if n else (rows, [])
+def split_scorable(rows, share, max_len):
+    """split_held_out, then scorable on both parts: in this order, so that `evaluate` holds out the same rows of the file.
+
+    Raises BadInput if nothing is left to train on.
+    """
+    train, held_out = (scorable(part, max_len) for part in split_held_out(rows, share))
+    if not train:
+        raise BadInput(f"no row has a scored token: every prompt fills --max_len {max_len}; raise it, or set --max_prompt")
+    return train, held_out
 
 
 # ------------------------------------------------------------------------------------------------------- the built-in task

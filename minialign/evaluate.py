@@ -91,6 +91,8 @@ def held_out_nll(policy, rows, batch_of, batch_size):
 def pair_measures(model, tokenizer, pairs, cfg):
     """For each pair: {'chosen', 'rejected'} summed log-probs (or rewards, for a scalar head) and scored tokens, as (n,) tensors."""
     rows = scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.max_len)
+    if not rows:
+        raise BadInput(f"no pair has a scored token: every prompt fills --max_len {cfg.max_len}; raise it, or set --max_prompt")
     columns = {"chosen": [], "rejected": [], "chosen_tokens": [], "rejected_tokens": []}
     for start in range(0, len(rows), cfg.batch_size):
         picked = range(start, min(start + cfg.batch_size, len(rows)))

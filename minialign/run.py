@@ -174,6 +174,8 @@ class Run:
         newest = checkpoint.newest_checkpoint(self.folder)
         if newest is not None:  # killed before the first one: begin again, it is the same run
             state = checkpoint.load_checkpoint(newest, self.modules, self.optimizers)
+            if state["config"] != self._config_hash():
+                raise BadInput(f"{self.folder}/config.json: was edited since {newest.name} was written; restore it to resume")
             self.first_step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
             if state["torch"] != torch.__version__:
                 print(f"note: written by torch {state['torch']}, continued by {torch.__version__}: equal only to rounding", file=sys.stderr)
@@ -182,8 +184,11 @@ class Run:
             write_atomic(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def save(self, step):
-        state = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        state = {"config": self._config_hash(), "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         checkpoint.save_checkpoint(self.folder, step, self.modules, self.optimizers, state)
+
+    def _config_hash(self):
+        return checkpoint.sha256(self.folder / "config.json")
 
     def steps(self, total):
         """Yield the steps still to do, from 0; after each one save when it is due. SIGTERM or Ctrl-C: save, say how to resume, exit."""

@@ -620,3 +620,12 @@ def test_the_builtin_tokenizer_covers_the_task():
     assert isinstance(tokenizer, CharTokenizer)
     for text in builtin_texts(200) + [demo.prompt + demo.completion for demo in builtin_demos(200)]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_rows_are_split_before_the_unusable_are_left_out(capsys):
+    """Ten rows, the first nine prompts of one token, the last of six: what is held out is the last row of the file, not of what is left."""
+    rows = [([1], [2, 0])] * 9 + [([1] * 6, [2, 0])]
+    train, held_out = data.split_scorable(rows, 0.1, max_len=6)
+    assert len(train) == 9 and held_out == [] and "1 of 1 rows are left out" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="no row has a scored token: every prompt fills --max_len 1"):
+        data.split_scorable(rows, 0.1, max_len=1)

@@ -114,5 +114,5 @@ def test_pairs_without_room_for_an_answer_are_left_out_aloud(policy_folder, tmp_
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = evaluate.main(evaluate.Config(policies=[str(policy_folder)], pairs=str(path), held_out=1, max_len=40))
     assert table[0]["n"] == 2 and "1 of 3 rows are left out: their prompt alone fills --max_len 40" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="no row has a scored token"):
+    with pytest.raises(BadInput, match="no pair has a scored token"):
         evaluate.main(evaluate.Config(policies=[str(policy_folder)], pairs=str(path), held_out=1, max_len=5))

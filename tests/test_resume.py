@@ -174,3 +174,12 @@ def test_resume_refuses_changed_data(small, demos_file, tmp_path):
     copy.write_bytes(demos_file.read_bytes() + b'{"prompt": "ask for tea: ", "completion": "tea now!"}\n')
     with pytest.raises(BadInput, match="copy.jsonl: has changed since this run began"):
         module.main(module.Config(resume=str(folder)))
+
+
+def test_resume_refuses_an_edited_configuration(small):
+    module, cfg = small("sft")
+    folder = module.main(cfg)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"lr": 0.003', '"lr": 0.004'))
+    with pytest.raises(BadInput, match="config.json: was edited since step_000006 was written"):
+        module.main(module.Config(resume=str(folder)))

@@ -36,7 +36,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate
 from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr, split_micro
-from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, scorable, split_held_out
+from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, split_scorable
 from minialign.evaluate import held_out_nll
 from minialign.logps import seq_logps
 from minialign.run import Run
@@ -124,9 +124,8 @@ def main(cfg):
     policy, tokenizer = run.open_policy(cfg.policy)
     run.same_input("data", cfg.demos)
     demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
-    encoded = scorable(encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt), cfg.max_len)
-    run.check_context(policy, encoded)
-    rows, held_out = split_held_out(encoded, cfg.held_out)
+    rows, held_out = split_scorable(encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+    run.check_context(policy, rows)
 
     def batch_of(source, picked):
         return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)

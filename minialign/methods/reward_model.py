@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
-from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, scorable, split_held_out
+from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, split_scorable
 from minialign.rewards import score
 from minialign.run import Run
 
@@ -82,8 +82,7 @@ def main(cfg):
     policy, tokenizer = run.open_policy(cfg.policy)
     run.same_input("data", cfg.pairs)
     pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
-    encoded = scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.max_len)
-    rows, held_out = split_held_out(encoded, cfg.held_out)
+    rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
 
     def batch_of(source, picked):
         return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)

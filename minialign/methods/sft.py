@@ -36,8 +36,8 @@ from minialign.data import (
     plain_text,
     read_demonstrations,
     read_texts,
-    scorable,
     split_held_out,
+    split_scorable,
 )
 from minialign.evaluate import held_out_nll
 from minialign.logps import token_logps
@@ -148,7 +148,7 @@ def open_policy_and_rows(run):
         train, held_out = split_held_out(texts, cfg.held_out) if len(texts) > 1 else (texts, [])  # by documents: none is on both sides
     else:
         demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
-        train, held_out = split_held_out(demos, cfg.held_out)
+        train, _ = split_held_out(demos, cfg.held_out)
 
     if cfg.policy == "new":
         if run.resuming and (run.folder / "tokenizer.json").is_file():  # the tokenizer is part of the run
@@ -164,8 +164,8 @@ def open_policy_and_rows(run):
         policy, tokenizer = run.open_policy(cfg.policy)
 
     if not cfg.text:
-        encoded = (encode_demos(tokenizer, part, max_prompt=cfg.max_prompt) for part in (train, held_out))
-        return policy, tokenizer, *(scorable(rows, cfg.max_len) for rows in encoded)
+        rows = encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt)
+        return policy, tokenizer, *split_scorable(rows, cfg.held_out, cfg.max_len)
     if len(texts) == 1:  # one long document can only be cut
         return policy, tokenizer, *split_held_out(encode_texts(tokenizer, texts, max_len=cfg.max_len), cfg.held_out)
     return policy, tokenizer, *(encode_texts(tokenizer, part, max_len=cfg.max_len) for part in (train, held_out))

@@ -144,7 +144,7 @@ class Run:
         if self.device.type == "cuda" and needed * 2**20 > torch.cuda.mem_get_info(self.device)[0]:
             print("note: that is more than the GPU has free; a smaller --micro_batch or --max_len needs less", file=sys.stderr)
         for side in [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]:
-            for b in range(min(3 if side is batch else 1, len(side))):
+            for b in range(min(3, len(side))):
                 print("  " + show_row(tokenizer, side, b))
         print(f"folder: {self.folder}" + (f", resuming after step {self.first_step}" if self.resuming else ""), flush=True)
 

@@ -17,7 +17,8 @@ def test_a_pythia_like_folder_with_a_chat_template(tmp_path, capsys):
     """gpt_neox layout, 512 embedding rows for 400 tokens, conversations as messages: three methods' plumbing in one walk."""
     questions = [f"What is {i} plus {i}?" for i in range(60)]
     answers = [f"It is {2 * i}." for i in range(60)]
-    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in zip(questions, answers, strict=True)]
+    turns = zip(questions, answers, strict=True)
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]
     data = tmp_path / "chat.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     bpe = train_bpe(questions * 3 + answers, 400)

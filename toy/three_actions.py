@@ -302,7 +302,7 @@ def draw(results, cfg):
         marker = "os^vDP*X"[index % 8]
         axes[0].plot(np.ravel(check.law), np.ravel(check.learned), marker, ms=6, alpha=0.7, label=check.name.strip())
     axes[0].set(xlabel="closed form", ylabel="learned", title="Each method on its own law")
-    axes[0].legend(fontsize=5.5, loc="upper left")
+    axes[0].legend(fontsize=5.5, loc="lower right")
 
     for beta, color in ((0.45, "C3"), (1.0, "C1"), (cfg.beta, "C0")):
         for update, style in ((True, "-"), (False, "--")):

@@ -296,13 +296,13 @@ def draw(results, cfg):
     """Left: learned against law, every probability a dot on the diagonal. Middle: rounds of SPIN and of a fixed reference.
     Right: probability of an unseen action over SFT and IRFT steps, and where the bounded reward holds it."""
     expert, ref = closed_form.normalise(cfg.expert), closed_form.normalise(cfg.ref)
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), constrained_layout=True)
     axes[0].plot([0, 1], [0, 1], color="0.8", zorder=0)
     for index, check in enumerate(c for c in results if np.min(c.learned) >= 0 and np.max(c.learned) <= 1):
         marker = "os^vDP*X"[index % 8]
         axes[0].plot(np.ravel(check.law), np.ravel(check.learned), marker, ms=6, alpha=0.7, label=check.name.strip())
     axes[0].set(xlabel="closed form", ylabel="learned", title="Each method on its own law")
-    axes[0].legend(fontsize=5.5, loc="lower right")
+    axes[0].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
     for beta, color in ((0.45, "C3"), (1.0, "C1"), (cfg.beta, "C0")):
         for update, style in ((True, "-"), (False, "--")):
@@ -312,7 +312,7 @@ def draw(results, cfg):
     axes[1].axhline(expert[2], color="0.6", lw=1)
     axes[1].text(8, expert[2], "expert", ha="right", va="bottom", fontsize=8, color="0.4")
     axes[1].set(xlabel="converged rounds", ylabel="π(y₃)", title="Rounds settle only if β > ½ (SPIN) or β > 1", ylim=(0, 1.02))
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
 
     zeros, delta = torch.zeros(3, dtype=torch.float64), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
     uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
@@ -333,6 +333,8 @@ def draw(results, cfg):
     axes[2].set(xlabel=f"steps (lr {lr:g})", ylabel="π(y₁), never demonstrated", title="Only a bounded reward keeps unseen mass")
     axes[2].legend(fontsize=7)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    for axis in axes:
+        axis.title.set_fontsize(10.5)
     figure.savefig(cfg.out, dpi=150)
     plt.close(figure)
 

@@ -244,9 +244,9 @@ def cli(config_class, argv, *, prog, description=""):
         near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), flags, n=1, cutoff=0.5)
         hint = f": did you mean {near[0]}?" if near else ""
         refuse(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{hint} (`{prog} --help` lists them)")
-    if getattr(known, "resume", "") and (others := [word.split("=")[0] for word in argv if word.startswith("--")]) != ["--resume"]:
-        other = next(flag for flag in others if flag != "--resume")
-        refuse(f"--resume continues a run as it was configured: drop {other} (to go on otherwise: --policy {known.resume}/final)")
+    others = [flag for word in argv if word.startswith("--") and (flag := word.split("=")[0]) != "--resume"]
+    if getattr(known, "resume", "") and others:
+        refuse(f"--resume continues a run as it was configured: drop {others[0]} (to go on otherwise: --policy {known.resume}/final)")
     return config_class(**vars(known))
 
 

@@ -52,6 +52,7 @@ class Resumable:
 
 def test_flags_beside_resume_are_refused_even_at_their_default(capsys):
     assert common.cli(Resumable, ["--resume", "runs/a"], prog="prog").resume == "runs/a"
+    assert common.cli(Resumable, ["--resume", "runs/a", "--resume=runs/b"], prog="prog").resume == "runs/b"
     with pytest.raises(SystemExit) as stop:
         common.cli(Resumable, ["--lr", "1e-3", "--resume=runs/a"], prog="prog")
     assert stop.value.code == 2 and "drop --lr (to go on otherwise: --policy runs/a/final)" in capsys.readouterr().err

@@ -30,6 +30,7 @@ from minialign.data import (
     builtin_demos,
     builtin_texts,
     builtin_tokenizer,
+    counts,
     demo_batch,
     encode_demos,
     encode_texts,
@@ -118,7 +119,7 @@ def main(cfg):
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
-        n_tokens = max(1, int(batch_of(rows, picked).mask.sum()))
+        n_tokens = max(1, counts([rows[i] for i in picked], cfg.max_len)["scored_tokens"])
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total = 0.0

@@ -30,6 +30,11 @@ class Batch:
     def __len__(self):
         return len(self.inputs)
 
+    def split(self, size):
+        """Batches of at most `size` rows, as tensor.split makes them: views, so what is written into one is written into the whole."""
+        starts = range(0, len(self), size)
+        return [type(self)(**{f.name: getattr(self, f.name)[start : start + size] for f in fields(self)}) for start in starts]
+
 
 @dataclass
 class Pairs:

@@ -254,17 +254,21 @@ def check_config(cfg):
     """Refuse numbers that cannot work, at second 0. Knows the fields by name, so that a Config only lists them."""
     at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
                 "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
-                "layers": 1, "heads": 1, "width": 1}
-    at_most = {"warmup": 1, "held_out": 0.9}
+                "layers": 1, "heads": 1, "width": 1, "group_size": 1, "epochs": 1, "gamma": 0, "lam": 0, "decay": 0, "std_eps": 0}
+    at_most = {"warmup": 1, "held_out": 0.9, "gamma": 1, "lam": 1, "decay": 0.999}
     for name, low in at_least.items():
         value = getattr(cfg, name, low)
         value = low if value is None else value
         high = at_most.get(name, math.inf)
         if not low <= value <= high:
             raise BadInput(f"--{name} {value}: must be at least {low}" + (f" and at most {high}" if name in at_most else ""))
-    for name in ("max_grad_norm", "beta"):
-        if not getattr(cfg, name, 1) > 0:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: must be above 0")
+    online = hasattr(cfg, "reward")  # with a reward of its own a method can do without the pull to ref: beta 0
+    for name in ("max_grad_norm", "beta", "tau", "eps", "eps_value", "eta", "value_lr", "reward_limit"):
+        value = getattr(cfg, name, 1)
+        if not (value > 0 or (online and name == "beta" and value == 0)):
+            raise BadInput(f"--{name} {value}: must be {'at least' if online and name == 'beta' else 'above'} 0")
+    if cfg.batch_size % getattr(cfg, "group_size", 1):
+        raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of --group_size {cfg.group_size} (completions of one prompt)")
     if getattr(cfg, "schedule", "cosine") not in ("cosine", "linear", "constant"):
         raise BadInput(f"--schedule {cfg.schedule}: must be cosine, linear or constant")
 

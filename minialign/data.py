@@ -299,6 +299,11 @@ def encode_pairs(tokenizer, pairs, *, max_prompt=None):
     ]
 
 
+def encode_prompts(tokenizer, prompts, *, max_prompt=None):
+    """[(prompt ids, prompt as the file has it)]: the ids are for the policy, the other for the reward."""
+    return [(encode_prompt(tokenizer, prompt, max_prompt=max_prompt), prompt) for prompt in prompts]
+
+
 def encode_texts(tokenizer, texts, *, max_len):
     """Documents as rows in which every token is scored: [(one token seen, the tokens that follow)], cut into rows of max_len tokens.
 
@@ -422,6 +427,11 @@ def builtin_demos(n=200, seed=0, low_quality=0.3):
     """Demonstrations of the expert, a share `low_quality` of them from rude speakers."""
     rng = random.Random(derive_seed("demos", seed))
     return [Demo(*_speak(rng, RUDE if rng.random() < low_quality else EXPERT)) for _ in range(n)]
+
+
+def builtin_prompts():
+    """One prompt for each thing."""
+    return [builtin_prompt(thing) for thing in THINGS]
 
 
 def builtin_pairs(n=400, seed=0):

@@ -13,6 +13,7 @@ The gap of sums favours whichever answer is shorter; the gap per token stands be
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ import torch
 from minialign.common import BadInput, check_config, pick_device, pick_dtype, write_atomic
 from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, scorable, split_held_out
 from minialign.logps import token_logps
-from minialign.rewards import score
+from minialign.rewards import BadReward, ask, score
+from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import fit_vocabulary, load_pretrained
 
@@ -85,6 +87,23 @@ def held_out_nll(policy, rows, batch_of, batch_size):
         batch = batch_of(rows, range(start, min(start + batch_size, len(rows))))
         nats, tokens = nats - float(token_logps(policy, batch).sum()), tokens + int(batch.mask.sum())
     return nats / tokens if tokens else math.nan
+
+
+def held_out_reward(policy, tokenizer, rows, reward_fn, cfg):
+    """{'eval/reward': mean reward of one completion of each of the first batch_size held-out prompts}; {} without any.
+
+    rows: [(prompt ids, prompt)] of encode_prompts. A reward that fails here is said and left out: nothing is trained on it.
+    """
+    if not rows:
+        return {}
+    prompts_ids, prompts = zip(*rows[: cfg.batch_size], strict=True)
+    answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=("eval", cfg.seed))
+    try:
+        rewards = ask(reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions], limit=cfg.reward_limit)
+    except BadReward as error:
+        print(f"no eval/reward: {error}", file=sys.stderr)
+        return {}
+    return {"eval/reward": rewards.mean()}
 
 
 @torch.no_grad()

@@ -1,6 +1,106 @@
-"""Rewards of completions. So far the learned one: a GPT with a scalar head, read at the completion's last token."""
+"""Rewards of completions. A reward is any callable `(prompts, completions) -> B numbers`, a list or a tensor of shape (B,).
+
+    exact_match     1 if the number after `####` is the demonstrated one (GSM8K)        --reward exact_match
+    format_match    1 if the whole completion matches a pattern                         --reward format   or   format:PATTERN
+    regex           1 if the pattern occurs in it                                       --reward 'regex:\\d+'
+    length          0 at so many characters, −1 when empty or twice as long             --reward length:200
+    lexicon         the weights of the words that occur, summed                         --reward 'lexicon:please,thanks,-now'
+    learned         a reward model, as `python -m minialign reward_model` trains it     --reward FOLDER_OR_HUB_NAME
+    yours           a function of a file                                                --reward rewards.py:politeness
+    ensemble        the mean or the minimum of several; `warm` averages the weights     --reward A B C --combine min
+                    of reward models into one (Ramé et al. 2024, arXiv:2401.12187)
+
+Prompts come as the data file has them (text, or a list of messages), completions as text without EOS; whether a completion was cut off
+is the method's business (missing_eos). `ask` is how a run calls a reward: it refuses what is no reward and names the row.
+
+Checked by tests/test_rewards.py.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import re
+import signal
+import threading
+import time
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
 
 import torch
+
+from minialign.batch import collate
+from minialign.common import BadInput, find_folder, first_line
+from minialign.data import encode_completion, encode_prompt, gold_reward, plain_text, read_demonstrations
+from minialign.kl import k1, k3
+from minialign.tokenizer import load_tokenizer
+from minialign.weights import load_pretrained
+
+# ------------------------------------------------------------------------------------------------------------- programmatic
+
+
+def final_number(text):
+    """The number after the first `####` (GSM8K's own rule; commas are thousands), as a Decimal, so that 72 = 72.0; None without one."""
+    found = re.search(r"#### *\$?(-?[\d.,]+)", text)
+    try:
+        return Decimal(found.group(1).replace(",", "").rstrip(".")) if found else None
+    except InvalidOperation:
+        return None
+
+
+def exact_match(demos):
+    """1 where the completion's final number is that of a demonstration of the same prompt, else 0. demos: list[Demo]."""
+    answers = {}
+    for number, demo in enumerate(demos, start=1):
+        answer = final_number(demo.completion)
+        if answer is None:
+            raise BadInput(f"exact_match: demonstration {number} has no final `#### number`: {demo.completion[-60:]!r}")
+        answers.setdefault(plain_text(demo.prompt), set()).add(answer)
+
+    def reward(prompts, completions):
+        for prompt in prompts:
+            if plain_text(prompt) not in answers:
+                raise ValueError(f"no demonstrated answer for the prompt {plain_text(prompt)[:60]!r}")
+        return [float(final_number(c) in answers[plain_text(p)]) for p, c in zip(prompts, completions, strict=True)]
+
+    return reward
+
+
+GSM8K_FORMAT = r"(.*\n)?#### -?[\d,]*\.?\d+"  # any text, then a last line `#### number`
+
+
+def format_match(pattern=GSM8K_FORMAT):
+    """1 where the pattern matches the whole completion (a dot matches line ends too), else 0."""
+    compiled = _compile(pattern, re.DOTALL)
+    return lambda prompts, completions: [float(compiled.fullmatch(text) is not None) for text in completions]
+
+
+def regex(pattern):
+    """1 where the pattern occurs in the completion, else 0."""
+    compiled = _compile(pattern, 0)
+    return lambda prompts, completions: [float(compiled.search(text) is not None) for text in completions]
+
+
+def _compile(pattern, flags):
+    try:
+        return re.compile(pattern, flags)
+    except re.error as error:
+        raise BadInput(f"the regular expression {pattern!r} is not valid: {error}") from None
+
+
+def length(target):
+    """−|characters − target| / target, but never below −1."""
+    if target < 1:
+        raise BadInput(f"length:{target}: the target must be at least 1 character")
+    return lambda prompts, completions: [max(-1.0, -abs(len(text) - target) / target) for text in completions]
+
+
+def lexicon(weights):
+    """Σ weight × occurrences of each word or phrase of {word: weight}; whole words, upper and lower case alike."""
+    words = [(re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE), weight) for word, weight in weights.items()]
+    return lambda prompts, completions: [sum(weight * len(word.findall(text)) for word, weight in words) for text in completions]
+
+
+# ------------------------------------------------------------------------------------------------------------------ learned
 
 
 def score(reward_model, batch):
@@ -13,3 +113,233 @@ def score(reward_model, batch):
     places = torch.arange(1, tokens.shape[1], device=tokens.device)  # target t is token t + 1
     last = torch.where(batch.mask, places, 0).amax(dim=1)  # (B,)
     return reward_model(tokens)[torch.arange(len(tokens), device=tokens.device), last]
+
+
+def learned(reward_model, tokenizer, *, batch_size=32):
+    """A reward model as a reward. It reads text with its own tokenizer, EOS appended, so it need not share the policy's.
+
+    Of a row longer than its context the beginning of the prompt is cut off, then the end of the completion.
+    """
+    context = reward_model.config.max_len
+
+    @torch.no_grad()
+    def reward(prompts, completions):
+        rewards = []
+        for start in range(0, len(prompts), batch_size):
+            answers = [encode_completion(tokenizer, text)[: context - 1] for text in completions[start : start + batch_size]]
+            asked = [
+                encode_prompt(tokenizer, prompt)[-(context - len(answer)) :]
+                for prompt, answer in zip(prompts[start : start + batch_size], answers, strict=True)
+            ]
+            batch = collate(asked, answers, pad_id=tokenizer.pad_id).to(reward_model.head_weight.device)
+            rewards.append(score(reward_model, batch))
+        return torch.cat(rewards)
+
+    return reward
+
+
+def ensemble(reward_fns, how="mean"):
+    """The mean, or the minimum (the most sceptical one rules), of several rewards of each row."""
+    if how not in ("mean", "min"):
+        raise BadInput(f"combine {how!r} is unknown: use mean, min or warm")
+
+    def reward(prompts, completions):
+        columns = []
+        for fn in reward_fns:
+            columns.append(torch.as_tensor(fn(prompts, completions), dtype=torch.float32).cpu())
+            if columns[-1].shape != columns[0].shape:
+                raise ValueError(f"reward {len(columns)} gave the shape {tuple(columns[-1].shape)}, not {tuple(columns[0].shape)}")
+        stacked = torch.stack(columns)  # (K, B)
+        return stacked.mean(0) if how == "mean" else stacked.amin(0)
+
+    return reward
+
+
+def weight_average(models):
+    """WARM: one reward model whose weights are the mean of several fine-tuned from the same start. Costs one model at run time.
+
+    Raises BadInput if their tensors differ in name or shape.
+    """
+    average = copy.deepcopy(models[0])
+    tensors = [dict(model.named_parameters()) for model in models]
+    for name, parameter in average.named_parameters():
+        if any(name not in other or other[name].shape != parameter.shape for other in tensors):
+            raise BadInput(f"warm: the reward models differ in {name}: only models of one architecture can be averaged")
+        with torch.no_grad():
+            parameter.copy_(torch.stack([other[name] for other in tensors]).mean(0))
+    average.config.reward_offset = sum(model.config.reward_offset for model in models) / len(models)
+    return average
+
+
+# --------------------------------------------------------------------------------------------------- from the command line
+
+
+def open_reward(specs, *, combine="mean", prompts="builtin", device="cpu", dtype=None, skip_bad=False):
+    """The reward that --reward and --combine name. prompts: the prompt file, in which exact_match finds the demonstrated answers."""
+    if combine == "warm":
+        folders = [find_folder(spec) for spec in specs]
+        model = weight_average([_reward_model(folder, device, dtype) for folder in folders])
+        return learned(model, load_tokenizer(folders[0]))
+    opened = [_open_one(spec, prompts, device, dtype, skip_bad) for spec in specs]
+    return opened[0] if len(opened) == 1 else ensemble(opened, combine)
+
+
+def reward_folders(specs):
+    """The reward models among them: what must not change while a run goes on. (Code may: a reward that failed has to be mended.)"""
+    return [Path(spec) for spec in specs if Path(spec).is_dir()]
+
+
+def _open_one(spec, prompts, device, dtype, skip_bad):
+    name, _, argument = spec.partition(":")
+    if spec == "builtin":
+        return gold_reward
+    if spec == "exact_match":
+        if prompts == "builtin":
+            raise BadInput("--reward exact_match needs --prompts FILE with answers that end in `#### number`")
+        return exact_match(read_demonstrations(prompts, skip_bad=skip_bad))
+    if name == "format":
+        return format_match(argument) if argument else format_match()
+    if name == "regex":
+        return regex(argument)
+    if name == "length":
+        if not argument.isdecimal():
+            raise BadInput(f"--reward {spec}: expected a number of characters, like length:200")
+        return length(int(argument))
+    if name == "lexicon":
+        words = [word.strip() for word in argument.split(",") if word.strip()]
+        if not words:
+            raise BadInput(f"--reward {spec}: expected words, like lexicon:please,thanks,-now (a leading - counts against)")
+        return lexicon({word.lstrip("-"): -1.0 if word.startswith("-") else 1.0 for word in words})
+    if ".py:" in spec:
+        return _function_of_file(spec)
+    if not Path(spec).is_dir() and "/" not in spec:
+        raise BadInput(f"--reward {spec}: expected builtin, exact_match, format, regex:PATTERN, length:N, lexicon:WORDS, "
+                       "FILE.py:FUNCTION, or a reward model's folder")
+    folder = find_folder(spec)
+    return learned(_reward_model(folder, device, dtype), load_tokenizer(folder))
+
+
+def _reward_model(folder, device, dtype):
+    model = load_pretrained(folder, dtype=dtype, device=device)
+    if model.config.head != "scalar":
+        raise BadInput(f"{folder}: is a language model, which gives no reward; train one with `python -m minialign reward_model`")
+    return model.requires_grad_(False)
+
+
+def _function_of_file(spec):
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise BadInput(f"--reward {spec}: there is no file {path}")
+    try:
+        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(f"--reward {spec}: {path} cannot be imported ({type(error).__name__}: {first_line(error)})") from None
+    if not callable(getattr(module, name, None)):
+        raise BadInput(f"--reward {spec}: {path} defines no function {name}; it needs `def {name}(prompts, completions)` -> B numbers")
+    return getattr(module, name)
+
+
+# ----------------------------------------------------------------------------------------------------------- asking safely
+
+
+class BadReward(Exception):
+    """Why a reward's answer to one batch is refused, naming the row."""
+
+
+class Overtime(BaseException):  # no Exception: a reward's own `except Exception` must not swallow it
+    pass
+
+
+def ask(reward_fn, prompts, completions, *, limit=60.0):
+    """reward_fn's rewards of a batch, (B,) float32 on the CPU. limit: seconds it may take.
+
+    Raises BadReward when it raises, takes longer, or returns anything but B finite numbers: says which row, found by asking row by row.
+    The limit is an alarm signal: it stops Python code, sleeps, input and output, and regular expressions; not C code that never looks
+    up, and nothing on Windows or outside the main thread, where there is no such signal.
+    """
+    rewards, fault, row = _try(reward_fn, prompts, completions, limit)
+    if fault is None:
+        return rewards
+    if row is None:  # it raised or hung: find the first row with which it does so alone
+        deadline = time.monotonic() + 2 * limit
+        for b in range(len(prompts)):
+            _, alone, _ = _try(reward_fn, prompts[b : b + 1], completions[b : b + 1], min(limit, max(0.01, deadline - time.monotonic())))
+            if alone is not None:
+                fault, row = alone, b
+                break
+            if time.monotonic() > deadline:
+                break
+    if row is None:
+        raise BadReward(f"the reward {fault} (no single row does it alone)")
+    raise BadReward(f"the reward {fault} (row {row}, prompt {_short(prompts[row])}, completion {_short(completions[row])})")
+
+
+def _try(reward_fn, prompts, completions, limit):
+    """(rewards, None, None), or (None, what is wrong, the row if that is known)."""
+    try:
+        with time_limit(limit):
+            rewards = reward_fn(list(prompts), list(completions))
+    except Overtime:
+        return None, f"took longer than {limit:.3g} s", None
+    except Exception as error:
+        return None, f"raised {type(error).__name__}: {first_line(error)}", None
+    numbers = rewards.detach().cpu().tolist() if torch.is_tensor(rewards) else rewards
+    try:
+        numbers = list(numbers)
+    except TypeError:
+        return None, f"returned {type(rewards).__name__}, not one number per completion", None
+    if len(numbers) != len(completions):
+        return None, f"returned {len(numbers)} rewards for {len(completions)} completions", min(len(numbers), len(completions) - 1)
+    values = []
+    for row, number in enumerate(numbers):
+        try:
+            values.append(float(number))
+        except (TypeError, ValueError):
+            return None, f"returned {number!r}, which is no number,", row
+    rewards = torch.tensor(values, dtype=torch.float32)
+    if not rewards.isfinite().all():
+        row = int((~rewards.isfinite()).int().argmax())
+        return None, f"returned {values[row]}", row
+    return rewards, None, None
+
+
+def _short(text):
+    text = plain_text(text)
+    return repr(text if len(text) <= 80 else text[:40] + " … " + text[-35:])
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raise Overtime in the block after so many seconds."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number, frame):
+        raise Overtime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --------------------------------------------------------------------------------------------------------------------- log
+
+
+def rollout_stats(rewards, answers, ref_logps, *, group_size=1):
+    """What every online method logs of one rollout: rewards (B,) before any KL, answers a Rollout, ref_logps (B, T)."""
+    stats = {
+        "reward": rewards.mean(), "reward_std": rewards.std(correction=0),
+        "kl": k1(answers.old_logps, ref_logps).sum(1).mean(), "kl_k3": k3(answers.old_logps, ref_logps).sum(1).mean(),
+        "completions/mean_length": answers.lengths.float().mean(), "completions/finished": answers.finished.float().mean(),
+    }
+    if group_size > 1:
+        groups = rewards.view(-1, group_size)  # (N, G)
+        stats["frac_reward_zero_std"] = (groups == groups[:, :1]).all(1).float().mean()
+    return stats

@@ -26,14 +26,18 @@ from tqdm import tqdm
 from minialign import __version__, checkpoint
 from minialign.batch import Batch
 from minialign.common import BadInput, append_row, check_config, find_folder, pick_device, pick_dtype, read_json, read_rows, write_atomic
-from minialign.data import counts
+from minialign.data import builtin_prompts, counts, encode_prompts, read_prompts, split_held_out
+from minialign.kl import k1
+from minialign.logps import token_logps
+from minialign.rewards import BadReward, ask, open_reward, reward_folders
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import fit_vocabulary, load_pretrained, save_pretrained
 
-SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies")  # the rest is in metrics.jsonl
+SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward", "kl")  # the rest is in metrics.jsonl
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient
+ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient, or without rewards
+RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}  # sampler against training forward, per token
 
 
 class Run:
@@ -112,11 +116,44 @@ class Run:
         fit_vocabulary(policy, tokenizer, path)
         if policy.config.head != "lm" and self.method != "reward_model":
             raise BadInput(f"{path}: is a reward model, which writes nothing; {self.method} needs a policy with a language-model head")
-        positions = self.cfg.max_len - (self.method != "reward_model")  # a policy never sees the last token, a reward model reads it
+        max_len = getattr(self.cfg, "max_len", 2)  # online methods have none: check_context does it for them
+        positions = max_len - (self.method != "reward_model")  # a policy never sees the last token, a reward model reads it
         if positions > policy.config.max_len:
             raise BadInput(f"--max_len {self.cfg.max_len}: the policy's context is {policy.config.max_len} tokens")
         tokenizer.save(self.folder)
         return policy, tokenizer
+
+    def open_prompts(self, policy, tokenizer):
+        """Online methods: ([(prompt ids, prompt as the file has it)] to train on, the same held out), checked against the context."""
+        cfg = self.cfg
+        self.same_input("data", cfg.prompts)
+        prompts = builtin_prompts() if cfg.prompts == "builtin" else read_prompts(cfg.prompts, skip_bad=cfg.skip_bad)
+        rows, held_out = split_held_out(encode_prompts(tokenizer, prompts, max_prompt=cfg.max_prompt), cfg.held_out)
+        self.check_context(policy, rows + held_out)
+        return rows, held_out
+
+    def open_reward(self):
+        """The function that --reward and --combine name; changed reward models are refused when resuming."""
+        cfg = self.cfg
+        for number, path in enumerate(reward_folders(cfg.reward)):
+            self.same_input(f"reward {number}", path)
+        where = dict(device=self.device, dtype=self.dtype)
+        return open_reward(cfg.reward, combine=cfg.combine, prompts=cfg.prompts, skip_bad=cfg.skip_bad, **where)
+
+    def open_value_model(self, name, policy):
+        """PPO's critic: the policy's trunk under a new scalar head that begins at 0, or a reward model of the same vocabulary."""
+        if name == "policy":
+            value_model = policy.with_scalar_head()
+            torch.nn.init.zeros_(value_model.head.weight)  # worth nothing so far; random values would be noise in the first advantages
+            return value_model
+        path = find_folder(name)
+        self.same_input("value", path)
+        value_model = load_pretrained(path, dtype=self.dtype, device=self.device)
+        if value_model.config.head != "scalar" or value_model.config.vocab_size < policy.config.vocab_size:
+            raise BadInput(f"--value {name}: expected a reward model over the policy's own tokens (python -m minialign reward_model)")
+        if value_model.config.max_len < policy.config.max_len:
+            raise BadInput(f"--value {name}: its context of {value_model.config.max_len} tokens is shorter than the policy's")
+        return value_model
 
     def same_input(self, kind, path):
         """On the first start record the sha256 of a file (or of a model folder's weights); when resuming, refuse changed ones."""
@@ -134,18 +171,54 @@ class Run:
 
     def first_look(self, tokenizer, rows, batch, **models):
         """What to look at before step 1: device, sizes, three decoded rows with the scored tokens in ⟦ ⟧, counts, memory."""
-        cfg, numbers = self.cfg, counts(rows, self.cfg.max_len)
-        needed = peak_memory(self, models, batch)
-        sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
-        print(f"{self.method}: {describe_device(self.device)}, {cfg.dtype}, parameters: {sizes}")
+        numbers = counts(rows, self.cfg.max_len)
+        needed = self._sizes(models, batch)
         empty = sum(len(completion) == 1 for _, *completions in rows for completion in completions)  # nothing but EOS
         print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
               f"{empty:,} empty; about {needed:,.0f} MB at the peak")
-        if self.device.type == "cuda" and needed * 2**20 > torch.cuda.mem_get_info(self.device)[0]:
-            print("note: that is more than the GPU has free; a smaller --micro_batch or --max_len needs less", file=sys.stderr)
         for side in [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]:
             for b in range(min(3, len(side))):
                 print("  " + show_row(tokenizer, side, b))
+        self._say_folder()
+
+    @torch.no_grad()
+    def first_rollout(self, tokenizer, rows, reward_fn, **models):
+        """The same for online methods, on completions of the first three prompts: their rewards, and the two numbers that must be 1 and 0.
+
+        The ratio compares the sampler's log-probs with those of the forward pass that trains. Raises BadInput where they are not of
+        one distribution: sampling at another temperature, with truncation, or a wrong position would train on a ratio that is not 1.
+        """
+        cfg, policy, ref = self.cfg, models["policy"], models["ref"]
+        prompts_ids, prompts = zip(*rows[:3], strict=True)
+        answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=cfg.seed)
+        logps, ref_logps = token_logps(policy, answers, tau=cfg.tau), token_logps(ref, answers, tau=cfg.tau)  # (B, T)
+        off, kl = float(((logps - answers.old_logps).exp() - 1).abs().max()), float(k1(logps, ref_logps).sum(1).mean())
+        needed = self._sizes(models, answers)
+        lengths = [len(ids) for ids, _ in rows]
+        print(f"prompts: {len(rows):,}, the longest of {max(lengths):,} tokens; up to {cfg.max_new:,} new tokens each; "
+              f"about {needed:,.0f} MB at the peak")
+        texts = [tokenizer.decode(ids) for ids in answers.completions]
+        try:
+            rewards = ask(reward_fn, prompts, texts, limit=cfg.reward_limit)
+        except BadReward as error:
+            raise BadInput(f"{error}; a reward is called as reward(prompts, completions), two lists of B, and returns B numbers") from None
+        for b, reward in enumerate(rewards.tolist()):
+            print(f"  {show_row(tokenizer, answers, b)}  reward {reward:g}")
+        print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion")
+        if off > RATIO_TOLERANCE[self.dtype]:
+            raise BadInput(f"sampler and training forward pass differ by {off:.2g} in ratio at --dtype {cfg.dtype}; try --dtype float32")
+        self._say_folder()
+
+    def _sizes(self, models, batch):
+        """Print device, dtype and parameters; returns the peak memory in MB, with a word if that is more than there is."""
+        needed = peak_memory(self, models, batch)
+        sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
+        print(f"{self.method}: {describe_device(self.device)}, {self.cfg.dtype}, parameters: {sizes}")
+        if self.device.type == "cuda" and needed * 2**20 > torch.cuda.mem_get_info(self.device)[0]:
+            print("note: the peak is above what the GPU has free; a smaller --micro_batch or shorter rows need less", file=sys.stderr)
+        return needed
+
+    def _say_folder(self):
         print(f"folder: {self.folder}" + (f", resuming after step {self.first_step}" if self.resuming else ""), flush=True)
 
     def check_context(self, policy, rows):
@@ -225,7 +298,7 @@ class Run:
         if math.isfinite(float(loss)) and math.isfinite(float(grad_norm)):
             self.skipped_in_a_row = 0
             return True
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self._skip()
         bad = next((n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "none")
         print(f"step {step + 1} skipped: loss {float(loss):g}, grad norm {float(grad_norm):g}, first non-finite gradient: {bad}, "
               f"rows {rows[:8]}", file=sys.stderr)
@@ -238,6 +311,27 @@ class Run:
                 f"good step, and the newest checkpoint in {self.folder}/checkpoints is finite; details in debug.json; try a smaller --lr"
             )
         return False
+
+    def ask(self, step, reward_fn, prompts, completions):
+        """The rewards of a rollout, (B,), or None if the reward failed: the step is then skipped, said, counted and logged as such.
+
+        Three failures in a row end the run with BadInput.
+        """
+        try:
+            return ask(reward_fn, prompts, completions, limit=self.cfg.reward_limit).to(self.device)
+        except BadReward as error:
+            self._skip()
+            print(f"step {step + 1} skipped: {error}", file=sys.stderr)
+            self.log(step)
+            if self.skipped_in_a_row == ABORT_AFTER:
+                raise BadInput(
+                    f"{ABORT_AFTER} steps in a row had no rewards, the last step {step + 1}: {error}; "
+                    f"the newest checkpoint is whole: mend the reward and go on with --resume {self.folder}"
+                ) from None
+            return None
+
+    def _skip(self):
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
 
     # ---------------------------------------------------------------------------------------------------------------- log
 

@@ -126,3 +126,127 @@ def identity_round(expert, ref, pull):
     are T steps of SFT of size β·K·lr.
     """
     return tilt(ref, np.asarray(expert) - np.asarray(ref), 1 / pull)
+
+
+# ------------------------------------------------------------------------------------------- online methods, token by token
+#
+# Completions are tuples of tokens, none of them the beginning of another: the leaves of a tree. A law is a vector over them.
+
+
+def rebel_law(ref, reward, beta, eta, rollouts):
+    """REBEL after so many rollouts, each solved exactly, with R = r − β·log π_t/ref: π_{t+1} ∝ π_t·e^{ηR}.
+
+    With u = log π/ref up to a constant: u ← u + η(r − βu) = (1 − ηβ)·u + ηr, from u = 0. It rests at u = r/β, which is π* ∝ ref·e^{r/β};
+    the distance to it shrinks by 1 − ηβ at each rollout: u = (1 − (1 − ηβ)^t)·r/β.
+    """
+    kept = rollouts * eta if beta == 0 else (1 - (1 - eta * beta) ** rollouts) / beta
+    return tilt(ref, reward, 1 / kept)
+
+
+def sequence_k3_law(ref, reward, beta):
+    """Where r − β·k3 of whole completions comes to rest: π = β·ref/(c − r), not ref·e^{r/β}.
+
+    With y ~ π held fixed, ∇k3 = (1 − ref/π)·∇log π. The expected update Σ_y π(y)·[r − β(1 − ref/π)]·∇log π(y) vanishes for every
+    softmax policy iff the bracket is the same for all y: r − β + β·ref/π = c − β. Solve for π; c > max r from Σ π = 1, which falls in c.
+    (It is the maximiser of E_π[r] − β·KL(ref‖π): the forward divergence.)
+    """
+    return _k3_node(ref, reward, np.full(len(ref), beta))
+
+
+def _k3_node(ref, gain, pull):
+    """π_a = pull_a·ref_a / (c − gain_a) with Σ π = 1, by bisection over c > max gain. All inputs (children,)."""
+    ref, gain, pull = (np.asarray(x, dtype=np.float64) for x in (ref, gain, pull))
+    # At c = max over a of gain_a + pull_a·ref_a one term alone is 1; at c = max gain + Σ pull·ref every term is below its share.
+    low, high = (gain + pull * ref).max(), gain.max() + (pull * ref).sum()
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (pull * ref / (middle - gain)).sum() > 1 else (low, middle)
+    return normalise(pull * ref / ((low + high) / 2 - gain))
+
+
+def token_k3_law(completions, ref, gain, pull):
+    """GRPO's law: advantages whose expectation is `gain` (C,) up to a constant per prompt, k3 at every token with weight `pull` (C,).
+
+    At the prefix s the expected update of the policy's logits is Σ_a π(a|s)·[Q(s, a) − b(s, a)·(1 − ref(a|s)/π(a|s))]·∇log π(a|s), where
+    Q = E_π[gain | s, a] and b = E_π[pull | s, a] average over what follows the token. k3 of later tokens is missing from Q: it is
+    differentiated where it stands and credited to nobody else. It vanishes iff the bracket is the same c − … for all a:
+
+        π(a|s) = b(s, a)·ref(a|s) / (c_s + b(s, a) − Q(s, a)),      c_s from Σ_a π(a|s) = 1.
+
+    Q and b depend only on the policy after s, so the law is built from the last token backwards.
+    For group means that contain the sample itself, E[A_i | y_i] = (G − 1)/G·(r − E r), so gain = (G − 1)/G·r, or, the same law,
+    gain = r with pull = β·G/(G − 1).
+    """
+    law, gain, pull = np.zeros(len(ref)), np.asarray(gain, dtype=np.float64), np.asarray(pull, dtype=np.float64)
+
+    def solve(leaves, depth):
+        """Fill law[leaves] with probabilities given their common prefix of `depth` tokens; returns E[gain], E[pull] there."""
+        if len(leaves) == 1 and len(completions[leaves[0]]) == depth:
+            law[leaves] = 1.0
+            return gain[leaves[0]], pull[leaves[0]]
+        children = {}
+        for leaf in leaves:
+            children.setdefault(completions[leaf][depth], []).append(leaf)
+        children = list(children.values())
+        q, b = np.array([solve(child, depth + 1) for child in children]).T
+        conditional = normalise([ref[child].sum() for child in children])
+        conditional = _k3_node(conditional, q - b, b)
+        for probability, child in zip(conditional, children, strict=True):
+            law[child] *= probability
+        return conditional @ q, conditional @ b
+
+    ref = np.asarray(ref, dtype=np.float64)
+    solve(list(range(len(ref))), 0)
+    return law
+
+
+def group_normalised_law(completions, ref, reward, beta, *, rounds=2000):
+    """GRPO as the paper prints it, for large groups: token_k3_law with gain A/|y| and pull β/|y|, A = (r − μ)/σ of the law itself.
+
+    μ and σ are the mean and spread of r under the law, so it is found by iterating, half a step at a time.
+    """
+    reward, sizes = np.asarray(reward, dtype=np.float64), np.array([len(y) for y in completions])
+    law = normalise(ref)
+    mean, spread = law @ reward, np.sqrt(law @ (reward - law @ reward) ** 2)
+    for _ in range(rounds):
+        law = token_k3_law(completions, ref, (reward - mean) / spread / sizes, beta / sizes)
+        new_mean = law @ reward
+        new_spread = np.sqrt(law @ (reward - new_mean) ** 2)
+        if abs(new_mean - mean) + abs(new_spread - spread) < 1e-13:
+            break
+        mean, spread = (mean + new_mean) / 2, (spread + new_spread) / 2
+    return law
+
+
+def spread_of_tilt(ref, reward, temperature):
+    """Standard deviation of r under ref·e^{r/temperature}."""
+    law = tilt(ref, reward, temperature)
+    return float(np.sqrt(law @ (np.asarray(reward) - law @ np.asarray(reward)) ** 2))
+
+
+def collapse_threshold(ref, reward):
+    """(β*, temperature): the smallest β at which rewards divided by their own spread, with KL(π‖ref) in the reward, still have a law.
+
+    At rest π ∝ ref·e^{r/(βσ)} with σ = std_π(r). Name the temperature s = βσ: then σ is spread_of_tilt(s) and β = s / spread_of_tilt(s).
+    As s → ∞ the spread tends to ref's and β → ∞; as s → 0 it vanishes exponentially and β → ∞ again. So β has a minimum β* over s:
+    above it there are two solutions, of which the warmer attracts; below it there is none but σ = 0: a smaller spread makes the pull
+    weaker, which sharpens π, which makes the spread smaller, until one completion (or a tie of several) is left.
+    """
+    reward = np.asarray(reward, dtype=np.float64)
+    grid = np.geomspace(1e-2, 1e2, 2001) * (reward.max() - reward.min())
+    betas = np.array([s / max(spread_of_tilt(ref, reward, s), 1e-300) for s in grid])
+    return float(betas.min()), float(grid[betas.argmin()])
+
+
+def std_normalised_law(ref, reward, beta):
+    """π ∝ ref·e^{r/(βσ)}, σ = std_π(r): the warmer of the two solutions. None below the collapse threshold."""
+    threshold, low = collapse_threshold(ref, reward)
+    if beta < threshold:
+        return None
+    high = low
+    while high / spread_of_tilt(ref, reward, high) < beta:
+        high *= 2
+    for _ in range(200):  # β(s) rises on the warm side
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle / spread_of_tilt(ref, reward, middle) < beta else (low, middle)
+    return tilt(ref, reward, (low + high) / 2)

@@ -1,0 +1,215 @@
+"""Group relative policy optimisation (GRPO). Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, Eq. 3-4.
+
+    L(θ) = −(1/B) Σ_i (1/|y_i|) Σ_t [ min( ρ_{i,t}·A_i, clip(ρ_{i,t}, 1 − ε, 1 + ε)·A_i ) − β·k3_{i,t} ],
+           A_i = (r_i − mean of its group) / (std of its group + std_eps),      k3 = π_ref/π_θ − 1 − log π_ref/π_θ
+
+Symbols  G → group_size, A → advantages (B,), ρ = π_θ/π_old of each token → ratio (B, T), |y| → tokens of a completion.
+Idea     PPO without its critic: the mean reward of the group stands in for the value, its spread for the scale of the reward.
+Differs  from rloo.py: the group's mean contains the sample itself, is divided by the spread, the ratio is of single tokens, and the KL is
+         a term of the loss instead of a part of the reward. From ppo.py: no value model, one advantage for all tokens of a completion.
+Details  **The trap of k3.** Its value is an unbiased estimate of KL(π‖ref); its gradient is not the KL's. On whole completions it would be
+         the gradient of the other divergence, KL(ref‖π); per token it also forgets that a token changes the KL of those after it.
+         So GRPO does not maximise E[r] − β·KL: it has a law of its own (below). To get π* use rloo.py, or k1 in the reward.
+         aggregate: "grpo" is the paper's, every completion counts the same, so a token of a long one counts less (a long wrong answer is
+         punished less per token); "dapo" (arXiv:2503.14476) every token the same; "dr_grpo" (arXiv:2503.20783) divides by a
+         constant, B·max_new, and is usually run with --no-normalize: the only one of the three without a bias by length.
+         A group with equal rewards has advantages of exactly 0, not 0/0; `frac_reward_zero_std` counts them. ddof=1 is the sample
+         spread (TRL), 0 that of the population: a group of two gives ±0.707 or ±1.
+         With the sample itself in the mean an advantage is (G − 1)/G times the leave-one-out one. The KL term does not shrink with
+         it: the pull that acts is β·G/(G − 1).
+         The loss is about 0 at ratio 1 whatever the rewards; it is no progress signal.
+Law      Without normalize and with dr_grpo: π(a|s) = β'·ref(a|s) / (c_s + β' − Q(s, a)), with β' = β·G/(G − 1), Q = E_π[r | s, a], and
+         c_s such that it sums to 1, backwards over the tokens (token_k3_law of toy/closed_form.py). With the paper's form and G → ∞ the
+         same with r → A/|y| and β → β/|y| (group_normalised_law). Dividing by the spread makes the pull β·std_π(r), which falls as π
+         sharpens: below a threshold of β it collapses onto few completions (collapse_threshold). Never π*.
+Checked  tests/methods/test_grpo.py (hand numbers, aggregates, gradients by enumeration), toy/tiny_language.py (the laws).
+
+    python -m minialign grpo                                                 # built-in task, laptop CPU
+    python -m minialign grpo --prompts gsm8k_train.jsonl --reward exact_match --policy runs/sft/final
+    python -m minialign grpo --aggregate dr_grpo --no-normalize              # "GRPO done right"
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.batch import masked_mean
+from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
+from minialign.evaluate import held_out_reward
+from minialign.kl import k3
+from minialign.logps import token_logps
+from minialign.rewards import rollout_stats
+from minialign.run import Run
+from minialign.sample import sample
+
+
+@dataclass
+class Config:
+    beta: float = 0.05              # β: weight of k3, the pull to ref; 0 lets the policy go anywhere
+    eps: float = 0.2                # ε: how far the ratio may carry an update; matters with epochs > 1
+    group_size: int = 8             # G: completions of each prompt
+    normalize: bool = True          # divide the advantages of a group by its spread
+    ddof: int = 1                   # of that spread: 1 sample, 0 population
+    std_eps: float = 1e-4           # added to it
+    aggregate: str = "grpo"         # how token losses become one number: grpo, dapo or dr_grpo
+    epochs: int = 1                 # updates on the same completions
+    policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
+    prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # one or more; minialign/rewards.py lists them
+    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
+    reward_limit: float = 60.0      # seconds that the reward may take for one batch
+    missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
+    steps: int = 100                # rollouts, each with `epochs` updates
+    batch_size: int = 64            # completions per step, of batch_size / group_size prompts
+    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-6)
+    schedule: str = "linear"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.0             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of a completion
+    tau: float = 1.0                # sampling temperature, and that of every log-prob here
+    held_out: float = 0.25          # the last share of the prompts, never trained on
+    seed: int = 0                   # prompt order, samples
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 10             # steps between lines on the terminal
+    eval_every: int = 25            # steps between evaluations on the held-out prompts
+    save_every: int = 50            # steps between checkpoints
+    out: str = ""                   # run folder; default runs/grpo-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+
+def group_advantages(rewards, *, group_size, normalize=True, ddof=1, std_eps=1e-4):
+    """rewards: (B,), the G of one prompt adjacent -> advantages (B,): each minus its group's mean, over the group's spread + std_eps.
+
+    ddof: 1 for the sample standard deviation, 0 for the population's. A group with equal rewards gives exactly 0.
+    """
+    assert rewards.dim() == 1 and group_size >= 2 and len(rewards) % group_size == 0, (rewards.shape, group_size)
+    groups = rewards.view(-1, group_size)  # (N, G)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if normalize:
+        advantages = advantages / (groups.std(1, correction=ddof, keepdim=True) + std_eps)
+    equal = (groups == groups[:, :1]).all(1, keepdim=True)  # the mean of equal numbers may be off by a rounding error
+    return torch.where(equal, 0, advantages).flatten()
+
+
+def aggregate_tokens(losses, mask, aggregate, max_len):
+    """losses (B, T), 0 where masked -> a scalar. For [1, 1] and [2, 2, 2, 2], max_len 4: grpo 1.5, dapo 10/6, dr_grpo 10/8."""
+    if aggregate == "grpo":  # mean over the tokens of a completion, then over completions
+        return (losses.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    if aggregate == "dapo":  # mean over all tokens
+        return losses.sum() / mask.sum().clamp(min=1)
+    if aggregate == "dr_grpo":  # sum over tokens, divided by a constant
+        return losses.sum() / (len(losses) * max_len)
+    raise BadInput(f"--aggregate {aggregate} is unknown: use grpo, dapo or dr_grpo")
+
+
+def grpo_loss(logps, old_logps, ref_logps, advantages, mask, *, eps, beta, aggregate="grpo", max_len=None):
+    """logps, old_logps, ref_logps, mask: (B, T); advantages: (B,), constants. max_len: the constant of dr_grpo, in tokens.
+
+    Returns the scalar loss, stats. Raises BadInput for another aggregate.
+    """
+    assert logps.dim() == 2 and logps.shape == old_logps.shape == ref_logps.shape == mask.shape and advantages.shape == logps.shape[:1]
+    mask, advantages = mask.bool(), advantages.detach()[:, None]  # (B, T), (B, 1) one advantage for all tokens of a completion
+    ratio = torch.where(mask, logps - old_logps.detach(), 0).exp()  # (B, T)
+    clipped = ratio.clamp(1 - eps, 1 + eps)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    kl = k3(torch.where(mask, logps, 0), torch.where(mask, ref_logps.detach(), 0))  # (B, T), its gradient flows
+    losses = torch.where(mask, beta * kl - surrogate, 0)
+    stats = {"ratio": masked_mean(ratio, mask),
+             "clip_ratio/region_mean": masked_mean((clipped * advantages < ratio * advantages).to(ratio), mask)}
+    return aggregate_tokens(losses, mask, aggregate, max_len), {name: value.detach() for name, value in stats.items()}
+
+
+def rollout(policy, ref, prompts_ids, cfg, eos_id, seed):
+    """G completions of each prompt by the current policy, and what ref thinks of their tokens: Rollout, ref_logps (B, T)."""
+    answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.group_size, eos_id=eos_id, seed=seed)
+    with torch.no_grad():  # ref is a constant of the objective
+        ref_logps = [token_logps(ref, micro, tau=cfg.tau) for micro in answers.split(cfg.micro_batch or len(answers))]
+    return answers, torch.cat(ref_logps)
+
+
+def step(policy, answers, ref_logps, advantages, cfg, *, on_policy):
+    """One batch of completions to one loss: the only place where the policy meets the equation.
+
+    on_policy: nothing was updated since sampling, so the old log-probs are the very numbers of this forward pass: the ratio is exactly 1.
+    """
+    logps, entropy = token_logps(policy, answers, tau=cfg.tau, entropy=True)  # (B, T)
+    if on_policy:
+        answers.old_logps.copy_(logps.detach())
+    loss, stats = grpo_loss(
+        logps, answers.old_logps, ref_logps, advantages, answers.mask,
+        eps=cfg.eps, beta=cfg.beta, aggregate=cfg.aggregate, max_len=cfg.max_new,
+    )
+    assert not (on_policy and abs(stats["ratio"] - 1) > 0), stats  # (a NaN passes: the guard of the step names its rows)
+    return loss, {**stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("grpo", cfg)
+    cfg = run.cfg
+    if cfg.group_size < 2:
+        raise BadInput("--group_size 1: a group of one is its own mean; at least 2")
+    if cfg.aggregate not in ("grpo", "dapo", "dr_grpo"):
+        raise BadInput(f"--aggregate {cfg.aggregate}: must be grpo, dapo or dr_grpo")
+    if cfg.ddof not in (0, 1):
+        raise BadInput(f"--ddof {cfg.ddof}: must be 1 (sample) or 0 (population)")
+    policy, tokenizer = run.open_policy(cfg.policy)
+    reward_fn = run.open_reward()
+    rows, held_out = run.open_prompts(policy, tokenizer)
+
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, optimizer=optimizer)
+    run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=ref)
+
+    for k in run.steps(cfg.steps):
+        picked = batch_rows(len(rows), cfg.batch_size // cfg.group_size, k, cfg.seed)
+        prompts_ids, prompts = zip(*[rows[i] for i in picked for _ in range(cfg.group_size)], strict=True)
+        answers, ref_logps = rollout(policy, ref, prompts_ids[:: cfg.group_size], cfg, tokenizer.eos_id, derive_seed("grpo", cfg.seed, k))
+        scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        if scores is None:
+            continue
+        metrics = rollout_stats(scores, answers, ref_logps, group_size=cfg.group_size)
+        advantages = group_advantages(  # (B,)
+            scores - cfg.missing_eos * ~answers.finished,
+            group_size=cfg.group_size, normalize=cfg.normalize, ddof=cfg.ddof, std_eps=cfg.std_eps,
+        )
+
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        total, stats, size = 0.0, Mean(), cfg.micro_batch or len(answers)
+        for epoch in range(cfg.epochs):
+            optimizer.zero_grad()
+            epoch_total = 0.0
+            for micro, *parts in zip(answers.split(size), ref_logps.split(size), advantages.split(size), strict=True):
+                loss, micro_stats = step(policy, micro, *parts, cfg, on_policy=epoch == 0)
+                share = len(micro) / len(answers)  # a micro-batch counts by its completions, or by its tokens where the mean is over those
+                if cfg.aggregate == "dapo":
+                    share = float(micro.mask.sum() / answers.mask.sum())
+                (loss * share).backward()
+                epoch_total += loss.item() * share
+                stats.add(micro_stats, weight=share)
+            grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            if run.finite(k, policy, picked, epoch_total, grad_norm):
+                optimizer.step()
+            total += epoch_total / cfg.epochs
+
+        metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        if run.due(k):
+            metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign grpo"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign grpo", description=__doc__))

@@ -1,0 +1,229 @@
+"""Proximal policy optimisation (PPO). Schulman et al. 2017, arXiv:1707.06347, Eq. 7 and 11; for language models Ouyang et al. 2022,
+arXiv:2203.02155, with the details of Huang et al. 2024 ("N+ implementation details"), arXiv:2403.17031.
+
+    L(θ) = −E_t[ min( ρ_t·A_t, clip(ρ_t, 1 − ε, 1 + ε)·A_t ) ],          ρ_t = π_θ(y_t|x, y_<t) / π_old(y_t|x, y_<t)
+    L(φ) = ½·E_t[ max( (V_t − G_t)², (V_old,t + clip(V_t − V_old,t, ±ε_V) − G_t)² ) ],            V_t = V_φ(x, y_<t)
+           δ_t = r_t + γ·V_old,t+1 − V_old,t,      A_t = Σ_l (γλ)^l δ_{t+l},      G_t = A_t + V_old,t,      V beyond the end = 0
+
+Symbols  r_t = −β·k1_t, plus the reward of the completion at its last token → token_rewards (B, T); A → advantages, G → returns,
+         V → values (B, T), the worth of what was seen before token t; ρ → ratio (B, T).
+Idea     Every token is an action. A learned value of the prefix says what was to be expected, so each token is credited with what it
+         changed. The clip lets several updates use one rollout: it takes the gradient away where the ratio has moved far enough.
+Differs  from rloo.py: advantages per token from a learned value instead of one per completion from its siblings; the ratio and the clip are
+         per token. From grpo.py: the KL is in the reward, where its gradient is right.
+Details  The value model is a network of its own: the policy's trunk (or a reward model, --value) under a scalar head. With an optimizer of
+         its own the usual weight c1 of its loss would cancel in Adam; value_lr says what c1 cannot.
+         The reward stands at the last real token, EOS or where max_new cut. Beyond it there is no state: V = 0, no bootstrapping. (The N+
+         code puts it one slot after EOS because its rollouts are of fixed length; with EOS as an action of its own there is no such slot.)
+         missing_eos is subtracted from the reward of a completion without EOS (TRL). N+ replaces the reward by −1 instead.
+         λ = 1 makes A_t the Monte-Carlo return minus V: unbiased whatever V is. λ < 1 trusts V: less noise, biased while V is wrong.
+         Advantages are whitened over the real tokens of the whole rollout, with the population variance, after the returns are made.
+         Old log-probs are those of the first epoch's own forward pass, so the ratio begins at exactly 1, the clip at 0 %.
+Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref), for γ = 1; noisier around it than rloo.py, for the clip and the value's
+         errors do not vanish there.
+Checked  tests/methods/test_ppo.py (GAE by hand, with any and with exact values, clips), toy/tiny_language.py (the law).
+
+    python -m minialign ppo                                                  # built-in task, laptop CPU
+    python -m minialign ppo --prompts prompts.jsonl --policy runs/sft/final --reward runs/reward_model/final --value runs/reward_model/final
+    python -m minialign ppo --reward rewards.py:politeness                   # any function (prompts, completions) -> numbers
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.batch import masked_mean, whiten
+from minialign.common import Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
+from minialign.evaluate import held_out_reward
+from minialign.kl import k1
+from minialign.logps import token_logps
+from minialign.rewards import rollout_stats
+from minialign.run import Run
+from minialign.sample import sample
+
+
+@dataclass
+class Config:
+    beta: float = 0.05              # β: the pull to ref; 0 lets the policy go anywhere
+    gamma: float = 1.0              # γ: discount of a token; below 1 the law is another one
+    lam: float = 0.95               # λ: 1 trusts the rewards that came, 0 the value of the next prefix
+    eps: float = 0.2                # ε: how far the ratio of a token may carry an update
+    eps_value: float = 0.2          # ε_V: how far a value may move on one rollout
+    whiten: bool = True             # bring the advantages of a rollout to mean 0 and variance 1
+    epochs: int = 4                 # updates on the same completions
+    value: str = "policy"           # the value model's trunk: policy, or a reward model's folder or hub name
+    value_lr: float = 1e-3          # its peak learning rate
+    policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
+    prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # one or more; minialign/rewards.py lists them
+    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
+    reward_limit: float = 60.0      # seconds that the reward may take for one batch
+    missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
+    steps: int = 60                 # rollouts, each with `epochs` updates
+    batch_size: int = 64            # completions per step, one of each prompt
+    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-6)
+    schedule: str = "linear"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.0             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of a completion
+    tau: float = 1.0                # sampling temperature, and that of every log-prob here
+    held_out: float = 0.25          # the last share of the prompts, never trained on
+    seed: int = 0                   # prompt order, samples
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 10             # steps between lines on the terminal
+    eval_every: int = 25            # steps between evaluations on the held-out prompts
+    save_every: int = 50            # steps between checkpoints
+    out: str = ""                   # run folder; default runs/ppo-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+
+def policy_loss(logps, old_logps, advantages, mask, *, eps):
+    """All inputs (B, T); advantages are constants. Returns the mean over the tokens of the mask, stats."""
+    assert logps.dim() == 2 and logps.shape == old_logps.shape == advantages.shape == mask.shape, (logps.shape, advantages.shape)
+    advantages = advantages.detach()
+    logratio = torch.where(mask.bool(), logps - old_logps.detach(), 0)  # (B, T)
+    ratio = logratio.exp()
+    clipped = ratio.clamp(1 - eps, 1 + eps)
+    loss = masked_mean(-torch.minimum(ratio * advantages, clipped * advantages), mask)
+    stats = {
+        "ratio": masked_mean(ratio, mask),
+        "clip_ratio/region_mean": masked_mean((clipped * advantages < ratio * advantages).to(ratio), mask),
+        "approx_kl": masked_mean(torch.expm1(logratio) - logratio, mask),  # k3 of KL(old‖π), Schulman's
+    }
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def value_loss(values, old_values, returns, mask, *, eps):
+    """All inputs (B, T); old_values and returns are constants. Returns the mean over the tokens of the mask, stats."""
+    assert values.dim() == 2 and values.shape == old_values.shape == returns.shape == mask.shape, (values.shape, returns.shape)
+    old_values, returns = old_values.detach(), returns.detach()
+    clipped = old_values + (values - old_values).clamp(-eps, eps)
+    loss = 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+    clip_share = masked_mean(((clipped - returns) ** 2 > (values - returns) ** 2).to(values), mask)
+    return loss, {"value_clip_ratio": clip_share.detach(), "loss/value": loss.detach()}
+
+
+def shape_rewards(scores, logps, ref_logps, mask, *, beta):
+    """r_t = −β·k1_t, and the score at the last real token: scores (B,), log-probs and mask (B, T) -> (B, T), detached."""
+    token_rewards = -beta * torch.where(mask, k1(logps, ref_logps), 0)
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    last = torch.where(mask, places, 0).argmax(1)  # (B,) from the mask: padding may look like anything
+    return token_rewards.scatter_add(1, last[:, None], scores.to(token_rewards)[:, None]).detach()
+
+
+def gae(token_rewards, values, mask, *, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, Eq. 16): all (B, T) -> advantages, returns (B, T).
+
+    The tokens of a row's mask are adjacent; nothing is worth anything after the last of them. 0 where mask is False.
+    """
+    assert token_rewards.dim() == 2 and token_rewards.shape == values.shape == mask.shape, (token_rewards.shape, values.shape)
+    mask, values = mask.bool(), torch.where(mask.bool(), values.detach(), 0)
+    advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)  # (B, T) V of the state after token t
+    for t in reversed(range(values.shape[1])):
+        delta = token_rewards[:, t] + gamma * next_values[:, t] - values[:, t]
+        following = torch.where(mask[:, t], delta + gamma * lam * following, 0)  # (B,)
+        advantages[:, t] = following
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
+def explained_variance(values, returns, mask):
+    """1 − E[(G − V)²] / Var(G) over the tokens of the mask: 1 is a perfect critic, 0 one that knows the mean, below 0 a harmful one."""
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return 1 - masked_mean((returns - values) ** 2, mask) / spread.clamp(min=1e-12)
+
+
+def rollout(policy, value_model, ref, prompts_ids, cfg, eos_id, seed):
+    """One completion of each prompt, what ref thinks of its tokens and what each prefix is worth: Rollout, ref_logps, values (B, T)."""
+    answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=eos_id, seed=seed)
+    with torch.no_grad():  # ref and the old values are constants of the objective
+        micros = answers.split(cfg.micro_batch or len(answers))
+        ref_logps = [token_logps(ref, micro, tau=cfg.tau) for micro in micros]
+        values = [value_model(micro.inputs) for micro in micros]
+    return answers, torch.cat(ref_logps), torch.cat(values)
+
+
+def step(policy, value_model, answers, old_values, advantages, returns, cfg, *, on_policy):
+    """One batch of completions to the two losses: the only place where the models meet the equations.
+
+    on_policy: nothing was updated since sampling, so the old log-probs are the very numbers of this forward pass: the ratio is exactly 1.
+    """
+    logps, entropy = token_logps(policy, answers, tau=cfg.tau, entropy=True)  # (B, T)
+    if on_policy:
+        answers.old_logps.copy_(logps.detach())
+    loss, stats = policy_loss(logps, answers.old_logps, advantages, answers.mask, eps=cfg.eps)
+    assert not (on_policy and stats["approx_kl"] > 0), stats  # (a NaN passes: the guard of the step names its rows)
+    critic_loss, critic_stats = value_loss(value_model(answers.inputs), old_values, returns, answers.mask, eps=cfg.eps_value)
+    return loss, critic_loss, {**stats, **critic_stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("ppo", cfg)
+    cfg = run.cfg
+    policy, tokenizer = run.open_policy(cfg.policy)
+    reward_fn = run.open_reward()
+    rows, held_out = run.open_prompts(policy, tokenizer)
+
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    value_model = run.open_value_model(cfg.value, policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=cfg.value_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer)
+    run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=ref, value_model=value_model)
+
+    for k in run.steps(cfg.steps):
+        picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
+        seed = derive_seed("ppo", cfg.seed, k)
+        answers, ref_logps, values = rollout(policy, value_model, ref, prompts_ids, cfg, tokenizer.eos_id, seed)
+        scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        if scores is None:
+            continue
+        metrics = rollout_stats(scores, answers, ref_logps)
+        penalised = scores - cfg.missing_eos * ~answers.finished  # (B,)
+        token_rewards = shape_rewards(penalised, answers.old_logps, ref_logps, answers.mask, beta=cfg.beta)
+        advantages, returns = gae(token_rewards, values, answers.mask, gamma=cfg.gamma, lam=cfg.lam)  # (B, T)
+        advantages = whiten(advantages, answers.mask) if cfg.whiten else advantages
+
+        for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
+            set_lr(opt, lr_at(k, lr=lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        total, stats, size = 0.0, Mean(), cfg.micro_batch or len(answers)
+        for epoch in range(cfg.epochs):
+            optimizer.zero_grad()
+            value_optimizer.zero_grad()
+            epoch_total = 0.0
+            for micro, *parts in zip(*[x.split(size) for x in (answers, values, advantages, returns)], strict=True):
+                loss, critic_loss, micro_stats = step(policy, value_model, micro, *parts, cfg, on_policy=epoch == 0)
+                share = float(micro.mask.sum() / answers.mask.sum())  # the losses are means over tokens: a micro-batch counts by its tokens
+                ((loss + critic_loss) * share).backward()
+                epoch_total += loss.item() * share
+                stats.add(micro_stats, weight=share)
+            grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            value_grad_norm = clip_grad_norm_(value_model.parameters(), cfg.max_grad_norm)
+            if run.finite(k, policy, picked, epoch_total, grad_norm + value_grad_norm):
+                optimizer.step()
+                value_optimizer.step()
+            total += epoch_total / cfg.epochs
+
+        metrics |= {"loss": total, "grad_norm": grad_norm, "value_grad_norm": value_grad_norm, "lr": optimizer.param_groups[0]["lr"]}
+        metrics |= {"explained_variance": explained_variance(values, returns, answers.mask), **stats.result()}
+        if run.due(k):
+            metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign ppo"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign ppo", description=__doc__))

@@ -1,0 +1,441 @@
+"""A GPT over a language small enough to enumerate: every online method against its own exact fixed point, by summing, not by sampling.
+
+Six content tokens and EOS; a completion has at most four tokens, so a prompt has 1 + 6 + … + 6⁴ = 1555 of them and every probability,
+expectation and divergence is a finite sum. The reward is programmatic: +.5 for each token the prompt likes, −.5 for each it dislikes,
+−.4 for a token repeated at once, +.3 for ending with EOS. (Independent random rewards would not do: a net of this size cannot tilt
+1555 completions one by one, and what it misses would hide what the method misses.)
+
+Two proofs for each method, with its own functions from minialign/methods:
+
+    at rest    the expected update, summed over all completions, of a policy that sits on the method's law: must be 0
+    trained    the GPT of minialign/model.py, trained by sampling as the method's main does: KL(π‖law), summed over all completions
+
+The laws are toy/closed_form.py's. REINFORCE, RLOO, PPO, REBEL have π* ∝ ref·e^{r/β}; GRPO has others, and its rows must miss π*.
+
+    python -m toy.tiny_language                                        # a table with PASS or FAIL per row, a figure; exit 1 on a miss
+    python -m toy.tiny_language --methods rloo grpo --seeds 5
+
+Why both: with the KL in the reward the advantages are constant at π*, so training lands there even with advantages that are wrong by a
+factor. And a fixed point is only half of a law: it has to be where one arrives. tests/test_wrong_variants.py shows what catches what.
+"""
+
+import copy
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from minialign.batch import whiten
+from minialign.common import BadInput, cli, exit_codes
+from minialign.methods import grpo, ppo, rebel, reinforce, rloo
+from minialign.model import GPT, GPTConfig
+from toy import closed_form
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+@dataclass
+class Config:
+    methods: list[str] = field(default_factory=lambda: ["reinforce", "rloo", "ppo", "rebel", "grpo"])  # whose rows
+    beta: float = 0.5               # pull to the reference
+    steps: int = 600                # updates of each run
+    samples: int = 32               # completions of each prompt and step (REBEL: twice as many pairs)
+    lr: float = 3e-3                # of Adam, falling linearly to 0
+    seeds: int = 1                  # runs of each row; every one must pass
+    out: str = "runs/tiny_language.png"  # the figure
+
+
+# ------------------------------------------------------------------------------------------------------------- the language
+
+
+def all_completions(n_content, eos_id, max_new):
+    """Every completion that a sampler can return, as lists of ids, shortest first. Content ids are 0 … n_content without eos_id."""
+    content = [token for token in range(n_content + 1) if token != eos_id]
+    ended = [[*words, eos_id] for length in range(max_new) for words in product(content, repeat=length)]
+    return ended + [list(words) for words in product(content, repeat=max_new)]
+
+
+def tiny_gpt(vocab_size, *, seed=0, dtype=torch.float64, mixing=1.0, **changes):
+    """A one-layer GPT-2 of 32 channels whose distribution is not flat and depends on the whole prefix; the global seed is left alone.
+
+    Embeddings have std 0.3 and the head 1/sqrt(its inputs): with GPT-2's 0.02 all tokens would be about equally likely. The matrices
+    between them have `mixing` times that: 1 for a strong dependence on the prefix, less for a net that is easier to train.
+    """
+    shape = dict(n_layer=1, n_head=2, n_embd=32, max_len=16, norm="layer", activation="gelu_tanh", gated=False, positions="learned",
+                 qkv_bias=True, out_bias=True, mlp_bias=True, tied=False, family="gpt2")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = GPT(GPTConfig(vocab_size, **{**shape, **changes})).to(dtype)
+        for name, parameter in policy.named_parameters():
+            if parameter.dim() == 2:
+                std = 0.3 if "embed" in name else parameter.shape[1] ** -0.5
+                torch.nn.init.normal_(parameter, std=std * (mixing if "blocks" in name else 1))
+    return policy
+
+
+class Language:
+    """The completions of a few one-token prompts, their rewards, and the exact log-probs that a policy gives them."""
+
+    def __init__(self, n_content=6, max_new=4, n_prompts=3):
+        self.eos_id, self.vocab_size, self.max_new = n_content, n_content + 1, max_new
+        self.prompts = [[token] for token in range(n_prompts)]
+        self.completions = [tuple(y) for y in all_completions(n_content, self.eos_id, max_new)]
+        self.index = {y: c for c, y in enumerate(self.completions)}
+        self.lengths = torch.tensor([len(y) for y in self.completions])  # (C,)
+        self.rewards = torch.tensor([[self.reward(x[0], y) for y in self.completions] for x in self.prompts], dtype=torch.float64)  # (N, C)
+
+        # One causal forward pass of the n_content^(max_new − 1) longest prefixes holds every conditional: completion c is read off the row
+        # of any longest prefix that begins as c does.
+        self.mask = torch.arange(max_new) < self.lengths[:, None]  # (C, T)
+        self.tokens = torch.tensor([[*y, *[0] * (max_new - len(y))] for y in self.completions])  # (C, T)
+        prefixes = list(product(range(n_content), repeat=max_new - 1))
+        row_of = {prefix: row for row, prefix in enumerate(prefixes)}
+        inside = torch.where(self.tokens == self.eos_id, 0, self.tokens)[:, : max_new - 1]
+        self.rows = torch.tensor([row_of[tuple(prefix)] for prefix in inside.tolist()])  # (C,)
+        self.inputs = torch.tensor([[[*x, *prefix] for prefix in prefixes] for x in self.prompts])  # (N, prefixes, T)
+
+    def reward(self, prompt, completion):
+        content = [token for token in completion if token != self.eos_id]
+        liked, disliked = content.count(prompt), content.count((prompt + 3) % (self.vocab_size - 1))
+        repeats = sum(a == b for a, b in zip(content, content[1:], strict=False))
+        return 0.5 * liked - 0.5 * disliked - 0.4 * repeats + 0.3 * (completion[-1] == self.eos_id)
+
+    def token_logps(self, policy):
+        """(N, C, T): log π of every token of every completion of every prompt; 0 after its end. Autograd flows."""
+        all_logps = policy(self.inputs.flatten(0, 1)).log_softmax(-1).unflatten(0, self.inputs.shape[:2])  # (N, prefixes, T, V)
+        steps = torch.arange(self.max_new)
+        return torch.where(self.mask, all_logps[:, self.rows[:, None], steps, self.tokens], 0)
+
+    @torch.no_grad()
+    def law_of(self, policy):
+        """(N, C) probabilities, float64."""
+        return self.token_logps(policy).double().sum(-1).exp()
+
+    def conditionals(self, law):
+        """(C, T): log of each token's probability given the tokens before it, under a law over completions (C,); 0 after the end."""
+        mass = {}
+        for y, p in zip(self.completions, law.tolist(), strict=True):
+            for t in range(len(y) + 1):
+                mass[y[:t]] = mass.get(y[:t], 0.0) + p
+        rows = [[math.log(mass[y[: t + 1]] / mass[y[:t]]) if t < len(y) else 0.0 for t in range(self.max_new)] for y in self.completions]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def exact_values(self, law, token_rewards):
+        """(C, T): E[rewards still to come | the tokens before t], for token_rewards (C, T) and a law (C,). What a perfect critic says."""
+        to_come = token_rewards.flip(1).cumsum(1).flip(1)  # (C, T) return from token t on
+        values = torch.zeros_like(token_rewards)
+        for t in range(self.max_new):
+            sums = {}
+            here = [c for c, y in enumerate(self.completions) if len(y) > t]
+            for c in here:
+                mass, total = sums.get(self.completions[c][:t], (0.0, 0.0))
+                sums[self.completions[c][:t]] = (mass + float(law[c]), total + float(law[c] * to_come[c, t]))
+            for c in here:
+                mass, total = sums[self.completions[c][:t]]
+                values[c, t] = total / mass
+        return values
+
+    def scores(self, prompts_ids, answers):
+        """(B,) rewards of sampled completions."""
+        pairs = zip(prompts_ids, answers.completions, strict=True)
+        return torch.tensor([self.rewards[x[0], self.index[tuple(y)]] for x, y in pairs], dtype=torch.float32)
+
+
+class TabularPolicy:
+    """A logit for each (prefix, token): the policy that can be any law exactly. The logits of a law are its conditionals' logs."""
+
+    def __init__(self, language, law):
+        places = {}
+        conditionals, self.language = language.conditionals(law), language
+        self.where = torch.zeros(len(language.completions), language.max_new, dtype=torch.long)
+        for c, y in enumerate(language.completions):
+            for t in range(len(y)):
+                self.where[c, t] = places.setdefault(y[:t], len(places))
+        logits = torch.zeros(len(places), language.vocab_size, dtype=torch.float64)
+        logits[self.where[language.mask], language.tokens[language.mask]] = conditionals[language.mask]  # none is missing
+        self.logits = logits.requires_grad_(True)
+
+    def token_logps(self):
+        chosen = self.logits.log_softmax(-1)[self.where, self.language.tokens]
+        return torch.where(self.language.mask, chosen, 0)  # (C, T)
+
+
+# --------------------------------------------------------------------------------------------------- the rows of the table
+
+
+@dataclass
+class Row:
+    name: str
+    method: str
+    law: callable       # (language, ref (N, C), beta) -> (N, C): where it must land
+    expected: callable  # (logps (C, T), ref_logps, rewards (C,), law (C,), language, beta) -> the expected loss, over all completions
+    losses: callable    # (policy, value_model, ref, language, cfg, seed) -> the losses of the sampled run, one per update
+    gate: float         # KL(π‖law) that a correct implementation stays below
+    misses: float = 0.0  # KL(π‖π*) that it must exceed: GRPO is not after π*
+
+
+def tilted(language, ref, beta):
+    return np.stack([closed_form.tilt(ref[n], r, beta) for n, r in enumerate(language.rewards.numpy())])
+
+
+# Expectations. A loss is a mean over its C rows: weights w = C·π(y) on the advantages turn it into Σ_y π(y)·(…).
+
+
+def expected_reinforce(logps, ref_logps, rewards, law, language, beta):
+    rewards = reinforce.kl_rewards(rewards, logps, ref_logps, beta=beta)
+    return reinforce.reinforce_loss(logps, rewards * law * len(law), language.mask)[0]
+
+
+def expected_rloo(logps, ref_logps, rewards, law, language, beta):
+    rewards = rloo.kl_rewards(rewards, logps, ref_logps, beta=beta)
+    advantages = rewards - law @ rewards  # what leave_one_out averages to, given the completion
+    return rloo.rloo_loss(logps, logps.detach(), advantages * law * len(law), language.mask, eps=0.2)[0]
+
+
+def expected_ppo(logps, ref_logps, rewards, law, language, beta):
+    token_rewards = ppo.shape_rewards(rewards, logps, ref_logps, language.mask, beta=beta)
+    advantages, _ = ppo.gae(token_rewards, language.exact_values(law, token_rewards), language.mask, gamma=1.0, lam=0.95)
+    return ppo.policy_loss(logps, logps.detach(), advantages * law[:, None] * len(law), language.mask, eps=0.2)[0]
+
+
+def expected_rebel(logps, ref_logps, rewards, law, language, beta):
+    rewards = rebel.kl_rewards(rewards, logps, ref_logps, beta=beta)
+    logratio = (logps - logps.detach()).sum(1)
+    y, other = torch.cartesian_prod(torch.arange(len(law)), torch.arange(len(law))).T  # every pair
+    root = (law[y] * law[other]).sqrt() * len(law)  # weights of squares
+    return rebel.rebel_loss(root * logratio[y], root * logratio[other], root * rewards[y], root * rewards[other], eta=1.0)[0]
+
+
+def expected_grpo(group_size, logps, ref_logps, rewards, law, language, beta):
+    advantages = (group_size - 1) / group_size * (rewards - law @ rewards)  # what group_advantages averages to, normalize=False
+    weight = law * len(law)
+    return grpo.grpo_loss(logps, logps.detach(), ref_logps, advantages * weight, language.mask, eps=0.2, beta=beta * weight[:, None],
+                          aggregate="dr_grpo", max_len=language.max_new)[0]
+
+
+def expected_paper_grpo(logps, ref_logps, rewards, law, language, beta):
+    mean = law @ rewards
+    advantages = (rewards - mean) / (law @ (rewards - mean) ** 2).sqrt()  # large groups
+    weight = law * len(law)
+    return grpo.grpo_loss(logps, logps.detach(), ref_logps, advantages * weight, language.mask, eps=0.2, beta=beta * weight[:, None])[0]
+
+
+# Sampled runs: the lines of each method's main, without the folder around it. Each yields a loss and goes on after the update.
+
+
+def reinforce_losses(policy, value_model, ref, language, cfg, seed):
+    settings = reinforce.Config(beta=cfg.beta, max_new=language.max_new)
+    baseline = reinforce.Baseline(settings.decay)
+    prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
+    for k in range(cfg.steps):
+        answers, ref_logps = reinforce.rollout(policy, ref, prompts_ids, settings, language.eos_id, (seed, k))
+        scores = language.scores(prompts_ids, answers)
+        rewards = reinforce.kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)
+        advantages = rewards - baseline.value
+        baseline.update(rewards)
+        yield reinforce.step(policy, answers, advantages, settings)[0]
+
+
+def rloo_losses(policy, value_model, ref, language, cfg, seed):
+    settings = rloo.Config(beta=cfg.beta, max_new=language.max_new, group_size=4)
+    prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
+    for k in range(cfg.steps):
+        answers, ref_logps = rloo.rollout(policy, ref, prompts_ids[:: settings.group_size], settings, language.eos_id, (seed, k))
+        scores = language.scores(prompts_ids, answers)
+        rewards = rloo.kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)
+        advantages = rloo.leave_one_out(rewards, group_size=settings.group_size)
+        yield rloo.step(policy, answers, advantages, settings, on_policy=True)[0]
+
+
+def ppo_losses(policy, value_model, ref, language, cfg, seed):
+    settings = ppo.Config(beta=cfg.beta, max_new=language.max_new)
+    prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
+    for k in range(cfg.steps // 3):  # fewer rollouts, but four updates on each
+        answers, ref_logps, values = ppo.rollout(policy, value_model, ref, prompts_ids, settings, language.eos_id, (seed, k))
+        scores = language.scores(prompts_ids, answers)
+        token_rewards = ppo.shape_rewards(scores, answers.old_logps, ref_logps, answers.mask, beta=cfg.beta)
+        advantages, returns = ppo.gae(token_rewards, values, answers.mask, gamma=settings.gamma, lam=settings.lam)
+        advantages = whiten(advantages, answers.mask)
+        for epoch in range(settings.epochs):
+            loss, critic_loss, _ = ppo.step(
+                policy, value_model, answers, values, advantages, returns, settings, on_policy=epoch == 0
+            )
+            yield loss + critic_loss
+
+
+def rebel_losses(policy, value_model, ref, language, cfg, seed):
+    settings = rebel.Config(beta=cfg.beta, max_new=language.max_new, eta=1.0, epochs=20)
+    prompts_ids = [x for x in language.prompts for _ in range(4 * cfg.samples)]
+    for k in range(cfg.steps // settings.epochs):
+        answers, ref_logps = rebel.rollout(policy, ref, prompts_ids[::2], settings, language.eos_id, (seed, k))
+        scores = language.scores(prompts_ids, answers)
+        rewards = rebel.kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)
+        for epoch in range(settings.epochs):
+            yield rebel.step(policy, answers, rewards, settings, on_policy=epoch == 0)[0]
+
+
+def grpo_losses(policy, value_model, ref, language, cfg, seed, **changes):
+    settings = grpo.Config(beta=cfg.beta, max_new=language.max_new, **changes)
+    prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
+    for k in range(cfg.steps):
+        answers, ref_logps = grpo.rollout(policy, ref, prompts_ids[:: settings.group_size], settings, language.eos_id, (seed, k))
+        scores = language.scores(prompts_ids, answers)
+        advantages = grpo.group_advantages(scores, group_size=settings.group_size, normalize=settings.normalize, ddof=settings.ddof,
+                                           std_eps=settings.std_eps)
+        yield grpo.step(policy, answers, ref_logps, advantages, settings, on_policy=True)[0]
+
+
+def grpo_row(group_size, gate):
+    """GRPO without the spread and without lengths: the k3 law, with the pull that a group of this size makes of beta."""
+
+    def law(language, ref, beta):
+        pull = np.full(len(language.completions), beta * group_size / (group_size - 1))
+        return np.stack([closed_form.token_k3_law(language.completions, ref[n], r, pull) for n, r in enumerate(language.rewards.numpy())])
+
+    def losses(*args):
+        return grpo_losses(*args, group_size=group_size, normalize=False, aggregate="dr_grpo")
+
+    def expected(*args):
+        return expected_grpo(group_size, *args)
+
+    return Row(f"GRPO, dr_grpo, no spread, G = {group_size}", "grpo", law, expected, losses, gate, misses=0.04)
+
+
+def paper_grpo_law(language, ref, beta):
+    rewards = language.rewards.numpy()
+    return np.stack([closed_form.group_normalised_law(language.completions, ref[n], r, beta) for n, r in enumerate(rewards)])
+
+
+def paper_grpo_losses(*args):
+    return grpo_losses(*args, group_size=args[4].samples)
+
+
+# The gates are those of a correct implementation over seeds and references, with room for a factor of two to four; a wrong one misses.
+ROWS = [
+    Row("REINFORCE, running-mean baseline", "reinforce", tilted, expected_reinforce, reinforce_losses, 0.008),
+    Row("RLOO, G = 4", "rloo", tilted, expected_rloo, rloo_losses, 0.003),
+    Row("PPO, λ = .95, 4 epochs", "ppo", tilted, expected_ppo, ppo_losses, 0.02),
+    Row("REBEL, η = 1, 20 epochs", "rebel", tilted, expected_rebel, rebel_losses, 0.003),
+    grpo_row(32, 0.015),
+    grpo_row(4, 0.015),
+    Row("GRPO as printed (law: G → ∞)", "grpo", paper_grpo_law, expected_paper_grpo, paper_grpo_losses, 0.06, misses=0.04),
+]
+
+
+def gradient_at(row, language, ref, law, beta):
+    """Largest entry of the expected gradient over tabular logits at `law` (N, C): 0 if the method rests there."""
+    worst = 0.0
+    for n in range(len(language.prompts)):
+        policy, p = TabularPolicy(language, law[n]), torch.tensor(law[n])
+        loss = row.expected(policy.token_logps(), language.conditionals(ref[n]), language.rewards[n], p, language, beta)
+        (grad,) = torch.autograd.grad(loss, policy.logits)
+        worst = max(worst, float(grad.abs().max()))
+    return worst
+
+
+def train(row, policy, language, cfg, seed, law, every=50):
+    """Train the policy in place; returns [(updates, KL(π‖law))] on the way. Adam, the learning rate falling linearly to 0."""
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    torch.manual_seed(seed)
+    value_model = policy.with_scalar_head()
+    torch.nn.init.zeros_(value_model.head.weight)
+    updates = cfg.steps if row.method != "ppo" else cfg.steps // 3 * 4
+    optimizer = torch.optim.Adam([*policy.parameters(), *value_model.parameters()], lr=cfg.lr, betas=(0.9, 0.99))
+    path = [(0, kl_to(language, policy, law))]
+    for k, loss in enumerate(row.losses(policy, value_model, ref, language, cfg, seed)):
+        optimizer.param_groups[0]["lr"] = cfg.lr * (1 - k / updates)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (k + 1) % every == 0:
+            path.append((k + 1, kl_to(language, policy, law)))
+    return path
+
+
+def kl_to(language, policy, law):
+    """KL(π‖law), averaged over prompts."""
+    return statistics.mean(closed_form.kl(p, q) for p, q in zip(language.law_of(policy).numpy(), law, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------------- figure
+
+
+def draw(results, cfg):
+    """A panel per row: learned against law, log-probabilities of all completions; the last panel: KL(π‖law) over the updates."""
+    columns = 4
+    lines = -(-(len(results) + 1) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3.6 * lines), squeeze=False, constrained_layout=True)
+    for axis in axes.flat[len(results) + 1 :]:
+        axis.axis("off")
+    for axis, (row, learned, law, _, own, other) in zip(axes.flat, results, strict=False):
+        low = np.log(law).min()
+        axis.plot([low, 0], [low, 0], color="0.7", lw=1, zorder=0)
+        for n, color in zip(range(len(law)), ("C0", "C1", "C2"), strict=False):
+            axis.plot(np.log(law[n]), np.log(learned[n]), ".", ms=2, alpha=0.5, color=color)
+        axis.set(xlabel="log probability, closed form", ylabel="learned")
+        axis.set_title(f"{row.name}\nKL to its law {own:.4f}, to π* {other:.4f}", fontsize=9)
+    axis = axes.flat[len(results)]
+    for row, _, _, path, *_ in results:
+        axis.semilogy(*zip(*path, strict=True), lw=1.2, label=row.name)
+    axis.set(xlabel="updates", ylabel="KL(π‖its law)")
+    axis.set_title("On the way", fontsize=9)
+    axis.legend(fontsize=6)
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(cfg.out, dpi=130)
+    plt.close(figure)
+
+
+def main(cfg):
+    """Print the table, write the figure; returns True if every row passed in every run. Raises BadInput for arguments out of range."""
+    known = list(dict.fromkeys(row.method for row in ROWS))
+    if unknown := [name for name in cfg.methods if name not in known]:
+        raise BadInput(f"--methods {unknown[0]}: no such row; there are {', '.join(known)}")
+    if not cfg.beta > 0 or min(cfg.steps, cfg.seeds) < 1 or cfg.samples < 4 or cfg.samples % 4:
+        raise BadInput("--beta must be above 0, --steps and --seeds at least 1, --samples a multiple of 4 (RLOO's groups)")
+    language, started, results, missed = Language(), time.monotonic(), [], 0
+    for seed in range(cfg.seeds):
+        policy = tiny_gpt(language.vocab_size, seed=seed, dtype=torch.float32, mixing=0.3)
+        ref = language.law_of(policy).numpy()
+        best = tilted(language, ref, cfg.beta)
+        rewards = language.rewards.numpy()
+        if not seed:
+            print(f"{len(language.prompts)} prompts of {len(language.completions)} completions, β = {cfg.beta:g}: E[r] of ref "
+                  f"{(ref * rewards).sum(1).mean():.3f}, of π* {(best * rewards).sum(1).mean():.3f}; "
+                  f"KL(ref‖π*) {statistics.mean(map(closed_form.kl, ref, best)):.3f}")
+            if "grpo" in cfg.methods:
+                thresholds = [closed_form.collapse_threshold(ref[n], r)[0] for n, r in enumerate(rewards)]
+                shown = ", ".join(f"{threshold:.3f}" for threshold in thresholds)
+                print(f"rewards over their spread, KL in the reward: no law but collapse for β below {shown} (one per prompt)")
+            print(f"{'':6}{'':34}{'at rest':>9}{'KL to law':>11}{'gate':>8}{'KL to π*':>10}{'E[r]':>8}{'seconds':>9}")
+        for row in ROWS:
+            if row.method not in cfg.methods:
+                continue
+            law = row.law(language, ref, cfg.beta)
+            at_rest, begun = gradient_at(row, language, ref, law, cfg.beta), time.monotonic()
+            trained = copy.deepcopy(policy)
+            path = train(row, trained, language, cfg, seed, law)
+            learned, seconds = language.law_of(trained).numpy(), time.monotonic() - begun
+            own, other = path[-1][1], kl_to(language, trained, best)
+            passed = at_rest < 1e-10 and own <= row.gate and other >= row.misses  # a NaN passes nothing
+            missed += not passed
+            print(f"{'PASS' if passed else 'FAIL'}  {row.name:34}{at_rest:9.0e}{own:11.4f}{row.gate:8.3f}{other:10.4f}"
+                  f"{(learned * rewards).sum(1).mean():8.3f}{seconds:9.1f}", flush=True)
+            if not seed:
+                results.append((row, learned, law, path, own, other))
+    draw(results, cfg)
+    rows = len(results) * cfg.seeds
+    print(f"{rows - missed} of {rows} runs on their law in {time.monotonic() - started:.0f} s; figure: {cfg.out}")
+    return not missed
+
+
+if __name__ == "__main__":
+    with exit_codes("tiny_language"):
+        sys.exit(0 if main(cli(Config, sys.argv[1:], prog="python -m toy.tiny_language", description=__doc__)) else 1)

@@ -34,7 +34,7 @@ from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import fit_vocabulary, load_pretrained, save_pretrained
 
-SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward", "kl")  # the rest is in metrics.jsonl
+SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward", "kl", "frac_reward_zero_std")  # on the terminal
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient, or without rewards
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}  # sampler against training forward, per token
@@ -182,18 +182,18 @@ class Run:
         self._say_folder()
 
     @torch.no_grad()
-    def first_rollout(self, tokenizer, rows, reward_fn, **models):
+    def first_rollout(self, tokenizer, rows, reward_fn, *, policy, ref, value_model=None):
         """The same for online methods, on completions of the first three prompts: their rewards, and the two numbers that must be 1 and 0.
 
         The ratio compares the sampler's log-probs with those of the forward pass that trains. Raises BadInput where they are not of
         one distribution: sampling at another temperature, with truncation, or a wrong position would train on a ratio that is not 1.
         """
-        cfg, policy, ref = self.cfg, models["policy"], models["ref"]
+        cfg = self.cfg
         prompts_ids, prompts = zip(*rows[:3], strict=True)
         answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=cfg.seed)
         logps, ref_logps = token_logps(policy, answers, tau=cfg.tau), token_logps(ref, answers, tau=cfg.tau)  # (B, T)
         off, kl = float(((logps - answers.old_logps).exp() - 1).abs().max()), float(k1(logps, ref_logps).sum(1).mean())
-        needed = self._sizes(models, answers)
+        needed = self._sizes({"policy": policy, "ref": ref} | ({"value_model": value_model} if value_model else {}), answers)
         lengths = [len(ids) for ids, _ in rows]
         print(f"prompts: {len(rows):,}, the longest of {max(lengths):,} tokens; up to {cfg.max_new:,} new tokens each; "
               f"about {needed:,.0f} MB at the peak")
@@ -204,7 +204,8 @@ class Run:
             raise BadInput(f"{error}; a reward is called as reward(prompts, completions), two lists of B, and returns B numbers") from None
         for b, reward in enumerate(rewards.tolist()):
             print(f"  {show_row(tokenizer, answers, b)}  reward {reward:g}")
-        print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion")
+        print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion; "
+              "watch reward and kl: the loss is no progress signal here")
         if off > RATIO_TOLERANCE[self.dtype]:
             raise BadInput(f"sampler and training forward pass differ by {off:.2g} in ratio at --dtype {cfg.dtype}; try --dtype float32")
         self._say_folder()
@@ -410,7 +411,7 @@ def peak_memory(run, models, batch):
     size = torch.tensor([], dtype=run.dtype).element_size()
     total = 0
     for name, model in models.items():
-        total += sum(p.numel() for p in model.parameters()) * size * (4 if name in ("policy", "reward_model") else 1)
+        total += sum(p.numel() for p in model.parameters()) * size * (4 if name in ("policy", "reward_model", "value_model") else 1)
     config = next(iter(models.values())).config
     sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
     rows = min(run.cfg.micro_batch or run.cfg.batch_size, run.cfg.batch_size)

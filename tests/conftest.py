@@ -9,6 +9,7 @@ from minialign.data import builtin_demos, builtin_pairs, builtin_tokenizer
 from minialign.model import GPT, GPTConfig
 from minialign.weights import save_pretrained
 
+ONLINE = ("reinforce", "rloo", "grpo", "ppo", "rebel")  # they sample and ask a reward
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and sums would depend on the machine
 
 
@@ -44,13 +45,16 @@ def small(policy_folder, demos_file, pairs_file, tmp_path):
 
     def make(method, **changes):
         module = importlib.import_module(f"minialign.methods.{method}")
-        data = {"pairs": str(pairs_file)} if method == "reward_model" else {"demos": str(demos_file)}
-        sampling = {"max_new": 12} if method != "reward_model" else {}
-        settings = dict(policy=str(policy_folder), steps=6, batch_size=8, max_len=64, dtype="float64", device="cpu", eval_every=4,
+        if method in ONLINE:  # a random policy names no thing: what it can be rewarded for is length and letters
+            data = {"prompts": str(demos_file), "reward": ["length:9", "lexicon:a,-e"], "max_new": 12}
+        else:
+            data = {"max_len": 64, **({"pairs": str(pairs_file)} if method == "reward_model" else {"demos": str(demos_file)})}
+            data |= {} if method == "reward_model" else {"max_new": 12}
+        settings = dict(policy=str(policy_folder), steps=6, batch_size=8, dtype="float64", device="cpu", eval_every=4,
                         save_every=4, log_every=100, lr=3e-3, out=str(tmp_path / f"{method}-{len(list(tmp_path.iterdir()))}"))
-        return module, module.Config(**{**settings, **data, **sampling, **changes})
+        return module, module.Config(**{**settings, **data, **changes})
 
     return make
 
 
-METHODS = ("sft", "irft", "reward_model")  # every method there is; tests/test_house.py holds this list to the folder
+METHODS = ("sft", "irft", "reward_model", *ONLINE)  # every method there is; tests/test_house.py holds this list to the folder

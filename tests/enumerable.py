@@ -1,37 +1,73 @@
-"""A language small enough to enumerate, and a GPT over it: what a test of probabilities sums over instead of trusting a sample.
+"""A smaller language than the toy's, for tests: four content tokens and EOS, at most three tokens, so 85 completions of a prompt.
 
-N_CONTENT content tokens and EOS; a completion has at most MAX_NEW tokens. One that ends before has said EOS, one that fills them may
-not have (it was cut off), so there are 1 + V + V² + … + V^MAX_NEW of them and, whatever the policy, their probabilities sum to 1.
+Whatever the policy, their probabilities sum to 1: what a test of probabilities sums over instead of trusting a sample.
 """
-
-from itertools import product
 
 import torch
 
-from minialign.model import GPT, GPTConfig
+from toy import tiny_language
+from toy.tiny_language import all_completions  # noqa: F401  tests take both from here
 
-N_CONTENT, EOS, MAX_NEW = 4, 4, 3  # 85 completions
+N_CONTENT, EOS, MAX_NEW = 4, 4, 3
 PROMPTS = [[0], [1], [EOS], [2, 0, 1]]  # the last one is longer: scoring a prompt by mistake shows only there
 
 
-def all_completions(n_content, eos_id, max_new):
-    """Every completion that a sampler can return, as lists of ids, shortest first. Content ids are 0 … n_content without eos_id."""
-    content = [token for token in range(n_content + 1) if token != eos_id]
-    ended = [[*words, eos_id] for length in range(max_new) for words in product(content, repeat=length)]
-    return ended + [list(words) for words in product(content, repeat=max_new)]
+def tiny_gpt(vocab_size=N_CONTENT + 1, **changes):
+    return tiny_language.tiny_gpt(vocab_size, **changes)
 
 
-def tiny_gpt(vocab_size=N_CONTENT + 1, *, seed=0, dtype=torch.float64, **changes):
-    """A one-layer GPT-2 of 32 channels whose distribution is not flat and depends on the whole prefix; the global seed is left alone.
+LANGUAGE = tiny_language.Language(n_content=N_CONTENT, max_new=MAX_NEW, n_prompts=2)
+CLIP = {  # {A: [(ρ, min(ρA, clip(ρ)A), its slope in ρ)]} for ε = .2
+    1.0: [(0.5, 0.5, 1), (1.1, 1.1, 1), (1.5, 1.2, 0)],
+    -1.0: [(0.5, -0.8, 0), (0.9, -0.9, -1), (1.5, -1.5, -1)],
+}
+BETA = 0.7  # not 1: a lost β would change nothing there
 
-    Embeddings have std 0.3, every matrix 1/sqrt(its inputs): with GPT-2's 0.02 all tokens would be about equally likely.
+
+class Enumerated:
+    """One prompt of LANGUAGE with a policy, another ref, and exact expectations: what the estimators of a method must average to.
+
+    logps, ref_logps, mask: (C, T) over all C = 85 completions. Rewards are programmatic, of different scale per prompt.
     """
-    shape = dict(n_layer=1, n_head=2, n_embd=32, max_len=16, norm="layer", activation="gelu_tanh", gated=False, positions="learned",
-                 qkv_bias=True, out_bias=True, mlp_bias=True, tied=False, family="gpt2")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        policy = GPT(GPTConfig(vocab_size, **{**shape, **changes})).to(dtype)
-        for name, parameter in policy.named_parameters():
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else parameter.shape[1] ** -0.5)
-    return policy
+
+    def __init__(self, prompt=0, seed=0, ref_seed=1):
+        self.policy, ref = tiny_gpt(seed=seed), tiny_gpt(seed=ref_seed)
+        self.logps = LANGUAGE.token_logps(self.policy)[prompt]
+        self.ref_logps = LANGUAGE.token_logps(ref)[prompt].detach()
+        self.mask, self.completions = LANGUAGE.mask, LANGUAGE.completions
+        self.rewards = (1 + 2 * prompt) * LANGUAGE.rewards[prompt]  # (C,)
+        self.law = self.logps.detach().sum(1).exp()  # (C,) exact probabilities
+        self.weights = self.law * len(self.law)  # turns a mean over the C rows into an expectation
+
+    def gradient(self, loss):
+        """d loss / d all parameters, one vector."""
+        grads = torch.autograd.grad(loss, list(self.policy.parameters()), retain_graph=True, materialize_grads=True)
+        return torch.cat([grad.flatten() for grad in grads])
+
+    def objective(self, beta=BETA):
+        """J = E_π[r] − β·KL(π‖ref), differentiable: the sum over all completions."""
+        seq_logps = self.logps.sum(1)
+        return (seq_logps.exp() * (self.rewards - beta * (seq_logps - self.ref_logps.sum(1)))).sum()
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def random_rows(seed=0, rows=6, columns=5):
+    """Random log-probs, others near them, ref's, and masks of unequal length: (B, T) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    logps, ref_logps = -torch.rand(2, rows, columns, generator=generator, dtype=torch.float64) * 3
+    old_logps = logps + 0.3 * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, columns + 1, (rows,), generator=generator)
+    mask = torch.arange(columns) < lengths[:, None]
+    return [torch.where(mask, x, 0) for x in (logps, old_logps, ref_logps)] + [mask]
+
+
+def padded(*tensors, columns=3, value=7.0):
+    """Extra columns on the right, full of rubbish; masks get False."""
+    def pad(x):
+        extra = torch.full((x.shape[0], columns), False if x.dtype == torch.bool else value, dtype=x.dtype)
+        return torch.cat([x, extra], dim=1)
+
+    return [pad(x) for x in tensors]

@@ -46,7 +46,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 class Config:
     methods: list[str] = field(default_factory=lambda: ["reinforce", "rloo", "ppo", "rebel", "grpo"])  # whose rows
     beta: float = 0.5               # pull to the reference
-    steps: int = 600                # updates of each run
+    steps: int = 600                # updates of each run (PPO: a third as many rollouts, four updates on each)
     samples: int = 32               # completions of each prompt and step (REBEL: twice as many pairs)
     lr: float = 3e-3                # of Adam, falling linearly to 0
     seeds: int = 1                  # runs of each row; every one must pass
@@ -282,8 +282,7 @@ def rebel_losses(policy, value_model, ref, language, cfg, seed):
             yield rebel.step(policy, answers, rewards, settings, on_policy=epoch == 0)[0]
 
 
-def grpo_losses(policy, value_model, ref, language, cfg, seed, **changes):
-    settings = grpo.Config(beta=cfg.beta, max_new=language.max_new, **changes)
+def grpo_losses(settings, policy, value_model, ref, language, cfg, seed):
     prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
     for k in range(cfg.steps):
         answers, ref_logps = grpo.rollout(policy, ref, prompts_ids[:: settings.group_size], settings, language.eos_id, (seed, k))
@@ -293,20 +292,21 @@ def grpo_losses(policy, value_model, ref, language, cfg, seed, **changes):
         yield grpo.step(policy, answers, ref_logps, advantages, settings, on_policy=True)[0]
 
 
-def grpo_row(group_size, gate):
+def grpo_row(group_size, misses):
     """GRPO without the spread and without lengths: the k3 law, with the pull that a group of this size makes of beta."""
 
     def law(language, ref, beta):
         pull = np.full(len(language.completions), beta * group_size / (group_size - 1))
         return np.stack([closed_form.token_k3_law(language.completions, ref[n], r, pull) for n, r in enumerate(language.rewards.numpy())])
 
-    def losses(*args):
-        return grpo_losses(*args, group_size=group_size, normalize=False, aggregate="dr_grpo")
+    def losses(policy, value_model, ref, language, cfg, seed):
+        settings = grpo.Config(beta=cfg.beta, max_new=language.max_new, group_size=group_size, normalize=False, aggregate="dr_grpo")
+        return grpo_losses(settings, policy, value_model, ref, language, cfg, seed)
 
     def expected(*args):
         return expected_grpo(group_size, *args)
 
-    return Row(f"GRPO, dr_grpo, no spread, G = {group_size}", "grpo", law, expected, losses, gate, misses=0.04)
+    return Row(f"GRPO, dr_grpo, no spread, G = {group_size}", "grpo", law, expected, losses, 0.015, misses)
 
 
 def paper_grpo_law(language, ref, beta):
@@ -314,18 +314,20 @@ def paper_grpo_law(language, ref, beta):
     return np.stack([closed_form.group_normalised_law(language.completions, ref[n], r, beta) for n, r in enumerate(rewards)])
 
 
-def paper_grpo_losses(*args):
-    return grpo_losses(*args, group_size=args[4].samples)
+def paper_grpo_losses(policy, value_model, ref, language, cfg, seed):
+    settings = grpo.Config(beta=cfg.beta, max_new=language.max_new, group_size=cfg.samples)  # one large group
+    return grpo_losses(settings, policy, value_model, ref, language, cfg, seed)
 
 
-# The gates are those of a correct implementation over seeds and references, with room for a factor of two to four; a wrong one misses.
+# Gates: what a correct implementation stays below over seeds and references (and GRPO above, towards π*). They are wider than one
+# run because training has noise and a net has a floor: the exact gradient of J itself ends at a KL of .0005 here.
 ROWS = [
     Row("REINFORCE, running-mean baseline", "reinforce", tilted, expected_reinforce, reinforce_losses, 0.008),
     Row("RLOO, G = 4", "rloo", tilted, expected_rloo, rloo_losses, 0.003),
     Row("PPO, λ = .95, 4 epochs", "ppo", tilted, expected_ppo, ppo_losses, 0.02),
     Row("REBEL, η = 1, 20 epochs", "rebel", tilted, expected_rebel, rebel_losses, 0.003),
-    grpo_row(32, 0.015),
-    grpo_row(4, 0.015),
+    grpo_row(32, misses=0.04),
+    grpo_row(4, misses=0.02),
     Row("GRPO as printed (law: G → ∞)", "grpo", paper_grpo_law, expected_paper_grpo, paper_grpo_losses, 0.06, misses=0.04),
 ]
 
@@ -369,21 +371,23 @@ def kl_to(language, policy, law):
 
 
 def draw(results, cfg):
-    """A panel per row: learned against law, log-probabilities of all completions; the last panel: KL(π‖law) over the updates."""
+    """A panel per row: log-probabilities of all completions, learned against law, a colour per prompt, grey where they started (ref).
+    The last panel: KL(π‖law) over the updates."""
     columns = 4
     lines = -(-(len(results) + 1) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3.6 * lines), squeeze=False, constrained_layout=True)
     for axis in axes.flat[len(results) + 1 :]:
         axis.axis("off")
-    for axis, (row, learned, law, _, own, other) in zip(axes.flat, results, strict=False):
+    for axis, (row, ref, learned, law, _, own, other) in zip(axes.flat, results, strict=False):
         low = np.log(law).min()
+        axis.plot(np.log(law).ravel(), np.log(ref).ravel(), ".", ms=1, color="0.85", zorder=-1)
         axis.plot([low, 0], [low, 0], color="0.7", lw=1, zorder=0)
         for n, color in zip(range(len(law)), ("C0", "C1", "C2"), strict=False):
             axis.plot(np.log(law[n]), np.log(learned[n]), ".", ms=2, alpha=0.5, color=color)
         axis.set(xlabel="log probability, closed form", ylabel="learned")
         axis.set_title(f"{row.name}\nKL to its law {own:.4f}, to π* {other:.4f}", fontsize=9)
     axis = axes.flat[len(results)]
-    for row, _, _, path, *_ in results:
+    for row, _, _, _, path, *_ in results:
         axis.semilogy(*zip(*path, strict=True), lw=1.2, label=row.name)
     axis.set(xlabel="updates", ylabel="KL(π‖its law)")
     axis.set_title("On the way", fontsize=9)
@@ -429,7 +433,7 @@ def main(cfg):
             print(f"{'PASS' if passed else 'FAIL'}  {row.name:34}{at_rest:9.0e}{own:11.4f}{row.gate:8.3f}{other:10.4f}"
                   f"{(learned * rewards).sum(1).mean():8.3f}{seconds:9.1f}", flush=True)
             if not seed:
-                results.append((row, learned, law, path, own, other))
+                results.append((row, ref, learned, law, path, own, other))
     draw(results, cfg)
     rows = len(results) * cfg.seeds
     print(f"{rows - missed} of {rows} runs on their law in {time.monotonic() - started:.0f} s; figure: {cfg.out}")

@@ -191,7 +191,7 @@ def main(cfg):
                 loss, micro_stats = step(policy, micro, *parts, cfg, on_policy=epoch == 0)
                 share = len(micro) / len(answers)  # a micro-batch counts by its completions, or by its tokens where the mean is over those
                 if cfg.aggregate == "dapo":
-                    share = float(micro.mask.sum() / answers.mask.sum())
+                    share = int(micro.mask.sum()) / int(answers.mask.sum())
                 (loss * share).backward()
                 epoch_total += loss.item() * share
                 stats.add(micro_stats, weight=share)

@@ -202,7 +202,7 @@ def main(cfg):
             epoch_total = 0.0
             for micro, *parts in zip(*[x.split(size) for x in (answers, values, advantages, returns)], strict=True):
                 loss, critic_loss, micro_stats = step(policy, value_model, micro, *parts, cfg, on_policy=epoch == 0)
-                share = float(micro.mask.sum() / answers.mask.sum())  # the losses are means over tokens: a micro-batch counts by its tokens
+                share = int(micro.mask.sum()) / int(answers.mask.sum())  # the losses are means over tokens: it counts by its tokens
                 ((loss + critic_loss) * share).backward()
                 epoch_total += loss.item() * share
                 stats.add(micro_stats, weight=share)

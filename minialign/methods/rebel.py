@@ -112,8 +112,8 @@ def main(cfg):
     """Run it; returns the run folder."""
     run = Run("rebel", cfg)
     cfg = run.cfg
-    if cfg.batch_size % 2 or cfg.micro_batch % 2:
-        raise BadInput(f"--batch_size {cfg.batch_size}, --micro_batch {cfg.micro_batch}: must be even, the rows come in pairs")
+    if cfg.batch_size % 2:
+        raise BadInput(f"--batch_size {cfg.batch_size}: must be even, completions come in pairs")
     policy, tokenizer = run.open_policy(cfg.policy)
     reward_fn = run.open_reward()
     rows, held_out = run.open_prompts(policy, tokenizer)
@@ -134,7 +134,7 @@ def main(cfg):
         rewards = kl_rewards(scores - cfg.missing_eos * ~answers.finished, answers.old_logps, ref_logps, beta=cfg.beta)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
-        total, stats, size = 0.0, Mean(), cfg.micro_batch or len(answers)
+        total, stats, size = 0.0, Mean(), 2 * -(-cfg.micro_batch // 2) or len(answers)  # whole pairs
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
             epoch_total = 0.0

@@ -138,7 +138,9 @@ def main(cfg):
         scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
         if scores is None:
             continue
+        metrics = rollout_stats(scores, answers, ref_logps)
         rewards = kl_rewards(scores - cfg.missing_eos * ~answers.finished, answers.old_logps, ref_logps, beta=cfg.beta)
+        metrics["baseline"] = baseline.value
         advantages = rewards - baseline.value  # (B,)
         baseline.update(rewards)  # after it was used
 
@@ -155,8 +157,7 @@ def main(cfg):
         if run.finite(k, policy, picked, total, grad_norm):
             optimizer.step()
 
-        metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "baseline": baseline.value}
-        metrics |= {**rollout_stats(scores, answers, ref_logps), **stats.result()}
+        metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         if run.due(k):
             metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
             run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)

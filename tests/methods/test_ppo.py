@@ -1,0 +1,201 @@
+"""PPO. Every test that takes `m` alone is also run against wrong variants of the file (tests/test_wrong_variants.py)."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from minialign.batch import whiten
+from minialign.methods import ppo
+from tests.enumerable import BETA, CLIP, LANGUAGE, Enumerated, padded, random_rows, relative
+
+
+@pytest.fixture
+def m():
+    return ppo
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+HAND = {  # (γ, λ): A and returns for r = 0 0 1, V = .5 .4 .3
+    (1.0, 0.95): ([0.43675, 0.565, 0.7], [0.93675, 0.965, 1]),
+    (1.0, 1.0): ([0.5, 0.6, 0.7], [1, 1, 1]),
+    (1.0, 0.0): ([-0.1, -0.1, 0.7], [0.4, 0.3, 1]),
+    (0.9, 0.8): ([0.12928, 0.374, 0.7], [0.62928, 0.774, 1]),
+}
+
+
+def test_gae_by_hand(m):
+    """δ = .4−.5, .3−.4, 1−.3 for γ = 1; e.g. λ = .95: .7, −.1 + .95·.7 = .565, −.1 + .95·.565 = .43675. Alone, and with three columns of
+    rubbish behind and a prompt's two before."""
+    for (gamma, lam), (advantages, returns) in HAND.items():
+        rewards, values, mask = f64(0, 0, 1)[None], f64(0.5, 0.4, 0.3)[None], torch.ones(1, 3).bool()
+        for around in (False, True):
+            if around:
+                rewards, values, mask = (torch.cat([torch.full_like(x[:, :2], 9), x], dim=1) for x in padded(rewards, values, mask))
+                mask[:, :2] = False
+            A, G = m.gae(rewards, values, mask, gamma=gamma, lam=lam)
+            assert A[mask].tolist() == pytest.approx(advantages, abs=1e-12) and G[mask].tolist() == pytest.approx(returns, abs=1e-12)
+            assert not A[~mask].any() and not G[~mask].any()
+
+
+def test_lambda_one_is_monte_carlo(m):
+    """γ = λ = 1: returns are the sums of what is still to come, whatever V is, row by row with unequal lengths."""
+    rewards, values, _, mask = random_rows()
+    A, G = m.gae(rewards, values, mask, gamma=1.0, lam=1.0)
+    to_come = torch.where(mask, rewards, 0).flip(1).cumsum(1).flip(1)
+    assert torch.allclose(G, torch.where(mask, to_come, 0), atol=1e-12)
+    assert torch.allclose(A, torch.where(mask, to_come - values, 0), atol=1e-12)
+
+
+def test_shaped_rewards_by_hand(m):
+    """k1 = .2 −.5 .2, β = .05, score 1 at the last real token: −.01 .025 .99; a second row of one token, then padding."""
+    logps, ref_logps = f64(-1, -2, -0.5), f64(-1.2, -1.5, -0.7)
+    logps, ref_logps = torch.stack([logps, f64(-1, 7, 7)]), torch.stack([ref_logps, f64(-1, 5, 5)])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    shaped = m.shape_rewards(f64(1, 2), logps.requires_grad_(), ref_logps, mask, beta=0.05)
+    assert shaped[0].tolist() == pytest.approx([-0.01, 0.025, 0.99], abs=1e-12) and shaped[1].tolist() == [2, 0, 0]
+    assert not shaped.requires_grad
+
+
+def test_the_score_stands_at_the_last_real_token_after_a_prompt(m):
+    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()
+    zero = torch.zeros(3, 5, dtype=torch.float64)
+    shaped = m.shape_rewards(f64(1, 2, 3), zero, zero, mask, beta=0.5)
+    assert shaped.nonzero().tolist() == [[0, 3], [1, 1], [2, 4]] and shaped[shaped != 0].tolist() == [1, 2, 3]
+
+
+def exact(prompt=1):
+    """One prompt enumerated, and its token rewards under the policy itself."""
+    e = Enumerated(prompt)
+    return e, ppo.shape_rewards(e.rewards, e.logps, e.ref_logps, e.mask, beta=BETA)
+
+
+def gradient_through(m, e, token_rewards, values, lam):
+    """The expected gradient of policy_loss with advantages of gae, all completions weighed by π, as that of a sum over tokens."""
+    advantages, _ = m.gae(token_rewards, values, e.mask, gamma=1.0, lam=lam)
+    loss, _ = m.policy_loss(e.logps, e.logps.detach(), advantages * e.weights[:, None], e.mask, eps=0.2)
+    return -e.gradient(loss) * float(e.mask.sum()) / len(e.law)  # the loss divides by the tokens, the expectation by nothing
+
+
+def test_lambda_one_is_unbiased_for_any_values(m):
+    """γ = λ = 1: Σ_y π(y)·∇L = −∇J exactly for V = 0 and for random V of prefixes (a function of the prefix, as a critic is)."""
+    e, token_rewards = exact()
+    token_rewards = m.shape_rewards(e.rewards, e.logps, e.ref_logps, e.mask, beta=BETA)
+    generator = torch.Generator().manual_seed(0)
+    worth = {y[:t]: float(torch.randn((), generator=generator)) for y in e.completions for t in range(len(y))}
+    random = torch.tensor([[worth.get(y[:t], 0.0) if t < len(y) else 99.0 for t in range(e.mask.shape[1])] for y in e.completions])
+    for values in (torch.zeros_like(token_rewards), random.double()):
+        assert relative(gradient_through(m, e, token_rewards, values, 1.0), e.gradient(e.objective())) < 1e-12
+
+
+def test_exact_values_make_every_lambda_unbiased(m):
+    """With V(s) = E[what is still to come | s] the advantages of any λ average to the same; and V(root) = J."""
+    e, token_rewards = exact()
+    values = LANGUAGE.exact_values(e.law, token_rewards)
+    assert values[0, 0].item() == pytest.approx(e.objective().item(), abs=1e-12)
+    values = torch.where(e.mask, values, 99.0)  # nothing beyond the end may be looked at
+    for lam in (1.0, 0.95, 0.5, 0.0):
+        assert relative(gradient_through(m, e, token_rewards, values, lam), e.gradient(e.objective())) < 1e-12
+
+
+def test_wrong_values_bias_it_for_lambda_below_one(m):
+    """V = 0: the smaller λ, the more of the future is missing. The teeth of the two tests above."""
+    e, token_rewards = exact()
+    values = torch.zeros_like(token_rewards)
+    errors = [relative(gradient_through(m, e, token_rewards, values, lam), e.gradient(e.objective())) for lam in (0.95, 0.5, 0.0)]
+    assert 0.01 < errors[0] < errors[1] < errors[2]
+
+
+def test_clip_by_hand(m):
+    """One token, ε = .2: CLIP's values and slopes in ρ."""
+    for advantage, table in CLIP.items():
+        for ratio, value, slope in table:
+            logps = f64(ratio).log()[None].requires_grad_()
+            one = torch.ones(1, 1, dtype=torch.float64)
+            loss, stats = m.policy_loss(logps, 0 * one, advantage * one, one.bool(), eps=0.2)
+            loss.backward()
+            assert -loss.item() == pytest.approx(value) and -logps.grad.item() / ratio == pytest.approx(slope)
+            assert stats["clip_ratio/region_mean"].item() == (slope == 0)
+            assert stats["approx_kl"].item() == pytest.approx(ratio - 1 - f64(ratio).log().item())
+
+
+def test_value_clip_by_hand(m):
+    """V = 1, V_old = .5, G = 2, ε = .2: max((1 − 2)², (.7 − 2)²)/2 = .845. Inside the clip: V = .6: ½·1.4² = .98."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    loss, stats = m.value_loss(one, 0.5 * one, 2 * one, one.bool(), eps=0.2)
+    assert loss.item() == pytest.approx(0.845) and stats["value_clip_ratio"].item() == 1
+    loss, stats = m.value_loss(0.6 * one, 0.5 * one, 2 * one, one.bool(), eps=0.2)
+    assert loss.item() == pytest.approx(0.98) and stats["value_clip_ratio"].item() == 0
+
+
+def test_gradients_by_finite_differences(m):
+    logps, old_logps, other, mask = random_rows()
+    assert gradcheck(lambda x: m.policy_loss(x, old_logps, other, mask, eps=0.2)[0], logps.clone().requires_grad_())
+    assert gradcheck(lambda x: m.value_loss(x, old_logps, other, mask, eps=0.2)[0], logps.clone().requires_grad_())
+
+
+def test_only_the_present_policy_and_values_are_differentiated(m):
+    logps, old_logps, other, mask = (x.clone().requires_grad_() if x.is_floating_point() else x for x in random_rows())
+    m.policy_loss(logps, old_logps, other, mask, eps=0.2)[0].backward()
+    m.value_loss(logps, old_logps, other, mask, eps=0.2)[0].backward()
+    assert logps.grad.abs().sum() > 0 and old_logps.grad is None and other.grad is None
+    advantages, returns = m.gae(random_rows()[0], logps, mask, gamma=1.0, lam=0.9)
+    assert not advantages.requires_grad and not returns.requires_grad
+
+
+def test_whitening_by_hand_and_over_real_tokens_only():
+    """A = .635 .665 .7 with the population variance: −1.192158 −.062745 1.254903; padding neither counts nor changes."""
+    A, mask = f64(0.635, 0.665, 0.7)[None], torch.ones(1, 3).bool()
+    for x, where in ((A, mask), padded(A, mask, value=1e6)):
+        assert whiten(x, where)[where].tolist() == pytest.approx([-1.192158, -0.062745, 1.254903], abs=1e-4)
+        assert not whiten(x, where)[~where].any()
+
+
+def test_padding_and_order_do_not_matter(m):
+    logps, old_logps, other, mask = random_rows()
+    order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(2))
+    wide = padded(logps, old_logps, other, mask)
+    wide[1][:, logps.shape[1] :] = -5.0
+    for loss in (m.policy_loss, m.value_loss):
+        expected = loss(logps, old_logps, other, mask, eps=0.2)[0]
+        assert torch.allclose(loss(*wide, eps=0.2)[0], expected, atol=1e-14)
+        assert torch.allclose(loss(logps[order], old_logps[order], other[order], mask[order], eps=0.2)[0], expected, atol=1e-14)
+    A, G = m.gae(logps, old_logps, mask, gamma=0.9, lam=0.8)
+    wide_A, wide_G = m.gae(wide[0], wide[1], wide[3], gamma=0.9, lam=0.8)
+    assert torch.allclose(wide_A[:, : A.shape[1]], A, atol=1e-14) and torch.allclose(wide_G[:, : G.shape[1]], G, atol=1e-14)
+    assert not wide_A[:, A.shape[1] :].any()
+
+
+def test_explained_variance(m):
+    """Perfect values 1, their mean everywhere 0, and the opposite of perfect below 0."""
+    returns, mask = f64(1, 2, 3, 6)[None], torch.ones(1, 4).bool()
+    assert m.explained_variance(returns, returns, mask).item() == 1
+    assert m.explained_variance(torch.full_like(returns, 3.0), returns, mask).item() == pytest.approx(0)
+    assert m.explained_variance(-returns, returns, mask).item() < -1
+
+
+def test_missing_eos_is_subtracted(small, monkeypatch):
+    """max_new = 3 with a policy that hardly ever stops: the mean of what reaches shape_rewards is lower by missing_eos × unfinished."""
+    seen = []
+    original = ppo.shape_rewards
+    monkeypatch.setattr(ppo, "shape_rewards", lambda scores, *a, **k: seen.append(scores) or original(scores, *a, **k))
+    for penalty in (0.0, 2.0):
+        module, cfg = small("ppo", max_new=3, steps=1, missing_eos=penalty)
+        module.main(cfg)
+    difference = (seen[0] - seen[1]).round(decimals=5).tolist()
+    assert set(difference) <= {0.0, 2.0} and difference.count(2.0) >= 4
+
+
+def test_value_model_from_a_reward_model(small, tmp_path):
+    """--value FOLDER starts the critic at a reward model; a language model there is refused, in one sentence."""
+    from minialign.common import BadInput
+
+    module, cfg = small("reward_model", steps=2)
+    reward_model = module.main(cfg) / "final"
+    module, cfg = small("ppo", steps=2, value=str(reward_model))
+    module.main(cfg)
+    module, cfg = small("ppo", steps=2, value=cfg.policy)
+    with pytest.raises(BadInput, match="--value .*expected a reward model"):
+        module.main(cfg)

@@ -1,0 +1,98 @@
+"""REBEL. Every test that takes `m` alone is also run against wrong variants of the file (tests/test_wrong_variants.py)."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from minialign.methods import rebel
+from tests.enumerable import BETA, Enumerated, relative
+from toy import closed_form
+
+
+@pytest.fixture
+def m():
+    return rebel
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_worked_numbers(m):
+    """Δ = 1, ΔR = .3: η = 1: .7² = .49; η = 2: .4² = .16, and the paper's form (Δ/2 − .3)² = .04 is that over η²."""
+    for eta, code, paper in ((1.0, 0.49, 0.49), (2.0, 0.16, 0.04)):
+        loss, _ = m.rebel_loss(f64(1.5), f64(0.5), f64(1.0), f64(0.7), eta=eta)
+        assert loss.item() == pytest.approx(code, abs=1e-12) and loss.item() / eta**2 == pytest.approx(paper, abs=1e-12)
+
+
+def test_the_exact_step_has_loss_zero(m):
+    """π = .5 .3 .2, r = 1 0 2: π·e^{ηr}/Z has loss 0 on every pair; at η = 1 it is .433268 .095634 .471098."""
+    pi, r = f64(0.5, 0.3, 0.2), f64(1, 0, 2)
+    for eta in (1.0, 0.3, 2.5):
+        stepped = pi * (eta * r).exp() / (pi * (eta * r).exp()).sum()
+        logratio = (stepped / pi).log()
+        y, other = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T
+        loss, stats = m.rebel_loss(logratio[y], logratio[other], r[y], r[other], eta=eta)
+        assert loss.item() == pytest.approx(0, abs=1e-28) and stats["explained"].item() == pytest.approx(1)
+        if eta == 1.0:
+            assert stepped.tolist() == pytest.approx([0.433268, 0.095634, 0.471098], abs=1e-6)
+
+
+def test_first_gradient_is_the_policy_gradient(m):
+    """At θ = π_t the loss over all pairs has the gradient −4η·∇J: Σ π π' ·(−2η)(ΔR)(∇log π − ∇log π') = −4η·Cov(R, ∇log π)."""
+    e, eta = Enumerated(prompt=1), 0.6
+    R = m.kl_rewards(e.rewards, e.logps, e.ref_logps, beta=BETA)
+    logratio = (e.logps - e.logps.detach()).sum(1)
+    C = len(R)
+    y, other = torch.cartesian_prod(torch.arange(C), torch.arange(C)).T
+    root = (e.law[y] * e.law[other]).sqrt() * C  # the root of the weight goes on what is squared
+    loss, stats = m.rebel_loss(root * logratio[y], root * logratio[other], root * R[y], root * R[other], eta=eta)
+    assert relative(-e.gradient(loss), 4 * eta * e.gradient(e.objective())) < 1e-12
+    assert stats["explained"].item() == 0
+
+
+def test_penalised_rewards_by_hand(m):
+    """log π = −1 −2 −.5, log ref = −1.2 −1.5 −.7: k1 = .2 −.5 .2, sum −.1; r = 1, β = .05: R = 1.005."""
+    logps = f64(-1, -2, -0.5)[None].requires_grad_()
+    rewards = m.kl_rewards(f64(1), logps, f64(-1.2, -1.5, -0.7)[None], beta=0.05)
+    assert rewards.tolist() == pytest.approx([1.005], abs=1e-12)
+    assert not rewards.requires_grad
+
+
+def test_rewards_are_constants(m):
+    """Nothing flows into the rewards, even if they came with a graph."""
+    rewards = f64(1.0, 2.0).requires_grad_()
+    m.rebel_loss(f64(0.5, 0.1).requires_grad_(), f64(0.0, 0.2), rewards, f64(0.0, 1.0), eta=1.0)[0].backward()
+    assert rewards.grad is None
+
+
+def test_gradient_by_finite_differences(m):
+    x = [torch.randn(4, generator=torch.Generator().manual_seed(k), dtype=torch.float64, requires_grad=k < 2) for k in range(4)]
+    assert gradcheck(lambda a, b: m.rebel_loss(a, b, x[2], x[3], eta=0.7)[0], x[:2])
+
+
+def test_repeated_exact_steps_tend_to_the_tilt(m):
+    """Three rollouts solved exactly through the loss (Newton: it is quadratic in log π) follow rebel_law, η·β ≠ 1 and η ≠ 1."""
+    ref, r, beta, eta = f64(0.5, 0.3, 0.2), f64(1, 0, 2), 0.5, 0.8
+    old = ref.log()
+    y, other = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T
+    for t in range(1, 4):
+        R = m.kl_rewards(r, old[:, None], ref.log()[:, None], beta=beta)
+
+        def loss_of(logps, old=old, R=R):
+            return m.rebel_loss((logps - old)[y], (logps - old)[other], R[y], R[other], eta=eta)[0]
+
+        logps = old.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss_of(logps), logps)
+        hessian = torch.autograd.functional.hessian(loss_of, old)
+        old = (old - torch.linalg.pinv(hessian) @ grad).log_softmax(0)
+        law = closed_form.rebel_law(ref.numpy(), r.numpy(), beta, eta, t)
+        assert old.exp().tolist() == pytest.approx(law.tolist(), abs=1e-12)
+
+
+def test_refusals(small):
+    from minialign.common import BadInput
+
+    module, cfg = small("rebel", batch_size=7)
+    with pytest.raises(BadInput, match="--batch_size 7: must be even"):
+        module.main(cfg)

@@ -1,0 +1,173 @@
+"""The checks have teeth: each mistake that is easy to make is made, one at a time, in the source of a method, and a test must fail.
+
+A variant is the method's own file with one piece of text exchanged, executed as a module. It is put through every test of
+tests/methods/test_<method>.py that takes the module as its only argument `m`. Training alone would let half of these through: with the
+KL in the reward the advantages are constant at π*, so a policy trained with advantages that are too small, or divided by the wrong spread,
+still lands there (the ones marked "invisible at π*").
+"""
+
+import importlib
+import inspect
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from minialign.batch import collate
+from minialign.logps import seq_logps
+from tests.enumerable import EOS, LANGUAGE, MAX_NEW, N_CONTENT, all_completions, tiny_gpt
+
+FOLDER = Path(__file__).parent.parent / "minialign"
+
+# method, what is wrong, [(text in the file, what stands there instead)]
+VARIANTS = [
+    # the KL in the reward
+    *[(method, "KL sign flipped", [("scores - beta * k1(", "scores + beta * k1(")]) for method in ("reinforce", "rloo", "rebel")],
+    *[(method, "KL averaged over tokens, not summed", [("ref_logps).sum(1)).detach()", "ref_logps).mean(1)).detach()")])
+      for method in ("reinforce", "rloo", "rebel")],
+    ("reinforce", "KL reward not detached", [
+        ("ref_logps).sum(1)).detach()", "ref_logps).sum(1))"),
+        ("advantages.detach() * seq", "advantages * seq"),
+    ]),
+    ("rloo", "KL reward not detached", [
+        ("ref_logps).sum(1)).detach()", "ref_logps).sum(1))"),
+        ("ratio.exp(), advantages.detach()", "ratio.exp(), advantages"),
+    ]),
+    ("rebel", "KL reward not detached", [
+        ("ref_logps).sum(1)).detach()", "ref_logps).sum(1))"),
+        ("other_rewards).detach()", "other_rewards)"),
+    ]),
+    *[(method, "no KL", [("scores - beta * k1(logps, ref_logps).sum(1)", "scores")]) for method in ("reinforce", "rloo", "rebel")],
+    ("ppo", "no KL", [("-beta * torch.where(mask, k1(logps, ref_logps), 0)", "0 * logps")]),
+    ("ppo", "KL sign flipped", [("token_rewards = -beta *", "token_rewards = beta *")]),
+    # the loss
+    ("reinforce", "mean log-prob instead of the sum (invisible at π*)", [("logps, 0).sum(1)  # (B,)", "logps, 0).sum(1) / mask.sum(1)")]),
+    ("reinforce", "minus lost", [("return -(advantages", "return (advantages")]),
+    ("rloo", "ratio of the mean log-prob", [("old_logps.detach(), 0).sum(1)", "old_logps.detach(), 0).sum(1) / mask.sum(1)")]),
+    ("rloo", "max instead of min in the clip", [("-torch.minimum(", "-torch.maximum(")]),
+    ("rloo", "clip of one side only", [("ratio.clamp(1 - eps, 1 + eps)", "ratio.clamp(max=1 + eps)")]),
+    ("rloo", "padding in the ratio", [("torch.where(mask.bool(), logps - old_logps.detach(), 0)", "(logps - old_logps.detach())")]),
+    # advantages: all invisible at π*
+    ("rloo", "leave-one-out over the wrong axis", [("rewards.view(-1, group_size)", "rewards.view(group_size, -1).T")]),
+    ("rloo", "the sample itself in its baseline", [
+        ("(groups.sum(1, keepdim=True) - groups) / (group_size - 1)", "groups.mean(1, keepdim=True)"),
+    ]),
+    ("rloo", "baseline of the whole batch", [
+        ("groups.sum(1, keepdim=True) - groups) / (group_size - 1)", "groups.sum() - groups) / (groups.numel() - 1)"),
+    ]),
+    ("grpo", "groups over the wrong axis", [("rewards.view(-1, group_size)  # (N, G)", "rewards.view(group_size, -1).T")]),
+    ("grpo", "population instead of sample spread", [("normalize=True, ddof=1", "normalize=True, ddof=0")]),
+    ("grpo", "sample spread whatever ddof says", [("correction=ddof", "correction=1")]),
+    ("grpo", "spread of the whole batch", [("groups.std(1, correction=ddof, keepdim=True)", "groups.std(correction=ddof)")]),
+    ("grpo", "leave-one-out mean", [
+        ("groups - groups.mean(1, keepdim=True)", "(groups - groups.mean(1, keepdim=True)) * group_size / (group_size - 1)"),
+    ]),
+    ("grpo", "0/0 in a group of equal rewards", [("torch.where(equal, 0, advantages).flatten()", "advantages.flatten()")]),
+    # GRPO's loss
+    ("grpo", "k1 in the loss", [
+        ("kl = k3(torch.where(mask, logps, 0), torch.where(mask, ref_logps.detach(), 0))", "kl = logps - ref_logps"),
+    ]),
+    ("grpo", "k2 in the loss", [
+        ("kl = k3(torch.where(mask, logps, 0), torch.where(mask, ref_logps.detach(), 0))", "kl = (logps - ref_logps) ** 2 / 2"),
+    ]),
+    ("grpo", "k3 of the wrong direction", [
+        ("k3(torch.where(mask, logps, 0), torch.where(mask, ref_logps.detach(), 0))",
+         "k3(torch.where(mask, ref_logps, 0), torch.where(mask, logps, 0))"),
+    ]),
+    ("grpo", "KL sign flipped", [("beta * kl - surrogate", "-beta * kl - surrogate")]),
+    ("grpo", "k3 without a gradient", [("beta * kl - surrogate", "beta * kl.detach() - surrogate")]),
+    ("grpo", "grpo and dapo exchanged", [
+        ('if aggregate == "grpo":', 'if aggregate == "dapo":'),
+        ('if aggregate == "dapo":  # mean over all', 'if aggregate == "grpo":  # mean over all'),
+    ]),
+    ("grpo", "dr_grpo divides by the tokens there are", [("losses.sum() / (len(losses) * max_len)", "losses.sum() / mask.sum()")]),
+    ("grpo", "sequence ratio", [("0).exp()  # (B, T)", "0).sum(1, keepdim=True).exp().expand_as(logps)")]),
+    # PPO
+    ("ppo", "score at the first token", [("last[:, None], scores", "0 * last[:, None], scores")]),
+    ("ppo", "score one slot late", [(".argmax(1)  # (B,) from", ".argmax(1).add(1).clamp(max=mask.shape[1] - 1)  # (B,) from")]),
+    ("ppo", "score at every token", [
+        ("token_rewards.scatter_add(1, last[:, None], scores.to(token_rewards)[:, None])", "(token_rewards + scores[:, None])"),
+    ]),
+    ("ppo", "values bootstrapped past EOS", [
+        ("mask.bool(), torch.where(mask.bool(), values.detach(), 0)", "mask.bool(), values.detach()"),
+    ]),
+    ("ppo", "advantages run on past EOS", [
+        ("torch.where(mask[:, t], delta + gamma * lam * following, 0)", "delta + gamma * lam * following"),
+    ]),
+    ("ppo", "gamma lost in delta", [("+ gamma * next_values[:, t]", "+ next_values[:, t]")]),
+    ("ppo", "lambda lost", [("gamma * lam * following", "gamma * following")]),
+    ("ppo", "returns without the values", [("torch.where(mask, advantages + values, 0)", "advantages")]),
+    ("ppo", "critic differentiated through GAE", [("torch.where(mask.bool(), values.detach(), 0)", "torch.where(mask.bool(), values, 0)")]),
+    ("ppo", "max instead of min in the clip", [("-torch.minimum(", "-torch.maximum(")]),
+    ("ppo", "min instead of max in the value clip", [("torch.maximum(", "torch.minimum(")]),
+    ("ppo", "half lost in the value loss", [("loss = 0.5 * masked_mean", "loss = masked_mean")]),
+    ("ppo", "value clipped around the return", [
+        ("old_values + (values - old_values).clamp(-eps, eps)", "returns + (values - returns).clamp(-eps, eps)"),
+    ]),
+    # REBEL
+    ("rebel", "1/η instead of η", [("target = eta *", "target = 1 / eta *")]),
+    ("rebel", "the paper's scale", [("(logratio - other_logratio - target) ** 2", "((logratio - other_logratio - target) / eta) ** 2")]),
+    ("rebel", "sign of the target", [("other_logratio - target)", "other_logratio + target)")]),
+]
+
+
+def variant(method, exchanges):
+    source = (FOLDER / f"methods/{method}.py").read_text(encoding="utf-8")
+    for old, new in exchanges:
+        assert source.count(old) == 1, (method, old, source.count(old))  # the file has changed: change the variant with it
+        source = source.replace(old, new)
+    module = types.ModuleType(f"wrong_{method}")
+    exec(compile(source, f"{method}.py (wrong variant)", "exec"), module.__dict__)
+    return module
+
+
+def failing(method, module):
+    """Names of the tests of the method that fail for `module`."""
+    tests = importlib.import_module(f"tests.methods.test_{method}")
+    names = []
+    for name, test in vars(tests).items():
+        if name.startswith("test_") and list(inspect.signature(test).parameters) == ["m"]:
+            try:
+                test(module)
+            except Exception:  # AssertionError mostly; a shape that no longer fits is caught as well
+                names.append(name)
+    return names
+
+
+@pytest.mark.parametrize(("method", "wrong", "exchanges"), VARIANTS, ids=[f"{method}: {wrong}" for method, wrong, _ in VARIANTS])
+def test_a_wrong_variant_fails_a_test(method, wrong, exchanges):
+    assert failing(method, variant(method, exchanges))
+
+
+@pytest.mark.parametrize("method", sorted({method for method, *_ in VARIANTS}))
+def test_the_right_one_passes_them_all(method):
+    assert failing(method, variant(method, [])) == []
+
+
+# What no method file decides: which tokens are scored. Probabilities of all completions sum to 1, or something is off by a token.
+
+
+def total(mask_of, prompt=(2, 0, 1)):
+    completions = all_completions(N_CONTENT, EOS, MAX_NEW)
+    batch = collate([list(prompt)] * len(completions), completions, pad_id=EOS)
+    batch.mask = mask_of(batch, torch.tensor([len(y) for y in completions]))
+    with torch.no_grad():
+        return float(seq_logps(tiny_gpt(), batch).exp().sum())
+
+
+def test_prompt_tokens_or_an_unscored_eos_break_the_sum():
+    """TOYS: EOS not scored gives a sum above 2, prompt tokens scored one below 1."""
+    assert total(lambda batch, _: batch.mask) == pytest.approx(1, abs=1e-12)
+    assert total(lambda batch, _: batch.mask & (batch.targets != EOS)) > 1.5
+    scored = total(lambda batch, lengths: torch.arange(batch.mask.shape[1]) < (lengths + 2)[:, None])  # two of the three prompt tokens
+    assert scored < 0.5
+
+
+def test_the_toy_sees_every_completion_once():
+    """Σ π(y) = 1 for every prompt through the toy's own enumeration, and its log-probs are seq_logps of the collated rows."""
+    policy = tiny_gpt()
+    assert LANGUAGE.law_of(policy).sum(1).tolist() == pytest.approx([1, 1], abs=1e-12)
+    for n, prompt in enumerate(LANGUAGE.prompts):
+        batch = collate([prompt] * len(LANGUAGE.completions), [list(y) for y in LANGUAGE.completions], pad_id=EOS)
+        assert torch.allclose(LANGUAGE.token_logps(policy)[n].sum(1), seq_logps(policy, batch), atol=1e-12)

@@ -1,0 +1,106 @@
+"""The enumerable language: its enumeration, each method at rest on its law and on no other, and (slow) five trained seeds."""
+
+import numpy as np
+import pytest
+import torch
+
+from minialign.common import BadInput
+from minialign.sample import sample
+from tests.enumerable import LANGUAGE, tiny_gpt
+from toy import closed_form
+from toy.tiny_language import ROWS, Config, Language, TabularPolicy, gradient_at, kl_to, main, tilted
+
+REF = LANGUAGE.law_of(tiny_gpt()).numpy()
+
+
+def test_there_are_1555_completions_and_their_rewards_are_as_said():
+    """Prompt 0 likes token 0 and dislikes 3: 0 0 3 EOS has 2·.5 − .5 − .4 (0 0) + .3; cut off at four tokens there is no .3."""
+    language = Language()
+    assert len(language.completions) == 1 + 6 + 36 + 216 + 1296 and language.completions[0] == (6,)
+    assert language.rewards[0, language.index[(0, 0, 3, 6)]].item() == pytest.approx(0.4)
+    assert language.rewards[0, language.index[(0, 0, 3, 1)]].item() == pytest.approx(0.1)
+    assert language.rewards[1, language.index[(4, 4, 4, 1)]].item() == pytest.approx(-1.5 - 0.8 + 0.5)
+
+
+def test_sampled_completions_are_all_in_the_language():
+    answers = sample(tiny_gpt(), LANGUAGE.prompts, max_new=LANGUAGE.max_new, n=200, eos_id=LANGUAGE.eos_id, seed=0)
+    prompts_ids = [x for x in LANGUAGE.prompts for _ in range(200)]
+    scores = LANGUAGE.scores(prompts_ids, answers)
+    for n in range(2):  # the mean of 200 within four standard errors of the exact one
+        law, rewards = REF[n], LANGUAGE.rewards[n].numpy()
+        exact = law @ rewards
+        assert abs(scores[200 * n : 200 * (n + 1)].mean().item() - exact) < 4 * np.sqrt(law @ (rewards - exact) ** 2 / 200)
+
+
+def test_a_tabular_policy_is_the_law_it_was_made_of():
+    for law in REF:
+        logps = TabularPolicy(LANGUAGE, law).token_logps().detach()
+        assert torch.allclose(logps.sum(1).exp(), torch.tensor(law), atol=1e-14)
+        assert torch.allclose(logps, LANGUAGE.conditionals(law), atol=1e-12)
+
+
+def test_exact_values_by_hand():
+    """Uniform law, reward 1 at the EOS of the completion (0, EOS): 1/85 at the root, 1/|those that begin with 0| after the 0."""
+    uniform = np.full(85, 1 / 85)
+    token_rewards = torch.zeros(85, 3, dtype=torch.float64)
+    c = LANGUAGE.index[(0, 4)]
+    token_rewards[c, 1] = 1.0
+    values = LANGUAGE.exact_values(uniform, token_rewards)
+    begins_with_0 = sum(y[0] == 0 for y in LANGUAGE.completions)
+    assert values[c, 0].item() == pytest.approx(1 / 85) and values[c, 1].item() == pytest.approx(1 / begins_with_0)
+    assert values[LANGUAGE.index[(0, 1, 4)], 2].item() == 0
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+@pytest.mark.parametrize("beta", [0.6, 1.3])
+def test_each_method_rests_on_its_law(row, beta):
+    """The expected update over all completions is 0 there, and not on a neighbour of it, nor with another beta."""
+    law = row.law(LANGUAGE, REF, beta)
+    assert law.sum(1) == pytest.approx(np.ones(2), abs=1e-12) and law.min() > 0
+    assert gradient_at(row, LANGUAGE, REF, law, beta) < 1e-12
+    neighbour = np.stack([closed_form.normalise(p * np.exp(0.05 * np.sin(np.arange(85)))) for p in law])
+    assert gradient_at(row, LANGUAGE, REF, neighbour, beta) > 1e-5
+    assert gradient_at(row, LANGUAGE, REF, row.law(LANGUAGE, REF, 1.1 * beta), beta) > 1e-5
+
+
+def test_grpo_does_not_rest_on_the_tilt():
+    """π* is the law of the four with the KL in the reward, and of no row of GRPO."""
+    best = tilted(LANGUAGE, REF, 0.6)
+    at_rest = {row.name: gradient_at(row, LANGUAGE, REF, best, 0.6) for row in ROWS}
+    for row in ROWS:
+        assert (at_rest[row.name] > 1e-4) == (row.method == "grpo"), at_rest
+
+
+def test_the_group_size_is_part_of_grpos_law():
+    """With the sample in its own mean the pull is β·G/(G − 1): the law of plain β does not rest at G = 4."""
+    row = next(row for row in ROWS if row.name.endswith("G = 4"))
+    plain = np.stack([
+        closed_form.token_k3_law(LANGUAGE.completions, REF[n], r, np.full(85, 0.6)) for n, r in enumerate(LANGUAGE.rewards.numpy())
+    ])
+    assert gradient_at(row, LANGUAGE, REF, plain, 0.6) > 1e-3
+
+
+def test_kl_is_zero_only_to_itself():
+    policy = tiny_gpt()
+    assert abs(kl_to(LANGUAGE, policy, REF)) < 1e-14 and kl_to(LANGUAGE, policy, tilted(LANGUAGE, REF, 0.6)) > 0.01
+
+
+def test_a_short_run_prints_and_draws_and_an_untrained_policy_fails(tmp_path, capsys):
+    """Two updates are not enough for any gate: FAIL is printed, main returns False, the figure is written all the same."""
+    assert main(Config(methods=["rloo"], steps=2, samples=4, out=str(tmp_path / "figure.png"))) is False
+    out = capsys.readouterr().out
+    assert "FAIL  RLOO" in out and "0 of 1 runs on their law" in out and (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("changes", [{"methods": ["dqn"]}, {"beta": 0.0}, {"seeds": 0}, {"samples": 6}])
+def test_bad_arguments_are_one_sentence(changes, tmp_path):
+    with pytest.raises(BadInput, match="--"):
+        main(Config(**changes, out=str(tmp_path / "figure.png")))
+
+
+@pytest.mark.slow
+def test_five_seeds_of_every_method_land_on_their_law(tmp_path, capsys):
+    """The acceptance of every online method: 5 of 5 seeds, each another ref, within the gate of its row."""
+    passed = main(Config(seeds=5, out=str(tmp_path / "figure.png")))
+    print(capsys.readouterr().out)
+    assert passed

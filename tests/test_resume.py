@@ -16,7 +16,8 @@ from tests.conftest import METHODS
 from tests.killing import result_of
 
 ROOT = Path(__file__).parent.parent
-EXTRA = {"irft": {"rounds": 3}}  # so that a cut falls inside a round as well as between two
+EXTRA = {"irft": {"rounds": 3},  # so that a cut falls inside a round as well as between two
+         "rloo": {"epochs": 2}, "grpo": {"epochs": 2}}  # so that old log-probs matter
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,7 +85,7 @@ def check(outcomes, trials):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("method", "trials"), [
     ("sft", 20),
-    pytest.param("irft", 20, marks=pytest.mark.slow), pytest.param("reward_model", 20, marks=pytest.mark.slow),
+    *[pytest.param(method, 20, marks=pytest.mark.slow) for method in METHODS if method != "sft"],
     pytest.param("sft", 100, marks=pytest.mark.slow),
 ])
 def test_kill_9_at_random_moments(small, tmp_path, method, trials):
@@ -93,6 +94,33 @@ def test_kill_9_at_random_moments(small, tmp_path, method, trials):
     _, cfg = small(method, steps=14, save_every=1, eval_every=5, micro_batch=3, **EXTRA.get(method, {}))
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}
     check(killed(method, trials, tmp_path / "kills", settings), trials)
+
+
+def test_resume_with_a_learned_reward_and_a_critic_made_of_it(small, monkeypatch):
+    """PPO whose reward and value model are a reward model's folder, stopped in the middle: bitwise as if it had not been. Afterwards a
+    changed reward model is refused."""
+    module, cfg = small("reward_model", steps=2)
+    reward_model = module.main(cfg) / "final"
+    settings = dict(reward=[str(reward_model)], value=str(reward_model))
+    ppo, cfg = small("ppo", **settings)
+    expected = result_of(ppo.main(cfg))
+    ppo, cfg = small("ppo", **settings)
+    original = run.Run.log
+
+    def log(self, step, **metrics):
+        original(self, step, **metrics)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "log", log)
+        with pytest.raises(SystemExit):
+            ppo.main(cfg)
+    assert result_of(ppo.main(ppo.Config(resume=cfg.out))) == expected
+    config = reward_model / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(BadInput, match="has changed since this run began"):
+        ppo.main(ppo.Config(resume=cfg.out))
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(small):

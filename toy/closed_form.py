@@ -137,10 +137,10 @@ def rebel_law(ref, reward, beta, eta, rollouts):
     """REBEL after so many rollouts, each solved exactly, with R = r − β·log π_t/ref: π_{t+1} ∝ π_t·e^{ηR}.
 
     With u = log π/ref up to a constant: u ← u + η(r − βu) = (1 − ηβ)·u + ηr, from u = 0. It rests at u = r/β, which is π* ∝ ref·e^{r/β};
-    the distance to it shrinks by 1 − ηβ at each rollout: u = (1 − (1 − ηβ)^t)·r/β.
+    the distance to it is multiplied by 1 − ηβ at each rollout, so it is reached if 0 < ηβ < 2: u = (1 − (1 − ηβ)^t)·r/β.
     """
     kept = rollouts * eta if beta == 0 else (1 - (1 - eta * beta) ** rollouts) / beta
-    return tilt(ref, reward, 1 / kept)
+    return tilt(ref, kept * np.asarray(reward, dtype=np.float64), 1.0)
 
 
 def sequence_k3_law(ref, reward, beta):
@@ -154,14 +154,19 @@ def sequence_k3_law(ref, reward, beta):
 
 
 def _k3_node(ref, gain, pull):
-    """π_a = pull_a·ref_a / (c − gain_a) with Σ π = 1, by bisection over c > max gain. All inputs (children,)."""
-    ref, gain, pull = (np.asarray(x, dtype=np.float64) for x in (ref, gain, pull))
-    # At c = max over a of gain_a + pull_a·ref_a one term alone is 1; at c = max gain + Σ pull·ref every term is below its share.
-    low, high = (gain + pull * ref).max(), gain.max() + (pull * ref).sum()
+    """π_a = pull_a·ref_a / (c − gain_a) with Σ π = 1; ref and pull above 0; all inputs (children,).
+
+    Bisection over d = c − max gain > 0, because c itself would lose the digits of a small pull beside large gains. At
+    d = max over a of pull_a·ref_a − (max gain − gain_a) one term alone is 1; at d = Σ pull·ref no term exceeds its share.
+    """
+    weights, gap = np.asarray(pull, dtype=np.float64) * ref, np.max(gain) - np.asarray(gain, dtype=np.float64)
+    low, high = (weights - gap).max(), weights.sum()
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if (pull * ref / (middle - gain)).sum() > 1 else (low, middle)
-    return normalise(pull * ref / ((low + high) / 2 - gain))
+        if middle in (low, high):  # neighbours in float64
+            break
+        low, high = (middle, high) if (weights / (middle + gap)).sum() > 1 else (low, middle)
+    return normalise(weights / ((low + high) / 2 + gap))
 
 
 def token_k3_law(completions, ref, gain, pull):
@@ -200,53 +205,86 @@ def token_k3_law(completions, ref, gain, pull):
     return law
 
 
-def group_normalised_law(completions, ref, reward, beta, *, rounds=2000):
+def group_normalised_law(completions, ref, reward, beta):
     """GRPO as the paper prints it, for large groups: token_k3_law with gain A/|y| and pull β/|y|, A = (r − μ)/σ of the law itself.
 
-    μ and σ are the mean and spread of r under the law, so it is found by iterating, half a step at a time.
+    μ and σ are the mean and spread of r under the law, so it is found by iterating, half a step at a time. Unlike std_normalised_law
+    it exists for every β: with k3 a worse completion falls only like βσ, not exponentially, and so the spread does not vanish before
+    the pull does. Equal rewards: ref, because a group without spread has advantages of exactly 0.
     """
     reward, sizes = np.asarray(reward, dtype=np.float64), np.array([len(y) for y in completions])
-    law = normalise(ref)
-    mean, spread = law @ reward, np.sqrt(law @ (reward - law @ reward) ** 2)
-    for _ in range(rounds):
+    if np.ptp(reward) == 0:
+        return normalise(ref)
+    mean, spread = mean_and_spread(normalise(ref), reward)
+    for _ in range(5000):
         law = token_k3_law(completions, ref, (reward - mean) / spread / sizes, beta / sizes)
-        new_mean = law @ reward
-        new_spread = np.sqrt(law @ (reward - new_mean) ** 2)
-        if abs(new_mean - mean) + abs(new_spread - spread) < 1e-13:
-            break
+        new_mean, new_spread = mean_and_spread(law, reward)
+        if abs(new_mean - mean) + abs(new_spread - spread) < 1e-13 * np.abs(reward).max():
+            return law
         mean, spread = (mean + new_mean) / 2, (spread + new_spread) / 2
-    return law
+    raise ArithmeticError("group_normalised_law did not settle in 5000 rounds")
 
 
-def spread_of_tilt(ref, reward, temperature):
-    """Standard deviation of r under ref·e^{r/temperature}."""
-    law = tilt(ref, reward, temperature)
-    return float(np.sqrt(law @ (np.asarray(reward) - law @ np.asarray(reward)) ** 2))
+def mean_and_spread(law, reward):
+    """E[r] and the standard deviation of r under a law."""
+    mean = law @ reward
+    return mean, np.sqrt(law @ (reward - mean) ** 2)
+
+
+def temperature_curve(ref, reward):
+    """(temperatures, β): which β has the law ref·e^{r/s}, for many temperatures s, from cold to hot. See collapse_threshold.
+
+    The grid reaches from where the last of the completions with the second-best level has died out to where everything is ref.
+    """
+    reward, levels = np.asarray(reward, dtype=np.float64), np.unique(reward)
+    coldest = np.diff(levels).min() / (50 - 2 * np.log(normalise(ref).min()))
+    temperatures = np.geomspace(coldest, 100 * np.ptp(reward), 2001)
+    return temperatures, np.array([beta_of_temperature(ref, reward, s) for s in temperatures])
+
+
+def beta_of_temperature(ref, reward, temperature):
+    spread = mean_and_spread(tilt(ref, reward, temperature), np.asarray(reward, dtype=np.float64))[1]
+    return temperature / max(spread, 1e-300)
 
 
 def collapse_threshold(ref, reward):
-    """(β*, temperature): the smallest β at which rewards divided by their own spread, with KL(π‖ref) in the reward, still have a law.
+    """(β*, its temperature): the smallest β at which rewards divided by their own spread, with the KL in the reward, still have a law.
 
-    At rest π ∝ ref·e^{r/(βσ)} with σ = std_π(r). Name the temperature s = βσ: then σ is spread_of_tilt(s) and β = s / spread_of_tilt(s).
-    As s → ∞ the spread tends to ref's and β → ∞; as s → 0 it vanishes exponentially and β → ∞ again. So β has a minimum β* over s:
-    above it there are two solutions, of which the warmer attracts; below it there is none but σ = 0: a smaller spread makes the pull
-    weaker, which sharpens π, which makes the spread smaller, until one completion (or a tie of several) is left.
+    At rest π ∝ ref·e^{r/(βσ)} with σ = std_π(r). Name the temperature s = βσ: then β(s) = s / std of ref·e^{r/s}. As s → ∞ that spread
+    tends to ref's and β → ∞; as s → 0 it vanishes exponentially and β → ∞ again. So β(s) has a smallest value β*. Below it there is no
+    law but σ = 0: a smaller spread makes the pull weaker, which sharpens π, which makes the spread smaller, until one completion (or a
+    tie of several) is left. (That is so for the KL in the reward. GRPO's k3 in the loss has no threshold: group_normalised_law.)
     """
-    reward = np.asarray(reward, dtype=np.float64)
-    grid = np.geomspace(1e-2, 1e2, 2001) * (reward.max() - reward.min())
-    betas = np.array([s / max(spread_of_tilt(ref, reward, s), 1e-300) for s in grid])
-    return float(betas.min()), float(grid[betas.argmin()])
+    temperatures, betas = temperature_curve(ref, reward)
+    best = betas.argmin()
+    low, high = np.log(temperatures[best - 1]), np.log(temperatures[best + 1])
+    for _ in range(60):  # golden section, in log s
+        left, right = low + 0.382 * (high - low), high - 0.382 * (high - low)
+        values = [beta_of_temperature(ref, reward, np.exp(x)) for x in (left, right)]
+        low, high = (low, right) if values[0] < values[1] else (left, high)
+    temperature = float(np.exp((low + high) / 2))
+    return float(beta_of_temperature(ref, reward, temperature)), temperature
 
 
 def std_normalised_law(ref, reward, beta):
-    """π ∝ ref·e^{r/(βσ)}, σ = std_π(r): the warmer of the two solutions. None below the collapse threshold."""
-    threshold, low = collapse_threshold(ref, reward)
-    if beta < threshold:
-        return None
-    high = low
-    while high / spread_of_tilt(ref, reward, high) < beta:
+    """π ∝ ref·e^{r/(βσ)}, σ = std_π(r): the warmest solution, which is where one arrives from ref. None below the collapse threshold.
+
+    Solutions come in pairs (a cluster of rewards that are close together adds one); of each pair the warmer attracts.
+    """
+    if np.ptp(reward) == 0:
+        return normalise(ref)
+    temperatures, betas = temperature_curve(ref, reward)
+    below = np.flatnonzero(betas <= beta)
+    if len(below):
+        low = temperatures[below[-1]]  # above it β(s) exceeds beta at every point of the grid
+    else:
+        threshold, low = collapse_threshold(ref, reward)  # perhaps between two points of the grid
+        if beta < threshold:
+            return None
+    high = 2 * low
+    while beta_of_temperature(ref, reward, high) < beta:
         high *= 2
-    for _ in range(200):  # β(s) rises on the warm side
+    for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if middle / spread_of_tilt(ref, reward, middle) < beta else (low, middle)
+        low, high = (middle, high) if beta_of_temperature(ref, reward, middle) < beta else (low, middle)
     return tilt(ref, reward, (low + high) / 2)

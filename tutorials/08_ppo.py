@@ -30,7 +30,12 @@ from toy import closed_form
 from toy.tiny_language import Language, tiny_gpt
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
-matplotlib.use("module://matplotlib_inline.backend_inline" if IN_NOTEBOOK else "Agg")  # a script draws into a file, without a screen
+if IN_NOTEBOOK:  # figures below their cells; after the imports from toy, which draws into files
+    from IPython import get_ipython
+
+    get_ipython().run_line_magic("matplotlib", "inline")
+else:
+    matplotlib.use("Agg")  # a script draws into a file: no window to close, no screen needed
 import matplotlib.pyplot as plt
 
 # %% [markdown]
@@ -107,7 +112,8 @@ for t in range(3):
     print(f"{t}   {text([0, *language.completions[y][:t]]):9}{text([language.completions[y][t]]):7}{penalty:8.3f}{r - penalty:9.3f}"
           f"{r:11.3f}{to_come:11.3f}{exact_V[0, y, t]:10.3f}")
 
-objective = ((law * language.rewards).sum(1) - BETA * torch.tensor([closed_form.kl(law[n], ref_logps[n].sum(1).exp()) for n in range(2)]))
+divergence = (law * (law.log() - ref_logps.sum(-1))).sum(1)  # (2,) KL(π ‖ ref)
+objective = (law * language.rewards).sum(1) - BETA * divergence
 print(f"J = E[r] − β·KL(π ‖ ref) = {objective[0]:.6f};   V(prompt) = {exact_V[0, 0, 0]:.6f}")
 torch.testing.assert_close(exact_V[:, 0, 0], objective)  # the value of the prompt alone is the objective
 
@@ -150,15 +156,16 @@ for ax, advantage in zip(axes, (1.0, -1.0), strict=True):
     ax.plot(ratios, [advantage * ratio for ratio in ratios], color=GREY, linewidth=1.2, linestyle=(0, (4, 3)))
     ax.plot(ratios, [clipped_objective(ratio, advantage)[0] for ratio in ratios], color=BLUE if advantage > 0 else RED, linewidth=2.6)
     ax.plot(1, advantage, "o", color=DARK, markersize=7, zorder=3)
-    ax.text(1, advantage - 0.08, "  every token\n  starts here", color=DARK, ha="left", va="top", fontsize=9)
-    ax.set(xlabel="ratio ρ = π / π_old of the token", xlim=(0.4, 1.7), xticks=(0.4, 0.8, 1, 1.2, 1.6))
+    side = "left" if advantage > 0 else "right"
+    ax.text(1, advantage - 0.08, "  every token  \n  starts here  ", color=DARK, ha=side, va="top", fontsize=9)
+    ax.set(xlabel="ratio ρ of the token", xlim=(0.4, 1.7), xticks=(0.4, 0.8, 1, 1.2, 1.6))
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(colors=DARK)
 axes[0].set(ylabel="objective")
 axes[0].text(1.68, 1.17, "flat: likely enough,\nno more push", color=BLUE, ha="right", va="top", fontsize=9)
-axes[0].text(0.55, 0.62, "full slope: was lowered\nby mistake, comes back", color=BLUE, ha="right", va="bottom", fontsize=9)
-axes[1].text(0.42, -0.77, "flat: unlikely enough,\nno more push", color=RED, ha="left", va="bottom", fontsize=9)
-axes[1].text(1.68, -1.3, "full slope: was raised\nby mistake, comes back", color=RED, ha="right", va="bottom", fontsize=9)
+axes[0].text(0.42, 0.84, "full slope: was lowered\nby mistake, comes back", color=BLUE, ha="left", va="bottom", fontsize=9)
+axes[1].text(0.42, -0.83, "flat: unlikely enough,\nno more push", color=RED, ha="left", va="top", fontsize=9)
+axes[1].text(1.68, -1.2, "full slope: was raised\nby mistake, comes back", color=RED, ha="right", va="bottom", fontsize=9)
 axes[0].set_title("A = +1, better than expected", color=DARK, loc="left", fontsize=12)
 axes[1].set_title("A = −1, worse than expected", color=DARK, loc="left", fontsize=12)
 figure.tight_layout(w_pad=3)
@@ -177,8 +184,8 @@ print("figure:", FIGURES / "08_ppo_clip.png")
 # ### At first the ratio is exactly 1, and the loss says nothing
 #
 # The policy that trains is the one that sampled, so the first update of every rollout has $\rho = 1$ at each token, nothing is clipped,
-# and the gradient is the plain policy gradient $-A_t \nabla\log\pi$, since $\nabla\rho = \rho\,\nabla\log\pi$. The *value* of the loss is then
-# $-\overline{A}$: with advantages of mean zero it is 0, whether the policy is perfect or hopeless. Do not plot it as progress.
+# and the gradient is the plain policy gradient $-A_t \nabla\log\pi$, since $\nabla\rho = \rho\,\nabla\log\pi$. The *value* of the loss is
+# then $-\overline{A}$: with advantages of mean zero it is 0, whether the policy is perfect or hopeless. Do not plot it as progress.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -298,8 +305,8 @@ print("shape_rewards, gae, whiten, policy_loss, value_loss: equal to minialign's
 # %% [markdown]
 # ## What λ trades: bias against noise, exactly
 #
-# Back to the 85 completions of the first prompt. The gradient that one completion gives is $\sum_t A_t \nabla\log\pi(y_t|\cdot)$. Average it
-# over all completions, and compare with the true gradient of $J$ (**bias**); and see how far single ones are from their average
+# Back to the 85 completions of the first prompt. The gradient that one completion gives is $\sum_t A_t \nabla\log\pi(y_t|\cdot)$. Average
+# it over all completions, and compare with the true gradient of $J$ (**bias**); and see how far single ones are from their average
 # (**noise**). Once with the exact values, once with $V = 0$, a critic that has learned nothing yet.
 
 # %%
@@ -320,19 +327,379 @@ for c, completion in enumerate(language.completions):
         if completion[: t + 1] not in once:
             once[completion[: t + 1]] = flat_gradient(logps[0, c, t])
 nothing = torch.zeros_like(true_gradient)
-steps = torch.stack([torch.stack([once[y[: t + 1]] if t < len(y) else nothing for t in range(3)]) for y in language.completions])  # (C, T, P)
+steps = [torch.stack([once[y[: t + 1]] if t < len(y) else nothing for t in range(3)]) for y in language.completions]
+steps = torch.stack(steps)  # watch: steps (C, T, P), ∇ log π of every token
 
 
-def bias_and_noise(values, lam, gae=ppo.gae):
-    advantages, _ = gae(token_rewards[0], values, mask, gamma=1.0, lam=lam)  # watch: advantages (C, T)
+def bias_and_noise(values, lam):
+    advantages, _ = ppo.gae(token_rewards[0], values, mask, gamma=1.0, lam=lam)  # watch: advantages (C, T)
     estimates = torch.einsum("ct,ctp->cp", advantages, steps)  # (C, P) one gradient per completion
     mean = law[0] @ estimates
     noise = law[0] @ (estimates - mean).pow(2).sum(1)
-    return ((mean - true_gradient).norm() / true_gradient.norm()).item(), (noise / true_gradient.norm() ** 2).item()
+    return ((mean - true_gradient).norm() / true_gradient.norm()).item(), (noise.sqrt() / true_gradient.norm()).item()
 
 
-critics = {"exact V": exact_V[0], "V = 0": torch.zeros_like(exact_V[0])}
-print(f"{'':12}" + "".join(f"{f'λ = {lam}':>20}" for lam in (1.0, 0.95, 0.5, 0.0)))
-table = {name: [bias_and_noise(values, lam) for lam in (1.0, 0.95, 0.5, 0.0)] for name, values in critics.items()}
-for name, cells in table.items():
-    print(f"{name:12}" + "".join(f"   {bias:.3f} ± {noise**0.5:8.3f}" for bias, noise in cells) + "   bias ± noise, in lengths of ∇J")
+LAMBDAS = (1.0, 0.95, 0.5, 0.0)
+
+
+def print_row(name, cells, more=""):
+    print(f"{name:12}" + "".join(f"   {bias:.3f} ± {noise:.3f}" for bias, noise in cells) + more)
+
+
+print("bias ± noise, in lengths of the true gradient")
+print(" " * 12 + "".join(f"{f'λ = {lam}':>16}" for lam in LAMBDAS))
+right = [bias_and_noise(exact_V[0], lam) for lam in LAMBDAS]
+empty = [bias_and_noise(torch.zeros_like(exact_V[0]), lam) for lam in LAMBDAS]
+print_row("exact V", right)
+print_row("V = 0", empty)
+assert max(bias for bias, _ in right) < 1e-12 and empty[0][0] < 1e-12  # exact values: any λ;  λ = 1: any values
+assert [bias for bias, _ in empty] == sorted(bias for bias, _ in empty) and empty[-1][0] > 0.4
+assert all([noise for _, noise in row] == sorted((noise for _, noise in row), reverse=True) for row in (right, empty))
+
+# %% [markdown]
+# Two zeros to remember. With the exact values **every** $\lambda$ is unbiased. With $\lambda = 1$ **every** critic is. Between the two,
+# smaller $\lambda$ means less noise, and more trust in a critic that may be wrong. The usual 0.95 costs 3 % of bias with $V = 0$, and
+# that shrinks as a critic learns.
+#
+# ## The critic learns what is true
+#
+# A value model is the policy's trunk with a head of one number instead of $V$ logits. Keep the policy as it is, draw completions, and fit
+# the returns at $\lambda = 1$: plain sums of what came. Each is a noisy number, one run of luck from its prefix on. What minimises the
+# squared distance to all of them is their mean, the true value.
+
+# %%
+torch.manual_seed(0)
+value_model = policy.with_scalar_head()
+optimizer = torch.optim.Adam(value_model.parameters(), lr=1e-2, betas=(0.9, 0.99))
+prompts_ids = [x for x in language.prompts for _ in range(32)]  # 64 rows
+
+
+def values_of(value_model):
+    """(2, C, T): what the critic says of every prefix."""
+    values = value_model(language.inputs.flatten(0, 1)).unflatten(0, language.inputs.shape[:2])  # (2, prefixes, T)
+    return torch.where(mask, values[:, language.rows[:, None], torch.arange(3)], 0).detach()
+
+
+LOOKS = (0, 20, 300)
+looks = {}
+for k in range(LOOKS[-1] + 1):
+    if k in LOOKS:
+        looks[k] = values_of(value_model)
+    optimizer.param_groups[0]["lr"] = 1e-2 * (1 - k / (LOOKS[-1] + 1))  # falls to 0
+    answers = sample(policy, prompts_ids, max_new=3, eos_id=EOS, seed=("critic", k))
+    with torch.no_grad():
+        drawn_rewards = ppo.shape_rewards(language.scores(prompts_ids, answers), answers.old_logps, token_logps(ref, answers),
+                                          answers.mask, beta=BETA)
+    values = value_model(answers.inputs)  # watch: values (B, T)
+    _, returns = ppo.gae(drawn_rewards, values, answers.mask, gamma=1.0, lam=1.0)
+    loss = my_value_loss(values, values.detach(), returns, answers.mask, eps=torch.inf)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+prefixes = {y[:t]: (c, t) for c, y in enumerate(language.completions) for t in range(len(y))}  # each of the 21 prefixes, once
+at = torch.tensor(list(prefixes.values())).T  # (2, 21) its row and its column
+truth = exact_V[:, at[0], at[1]]  # watch: truth (2, 21)
+reach = law[:, None, :] * torch.tensor([[y[: len(s)] == s for y in language.completions] for s in prefixes])  # (2, 21, C)
+reach = reach.sum(-1)  # (2, 21) how often the policy passes this prefix
+print("bias ± noise, in lengths of the true gradient")
+print(" " * 12 + "".join(f"{f'λ = {lam}':>16}" for lam in LAMBDAS) + "    error of V")
+error = {}
+for k, values in looks.items():
+    error[k] = (reach * (values[:, at[0], at[1]] - truth) ** 2).sum().div(reach.sum()).sqrt().item()
+    learned = [bias_and_noise(values[0], lam) for lam in LAMBDAS]
+    print_row(f"{k} updates", learned, f"{error[k]:14.3f}")
+    assert learned[0][0] < 1e-12  # λ = 1 does not mind
+assert error[300] < 0.35 * error[0] and learned[1][0] < 0.3 * empty[1][0]
+
+# %% [markdown]
+# A new critic, with its random head, is worse than none, and a few updates mend that. It has never seen a true value, only sums that
+# came out one way or another, and yet approaches it (the picture is below): the bias of $\lambda = 0.95$ is gone but for a trace. In just
+# this way it follows the policy from rollout to rollout while PPO runs.
+#
+# ## The experiment: to π*, beside RLOO
+#
+# The maximiser of $\mathbb{E}_\pi[r] - \beta\,\mathrm{KL}(\pi\|\mathrm{ref})$ is $\pi^* \propto \mathrm{ref} \cdot e^{r/\beta}$, so the
+# distance $\mathrm{KL}(\pi\|\pi^*)$ can be computed at every moment, over all 85 completions of both prompts. PPO and RLOO get the same
+# start, the same learning rate and the **same number of completions**, 64 per rollout. PPO makes four updates of each rollout, RLOO one.
+# To see what the four updates do by themselves, RLOO runs twice more: with four updates as well, held by the same clip on its ratio of
+# whole completions, and with one update of three times the learning rate.
+
+# %%
+ROLLOUTS, LR, EPOCHS, SEEDS, EPS, LAM = 70, 1e-3, 4, (0, 1, 2), 0.2, 0.95
+start = tiny_gpt(language.vocab_size, seed=0, mixing=0.3, dtype=torch.float32)
+start_law = language.law_of(start)
+star = [torch.tensor(closed_form.tilt(start_law[n].numpy(), language.rewards[n].numpy(), BETA)) for n in range(2)]
+star = torch.stack(star)  # watch: star (2, C)
+
+
+def kl_to_star(policy):
+    law = language.law_of(policy)
+    return (law * (law.log() - star.log())).sum(1).mean().item()
+
+
+def adam(model, lr):
+    return torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
+
+
+def update(optimizer, loss, k):
+    optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * (1 - k / ROLLOUTS)  # falls to 0
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def train_ppo(seed, loss_of=my_policy_loss, rollouts=ROLLOUTS, look=None):
+    """The whole of PPO. Returns the policy and [KL(π ‖ π*)] after each rollout."""
+    policy, ref = copy.deepcopy(start), start
+    torch.manual_seed(seed)
+    value_model = policy.with_scalar_head()
+    optimizer, value_optimizer, path = adam(policy, LR), adam(value_model, 3 * LR), [kl_to_star(start)]
+    for k in range(rollouts):
+        answers = sample(policy, prompts_ids, max_new=3, eos_id=EOS, seed=(seed, k))
+        with torch.no_grad():
+            old_logps, ref_logps = token_logps(policy, answers), token_logps(ref, answers)  # watch: old_logps (B, T)
+            old_values = value_model(answers.inputs)
+        scores = language.scores(prompts_ids, answers)
+        token_rewards = ppo.shape_rewards(scores, old_logps, ref_logps, answers.mask, beta=BETA)
+        advantages, returns = ppo.gae(token_rewards, old_values, answers.mask, gamma=1.0, lam=LAM)  # watch: advantages (B, T)
+        advantages = my_whiten(advantages, answers.mask)
+        for epoch in range(EPOCHS):
+            logps = token_logps(policy, answers)
+            if look and k == 0:
+                look(epoch, logps, old_logps, answers.mask)
+            update(optimizer, loss_of(logps, old_logps, advantages, answers.mask, EPS), k)
+            update(value_optimizer, my_value_loss(value_model(answers.inputs), old_values, returns, answers.mask, EPS), k)
+        path.append(kl_to_star(policy))
+    return policy, path
+
+
+def train_rloo(seed, epochs, lr=LR):
+    policy, ref, path = copy.deepcopy(start), start, [kl_to_star(start)]
+    optimizer = adam(policy, lr)
+    for k in range(ROLLOUTS):
+        answers = sample(policy, prompts_ids, max_new=3, eos_id=EOS, seed=(seed, k))
+        with torch.no_grad():
+            old_logps, ref_logps = token_logps(policy, answers), token_logps(ref, answers)
+        rewards = rloo.kl_rewards(language.scores(prompts_ids, answers), old_logps, ref_logps, beta=BETA)
+        advantages = rloo.leave_one_out(rewards, group_size=4)  # (B,)
+        for _ in range(epochs):
+            update(optimizer, rloo.rloo_loss(token_logps(policy, answers), old_logps, advantages, answers.mask, eps=EPS)[0], k)
+        path.append(kl_to_star(policy))
+    return path
+
+
+def first_rollout(epoch, logps, old_logps, mask):
+    ratio = (logps - old_logps).exp()[mask]  # watch: ratio (tokens,)
+    outside = ((ratio - 1).abs() > EPS).float().mean()
+    print(f"first rollout, epoch {epoch}: ratio {ratio.min():.3f} to {ratio.max():.3f}, {100 * outside:2.0f} % of the tokens beyond 1 ± ε")
+    if epoch == 0:
+        assert (ratio - 1).abs().max() < 1e-6
+
+
+paths = {"PPO": [], "RLOO": [], "RLOO, 4 epochs": [], "RLOO, 3 × lr": []}
+for seed in SEEDS:
+    trained, path = train_ppo(seed, look=first_rollout if seed == 0 else None)
+    paths["PPO"].append(path)
+    paths["RLOO"].append(train_rloo(seed, epochs=1))
+    paths["RLOO, 4 epochs"].append(train_rloo(seed, epochs=EPOCHS))
+    paths["RLOO, 3 × lr"].append(train_rloo(seed, epochs=1, lr=3 * LR))
+paths = {name: torch.tensor(rows) for name, rows in paths.items()}  # (seeds, ROLLOUTS + 1)
+print(f"\nKL(π ‖ π*), mean of {len(SEEDS)} seeds, after so many completions")
+moments = [0, 5, 10, 30, 50, 70]
+print(" " * 16 + "".join(f"{64 * k:9}" for k in moments))
+for name, rows in paths.items():
+    print(f"{name:16}" + "".join(f"{rows[:, k].mean():9.4f}" for k in moments))
+
+final = {name: rows[:, -1].mean().item() for name, rows in paths.items()}
+at_640 = {name: rows[:, 10].mean().item() for name, rows in paths.items()}
+assert final["PPO"] < 0.01 < paths["PPO"][:, 0].min() / 40  # it arrives
+assert max(at_640["PPO"], at_640["RLOO, 4 epochs"]) < at_640["RLOO, 3 × lr"] < at_640["RLOO"]  # reuse is fast
+assert final["RLOO, 4 epochs"] < final["RLOO"] and final["PPO"] < final["RLOO"]
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), dpi=150, width_ratios=(1, 1.35))
+low, high = truth.min().item() - 0.15, truth.max().item() + 0.15
+left.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=0)
+for k, color, label in ((20, "#a9d0e3", "20 updates"), (300, BLUE, "300 updates")):
+    learned = looks[k][:, at[0], at[1]]
+    left.scatter(truth, learned, s=12 + 200 * reach, color=color, alpha=0.85, edgecolor="white", linewidth=0.6, label=label)
+left.set(xlabel="true value, by enumeration", ylabel="what the critic says", xlim=(low, high), ylim=(low, high))
+legend = left.legend(frameon=False, loc="upper left", labelcolor=[DARK, DARK])
+for handle in legend.legend_handles:
+    handle.set_sizes([50])
+left.text(high, low + 0.03, "42 prefixes; area: how often\nthe policy comes by", color=GREY, ha="right", va="bottom", fontsize=9)
+left.set_title("The critic learns what prefixes are worth", color=DARK, loc="left", fontsize=12)
+
+completions = [64 * k for k in range(ROLLOUTS + 1)]
+for name, color, width, style in (("RLOO, 4 epochs", DARK, 1.2, "-"), ("RLOO, 3 × lr", RED, 1.2, (0, (3, 2))), ("RLOO", RED, 2.2, "-"),
+                                  ("PPO", BLUE, 2.2, "-")):
+    rows = paths[name]
+    if width > 2:
+        right.fill_between(completions, rows.min(0).values, rows.max(0).values, color=color, alpha=0.12, linewidth=0)
+    right.semilogy(completions, rows.log().mean(0).exp(), color=color, linewidth=width, linestyle=style)
+ends = sorted((rows[:, -1].log().mean().exp().item(), name) for name, rows in paths.items())
+colors = {"PPO": BLUE, "RLOO": RED, "RLOO, 3 × lr": RED, "RLOO, 4 epochs": DARK}
+labels = {"PPO": "PPO, 4 epochs", "RLOO": "RLOO, 1 update"}
+above = 0.0
+for height, name in ends:
+    above = max(height, 1.18 * above)  # labels do not touch
+    right.text(completions[-1] * 1.015, above, labels.get(name, name), color=colors[name], va="center", fontsize=9,
+               weight="bold" if name in labels else "normal")
+right.set(xlabel="completions sampled", ylabel="KL(π ‖ π*), by enumeration", xlim=(0, completions[-1]), ylim=(1.5e-3, 0.6))
+right.set_title("On the way to π*", color=DARK, loc="left", fontsize=12)
+for ax in (left, right):
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(colors=DARK)
+figure.tight_layout(w_pad=3)
+figure.savefig(FIGURES / "08_ppo.png")
+if IN_NOTEBOOK:
+    plt.show()
+plt.close(figure)
+print("figure:", FIGURES / "08_ppo.png")
+
+# %% [markdown]
+# Left: in the end the critic knows the prefixes that the policy visits (large dots). Of the rare ones it has seen little.
+#
+# Right (bands: three seeds): PPO arrives at $\pi^*$, and gets much more out of the first few hundred completions than RLOO with one
+# update of each. That comes from reuse, not from the critic. RLOO with four clipped updates (thin, dark) is as fast, and one step three
+# times as large (dashed) is not the same as four steps that look again. With completions of three tokens there is little credit to assign,
+# and siblings are cheap; a critic earns its keep where completions are long and every one is dear. Four steps on the same noise have a
+# price too, the zigzag, which lasts until the falling learning rate calms it.
+#
+# ## Break it on purpose, 1: forget the exp
+#
+# $\rho$ is a ratio of probabilities, $e^{\log\pi - \log\pi_\mathrm{old}}$. Take the ratio of the *log*-probabilities, which lie at
+# hand, and it is exactly 1 at first, as it should be. The assertion passes, the loss is 0, the clip fraction 0.
+
+
+# %%
+def without_exp(logps, old_logps, advantages, mask, eps):
+    ratio = logps / old_logps
+    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages)
+    return -objective[mask].mean()
+
+
+right_gradient = torch.autograd.grad(my_policy_loss(logps[0], logps[0].detach(), some, mask, 0.2), logps, retain_graph=True)[0]
+wrong_gradient = torch.autograd.grad(without_exp(logps[0], logps[0].detach(), some, mask, 0.2), logps, retain_graph=True)[0]
+opposite = (right_gradient * wrong_gradient)[0][mask] < 0  # (tokens,)
+print(f"loss {abs(without_exp(logps[0], logps[0].detach(), some, mask, 0.2).item()):.1e};   "
+      f"tokens that are pushed the wrong way: {opposite.sum()} of {len(opposite)}")
+broken_policy, broken_path = train_ppo(0, loss_of=without_exp, rollouts=15)
+print("KL(π ‖ π*) after 0, 5, 10, 15 rollouts: " + "  ".join(f"{broken_path[k]:.3f}" for k in (0, 5, 10, 15))
+      + f"   (right: {paths['PPO'][0, 15]:.3f})")
+before, after = ((language.law_of(p) * language.rewards).sum(1).mean().item() for p in (start, broken_policy))
+print(f"mean reward at the start {before:.3f}, then {after:.3f}")
+assert opposite.all() and broken_path[-1] > 2 * broken_path[0] and after < before
+
+# %% [markdown]
+# The derivative of $\log\pi / \log\pi_\mathrm{old}$ is $\nabla\log\pi / \log\pi_\mathrm{old}$, and the logarithm of a probability is
+# *negative*. Every single token is pushed the wrong way, the unlikely ones least. A check of values at $\rho = 1$ cannot see it. A check
+# of gradients does at once; without one you would wonder why the reward falls.
+#
+# ## Break it on purpose, 2: bootstrap past the end
+#
+# After the last token there is no state, so $V = 0$ there. But the tensor goes on: the critic says something about the padding too. Let it
+# say 0.5 everywhere, and forget the mask when the next value is looked up.
+
+# %%
+beyond = torch.where(mask, exact_V[0], 0.5)  # (C, T) exact values, and an opinion about the padding
+
+
+def past_the_end(token_rewards, values, mask, gamma, lam):
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)  # not masked
+    advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = token_rewards[:, t] + gamma * next_values[:, t] - values[:, t]
+        following = torch.where(mask[:, t], delta + gamma * lam * following, 0)
+        advantages[:, t] = following
+    return advantages
+
+
+def mean_gradient(advantages):
+    return law[0] @ torch.einsum("ct,ctp->cp", advantages, steps)
+
+
+safe, unsafe = ppo.gae(token_rewards[0], beyond, mask, gamma=1.0, lam=LAM)[0], past_the_end(token_rewards[0], beyond, mask, 1.0, LAM)
+for name, advantages in (("minialign", safe), ("past the end", unsafe)):
+    print(f"{name:14} bias {(mean_gradient(advantages) - true_gradient).norm() / true_gradient.norm():.4f}")
+early = (language.lengths < 3).double()  # (C,) EOS came with room to spare
+bonus = flat_gradient((live * (language.rewards[0] + 0.5 * early - BETA * (logps[0] - ref_logps[0]).sum(1))).sum())
+torch.testing.assert_close(mean_gradient(safe), true_gradient)
+torch.testing.assert_close(mean_gradient(past_the_end(token_rewards[0], beyond, mask, 1.0, 1.0)), bonus)
+assert (mean_gradient(unsafe) - true_gradient).norm() > 0.1 * true_gradient.norm()
+
+# %% [markdown]
+# With $\lambda = 1$ it is exactly the gradient for another reward: the critic's word about the padding is paid as a *bonus for stopping
+# early*. And the critic is never corrected, for nothing is learned on padding. Policies that fall silent, or never stop, are the
+# symptom; the project's `gae` starts from the last real token of each row.
+#
+# ## Where to read on
+#
+# - `minialign/methods/ppo.py`: the functions above, then `rollout`, `step` with its assertion that the first ratio is 1, `main` with the
+#   two optimizers. `explained_variance` is the number to watch: how much of the returns the critic foresees.
+# - `minialign/methods/rloo.py` and `grpo.py`: the same clip, on whole completions and on tokens, without a critic.
+# - `tests/methods/test_ppo.py`: the enumerations above. `python -m toy.tiny_language --methods ppo` trains on 1555 completions of three
+#   prompts.
+# - `python -m minialign ppo` runs it on the built-in task, with `--reward` and `--value` on your reward model.
+#
+# ## Exercises
+#
+# **Exercise 1** (★☆☆, 5 minutes). A token has $A > 0$ and $\varepsilon = 0.2$. Up to which probability does one rollout push it, if it had
+# 0.01, 0.5, 0.9 before? What does the clip mean for a rare token that turned out well?
+#
+# **Exercise 2** (★★☆, 15 minutes). Put the reward one slot late: `last + 1`, as in code written for rollouts of fixed length, and let the
+# mask do the rest. What gradient is left? Name it, and check by enumeration with $\lambda = 1$, $V = 0$.
+#
+# **Exercise 3** (★★★, 20 minutes). At $\pi^*$ show that $V(s) = \beta \log \mathbb{E}_\mathrm{ref}[e^{r/\beta} \mid s]$ for every prefix
+# $s$, and that each single $\delta_t$ vanishes. Check both by enumeration. What does whitening make of such advantages?
+#
+# ---
+#
+# ## Solutions
+#
+# **Solution 1.** Up to $1.2$ times what it was: 0.012, 0.6, and 1.08, that is, without limit. The clip counts in ratios, so it lets a
+# likely token go anywhere and a rare one almost nowhere. A good rare token needs many rollouts.
+
+# %%
+for p in (0.01, 0.5, 0.9):
+    limit = 1.2 * p
+    slopes = [clipped_objective(new / p, 1.0)[1] for new in (min(0.999 * limit, 1.0), min(1.001 * limit, 1.0))]
+    print(f"had {p:4}: pushed up to {min(limit, 1.0):.3f}   slope just below {slopes[0]:.0f}, just above {slopes[1]:.0f}")
+    assert slopes == ([1.0, 0.0] if limit < 1 else [1.0, 1.0])
+
+# %% [markdown]
+# **Solution 2.** The score stands on padding, or beyond the tensor, and the mask removes it. Only the KL is left: the gradient is
+# $-\beta\,\nabla\mathrm{KL}(\pi\|\mathrm{ref})$. The policy stays at ref, the KL is a beautiful 0, and no reward is ever learned.
+
+# %%
+late = my_shape_rewards(torch.zeros(85, dtype=torch.float64), logps[0], ref_logps[0], mask, BETA)
+late = torch.cat([late, torch.zeros(85, 1)], dim=1)  # (C, T + 1) room for the slot after the last token
+late.scatter_(1, language.lengths[:, None], language.rewards[0][:, None])
+late_mask = torch.cat([mask, torch.zeros(85, 1, dtype=torch.bool)], dim=1)
+advantages, _ = ppo.gae(late, torch.zeros_like(late), late_mask, gamma=1.0, lam=1.0)
+kl_gradient = flat_gradient(-BETA * (live * (logps[0] - ref_logps[0]).sum(1)).sum())
+torch.testing.assert_close(mean_gradient(advantages[:, :3]), kl_gradient)
+print("one slot late: the gradient is −β ∇KL(π ‖ ref), the reward is gone")
+
+# %% [markdown]
+# **Solution 3.** Given a prefix $s$ (the empty one included), $\pi^*(y|s) = \mathrm{ref}(y|s)\,e^{r/\beta} / Z(s)$ with
+# $Z(s) = \mathbb{E}_\mathrm{ref}[e^{r/\beta}|s]$. What is still to come is $r - \beta\log\pi^*(y|s)/\mathrm{ref}(y|s) = \beta\log Z(s)$, the
+# same for every $y$. So nothing is ever a surprise: $\delta_t = 0$. Whitening divides such zeros by their spread. With an imperfect
+# critic it blows the critic's errors up to size 1.
+
+# %%
+star_logps = language.conditionals(star[0])  # (C, T)
+ref0_logps = language.conditionals(start_law[0])
+star_rewards = my_shape_rewards(language.rewards[0], star_logps, ref0_logps, mask, BETA)
+star_V = language.exact_values(star[0], star_rewards)
+soft = torch.zeros_like(star_V)
+for c, y in enumerate(language.completions):
+    for t in range(len(y)):
+        below = [i for i, other in enumerate(language.completions) if other[:t] == y[:t]]
+        weights = start_law[0][below] / start_law[0][below].sum()
+        soft[c, t] = BETA * (weights * (language.rewards[0][below] / BETA).exp()).sum().log()
+delta, _ = ppo.gae(star_rewards, star_V, mask, gamma=1.0, lam=0.0)  # λ = 0: the advantages are the δ
+print(f"largest |V − β log E_ref[exp(r/β) | s]|: {(star_V - soft).abs().max():.1e};   largest |δ|: {delta.abs().max():.1e}")
+torch.testing.assert_close(star_V, soft)
+assert delta.abs().max() < 1e-9

@@ -20,8 +20,9 @@ Details  **The trap of k3.** Its value is an unbiased estimate of KL(π‖ref); 
          The loss is about 0 at ratio 1 whatever the rewards; it is no progress signal.
 Law      Without normalize and with dr_grpo: π(a|s) = β'·ref(a|s) / (c_s + β' − Q(s, a)), with β' = β·G/(G − 1), Q = E_π[r | s, a], and
          c_s such that it sums to 1, backwards over the tokens (token_k3_law of toy/closed_form.py). With the paper's form and G → ∞ the
-         same with r → A/|y| and β → β/|y| (group_normalised_law). Dividing by the spread makes the pull β·std_π(r), which falls as π
-         sharpens: below a threshold of β it collapses onto few completions (collapse_threshold). Never π*.
+         same with r → A/|y| and β → β/|y| (group_normalised_law). Dividing by the spread makes the pull about β·std_π(r), which falls
+         as π sharpens, so it ends far sharper than β says; with the KL in the reward it would even collapse below a threshold of β
+         (collapse_threshold). Never π*.
 Checked  tests/methods/test_grpo.py (hand numbers, aggregates, gradients by enumeration), toy/tiny_language.py (the laws).
 
     python -m minialign grpo                                                 # built-in task, laptop CPU

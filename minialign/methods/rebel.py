@@ -14,7 +14,7 @@ Details  This is the form of the released code. The paper prints ( (1/η)·Δ �
          takes another full step and nothing holds the policy.
          Both completions of a pair stay in one micro-batch. Identical completions are a pair like any other: their error is 0.
 Law      One rollout solved to the end: π_t·e^{ηR}/Z. So log π_t = (1 − ηβ)^t·log ref + (1 − (1 − ηβ)^t)·log π* + const, which tends to
-         π* ∝ ref·e^{r/β} for ηβ < 2; with β = 0 it moves η nats per unit of reward at every rollout, for ever.
+         π* ∝ ref·e^{r/β} for 0 < ηβ < 2; with β = 0 it moves η nats per unit of reward at every rollout, for ever.
 Checked  tests/methods/test_rebel.py (the exact step has loss 0, hand numbers, both forms), toy/tiny_language.py (the law).
 
     python -m minialign rebel                                                # built-in task, laptop CPU

@@ -34,6 +34,13 @@ def policy(logits):
     return logps(logits).sum(1).exp().detach().numpy()
 
 
+def logits_of(table):
+    """Flat logits of a policy whose log-probs are table (C, T)."""
+    logits = torch.zeros(len(PREFIXES), WORDS + 1, dtype=torch.float64)
+    logits[ROWS[MASK], TOKENS[MASK]] = table[MASK]
+    return logits.flatten()
+
+
 def problem(seed):
     """Ref's log-probs (C, T), ref (C,), rewards (C,), a random start: nothing uniform, no two rewards alike."""
     generator = torch.Generator().manual_seed(seed)
@@ -58,10 +65,11 @@ def settle(objective, start):
     for _ in range(200):
         jacobian = torch.autograd.functional.jacobian(lambda z: update(objective, z), logits, vectorize=True)
         step = torch.linalg.solve(eye / size - jacobian, update(objective, logits.requires_grad_())).detach()
-        if step.abs().max() > 0.5:  # too long to follow the flow
+        step = (step.view(len(PREFIXES), -1) - step.view(len(PREFIXES), -1).mean(1, keepdim=True)).flatten()  # those constants do nothing
+        if step.abs().max() > 1:  # too long to follow the flow
             size /= 3
             continue
-        logits, size = (logits + step).detach(), min(size * 2, 1e10)
+        logits, size = (logits + step).detach(), min(size * 4, 1e10)
         if step.abs().max() < 1e-9 and size > 1e9:
             break
     assert update(objective, logits.requires_grad_()).abs().max() < 1e-12
@@ -147,7 +155,7 @@ def test_token_k3_rests_at_its_law(seed, beta):
     assert law.kl(found, law.sequence_k3_law(ref, rewards.numpy(), beta)) > 1e-5  # nor this
 
 
-@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize("seed", [3])
 def test_token_k3_with_a_pull_of_its_own_for_each_completion(seed):
     ref_logps, ref, rewards, start = problem(seed)
     pull = torch.rand(len(COMPLETIONS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 0.05
@@ -159,11 +167,11 @@ def test_token_k3_by_gradient_steps_alone():
     """Adam and nothing else, from ref's side and from far away: the law is where one arrives."""
     ref_logps, ref, rewards, start = problem(5)
     objective = with_k3_on_tokens(ref_logps, lambda w: rewards - w @ rewards, torch.full_like(rewards, 0.7))
-    for scale in (0.0, 3.0):
+    for scale in (0.0, 2.0):
         logits = (scale * start).requires_grad_()
         optimizer = torch.optim.Adam([logits], lr=0.1, betas=(0.9, 0.99))
-        for k in range(800):
-            optimizer.param_groups[0]["lr"] = 0.1 * (1 - k / 800)
+        for k in range(500):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - k / 500)
             current = logps(logits)
             optimizer.zero_grad()
             (-objective(current, current.detach())).backward()
@@ -171,24 +179,33 @@ def test_token_k3_by_gradient_steps_alone():
         close(policy(logits), law.token_k3_law(COMPLETIONS, ref, rewards.numpy(), np.full(len(ref), 0.7)), 1e-6)
 
 
-@pytest.mark.parametrize(("seed", "group_size", "enumerated"), [(0, 2, True), (1, 3, True), (2, 4, False), (3, 32, False)])
-def test_a_mean_with_the_sample_in_it(seed, group_size, enumerated):
-    """Groups of 2 and 3 one by one; larger ones by E[A | y] = (G − 1)/G·(r − E r). Both ways to state the law agree."""
+@pytest.mark.parametrize(("seed", "group_size"), [(0, 2), (1, 4), (2, 32)])
+def test_a_mean_with_the_sample_in_it(seed, group_size):
+    """E[A | y] = (G − 1)/G·(r − E r), so the pull that acts is β·G/(G − 1); for G = 2 all pairs. Both ways to state the law agree."""
     beta, share = 0.6, (group_size - 1) / group_size
     ref_logps, ref, rewards, start = problem(seed)
-    objective = of_groups(ref_logps, rewards, beta, group_size) if enumerated else with_k3_on_tokens(
+    objective = of_groups(ref_logps, rewards, beta, 2) if group_size == 2 else with_k3_on_tokens(
         ref_logps, lambda w: share * (rewards - w @ rewards), torch.full_like(rewards, beta))
     expected = law.token_k3_law(COMPLETIONS, ref, rewards.numpy(), np.full(len(ref), beta / share))
     close(settle(objective, start), expected)
     close(law.token_k3_law(COMPLETIONS, ref, share * rewards.numpy(), np.full(len(ref), beta)), expected, 1e-13)
-    assert law.kl(expected, law.token_k3_law(COMPLETIONS, ref, rewards.numpy(), np.full(len(ref), beta))) > 1e-6 * 32 / group_size
+    assert law.kl(expected, law.token_k3_law(COMPLETIONS, ref, rewards.numpy(), np.full(len(ref), beta))) > 1e-5
 
 
-@pytest.mark.parametrize(("seed", "beta"), [(0, 0.1), (1, 0.5), (2, 1.0), (3, 3.0)])
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_groups_one_by_one(group_size):
+    """At any policy the update over all groups of 2 and of 3 is that of the expected advantage, (G − 1)/G·(r − E r)."""
+    ref_logps, _, rewards, start = problem(6)
+    share, start = (group_size - 1) / group_size, start.requires_grad_()
+    expected = with_k3_on_tokens(ref_logps, lambda w: share * (rewards - w @ rewards), torch.full_like(rewards, 0.6))
+    assert (update(of_groups(ref_logps, rewards, 0.6, group_size), start) - update(expected, start)).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize(("seed", "beta"), [(0, 0.1), (1, 0.5), (2, 2.0)])
 def test_grpo_as_printed_rests_at_its_law(seed, beta):
     """A/|y| with the spread of the whole law, k3 with weight β/|y|."""
     ref_logps, ref, rewards, start = problem(seed)
-    sizes = torch.tensor(SIZES)
+    sizes = torch.tensor(SIZES, dtype=torch.float64)
 
     def advantages(weights):
         centred = rewards - weights @ rewards
@@ -198,36 +215,32 @@ def test_grpo_as_printed_rests_at_its_law(seed, beta):
     close(found, law.group_normalised_law(COMPLETIONS, ref, rewards.numpy(), beta))
 
 
-def test_rewards_over_their_spread_rest_at_their_law():
-    """KL in the reward: from ref, above the threshold, the flow settles at the warmer solution; without the division at π*."""
-    for seed in range(3):
-        ref_logps, ref, rewards, start = problem(seed)
-        threshold, _ = law.collapse_threshold(ref, rewards.numpy())
-        at_ref = torch.zeros(len(PREFIXES), WORDS + 1, dtype=torch.float64)
-        at_ref[ROWS[MASK], TOKENS[MASK]] = ref_logps[MASK]
-        for beta in (1.05 * threshold, 2 * threshold):
-            found = settle(with_kl_in_the_reward(ref_logps, rewards, beta, normalise=True), at_ref.flatten())
-            close(found, law.std_normalised_law(ref, rewards.numpy(), beta))
-        close(settle(with_kl_in_the_reward(ref_logps, rewards, 0.7, normalise=False), start), law.tilt(ref, rewards.numpy(), 0.7))
+@pytest.mark.parametrize(("seed", "excess"), [(0, 2.0), (1, 1.5)])
+def test_rewards_over_their_spread_rest_at_their_law(seed, excess):
+    """KL in the reward: from ref, above the threshold, the flow settles at the warmest solution; without the division at π*."""
+    ref_logps, ref, rewards, start = problem(seed)
+    beta = excess * law.collapse_threshold(ref, rewards.numpy())[0]
+    found = settle(with_kl_in_the_reward(ref_logps, rewards, beta, normalise=True), logits_of(ref_logps))
+    close(found, law.std_normalised_law(ref, rewards.numpy(), beta))
+    close(settle(with_kl_in_the_reward(ref_logps, rewards, 0.7, normalise=False), start), law.tilt(ref, rewards.numpy(), 0.7))
 
 
 def test_rewards_over_their_spread_collapse_below_the_threshold():
-    """The same update, a little below: followed until all but 1e-4 of the mass is on the best completion."""
+    """The same update, a little below, rewards of four levels: followed until the spread is 1e-3 of what it was; the best are left."""
     ref_logps, ref, rewards, _ = problem(0)
+    rewards = (2 * rewards).round().clamp(-2, 1)
     beta = 0.9 * law.collapse_threshold(ref, rewards.numpy())[0]
     objective = with_kl_in_the_reward(ref_logps, rewards, beta, normalise=True)
-    logits = torch.zeros(len(PREFIXES), WORDS + 1, dtype=torch.float64)
-    logits[ROWS[MASK], TOKENS[MASK]] = ref_logps[MASK]
-    logits = logits.flatten().requires_grad_()
+    logits = logits_of(ref_logps).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.05, betas=(0.9, 0.99))
     for _ in range(2000):
         current = logps(logits)
         optimizer.zero_grad()
         (-objective(current, current.detach())).backward()
         optimizer.step()
-        if policy(logits).max() > 1 - 1e-4:
+        if spread(policy(logits), rewards.numpy()) < 1e-3 * spread(ref, rewards.numpy()):
             break
-    assert policy(logits).max() > 1 - 1e-4 and policy(logits).argmax() == rewards.argmax()
+    assert policy(logits)[rewards == rewards.max()].sum() > 1 - 1e-5
     assert law.std_normalised_law(ref, rewards.numpy(), beta) is None
 
 
@@ -300,12 +313,11 @@ def iterate(ref, rewards, beta, sigma, damping=0.5, rounds=4000):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_both_sides_of_the_threshold(seed):
-    """From a huge σ: above it σ settles where std_normalised_law is, below it falls to 0. From a tiny σ it always falls."""
+    """From a huge σ: above it σ settles where std_normalised_law is, below it falls to 0. From a tiny σ it always falls. With ties."""
     rng = np.random.default_rng(seed)
-    ref, rewards = rng.dirichlet(np.ones(12)), rng.normal(size=12)
+    ref, rewards = rng.dirichlet(np.ones(12)), rng.choice([0.0, 1, 1.7, 3], size=12)
     threshold, temperature = law.collapse_threshold(ref, rewards)
-    assert threshold == pytest.approx(temperature / law.spread_of_tilt(ref, rewards, temperature), rel=1e-12)
-    assert law.spread_of_tilt(ref, rewards, temperature) == pytest.approx(spread(law.tilt(ref, rewards, temperature), rewards), rel=1e-12)
+    assert threshold == pytest.approx(temperature / spread(law.tilt(ref, rewards, temperature), rewards), rel=1e-12)
     for beta in (1.02 * threshold, 1.5 * threshold, 10 * threshold):
         sigma, settled = iterate(ref, rewards, beta, 1e3), law.std_normalised_law(ref, rewards, beta)
         assert sigma == pytest.approx(spread(settled, rewards), rel=1e-9) and sigma > 0
@@ -323,10 +335,16 @@ def test_the_threshold_ignores_units(seed):
     threshold, temperature = law.collapse_threshold(ref, rewards)
     for scale, shift in ((1e-3, 0.0), (40.0, -7.0), (1.0, 5.0)):
         other, warmer = law.collapse_threshold(ref, scale * rewards + shift)
-        assert other == pytest.approx(threshold, rel=1e-9) and warmer == pytest.approx(scale * temperature, rel=1e-9)
+        assert other == pytest.approx(threshold, rel=1e-9) and warmer == pytest.approx(scale * temperature, rel=1e-6)
         close(law.std_normalised_law(ref, scale * rewards + shift, 2 * threshold), law.std_normalised_law(ref, rewards, 2 * threshold))
-        found = law.group_normalised_law(ONE_TOKEN, law.normalise(ref[:5]), scale * rewards[:5] + shift, 0.4)
-        close(found, law.group_normalised_law(ONE_TOKEN, law.normalise(ref[:5]), rewards[:5], 0.4))
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1e-8, 0.0), (1e-3, 0.0), (40.0, -7.0), (1.0, 5.0)])
+def test_grpo_as_printed_ignores_units(scale, shift):
+    rng = np.random.default_rng(0)
+    ref, rewards = rng.dirichlet(np.ones(5)), rng.normal(size=5)
+    found = law.group_normalised_law(ONE_TOKEN, ref, scale * rewards + shift, 0.4)
+    close(found, law.group_normalised_law(ONE_TOKEN, ref, rewards, 0.4))
 
 
 @pytest.mark.parametrize("share", [1e-8, 0.01, 0.3, 0.5, 0.9])
@@ -343,7 +361,7 @@ def test_the_threshold_of_two_rewards(share):
     expected = 2 * np.cosh((t + logit) / 2) / t
     for ref, rewards in (([1 - share, share], [0.0, 1]), (np.repeat([1 - share, share], 3) / 3, np.repeat([-4.0, 5], 3))):
         threshold, temperature = law.collapse_threshold(ref, rewards)
-        assert threshold == pytest.approx(expected, rel=1e-5) and temperature == pytest.approx(np.ptp(rewards) / t, rel=5e-3)
+        assert threshold == pytest.approx(expected, rel=1e-6) and temperature == pytest.approx(np.ptp(rewards) / t, rel=5e-3)
     if share == 0.5:
         assert expected == pytest.approx(1 / 0.6627434193491815, rel=1e-12)
 
@@ -366,7 +384,7 @@ def test_rewards_of_two_scales_have_two_cold_slopes():
     """
     ref, rewards = np.array([0.5, 0.3, 0.2]), np.array([0.0, 30, 31])
     beta, t = 2.0, 0.0
-    for _ in range(200000):
+    for _ in range(20000):
         change = 1e-3 * (1 / spread(law.normalise(ref * np.exp(t * (rewards - 31))), rewards) - beta * t)
         t += change
         if abs(change) < 1e-16:
@@ -377,10 +395,18 @@ def test_rewards_of_two_scales_have_two_cold_slopes():
     close(law.std_normalised_law(ref, rewards, beta), law.tilt(ref, rewards, 1 / t))
 
 
-@pytest.mark.parametrize(("ref", "rewards"), [([0.5, 0.3, 0.2], [0.0, 1000, 1001]), ([1 - 1e-60, 1e-60], [0.0, 1])])
-def test_the_threshold_is_the_smallest(ref, rewards):
-    """No temperature gives a smaller β, however far below the range of the rewards it is."""
-    betas = [s / max(law.spread_of_tilt(ref, rewards, s), 1e-300) for s in np.geomspace(1e-5, 1e2, 4001) * np.ptp(rewards)]
+@pytest.mark.parametrize("case", ["two scales", "rare", "near tie", "random"])
+def test_the_threshold_is_the_smallest(case):
+    """No temperature gives a smaller β, however far below the range of the rewards it is. "random": 40 independent normal rewards, whose
+    best two happen to be 0.009 apart: at β = .55 there is a law, of σ = .0045, which the iteration meets.
+    """
+    _, random_ref, random_rewards, _ = problem(0)
+    ref, rewards = {"two scales": ([0.5, 0.3, 0.2], [0.0, 1000, 1001]), "rare": ([1 - 1e-60, 1e-60], [0.0, 1]),
+                    "near tie": ([0.4, 0.3, 0.3], [0.0, 1, 1.001]), "random": (random_ref, random_rewards.numpy())}[case]
+    betas = [s / max(spread(law.tilt(ref, rewards, s), rewards), 1e-300) for s in np.geomspace(1e-5, 1e2, 4001) * np.ptp(rewards)]
+    if case == "random":
+        sigma = iterate(ref, rewards, 0.55, 1e3, rounds=400)
+        assert sigma == pytest.approx(spread(law.tilt(ref, rewards, 0.55 * sigma), rewards), rel=1e-9) and 0.004 < sigma < 0.005
     assert law.collapse_threshold(ref, rewards)[0] == pytest.approx(min(betas), rel=1e-4)
 
 
@@ -407,12 +433,18 @@ def test_k3_does_not_collapse(seed):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
 def test_equal_rewards_leave_ref(value):
-    """A group of equal rewards has advantages of exactly 0, and the mean of equal numbers may be off by a rounding error."""
     _, ref, _, _ = problem(0)
     rewards = np.full(len(ref), value)
     close(law.sequence_k3_law(ref, rewards, 0.5), ref, 1e-12)
     close(law.token_k3_law(COMPLETIONS, ref, rewards, np.full(len(ref), 0.5)), ref, 1e-12)
     close(law.rebel_law(ref, rewards, 0.5, 1.0, 3), ref, 1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
+def test_equal_rewards_over_their_spread_leave_ref(value):
+    """A group of equal rewards has advantages of exactly 0, not 0/0; and the mean of equal numbers may be off by a rounding error."""
+    _, ref, _, _ = problem(0)
+    rewards = np.full(len(ref), value)
     close(law.group_normalised_law(COMPLETIONS, ref, rewards, 0.5), ref, 1e-12)
     close(law.std_normalised_law(ref, rewards, 0.5), ref, 1e-12)
 
@@ -428,15 +460,14 @@ def laws(ref, rewards, beta, completions=COMPLETIONS):
             "std_normalised": law.std_normalised_law(ref, rewards, beta)}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_laws_are_distributions_and_reduce_to_ref(seed):
     _, ref, rewards, _ = problem(seed)
     for name, found in laws(ref, rewards.numpy(), 2.0).items():
         close(found, found)
         assert found @ rewards.numpy() > ref @ rewards.numpy(), name
-    for beta in (1e2, 1e4):
-        for name, found in laws(ref, rewards.numpy(), beta).items():
-            assert np.abs(found / ref - 1).max() < 10 / beta, name
+    for name, found in laws(ref, rewards.numpy(), 1e4).items():
+        assert np.abs(found / ref - 1).max() < 1e-3, name
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -31,6 +31,7 @@ lint: $(VENV)/installed-dev      ## ruff
 
 figures: $(VENV)/installed       ## the pictures of README
 	$(BIN)/python -m toy.three_actions --out docs/three_actions.png
+	$(BIN)/python -m toy.tiny_language --out docs/tiny_language.png
 	rm -rf runs/figures
 	$(BIN)/python -m minialign demo --no-toy --out runs/figures && cp runs/figures/demo.png docs/demo.png && cp runs/figures/table.json docs/demo.json
 

@@ -4,7 +4,7 @@
 # **You will hold** the five functions of PPO (token rewards, advantages, whitening, two losses), proved equal to the project's; a critic
 # whose opinion of every prefix you can compare with the truth; and a training run that reaches a policy known in advance.
 #
-# **Minutes:** 45 to read, about 35 seconds of CPU to run. **You need:** tutorial 07 (policy gradient, baseline, the KL in the detached
+# **Minutes:** 45 to read, about 25 seconds of CPU to run. **You need:** tutorial 07 (policy gradient, baseline, the KL in the detached
 # reward).
 #
 # Lines marked `# watch: name (shape)` are good places for a breakpoint. `B` completions, `T` tokens, `C` completions that exist at
@@ -410,7 +410,7 @@ for k, values in looks.items():
     learned = [bias_and_noise(values[0], lam) for lam in LAMBDAS]
     print_row(f"{k} updates", learned, f"{error[k]:14.3f}")
     assert learned[0][0] < 1e-12  # λ = 1 does not mind
-assert error[300] < 0.35 * error[0] and learned[1][0] < 0.3 * empty[1][0]
+assert error[300] < 0.2 * error[0] and learned[1][0] < 0.5 * empty[1][0]
 
 # %% [markdown]
 # A new critic, with its random head, is worse than none, and a few updates mend that. It has never seen a true value, only sums that
@@ -513,7 +513,7 @@ for name, rows in paths.items():
 
 final = {name: rows[:, -1].mean().item() for name, rows in paths.items()}
 at_640 = {name: rows[:, 10].mean().item() for name, rows in paths.items()}
-assert final["PPO"] < 0.01 < paths["PPO"][:, 0].min() / 40  # it arrives
+assert final["PPO"] < 0.01  # it arrives
 assert max(at_640["PPO"], at_640["RLOO, 4 epochs"]) < at_640["RLOO, 3 × lr"] < at_640["RLOO"]  # reuse is fast
 assert final["RLOO, 4 epochs"] < final["RLOO"] and final["PPO"] < final["RLOO"]
 
@@ -543,7 +543,7 @@ colors = {"PPO": BLUE, "RLOO": RED, "RLOO, 3 × lr": RED, "RLOO, 4 epochs": DARK
 labels = {"PPO": "PPO, 4 epochs", "RLOO": "RLOO, 1 update"}
 above = 0.0
 for height, name in ends:
-    above = max(height, 1.18 * above)  # labels do not touch
+    above = max(height, 1.26 * above)  # labels do not touch
     right.text(completions[-1] * 1.015, above, labels.get(name, name), color=colors[name], va="center", fontsize=9,
                weight="bold" if name in labels else "normal")
 right.set(xlabel="completions sampled", ylabel="KL(π ‖ π*), by enumeration", xlim=(0, completions[-1]), ylim=(1.5e-3, 0.6))
@@ -564,7 +564,7 @@ print("figure:", FIGURES / "08_ppo.png")
 # Right (bands: three seeds): PPO arrives at $\pi^*$, and gets much more out of the first few hundred completions than RLOO with one
 # update of each. That comes from reuse, not from the critic. RLOO with four clipped updates (thin, dark) is as fast, and one step three
 # times as large (dashed) is not the same as four steps that look again. With completions of three tokens there is little credit to assign,
-# and siblings are cheap; a critic earns its keep where completions are long and every one is dear. Four steps on the same noise have a
+# and siblings are cheap; a critic is meant for completions that are long and dear. Four steps on the same noise have a
 # price too, the zigzag, which lasts until the falling learning rate calms it.
 #
 # ## Break it on purpose, 1: forget the exp
@@ -684,8 +684,8 @@ print("one slot late: the gradient is −β ∇KL(π ‖ ref), the reward is gon
 
 # %% [markdown]
 # **Solution 3.** Given a prefix $s$ (the empty one included), $\pi^*(y|s) = \mathrm{ref}(y|s)\,e^{r/\beta} / Z(s)$ with
-# $Z(s) = \mathbb{E}_\mathrm{ref}[e^{r/\beta}|s]$. What is still to come is $r - \beta\log\pi^*(y|s)/\mathrm{ref}(y|s) = \beta\log Z(s)$, the
-# same for every $y$. So nothing is ever a surprise: $\delta_t = 0$. Whitening divides such zeros by their spread. With an imperfect
+# $Z(s) = \mathbb{E}_\mathrm{ref}[e^{r/\beta}|s]$. What is still to come is $r - \beta\log\pi^*(y|s)/\mathrm{ref}(y|s) = \beta\log Z(s)$,
+# the same for every $y$. So nothing is ever a surprise: $\delta_t = 0$. Whitening divides such zeros by their spread. With an imperfect
 # critic it blows the critic's errors up to size 1.
 
 # %%

@@ -19,8 +19,10 @@ Checked by tests/test_rewards.py.
 import contextlib
 import copy
 import importlib.util
+import os
 import re
 import signal
+import sys
 import threading
 import time
 from decimal import Decimal, InvalidOperation
@@ -40,9 +42,9 @@ from minialign.weights import load_pretrained
 
 def final_number(text):
     """The number after the first `####` (GSM8K's own rule; commas are thousands), as a Decimal, so that 72 = 72.0; None without one."""
-    found = re.search(r"#### *\$?(-?[\d.,]+)", text)
+    found = re.search(r"#### *(-?)\$?(-?[\d.,]+)", text)
     try:
-        return Decimal(found.group(1).replace(",", "").rstrip(".")) if found else None
+        return Decimal("".join(found.groups()).replace(",", "").rstrip(".")) if found else None
     except InvalidOperation:
         return None
 
@@ -83,7 +85,7 @@ def regex(pattern):
 def _compile(pattern, flags):
     try:
         return re.compile(pattern, flags)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise BadInput(f"the regular expression {pattern!r} is not valid: {error}") from None
 
 
@@ -146,7 +148,7 @@ def ensemble(reward_fns, how="mean"):
     def reward(prompts, completions):
         columns = []
         for fn in reward_fns:
-            columns.append(torch.as_tensor(fn(prompts, completions), dtype=torch.float32).cpu())
+            columns.append(torch.as_tensor(as_list(fn(prompts, completions)), dtype=torch.float32))
             if columns[-1].shape != columns[0].shape:
                 raise ValueError(f"reward {len(columns)} gave the shape {tuple(columns[-1].shape)}, not {tuple(columns[0].shape)}")
         stacked = torch.stack(columns)  # (K, B)
@@ -158,14 +160,15 @@ def ensemble(reward_fns, how="mean"):
 def weight_average(models):
     """WARM: one reward model whose weights are the mean of several fine-tuned from the same start. Costs one model at run time.
 
-    Raises BadInput if their tensors differ in name or shape.
+    Raises BadInput if their configurations differ.
     """
     average = copy.deepcopy(models[0])
+    for field, value in vars(average.config).items():
+        if field not in ("reward_offset", "n_tokens") and any(getattr(model.config, field) != value for model in models):
+            raise BadInput(f"warm: the reward models differ in {field}: only models of one architecture can be averaged")
     tensors = [dict(model.named_parameters()) for model in models]
-    for name, parameter in average.named_parameters():
-        if any(name not in other or other[name].shape != parameter.shape for other in tensors):
-            raise BadInput(f"warm: the reward models differ in {name}: only models of one architecture can be averaged")
-        with torch.no_grad():
+    with torch.no_grad():
+        for name, parameter in average.named_parameters():
             parameter.copy_(torch.stack([other[name] for other in tensors]).mean(0))
     average.config.reward_offset = sum(model.config.reward_offset for model in models) / len(models)
     return average
@@ -176,7 +179,12 @@ def weight_average(models):
 
 def open_reward(specs, *, combine="mean", prompts="builtin", device="cpu", dtype=None, skip_bad=False):
     """The reward that --reward and --combine name. prompts: the prompt file, in which exact_match finds the demonstrated answers."""
+    if combine not in ("mean", "min", "warm"):
+        raise BadInput(f"--combine {combine}: must be mean, min or warm")
     if combine == "warm":
+        for spec in specs:
+            if not os.path.isdir(spec) and "/" not in spec:
+                raise BadInput(f"--reward {spec}: --combine warm averages reward models; expected a folder")
         folders = [find_folder(spec) for spec in specs]
         model = weight_average([_reward_model(folder, device, dtype) for folder in folders])
         return learned(model, load_tokenizer(folders[0]))
@@ -186,7 +194,7 @@ def open_reward(specs, *, combine="mean", prompts="builtin", device="cpu", dtype
 
 def reward_folders(specs):
     """The reward models among them: what must not change while a run goes on. (Code may: a reward that failed has to be mended.)"""
-    return [Path(spec) for spec in specs if Path(spec).is_dir()]
+    return [Path(spec).expanduser() for spec in specs if os.path.isdir(os.path.expanduser(spec))]
 
 
 def _open_one(spec, prompts, device, dtype, skip_bad):
@@ -200,6 +208,8 @@ def _open_one(spec, prompts, device, dtype, skip_bad):
     if name == "format":
         return format_match(argument) if argument else format_match()
     if name == "regex":
+        if not argument:
+            raise BadInput(f"--reward {spec}: expected a pattern, like 'regex:[0-9]+'")
         return regex(argument)
     if name == "length":
         if not argument.isdecimal():
@@ -207,12 +217,12 @@ def _open_one(spec, prompts, device, dtype, skip_bad):
         return length(int(argument))
     if name == "lexicon":
         words = [word.strip() for word in argument.split(",") if word.strip()]
-        if not words:
+        if not words or not all(word.strip("- ") for word in words):
             raise BadInput(f"--reward {spec}: expected words, like lexicon:please,thanks,-now (a leading - counts against)")
-        return lexicon({word.lstrip("-"): -1.0 if word.startswith("-") else 1.0 for word in words})
-    if ".py:" in spec:
+        return lexicon({word.lstrip("- "): -1.0 if word.startswith("-") else 1.0 for word in words})
+    if ".py:" in spec or spec.endswith(".py"):
         return _function_of_file(spec)
-    if not Path(spec).is_dir() and "/" not in spec:
+    if not spec or (not os.path.isdir(os.path.expanduser(spec)) and "/" not in spec):
         raise BadInput(f"--reward {spec}: expected builtin, exact_match, format, regex:PATTERN, length:N, lexicon:WORDS, "
                        "FILE.py:FUNCTION, or a reward model's folder")
     folder = find_folder(spec)
@@ -228,13 +238,16 @@ def _reward_model(folder, device, dtype):
 
 def _function_of_file(spec):
     path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
+    if not path:
+        raise BadInput(f"--reward {spec}: expected FILE.py:FUNCTION")
+    if not os.path.isfile(path):
         raise BadInput(f"--reward {spec}: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location(f"reward_file_{len(sys.modules)}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickles look themselves up there
     try:
-        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"--reward {spec}: {path} cannot be imported ({type(error).__name__}: {first_line(error)})") from None
     if not callable(getattr(module, name, None)):
         raise BadInput(f"--reward {spec}: {path} defines no function {name}; it needs `def {name}(prompts, completions)` -> B numbers")
@@ -253,80 +266,107 @@ class Overtime(BaseException):  # no Exception: a reward's own `except Exception
 
 
 def ask(reward_fn, prompts, completions, *, limit=60.0):
-    """reward_fn's rewards of a batch, (B,) float32 on the CPU. limit: seconds it may take.
+    """reward_fn's rewards of a batch, (B,) float32 on the CPU. limit: seconds it may take. It gets copies of both lists.
 
-    Raises BadReward when it raises, takes longer, or returns anything but B finite numbers: says which row, found by asking row by row.
-    The limit is an alarm signal: it stops Python code, sleeps, input and output, and regular expressions; not C code that never looks
-    up, and nothing on Windows or outside the main thread, where there is no such signal.
+    Raises BadReward when it raises, takes longer, or returns anything but B finite numbers: says what, and which row, found by asking
+    row by row (for at most twice the limit). The limit is an alarm signal: it stops Python code, sleeps, input and output, and regular
+    expressions, but not C code that never looks up. On Windows and outside the main thread there is no such signal, and no limit.
     """
     rewards, fault, row = _try(reward_fn, prompts, completions, limit)
     if fault is None:
         return rewards
-    if row is None:  # it raised or hung: find the first row with which it does so alone
-        deadline = time.monotonic() + 2 * limit
-        for b in range(len(prompts)):
-            _, alone, _ = _try(reward_fn, prompts[b : b + 1], completions[b : b + 1], min(limit, max(0.01, deadline - time.monotonic())))
-            if alone is not None:
-                fault, row = alone, b
-                break
-            if time.monotonic() > deadline:
-                break
-    if row is None:
-        raise BadReward(f"the reward {fault} (no single row does it alone)")
-    raise BadReward(f"the reward {fault} (row {row}, prompt {_short(prompts[row])}, completion {_short(completions[row])})")
+    deadline, alone = time.monotonic() + 2 * limit, row is not None
+    for b in range(len(prompts)) if row is None else []:
+        left = deadline - time.monotonic()
+        if left < 0.01 * limit:
+            break
+        _, fault_alone, _ = _try(reward_fn, prompts[b : b + 1], completions[b : b + 1], min(limit, left))
+        if fault_alone is not None and not (left < limit and "longer than" in fault_alone):  # (cut off by our own deadline)
+            row, alone = b, True
+            break
+    else:
+        alone = True
+    if row is not None:
+        fault += f" (row {row}, prompt {_short(plain_text(prompts[row]))}, completion {_short(completions[row])})"
+    elif alone:
+        fault += " (no single row does it alone)"
+    raise BadReward(f"the reward {fault}")
+
+
+def as_list(rewards):
+    """What a reward returned, as a list. Raises TypeError for what only looks like one number per completion."""
+    if torch.is_tensor(rewards):
+        rewards = rewards.detach().cpu().tolist()
+    if isinstance(rewards, (str, bytes, dict, set)) or not hasattr(rewards, "__iter__"):
+        raise TypeError(f"returned {type(rewards).__name__}, not one number per completion")
+    return list(rewards)
 
 
 def _try(reward_fn, prompts, completions, limit):
     """(rewards, None, None), or (None, what is wrong, the row if that is known)."""
+    prompts = [copy.deepcopy(prompt) for prompt in prompts]  # a judge may append to the messages it gets
+    began = time.monotonic()
     try:
         with time_limit(limit):
-            rewards = reward_fn(list(prompts), list(completions))
+            answer = reward_fn(prompts, list(completions))
+            try:
+                numbers = as_list(answer)
+            except TypeError as error:
+                return None, first_line(error), None
     except Overtime:
         return None, f"took longer than {limit:.3g} s", None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return None, f"raised {type(error).__name__}: {first_line(error)}", None
-    numbers = rewards.detach().cpu().tolist() if torch.is_tensor(rewards) else rewards
-    try:
-        numbers = list(numbers)
-    except TypeError:
-        return None, f"returned {type(rewards).__name__}, not one number per completion", None
+    if time.monotonic() - began > limit and has_alarm():  # it swallowed the alarm
+        return None, f"took longer than {limit:.3g} s", None
     if len(numbers) != len(completions):
-        return None, f"returned {len(numbers)} rewards for {len(completions)} completions", min(len(numbers), len(completions) - 1)
-    values = []
+        return None, f"returned {len(numbers)} rewards for {len(completions)} completions", None
     for row, number in enumerate(numbers):
         try:
-            values.append(float(number))
-        except (TypeError, ValueError):
-            return None, f"returned {number!r}, which is no number,", row
-    rewards = torch.tensor(values, dtype=torch.float32)
+            numbers[row] = float("text" if isinstance(number, (str, bytes)) else number)
+        except Exception:
+            return None, f"returned {repr(number)[:80].splitlines()[0]}, which is no number", row
+    rewards = torch.tensor(numbers, dtype=torch.float32)
     if not rewards.isfinite().all():
         row = int((~rewards.isfinite()).int().argmax())
-        return None, f"returned {values[row]}", row
+        return None, f"returned {numbers[row]:g}", row
     return rewards, None, None
 
 
 def _short(text):
-    text = plain_text(text)
-    return repr(text if len(text) <= 80 else text[:40] + " … " + text[-35:])
+    text = text.replace("\n", "\\n")
+    return f"'{text}'" if len(text) <= 80 else f"'{text[:40]} … {text[-35:]}'"
+
+
+def has_alarm():
+    return hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
 
 
 @contextlib.contextmanager
 def time_limit(seconds):
-    """Raise Overtime in the block after so many seconds."""
-    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+    """Raise Overtime in the block after so many seconds, and again and again after as many more until it ends."""
+    if not has_alarm():
         yield
         return
+    armed, began = [True], time.monotonic()
 
     def ring(number, frame):
-        raise Overtime
+        if armed:
+            raise Overtime
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    seconds = min(seconds, 1e6)
+    others, every = signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, 0.1))  # somebody else's alarm waits meanwhile
     try:
-        yield
+        try:
+            yield
+        finally:
+            armed.clear()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if others:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, others - (time.monotonic() - began)), every)
 
 
 # --------------------------------------------------------------------------------------------------------------------- log

@@ -141,11 +141,9 @@ class Run:
         return open_reward(cfg.reward, combine=cfg.combine, prompts=cfg.prompts, skip_bad=cfg.skip_bad, **where)
 
     def open_value_model(self, name, policy):
-        """PPO's critic: the policy's trunk under a new scalar head that begins at 0, or a reward model of the same vocabulary."""
+        """PPO's critic: the policy's trunk under a new scalar head, or a reward model of the same vocabulary."""
         if name == "policy":
-            value_model = policy.with_scalar_head()
-            torch.nn.init.zeros_(value_model.head.weight)  # worth nothing so far; random values would be noise in the first advantages
-            return value_model
+            return policy.with_scalar_head()
         path = find_folder(name)
         self.same_input("value", path)
         value_model = load_pretrained(path, dtype=self.dtype, device=self.device)

@@ -465,7 +465,7 @@ def test_specs_that_are_accepted(spec):
 CATALOGUE = "expected builtin, exact_match, .*FILE.py:FUNCTION, or a reward model's folder"
 REFUSED = {
     "nonsense": "nonsense: " + CATALOGUE, "": CATALOGUE, " length:9": CATALOGUE, "Length:9": CATALOGUE, "builtin:2": CATALOGUE,
-    "exact_match:2": CATALOGUE, "rewards.py": "rewards.py: " + CATALOGUE, "x" * 300: CATALOGUE,
+    "exact_match:2": CATALOGUE, "rewards.py": "rewards.py: expected FILE.py:FUNCTION", "x" * 300: CATALOGUE,
     "exact_match": "needs --prompts FILE with answers that end in `#### number`",
     "length": "expected a number of characters, like length:200", "length:": "like length:200", "length:many": "like length:200",
     "length:-3": "like length:200", "length:2.5": "like length:200", "length:0": "at least 1 character", "length:9 ": "like length:200",
@@ -505,7 +505,7 @@ def test_looking_for_folders_among_long_specs_finds_none(folders):
 
 @pytest.mark.parametrize("specs", [["length:9"], ["length:9", "length:8"]])
 def test_combine_is_checked_for_one_reward_as_for_several(specs):
-    assert "use mean, min or warm" in refusal(*specs, combine="median")
+    assert "must be mean, min or warm" in refusal(*specs, combine="median")
 
 
 def test_folders_that_are_no_reward_model(folders, policy_folder, tmp_path):

@@ -159,7 +159,7 @@ def _k3_node(ref, gain, pull):
     Bisection over d = c − max gain > 0, because c itself would lose the digits of a small pull beside large gains. At
     d = max over a of pull_a·ref_a − (max gain − gain_a) one term alone is 1; at d = Σ pull·ref no term exceeds its share.
     """
-    weights, gap = np.asarray(pull, dtype=np.float64) * ref, np.max(gain) - np.asarray(gain, dtype=np.float64)
+    weights, gap = np.asarray(pull, dtype=np.float64) * np.asarray(ref), np.max(gain) - np.asarray(gain, dtype=np.float64)
     low, high = (weights - gap).max(), weights.sum()
     for _ in range(200):
         middle = (low + high) / 2

@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
@@ -25,9 +24,6 @@ from minialign.methods.irft import irft_loss
 from minialign.methods.reward_model import bradley_terry_loss
 from minialign.methods.sft import sft_loss
 from toy import closed_form
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 @dataclass
@@ -295,6 +291,11 @@ def sampled_irft(expert, ref, *, beta, seed, steps=4000, batch_size=64):
 def draw(results, cfg):
     """Left: learned against law, every probability a dot on the diagonal. Middle: rounds of SPIN and of a fixed reference.
     Right: probability of an unseen action over SFT and IRFT steps, and where the bounded reward holds it."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # here and not above: a notebook that imports this file keeps its own backend
+    import matplotlib.pyplot as plt
+
     expert, ref = closed_form.normalise(cfg.expert), closed_form.normalise(cfg.ref)
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), constrained_layout=True)
     axes[0].plot([0, 1], [0, 1], color="0.8", zorder=0)

@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
@@ -37,9 +36,6 @@ from minialign.common import BadInput, cli, exit_codes
 from minialign.methods import grpo, ppo, rebel, reinforce, rloo
 from minialign.model import GPT, GPTConfig
 from toy import closed_form
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 @dataclass
@@ -348,7 +344,6 @@ def train(row, policy, language, cfg, seed, law, every=50):
     ref = copy.deepcopy(policy).requires_grad_(False)
     torch.manual_seed(seed)
     value_model = policy.with_scalar_head()
-    torch.nn.init.zeros_(value_model.head.weight)
     updates = cfg.steps if row.method != "ppo" else cfg.steps // 3 * 4
     optimizer = torch.optim.Adam([*policy.parameters(), *value_model.parameters()], lr=cfg.lr, betas=(0.9, 0.99))
     path = [(0, kl_to(language, policy, law))]
@@ -373,6 +368,11 @@ def kl_to(language, policy, law):
 def draw(results, cfg):
     """A panel per row: log-probabilities of all completions, learned against law, a colour per prompt, grey where they started (ref).
     The last panel: KL(π‖law) over the updates."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # here and not above: a notebook that imports this file keeps its own backend
+    import matplotlib.pyplot as plt
+
     columns = 4
     lines = -(-(len(results) + 1) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3.6 * lines), squeeze=False, constrained_layout=True)

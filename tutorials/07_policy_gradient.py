@@ -27,11 +27,7 @@ from toy import closed_form
 from toy.tiny_language import Language, TabularPolicy, tiny_gpt
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
-if IN_NOTEBOOK:  # figures below their cells; after the imports from toy, which draws into files
-    from IPython import get_ipython
-
-    get_ipython().run_line_magic("matplotlib", "inline")
-else:
+if not IN_NOTEBOOK:
     matplotlib.use("Agg")  # a script draws into a file: no window to close, no screen needed
 import matplotlib.pyplot as plt
 

@@ -161,8 +161,8 @@ def main(cfg):
         raise BadInput(f"--aggregate {cfg.aggregate}: must be grpo, dapo or dr_grpo")
     if cfg.ddof not in (0, 1):
         raise BadInput(f"--ddof {cfg.ddof}: must be 1 (sample) or 0 (population)")
-    policy, tokenizer = run.open_policy(cfg.policy)
     reward_fn = run.open_reward()
+    policy, tokenizer = run.open_policy(cfg.policy)
     rows, held_out = run.open_prompts(policy, tokenizer)
 
     ref = copy.deepcopy(policy).requires_grad_(False)

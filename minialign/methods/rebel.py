@@ -114,8 +114,8 @@ def main(cfg):
     cfg = run.cfg
     if cfg.batch_size % 2:
         raise BadInput(f"--batch_size {cfg.batch_size}: must be even, completions come in pairs")
-    policy, tokenizer = run.open_policy(cfg.policy)
     reward_fn = run.open_reward()
+    policy, tokenizer = run.open_policy(cfg.policy)
     rows, held_out = run.open_prompts(policy, tokenizer)
 
     ref = copy.deepcopy(policy).requires_grad_(False)

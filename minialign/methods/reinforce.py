@@ -121,8 +121,8 @@ def main(cfg):
     """Run it; returns the run folder."""
     run = Run("reinforce", cfg)
     cfg = run.cfg
-    policy, tokenizer = run.open_policy(cfg.policy)
     reward_fn = run.open_reward()
+    policy, tokenizer = run.open_policy(cfg.policy)
     rows, held_out = run.open_prompts(policy, tokenizer)
 
     ref = copy.deepcopy(policy).requires_grad_(False)

@@ -122,8 +122,8 @@ def main(cfg):
     cfg = run.cfg
     if cfg.group_size < 2:
         raise BadInput("--group_size 1: to leave one out there must be another; at least 2")
-    policy, tokenizer = run.open_policy(cfg.policy)
     reward_fn = run.open_reward()
+    policy, tokenizer = run.open_policy(cfg.policy)
     rows, held_out = run.open_prompts(policy, tokenizer)
 
     ref = copy.deepcopy(policy).requires_grad_(False)

@@ -78,7 +78,7 @@ def plot_main(cfg):
         axis.axis("off")
     for name, axis in zip(names, axes.flat, strict=False):
         for run, rows in tables.items():
-            points = [(row["step"], row[name]) for row in rows if name in row]
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             axis.plot(*zip(*points, strict=True), label=Path(run).name, marker="." if len(points) < 20 else None) if points else None
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)

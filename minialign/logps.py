@@ -20,14 +20,14 @@ CHUNK_ROWS = 1024  # rows of the logits alive at once in the chunked body
 NAIVE_BYTES = 256 * 2**20  # below this many bytes of float32 logits the naive body is chosen
 
 
-def token_logps(policy, batch, *, tau=1.0, entropy=False):
+def token_logps(policy, batch, *, tau=1.0, entropy=False, embeds=None):
     """log π of each scored target under the policy's softmax(logits / tau), and 0 where mask is False. Autograd flows.
 
     batch: Batch with inputs, targets, mask (B, T). Returns logps (B, T), in nats, float32 or wider; with entropy=True also the
-    entropy (B, T) of each scored prediction.
+    entropy (B, T) of each scored prediction. embeds (B, T, C) are seen instead of those of the inputs.
     """
     mask = batch.mask
-    hidden = policy.hidden(batch.inputs)  # (B, T, C)
+    hidden = policy.hidden(batch.inputs, embeds=embeds)  # (B, T, C)
     logps, entropies = linear_logps(hidden[mask], policy.head_weight, batch.targets[mask], tau=tau, entropy=entropy)  # (N,)
     full = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
     logps = full.masked_scatter(mask, logps)  # (B, T)

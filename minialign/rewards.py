@@ -120,6 +120,7 @@ def score(reward_model, batch):
 def learned(reward_model, tokenizer, *, batch_size=32):
     """A reward model as a reward. It reads text with its own tokenizer, EOS appended, so it need not share the policy's.
 
+    A completion that max_new cut off is read as if it had ended there: missing_eos is for those.
     Of a row longer than its context the beginning of the prompt is cut off, then the end of the completion.
     """
     context = reward_model.config.max_len
@@ -200,6 +201,8 @@ def reward_folders(specs):
 def _open_one(spec, prompts, device, dtype, skip_bad):
     name, _, argument = spec.partition(":")
     if spec == "builtin":
+        if prompts != "builtin":
+            raise BadInput(f"--reward builtin scores the built-in task, not {prompts}: name a reward (--help), or FILE.py:FUNCTION")
         return gold_reward
     if spec == "exact_match":
         if prompts == "builtin":
@@ -355,10 +358,11 @@ def time_limit(seconds):
             raise Overtime
 
     before = signal.signal(signal.SIGALRM, ring)
-    seconds = min(seconds, 1e6)
-    others, every = signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, 0.1))  # somebody else's alarm waits meanwhile
+    others, every = signal.getitimer(signal.ITIMER_REAL)  # somebody else's alarm waits meanwhile
     try:
         try:
+            seconds = min(seconds, 1e6)
+            signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, 0.1))
             yield
         finally:
             armed.clear()
@@ -373,7 +377,7 @@ def time_limit(seconds):
 
 
 def rollout_stats(rewards, answers, ref_logps, *, group_size=1):
-    """What every online method logs of one rollout: rewards (B,) before any KL, answers a Rollout, ref_logps (B, T)."""
+    """What every online method logs of one rollout: rewards (B,) without the KL, answers a Rollout, ref_logps (B, T)."""
     stats = {
         "reward": rewards.mean(), "reward_std": rewards.std(correction=0),
         "kl": k1(answers.old_logps, ref_logps).sum(1).mean(), "kl_k3": k3(answers.old_logps, ref_logps).sum(1).mean(),

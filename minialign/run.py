@@ -140,14 +140,14 @@ class Run:
         where = dict(device=self.device, dtype=self.dtype)
         return open_reward(cfg.reward, combine=cfg.combine, prompts=cfg.prompts, skip_bad=cfg.skip_bad, **where)
 
-    def open_value_model(self, name, policy):
+    def open_value_model(self, name, policy, tokenizer):
         """PPO's critic: the policy's trunk under a new scalar head, or a reward model of the same vocabulary."""
         if name == "policy":
             return policy.with_scalar_head()
         path = find_folder(name)
         self.same_input("value", path)
         value_model = load_pretrained(path, dtype=self.dtype, device=self.device)
-        if value_model.config.head != "scalar" or value_model.config.vocab_size < policy.config.vocab_size:
+        if value_model.config.head != "scalar" or load_tokenizer(path).inner.get_vocab() != tokenizer.inner.get_vocab():
             raise BadInput(f"--value {name}: expected a reward model over the policy's own tokens (python -m minialign reward_model)")
         if value_model.config.max_len < policy.config.max_len:
             raise BadInput(f"--value {name}: its context of {value_model.config.max_len} tokens is shorter than the policy's")
@@ -170,11 +170,12 @@ class Run:
     def first_look(self, tokenizer, rows, batch, **models):
         """What to look at before step 1: device, sizes, three decoded rows with the scored tokens in ⟦ ⟧, counts, memory."""
         numbers = counts(rows, self.cfg.max_len)
-        needed = self._sizes(models, batch)
+        sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
+        needed = self._sizes(models, sum(side.inputs.shape[1] for side in sides))
         empty = sum(len(completion) == 1 for _, *completions in rows for completion in completions)  # nothing but EOS
         print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
               f"{empty:,} empty; about {needed:,.0f} MB at the peak")
-        for side in [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]:
+        for side in sides:
             for b in range(min(3, len(side))):
                 print("  " + show_row(tokenizer, side, b))
         self._say_folder()
@@ -191,10 +192,12 @@ class Run:
         answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=cfg.seed)
         logps, ref_logps = token_logps(policy, answers, tau=cfg.tau), token_logps(ref, answers, tau=cfg.tau)  # (B, T)
         off, kl = float(((logps - answers.old_logps).exp() - 1).abs().max()), float(k1(logps, ref_logps).sum(1).mean())
-        needed = self._sizes({"policy": policy, "ref": ref} | ({"value_model": value_model} if value_model else {}), answers)
         lengths = [len(ids) for ids, _ in rows]
-        print(f"prompts: {len(rows):,}, the longest of {max(lengths):,} tokens; up to {cfg.max_new:,} new tokens each; "
-              f"about {needed:,.0f} MB at the peak")
+        models = {"policy": policy, "ref": ref} | ({"value_model": value_model} if value_model else {})
+        needed = self._sizes(models, max(lengths) + cfg.max_new, sampled=cfg.batch_size)
+        cut = sum(length == cfg.max_prompt for length in lengths)
+        print(f"prompts: {len(rows):,}, the longest of {max(lengths):,} tokens, {cut:,} at --max_prompt; up to {cfg.max_new:,} new tokens "
+              f"each; about {needed:,.0f} MB at the peak")
         texts = [tokenizer.decode(ids) for ids in answers.completions]
         try:
             rewards = ask(reward_fn, prompts, texts, limit=cfg.reward_limit)
@@ -202,15 +205,15 @@ class Run:
             raise BadInput(f"{error}; a reward is called as reward(prompts, completions), two lists of B, and returns B numbers") from None
         for b, reward in enumerate(rewards.tolist()):
             print(f"  {show_row(tokenizer, answers, b)}  reward {reward:g}")
-        print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion; "
+        print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion (0 at the start); "
               "watch reward and kl: the loss is no progress signal here")
         if off > RATIO_TOLERANCE[self.dtype]:
             raise BadInput(f"sampler and training forward pass differ by {off:.2g} in ratio at --dtype {cfg.dtype}; try --dtype float32")
         self._say_folder()
 
-    def _sizes(self, models, batch):
+    def _sizes(self, models, positions, sampled=0):
         """Print device, dtype and parameters; returns the peak memory in MB, with a word if that is more than there is."""
-        needed = peak_memory(self, models, batch)
+        needed = peak_memory(self, models, positions, sampled)
         sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
         print(f"{self.method}: {describe_device(self.device)}, {self.cfg.dtype}, parameters: {sizes}")
         if self.device.type == "cuda" and needed * 2**20 > torch.cuda.mem_get_info(self.device)[0]:
@@ -224,9 +227,10 @@ class Run:
         """Refuse at second 0 prompts that leave no room for max_new sampled tokens, rather than at the step that meets the longest."""
         longest, context = max(len(row[0]) for row in rows), policy.config.max_len
         if longest + self.cfg.max_new - 1 > context:
+            shorter = f"set --max_prompt {context - self.cfg.max_new}, or a smaller --max_new" if context > self.cfg.max_new else "lower it"
             raise BadInput(
                 f"the longest prompt has {longest} tokens: with --max_new {self.cfg.max_new} it exceeds the policy's context of {context}; "
-                f"set --max_prompt {max(1, context - self.cfg.max_new)}, or a smaller --max_new"
+                f"{shorter}"
             )
 
     # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -282,7 +286,7 @@ class Run:
                 yield step
                 self.bar.update()
                 done = step + 1
-                if self.skipped_in_a_row == 0 and (done % self.cfg.save_every == 0 or done == total or self.stop is not None):
+                if done == total or self.stop is not None or (self.skipped_in_a_row == 0 and done % self.cfg.save_every == 0):
                     self.save(done)
                 if self.stop is not None and done < total:
                     print(f"\nstopped after step {done}; go on with: python -m minialign {self.method} --resume {self.folder}")
@@ -317,15 +321,20 @@ class Run:
         Three failures in a row end the run with BadInput.
         """
         try:
-            return ask(reward_fn, prompts, completions, limit=self.cfg.reward_limit).to(self.device)
+            rewards = ask(reward_fn, prompts, completions, limit=self.cfg.reward_limit)
+            return rewards.to(self.device, torch.promote_types(self.dtype, torch.float32))
         except BadReward as error:
             self._skip()
             print(f"step {step + 1} skipped: {error}", file=sys.stderr)
             self.log(step)
             if self.skipped_in_a_row == ABORT_AFTER:
+                # The weights are those before these steps: save them as that, so that resuming does the steps again and nothing is lost.
+                self.skipped, self.skipped_in_a_row = self.skipped - ABORT_AFTER, 0
+                if step + 1 - ABORT_AFTER > self.first_step:
+                    self.save(step + 1 - ABORT_AFTER)
                 raise BadInput(
                     f"{ABORT_AFTER} steps in a row had no rewards, the last step {step + 1}: {error}; "
-                    f"the newest checkpoint is whole: mend the reward and go on with --resume {self.folder}"
+                    f"mend the reward and go on after step {step + 1 - ABORT_AFTER} with --resume {self.folder}"
                 ) from None
             return None
 
@@ -338,9 +347,12 @@ class Run:
         """One row of metrics.jsonl for step `step` (rows count from 1), and a line on the terminal every log_every steps."""
         done = step + 1
         seconds = time.monotonic() - self.started
-        row = {"step": done, **{k: float(v) for k, v in metrics.items()}, "skipped": self.skipped, "seconds": round(seconds, 3)}
+        values = {name: float(value) for name, value in metrics.items() if value is not None}
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows no NaN
+        row = {"step": done, **values, "skipped": self.skipped, "seconds": round(seconds, 3)}
         append_row(self.folder / "metrics.jsonl", row)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name in SHOWN or name.startswith("eval/"))
+        shown = "  ".join(f"{name} {math.nan if value is None else value:.4g}" for name, value in row.items()
+                          if name in SHOWN or name.startswith("eval/"))
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(shown[:100])
         elif done == self.first_step + 1 or done % self.cfg.log_every == 0 or done == self.cfg.steps:
@@ -404,18 +416,18 @@ def describe_device(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
 
 
-def peak_memory(run, models, batch):
-    """MB, roughly: trained weights with gradients and two AdamW moments, frozen ones once, the activations of one micro-batch."""
+def peak_memory(run, models, positions, sampled=0):
+    """MB, roughly: trained weights with gradients and two AdamW moments, frozen ones once, the activations of one micro-batch of rows of
+    `positions` tokens, and the key-value cache of `sampled` such rows, which are drawn together whatever the micro-batch."""
     size = torch.tensor([], dtype=run.dtype).element_size()
     total = 0
     for name, model in models.items():
         total += sum(p.numel() for p in model.parameters()) * size * (4 if name in ("policy", "reward_model", "value_model") else 1)
     config = next(iter(models.values())).config
-    sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
     rows = min(run.cfg.micro_batch or run.cfg.batch_size, run.cfg.batch_size)
-    positions = sum(side.inputs.shape[1] for side in sides) * rows
     per_position = config.n_layer * (8 * config.n_embd + 3 * config.ffn_dim) * size + (12 * config.vocab_size if config.head == "lm" else 0)
-    return (total + positions * per_position) / 2**20
+    cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * size + 16  # and what is known of each drawn token
+    return (total + positions * (rows * per_position + sampled * cache)) / 2**20
 
 
 def show_row(tokenizer, batch, b, width=160):

@@ -57,4 +57,4 @@ def small(policy_folder, demos_file, pairs_file, tmp_path):
     return make
 
 
-METHODS = ("sft", "irft", "reward_model", *ONLINE)  # every method there is; tests/test_house.py holds this list to the folder
+METHODS = ("sft", "ift", "irft", "reward_model", *ONLINE)  # every method there is; tests/test_house.py holds this list to the folder

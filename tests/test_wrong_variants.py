@@ -105,6 +105,19 @@ VARIANTS = [
     ("ppo", "value clipped around the return", [
         ("old_values + (values - old_values).clamp(-eps, eps)", "returns + (values - returns).clamp(-eps, eps)"),
     ]),
+    # IFT
+    ("ift", "prefix sums: later tokens heavier, as Eq. 22 prints", [
+        ("for t in reversed(range(losses.shape[1])):", "for t in range(losses.shape[1]):"),
+        ("columns[::-1]", "columns"),
+    ]),
+    ("ift", "weights of sum 1", [("weights * sizes / weights.sum", "weights / weights.sum")]),
+    ("ift", "weights differentiated", [("weights.detach() if detach_weights else weights", "weights")]),
+    ("ift", "the limit γ → 0 of the formula", [("if decay == 0:", "if False:")]),
+    ("ift", "mean over tokens", [("loss = (losses * weights / sizes).sum(1)  # (B,)", "loss = (losses * weights).sum() / mask.sum()")]),
+    ("ift", "guesses not shifted", [("torch.cat([batch.inputs[:, :1], further[:, :-1]], dim=1)", "further")]),
+    ("ift", "prompt guessed too", [("[batch.mask], policy.head_weight", "[batch.mask | True], policy.head_weight"),
+                                   ("masked_scatter(batch.mask, guesses)", "masked_scatter(batch.mask | True, guesses)")]),
+    ("ift", "mix and 1 − mix exchanged", [("(1 - mix) * embeds + mix *", "mix * embeds + (1 - mix) *")]),
     # REBEL
     ("rebel", "1/η instead of η", [("target = eta *", "target = 1 / eta *")]),
     ("rebel", "the paper's scale", [("(logratio - other_logratio - target) ** 2", "((logratio - other_logratio - target) / eta) ** 2")]),

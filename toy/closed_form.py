@@ -288,3 +288,45 @@ def std_normalised_law(ref, reward, beta):
         middle = (low + high) / 2
         low, high = (middle, high) if beta_of_temperature(ref, reward, middle) < beta else (low, middle)
     return tilt(ref, reward, (low + high) / 2)
+
+
+# ------------------------------------------------------------------------------------------- demonstrations, token by token
+
+
+def ift_law(completions, expert, decay):
+    """Where IFT with λ = 0 and constant weights comes to rest: π(a|s) ∝ E(a|s)·E[w_t/n | s, a], not the expert.
+
+    The expected update of the logits at the prefix s is Σ_a E(a|s)·W(s, a)·∇log π(a|s), W = E_E[w_t/n | s, a], the weight w_t = n·c_t/Σc
+    being a function of the whole completion and of π. It vanishes iff E(a|s)·W(s, a) is proportional to π(a|s). W depends on π
+    through ℓ = −log π, so the law is found by iterating from the expert. With completions of one token w = 1 and the law is E.
+    """
+    expert = np.asarray(expert, dtype=np.float64)
+    prefixes = {}
+    places = np.array([[prefixes.setdefault(y[:t], len(prefixes)) if t < len(y) else -1 for t in range(max(map(len, completions)))]
+                       for y in completions])  # (C, T) the state of each token, −1 after the end
+    branches = {}
+    tokens = np.array([[branches.setdefault(y[: t + 1], len(branches)) if t < len(y) else -1 for t in range(places.shape[1])]
+                       for y in completions])  # (C, T) the state and its token
+    real = places >= 0
+    state_of = np.zeros(len(branches), dtype=int)
+    state_of[tokens[real]] = places[real]
+
+    def conditional_of(mass):  # (branches,) -> the share of each token in its state
+        return mass / np.bincount(state_of, mass, len(prefixes))[state_of]
+
+    def mass_of(weights):  # (C, T) -> Σ over completions through each token of E·weight
+        return np.bincount(tokens[real], (expert[:, None] * weights)[real], len(branches))
+
+    policy = conditional_of(mass_of(np.ones(places.shape)))
+    for _ in range(1000):
+        losses = np.where(real, -np.log(policy[tokens]), 0)  # (C, T)
+        suffix, sums = np.zeros(len(expert)), np.zeros(places.shape)
+        for t in reversed(range(places.shape[1])):
+            suffix = losses[:, t] + decay * suffix
+            sums[:, t] = np.where(real[:, t], suffix, 0)
+        weights = sums / sums.sum(1, keepdims=True) if decay > 0 else real / real.sum(1, keepdims=True)
+        moved = conditional_of(mass_of(weights))
+        if np.abs(moved - policy).max() < 1e-15:
+            break
+        policy = moved
+    return np.where(real, policy[tokens], 1).prod(1)

@@ -12,12 +12,14 @@ Details  **The trap of k3.** Its value is an unbiased estimate of KL(π‖ref); 
          So GRPO does not maximise E[r] − β·KL: it has a law of its own (below). To get π* use rloo.py, or k1 in the reward.
          aggregate: "grpo" is the paper's, every completion counts the same, so a token of a long one counts less (a long wrong answer is
          punished less per token); "dapo" (arXiv:2503.14476) every token the same; "dr_grpo" (arXiv:2503.20783) divides by a
-         constant, B·max_new, and is usually run with --no-normalize: the only one of the three without a bias by length.
+         constant, B·max_new, and is usually run with --no-normalize: its gradient alone is in expectation one of E[r] (that of "dapo" for
+         large B).
          A group with equal rewards has advantages of exactly 0, not 0/0; `frac_reward_zero_std` counts them. ddof=1 is the sample
          spread (TRL), 0 that of the population: a group of two gives ±0.707 or ±1.
          With the sample itself in the mean an advantage is (G − 1)/G times the leave-one-out one. The KL term does not shrink with
-         it: the pull that acts is β·G/(G − 1).
-         The loss is about 0 at ratio 1 whatever the rewards; it is no progress signal.
+         it: without normalize the pull that acts is β·G/(G − 1).
+         At ratio 1 the loss is about 0 whatever the rewards ("grpo"), or the covariance of advantage and length (the other two): it is
+         no progress signal.
 Law      Without normalize and with dr_grpo: π(a|s) = β'·ref(a|s) / (c_s + β' − Q(s, a)), with β' = β·G/(G − 1), Q = E_π[r | s, a], and
          c_s such that it sums to 1, backwards over the tokens (token_k3_law of toy/closed_form.py). With the paper's form and G → ∞ the
          same with r → A/|y| and β → β/|y| (group_normalised_law). Dividing by the spread makes the pull about β·std_π(r), which falls
@@ -172,16 +174,16 @@ def main(cfg):
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size // cfg.group_size, k, cfg.seed)
-        prompts_ids, prompts = zip(*[rows[i] for i in picked for _ in range(cfg.group_size)], strict=True)
-        answers, ref_logps = rollout(policy, ref, prompts_ids[:: cfg.group_size], cfg, tokenizer.eos_id, derive_seed("grpo", cfg.seed, k))
-        scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
+        answers, ref_logps = rollout(policy, ref, prompts_ids, cfg, tokenizer.eos_id, derive_seed("grpo", cfg.seed, k))
+        asked = [prompt for prompt in prompts for _ in range(cfg.group_size)]
+        scores = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
         if scores is None:
             continue
+        scores = scores - cfg.missing_eos * ~answers.finished
         metrics = rollout_stats(scores, answers, ref_logps, group_size=cfg.group_size)
-        advantages = group_advantages(  # (B,)
-            scores - cfg.missing_eos * ~answers.finished,
-            group_size=cfg.group_size, normalize=cfg.normalize, ddof=cfg.ddof, std_eps=cfg.std_eps,
-        )
+        settings = dict(group_size=cfg.group_size, normalize=cfg.normalize, ddof=cfg.ddof, std_eps=cfg.std_eps)
+        advantages = group_advantages(scores, **settings)  # (B,)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         total, stats, size = 0.0, Mean(), cfg.micro_batch or len(answers)
@@ -195,11 +197,12 @@ def main(cfg):
                     share = int(micro.mask.sum()) / int(answers.mask.sum())
                 (loss * share).backward()
                 epoch_total += loss.item() * share
-                stats.add(micro_stats, weight=share)
+                stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            if run.finite(k, policy, picked, epoch_total, grad_norm):
-                optimizer.step()
             total += epoch_total / cfg.epochs
+            if not run.finite(k, policy, picked, epoch_total, grad_norm):
+                break  # the rest of this rollout would fail in the same way
+            optimizer.step()
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         if run.due(k):

@@ -12,11 +12,13 @@ Idea     Every token is an action. A learned value of the prefix says what was t
 Differs  from rloo.py: advantages per token from a learned value instead of one per completion from its siblings; the ratio and the clip are
          per token. From grpo.py: the KL is in the reward, where its gradient is right.
 Details  The value model is a network of its own: the policy's trunk (or a reward model, --value) under a scalar head. With an optimizer of
-         its own the usual weight c1 of its loss would cancel in Adam; value_lr says what c1 cannot.
+         its own the usual weight c1 of its loss would cancel in Adam; value_lr says what c1 cannot. A new head is random (N+), not
+         zero: behind a head of zeros the trunk would learn nothing at first.
          The reward stands at the last real token, EOS or where max_new cut. Beyond it there is no state: V = 0, no bootstrapping. (The N+
          code puts it one slot after EOS because its rollouts are of fixed length; with EOS as an action of its own there is no such slot.)
          missing_eos is subtracted from the reward of a completion without EOS (TRL). N+ replaces the reward by −1 instead.
-         λ = 1 makes A_t the Monte-Carlo return minus V: unbiased whatever V is. λ < 1 trusts V: less noise, biased while V is wrong.
+         λ = 1 makes A_t the Monte-Carlo return minus V: for γ = 1 and until whitened unbiased whatever V is. λ < 1 trusts V: less
+         noise, biased while V is wrong.
          Advantages are whitened over the real tokens of the whole rollout, with the population variance, after the returns are made.
          Old log-probs are those of the first epoch's own forward pass, so the ratio begins at exactly 1, the clip at 0 %.
 Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref), for γ = 1; noisier around it than rloo.py, for the clip and the value's
@@ -135,9 +137,12 @@ def gae(token_rewards, values, mask, *, gamma, lam):
 
 
 def explained_variance(values, returns, mask):
-    """1 − E[(G − V)²] / Var(G) over the tokens of the mask: 1 is a perfect critic, 0 one that knows the mean, below 0 a harmful one."""
+    """1 − E[(G − V)²] / Var(G) over the tokens of the mask: 1 is a perfect critic, 0 one that knows the mean, below 0 a harmful one.
+
+    None where the returns are all alike.
+    """
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    return 1 - masked_mean((returns - values) ** 2, mask) / spread.clamp(min=1e-12)
+    return 1 - masked_mean((returns - values) ** 2, mask) / spread if spread > 1e-8 else None
 
 
 def rollout(policy, value_model, ref, prompts_ids, cfg, eos_id, seed):
@@ -173,7 +178,7 @@ def main(cfg):
     rows, held_out = run.open_prompts(policy, tokenizer)
 
     ref = copy.deepcopy(policy).requires_grad_(False)
-    value_model = run.open_value_model(cfg.value, policy)
+    value_model = run.open_value_model(cfg.value, policy, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=cfg.value_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     run.track(policy=policy, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer)
@@ -187,9 +192,9 @@ def main(cfg):
         scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
         if scores is None:
             continue
+        scores = scores - cfg.missing_eos * ~answers.finished
         metrics = rollout_stats(scores, answers, ref_logps)
-        penalised = scores - cfg.missing_eos * ~answers.finished  # (B,)
-        token_rewards = shape_rewards(penalised, answers.old_logps, ref_logps, answers.mask, beta=cfg.beta)
+        token_rewards = shape_rewards(scores, answers.old_logps, ref_logps, answers.mask, beta=cfg.beta)
         advantages, returns = gae(token_rewards, values, answers.mask, gamma=cfg.gamma, lam=cfg.lam)  # (B, T)
         advantages = whiten(advantages, answers.mask) if cfg.whiten else advantages
 
@@ -199,19 +204,21 @@ def main(cfg):
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
             value_optimizer.zero_grad()
-            epoch_total = 0.0
+            epoch_total = critic_total = 0.0
             for micro, *parts in zip(*[x.split(size) for x in (answers, values, advantages, returns)], strict=True):
                 loss, critic_loss, micro_stats = step(policy, value_model, micro, *parts, cfg, on_policy=epoch == 0)
                 share = int(micro.mask.sum()) / int(answers.mask.sum())  # the losses are means over tokens: it counts by its tokens
                 ((loss + critic_loss) * share).backward()
-                epoch_total += loss.item() * share
+                epoch_total, critic_total = epoch_total + loss.item() * share, critic_total + critic_loss.item() * share
                 stats.add(micro_stats, weight=share)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             value_grad_norm = clip_grad_norm_(value_model.parameters(), cfg.max_grad_norm)
-            if run.finite(k, policy, picked, epoch_total, grad_norm + value_grad_norm):
-                optimizer.step()
-                value_optimizer.step()
             total += epoch_total / cfg.epochs
+            worse = policy if not grad_norm.isfinite() else value_model  # whom to name
+            if not run.finite(k, worse, picked, epoch_total + critic_total, grad_norm + value_grad_norm):
+                break  # the rest of this rollout would fail in the same way
+            optimizer.step()
+            value_optimizer.step()
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "value_grad_norm": value_grad_norm, "lr": optimizer.param_groups[0]["lr"]}
         metrics |= {"explained_variance": explained_variance(values, returns, answers.mask), **stats.result()}

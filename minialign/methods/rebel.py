@@ -77,8 +77,7 @@ def rebel_loss(logratio, other_logratio, rewards, other_rewards, *, eta):
     assert logratio.dim() == 1 and logratio.shape == other_logratio.shape == rewards.shape == other_rewards.shape
     target = eta * (rewards - other_rewards).detach()
     loss = (logratio - other_logratio - target) ** 2
-    explained = 1 - loss.sum() / (target**2).sum().clamp(min=1e-12)
-    return loss.mean(), {"explained": explained.detach()}
+    return loss.mean(), {"target": (target**2).mean()}  # what the loss is where nothing has moved
 
 
 def kl_rewards(scores, logps, ref_logps, *, beta):
@@ -125,16 +124,18 @@ def main(cfg):
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size // 2, k, cfg.seed)
-        prompts_ids, prompts = zip(*[rows[i] for i in picked for _ in range(2)], strict=True)
-        answers, ref_logps = rollout(policy, ref, prompts_ids[::2], cfg, tokenizer.eos_id, derive_seed("rebel", cfg.seed, k))
-        scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
+        answers, ref_logps = rollout(policy, ref, prompts_ids, cfg, tokenizer.eos_id, derive_seed("rebel", cfg.seed, k))
+        asked = [prompt for prompt in prompts for _ in range(2)]
+        scores = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
         if scores is None:
             continue
+        scores = scores - cfg.missing_eos * ~answers.finished
         metrics = rollout_stats(scores, answers, ref_logps, group_size=2)
-        rewards = kl_rewards(scores - cfg.missing_eos * ~answers.finished, answers.old_logps, ref_logps, beta=cfg.beta)
+        rewards = kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
-        total, stats, size = 0.0, Mean(), 2 * -(-cfg.micro_batch // 2) or len(answers)  # whole pairs
+        total, stats, size = 0.0, Mean(), (cfg.micro_batch + 1) // 2 * 2 or len(answers)  # whole pairs
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
             epoch_total = 0.0
@@ -143,13 +144,17 @@ def main(cfg):
                 share = len(micro) / len(answers)  # the loss is a mean over pairs: a micro-batch counts by its pairs
                 (loss * share).backward()
                 epoch_total += loss.item() * share
+                stats.add({"entropy": micro_stats.pop("entropy")}, weight=int(micro.mask.sum()))  # a mean over tokens
                 stats.add(micro_stats, weight=share)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            if run.finite(k, policy, picked, epoch_total, grad_norm):
-                optimizer.step()
             total += epoch_total / cfg.epochs
+            if not run.finite(k, policy, picked, epoch_total, grad_norm):
+                break  # the rest of this rollout would fail in the same way
+            optimizer.step()
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        if metrics["target"] > 1e-8:
+            metrics["explained"] = 1 - total / metrics["target"]
         if run.due(k):
             metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
             run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)

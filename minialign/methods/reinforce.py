@@ -10,11 +10,12 @@ Differs  from sft.py: own completions instead of demonstrations, each weighted b
 Details  One completion is one action: its log-probs are summed, not averaged. Averaging (1/|y|) is another, biased gradient, though
          it comes to rest at the same policy.
          R is a constant of the objective. The KL estimator k1 in it, log π/π_ref, is not differentiated: E[R·∇log π] already is the
-         gradient of the KL too, because E[∇log π] = 0. Differentiate it as well and the law becomes √(ref·e^{r/β}).
+         gradient of the KL too, because E[∇log π] = 0. With R differentiated inside R·log π the law becomes ∝ √(ref·e^{r/β}).
          b is the running mean of earlier rewards, with Adam's correction for its start at 0. It never contains the current batch:
          a batch mean that does shrinks the gradient by (B − 1)/B.
          missing_eos is subtracted from r where max_new cut the completion off.
-         Everything is at the sampling temperature: ref's log-probs are divided by tau as well.
+         Everything is at the sampling temperature: ref's logits are divided by tau as well, and the law is that of the tempered
+         policy.
 Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref). With β = 0: whatever completion pays most, alone.
 Checked  tests/methods/test_reinforce.py (the gradient by enumeration, any baseline), toy/tiny_language.py (the law).
 
@@ -138,11 +139,11 @@ def main(cfg):
         scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
         if scores is None:
             continue
+        scores = scores - cfg.missing_eos * ~answers.finished
         metrics = rollout_stats(scores, answers, ref_logps)
-        rewards = kl_rewards(scores - cfg.missing_eos * ~answers.finished, answers.old_logps, ref_logps, beta=cfg.beta)
+        rewards = kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)
         metrics["baseline"] = baseline.value
         advantages = rewards - baseline.value  # (B,)
-        baseline.update(rewards)  # after it was used
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
@@ -152,10 +153,11 @@ def main(cfg):
             share = len(micro) / len(answers)  # the loss is a mean over completions: a micro-batch counts by its completions
             (loss * share).backward()
             total += loss.item() * share
-            stats.add(micro_stats, weight=share)
+            stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.finite(k, policy, picked, total, grad_norm):
             optimizer.step()
+            baseline.update(rewards)  # after it was used
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         if run.due(k):

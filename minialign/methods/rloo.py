@@ -83,6 +83,7 @@ def rloo_loss(logps, old_logps, advantages, mask, *, eps):
     """logps, old_logps, mask: (B, T); advantages: (B,), constants. Returns the scalar loss, stats."""
     assert logps.dim() == 2 and logps.shape == old_logps.shape == mask.shape and advantages.shape == logps.shape[:1]
     logratio = torch.where(mask.bool(), logps - old_logps.detach(), 0).sum(1)  # (B,) one completion is one action
+    logratio = logratio.clamp(max=80)  # e^88 is inf in float32, and the clip's gradient 0·inf
     ratio, advantages = logratio.exp(), advantages.detach()  # (B,)
     clipped = ratio.clamp(1 - eps, 1 + eps)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)  # (B,)
@@ -133,13 +134,15 @@ def main(cfg):
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size // cfg.group_size, k, cfg.seed)
-        prompts_ids, prompts = zip(*[rows[i] for i in picked for _ in range(cfg.group_size)], strict=True)
-        answers, ref_logps = rollout(policy, ref, prompts_ids[:: cfg.group_size], cfg, tokenizer.eos_id, derive_seed("rloo", cfg.seed, k))
-        scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
+        answers, ref_logps = rollout(policy, ref, prompts_ids, cfg, tokenizer.eos_id, derive_seed("rloo", cfg.seed, k))
+        asked = [prompt for prompt in prompts for _ in range(cfg.group_size)]
+        scores = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
         if scores is None:
             continue
+        scores = scores - cfg.missing_eos * ~answers.finished
         metrics = rollout_stats(scores, answers, ref_logps, group_size=cfg.group_size)
-        rewards = kl_rewards(scores - cfg.missing_eos * ~answers.finished, answers.old_logps, ref_logps, beta=cfg.beta)
+        rewards = kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)
         advantages = leave_one_out(rewards, group_size=cfg.group_size)  # (B,)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
@@ -152,11 +155,13 @@ def main(cfg):
                 share = len(micro) / len(answers)  # the loss is a mean over completions: a micro-batch counts by its completions
                 (loss * share).backward()
                 epoch_total += loss.item() * share
+                stats.add({"entropy": micro_stats.pop("entropy")}, weight=int(micro.mask.sum()))  # a mean over tokens
                 stats.add(micro_stats, weight=share)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            if run.finite(k, policy, picked, epoch_total, grad_norm):
-                optimizer.step()
             total += epoch_total / cfg.epochs
+            if not run.finite(k, policy, picked, epoch_total, grad_norm):
+                break  # the rest of this rollout would fail in the same way
+            optimizer.step()
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         if run.due(k):

@@ -174,6 +174,7 @@ def test_explained_variance(m):
     assert m.explained_variance(returns, returns, mask).item() == 1
     assert m.explained_variance(torch.full_like(returns, 3.0), returns, mask).item() == pytest.approx(0)
     assert m.explained_variance(-returns, returns, mask).item() < -1
+    assert m.explained_variance(returns, torch.full_like(returns, 3.0), mask) is None
 
 
 def test_missing_eos_is_subtracted(small, monkeypatch):

@@ -254,7 +254,8 @@ def check_config(cfg):
     """Refuse numbers that cannot work, at second 0. Knows the fields by name, so that a Config only lists them."""
     at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
                 "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
-                "layers": 1, "heads": 1, "width": 1, "group_size": 1, "epochs": 1, "gamma": 0, "lam": 0, "decay": 0, "std_eps": 0}
+                "layers": 1, "heads": 1, "width": 1, "group_size": 1, "epochs": 1, "n": 1, "grows": 1, "grow_prompts": 1,
+                "gamma": 0, "lam": 0, "decay": 0, "std_eps": 0}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if isinstance(value, float) and not math.isfinite(value):

@@ -34,7 +34,8 @@ from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import fit_vocabulary, load_pretrained, save_pretrained
 
-SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward", "kl", "frac_reward_zero_std")  # on the terminal
+SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward", "reward/best", "reward/kept", "kl",
+         "frac_reward_zero_std")  # on the terminal
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient, or without rewards
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}  # sampler against training forward, per token
@@ -194,7 +195,8 @@ class Run:
         off, kl = float(((logps - answers.old_logps).exp() - 1).abs().max()), float(k1(logps, ref_logps).sum(1).mean())
         lengths = [len(ids) for ids, _ in rows]
         models = {"policy": policy, "ref": ref} | ({"value_model": value_model} if value_model else {})
-        needed = self._sizes(models, max(lengths) + cfg.max_new, sampled=cfg.batch_size)
+        drawn = getattr(cfg, "grow_prompts", cfg.batch_size) * getattr(cfg, "n", 1)  # rows that are sampled together
+        needed = self._sizes(models, max(lengths) + cfg.max_new, drawn)
         cut = sum(length == cfg.max_prompt for length in lengths)
         print(f"prompts: {len(rows):,}, the longest of {max(lengths):,} tokens, {cut:,} at --max_prompt; up to {cfg.max_new:,} new tokens "
               f"each; about {needed:,.0f} MB at the peak")

@@ -9,7 +9,8 @@ from minialign.data import builtin_demos, builtin_pairs, builtin_tokenizer
 from minialign.model import GPT, GPTConfig
 from minialign.weights import save_pretrained
 
-ONLINE = ("reinforce", "rloo", "grpo", "ppo", "rebel")  # they sample and ask a reward
+ONLINE = ("reinforce", "rloo", "grpo", "ppo", "rebel")  # they follow a reward
+SELECTING = ("best_of_n", "rest")  # they keep what a reward likes
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and sums would depend on the machine
 
 
@@ -45,8 +46,9 @@ def small(policy_folder, demos_file, pairs_file, tmp_path):
 
     def make(method, **changes):
         module = importlib.import_module(f"minialign.methods.{method}")
-        if method in ONLINE:  # a random policy names no thing: what it can be rewarded for is length and letters
+        if method in ONLINE + SELECTING:  # a random policy names no thing: what it can be rewarded for is length and letters
             data = {"prompts": str(demos_file), "reward": ["length:9", "lexicon:a,-e"], "max_new": 12}
+            data |= {"quantiles": [0.5], "grow_prompts": 8} if method == "rest" else {}
         else:
             data = {"max_len": 64, **({"pairs": str(pairs_file)} if method == "reward_model" else {"demos": str(demos_file)})}
             data |= {} if method == "reward_model" else {"max_new": 12}
@@ -57,4 +59,5 @@ def small(policy_folder, demos_file, pairs_file, tmp_path):
     return make
 
 
-METHODS = ("sft", "ift", "irft", "reward_model", *ONLINE)  # every method there is; tests/test_house.py holds this list to the folder
+# Every method there is; tests/test_house.py holds this list to the folder.
+METHODS = ("sft", "ift", "irft", "reward_model", *SELECTING, *ONLINE)

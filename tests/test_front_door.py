@@ -54,8 +54,8 @@ def test_help_shows_every_field_with_its_comment_and_default(command, capsys):
 def test_mistyped_flag_and_command(capsys):
     code, _, err = call("irft", "--bta", "0.1", capsys=capsys)
     assert code == 2 and "did you mean --beta?" in err and err.count("\n") == 1
-    code, _, err = call("iftr", capsys=capsys)
-    assert code == 2 and "unknown command iftr: did you mean irft?" in err
+    code, _, err = call("irtf", capsys=capsys)
+    assert code == 2 and "unknown command irtf: did you mean irft?" in err
 
 
 def test_bad_input_is_one_sentence_and_code_2_in_a_real_process(tmp_path):

@@ -17,6 +17,7 @@ from tests.killing import result_of
 
 ROOT = Path(__file__).parent.parent
 EXTRA = {"irft": {"rounds": 3},  # so that a cut falls inside a round as well as between two
+         "best_of_n": {"rounds": 3, "n": 3}, "rest": {"grows": 2, "n": 4, "grow_prompts": 6, "quantiles": [0.2, 0.6]},
          "rloo": {"epochs": 2}, "grpo": {"epochs": 2}}  # so that old log-probs matter
 
 

@@ -105,6 +105,18 @@ VARIANTS = [
     ("ppo", "value clipped around the return", [
         ("old_values + (values - old_values).clamp(-eps, eps)", "returns + (values - returns).clamp(-eps, eps)"),
     ]),
+    # selection
+    ("best_of_n", "the worst of n", [("rewards.argmax(-1)", "rewards.argmin(-1)")]),
+    ("best_of_n", "of equals the last", [("rewards.argmax(-1)", "rewards.shape[-1] - 1 - rewards.flip(-1).argmax(-1)")]),
+    ("best_of_n", "bound log n", [("math.log(n) - (n - 1) / n", "math.log(n)")]),
+    ("best_of_n", "maximum of draws with replacement", [
+        ("math.comb(i - 1, n - 1) / math.comb(N, n) * reward", "((i / N) ** n - ((i - 1) / N) ** n) * reward"),
+    ]),
+    ("best_of_n", "mean over tokens", [("0).sum(1).mean()", "0).sum() / mask.sum()")]),
+    ("rest", "not strictly above", [("rewards > threshold", "rewards >= threshold")]),
+    ("rest", "no guard", [("above if above.any() else rewards == rewards.max()", "above")]),
+    ("rest", "below instead of above", [("rewards > threshold", "rewards < threshold")]),
+    ("rest", "minus lost", [("loss = -torch", "loss = torch")]),
     # IFT
     ("ift", "prefix sums: later tokens heavier, as Eq. 22 prints", [
         ("for t in reversed(range(losses.shape[1])):", "for t in range(losses.shape[1]):"),

@@ -330,3 +330,31 @@ def ift_law(completions, expert, decay):
             break
         policy = moved
     return np.where(real, policy[tokens], 1).prod(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- by selection
+
+
+def best_of_n_law(ref, reward, n):
+    """The law of the best of n draws from ref, ties going to the first drawn: within a level of equal rewards as ref shares it,
+    between levels P(level) = F^n − F_−^n.
+
+    The best is not above a level iff all n draws are not above it: F^n, F = ref's mass at or below it. So it is in the level with the
+    difference to the level below. Given that, the winner is the first drawn of the level, a draw of ref within it.
+    """
+    ref, reward = normalise(ref), np.asarray(reward, dtype=np.float64)
+    law, below = np.zeros(len(ref)), 0.0
+    for level in np.unique(reward):
+        inside = reward == level
+        upto = below + ref[inside].sum()
+        law[inside] = ref[inside] / ref[inside].sum() * (upto**n - below**n)
+        below = upto
+    return normalise(law)
+
+
+def rest_law(ref, reward, threshold):
+    """ref restricted to rewards strictly above the threshold: maximum likelihood on what was kept of many draws.
+
+    KL(law‖ref) = −log P(r > threshold), because law/ref is constant where the law is not 0.
+    """
+    return normalise(np.where(np.asarray(reward) > threshold, ref, 0))

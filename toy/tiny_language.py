@@ -1,4 +1,4 @@
-"""A GPT over a language small enough to enumerate: every online method against its own exact fixed point, by summing, not by sampling.
+"""A GPT over a language small enough to enumerate: every method against its own exact fixed point, by summing, not by sampling.
 
 Six content tokens and EOS; a completion has at most four tokens, so a prompt has 1 + 6 + … + 6⁴ = 1555 of them and every probability,
 expectation and divergence is a finite sum. The reward is programmatic: +.5 for each token the prompt likes, −.5 for each it dislikes,
@@ -11,7 +11,8 @@ Two proofs for each method, with its own functions from minialign/methods:
     trained    the GPT of minialign/model.py, trained by sampling, with the method's own rollout, advantages and step in the order of its
                main (Adam, no clipping of gradients, one learning rate): KL(π‖law), summed over all completions
 
-The laws are toy/closed_form.py's. REINFORCE, RLOO, PPO, REBEL have π* ∝ ref·e^{r/β}; GRPO has others, and its rows must miss π*.
+The laws are toy/closed_form.py's. REINFORCE, RLOO, PPO, REBEL have π* ∝ ref·e^{r/β}; GRPO and IFT have others, and must end nearer to
+those than to π*.
 
     python -m toy.tiny_language                                        # a table with PASS or FAIL per row, a figure; exit 1 on a miss
     python -m toy.tiny_language --methods rloo grpo --seeds 5
@@ -33,15 +34,15 @@ import numpy as np
 import torch
 
 from minialign.batch import collate, whiten
-from minialign.common import BadInput, cli, exit_codes
-from minialign.methods import grpo, ift, ppo, rebel, reinforce, rloo
+from minialign.common import BadInput, batch_rows, cli, exit_codes
+from minialign.methods import best_of_n, grpo, ift, ppo, rebel, reinforce, rest, rloo
 from minialign.model import GPT, GPTConfig
 from toy import closed_form
 
 
 @dataclass
 class Config:
-    methods: list[str] = field(default_factory=lambda: ["reinforce", "rloo", "ppo", "rebel", "grpo", "ift"])  # whose rows
+    methods: list[str] = field(default_factory=lambda: ["all"])  # whose rows: all, or some of reinforce, rloo, ppo, rebel, grpo, …
     beta: float = 0.5               # pull to the reference
     steps: int = 600                # updates of each run (PPO: a third as many rollouts, four updates on each)
     samples: int = 32               # completions of each prompt and step (REBEL: twice as many pairs)
@@ -122,7 +123,11 @@ class Language:
         for y, p in zip(self.completions, law.tolist(), strict=True):
             for t in range(len(y) + 1):
                 mass[y[:t]] = mass.get(y[:t], 0.0) + p
-        rows = [[math.log(mass[y[: t + 1]] / mass[y[:t]]) if t < len(y) else 0.0 for t in range(self.max_new)] for y in self.completions]
+
+        def logp(y, t):  # where the prefix itself never occurs, anything will do
+            return math.log(mass[y[: t + 1]] / mass[y[:t]]) if mass[y[: t + 1]] else -math.inf if mass[y[:t]] else -1.0
+
+        rows = [[logp(y, t) if t < len(y) else 0.0 for t in range(self.max_new)] for y in self.completions]
         return torch.tensor(rows, dtype=torch.float64)
 
     def exact_values(self, law, token_rewards):
@@ -176,6 +181,7 @@ class Row:
     expected: callable  # (logps (C, T), ref_logps, rewards (C,), law (C,), language, beta) -> the expected loss, over all completions
     losses: callable    # (policy, value_model, ref, language, cfg, seed) -> the losses of the sampled run, one per update
     gate: float         # KL(π‖law) that a correct implementation stays below
+    forward: bool = False  # measure KL(law‖π): where the law is 0 the other one is infinite
     elsewhere: bool = False  # its law is not π*: it must end nearer to the law, by a factor of 2 in KL at least
 
 
@@ -340,8 +346,55 @@ def ift_losses(policy, value_model, ref, language, cfg, seed):
         yield ift.step(policy, collate(prompts_ids, completions, pad_id=language.eos_id), settings)[0]
 
 
+# By selection, from ref's own completions: best of 4, and ReST with one Grow step of as many samples and the threshold 0.
+
+
+def best_of_4(ref, reward):
+    return closed_form.best_of_n_law(ref, reward, 4)
+
+
+def above_0(ref, reward):
+    return closed_form.rest_law(ref, reward, 0.0)
+
+
+def selected(select):
+    """(law, expected) of a row whose policy is fitted to select(ref, reward) by maximum likelihood."""
+
+    def law(language, ref, beta):
+        return np.stack([select(ref[n], r) for n, r in enumerate(language.rewards.numpy())])
+
+    def expected(logps, ref_logps, rewards, law, language, beta):
+        shown = torch.tensor(select(ref_logps.sum(1).exp().numpy(), rewards.numpy()))
+        seen = torch.where(shown[:, None] > 0, logps, 0)  # 0·log 0 = 0
+        return best_of_n.best_of_n_loss(seen * (shown * len(shown))[:, None], language.mask)[0]
+
+    return law, expected
+
+
+def best_of_n_losses(policy, value_model, ref, language, cfg, seed):
+    settings = best_of_n.Config(n=4, max_new=language.max_new)
+    prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
+    for k in range(cfg.steps):
+        answers = best_of_n.rollout(ref, prompts_ids, settings, language.eos_id, (seed, k))
+        scores = language.scores([x for x in prompts_ids for _ in range(4)], answers).view(-1, 4)
+        completions = [answers.completions[4 * b + i] for b, i in enumerate(best_of_n.pick(scores).tolist())]
+        yield best_of_n.step(policy, collate(prompts_ids, completions, pad_id=language.eos_id), settings)[0]
+
+
+def rest_losses(policy, value_model, ref, language, cfg, seed):
+    settings = rest.Config(n=cfg.steps * cfg.samples // 2, max_new=language.max_new)
+    answers = rest.rollout(ref, language.prompts, settings, language.eos_id, seed)
+    prompts_ids = [x for x in language.prompts for _ in range(settings.n)]
+    kept = rest.keep(language.scores(prompts_ids, answers), 0.0).nonzero().squeeze(1).tolist()
+    for k in range(cfg.steps):
+        picked = [kept[j] for j in batch_rows(len(kept), cfg.samples * len(language.prompts), k, seed)]
+        rows = collate([prompts_ids[j] for j in picked], [answers.completions[j] for j in picked], pad_id=language.eos_id)
+        yield rest.step(policy, rows, settings)[0]
+
+
 # Gates: what a correct implementation stays below over seeds and references, at the default beta and steps. They are wider than one
-# run because training has noise and a net has a floor: the exact gradient of J itself ends at a KL of .0005 here.
+# run because training has noise and a net has a floor: the exact gradient of J itself ends at a KL of .0005 here. For selection the floor
+# is higher: its laws jump between levels of reward, ReST's to 0, and a smooth net rounds the edges.
 ROWS = [
     Row("REINFORCE, running-mean baseline", "reinforce", tilted, expected_reinforce, reinforce_losses, 0.008),
     Row("RLOO, G = 4", "rloo", tilted, expected_rloo, rloo_losses, 0.003),
@@ -350,6 +403,8 @@ ROWS = [
     grpo_row(32),
     grpo_row(4),
     Row("GRPO as printed (law: G → ∞)", "grpo", paper_grpo_law, expected_paper_grpo, paper_grpo_losses, 0.06, elsewhere=True),
+    Row("Best of 4, then SFT", "best_of_n", *selected(best_of_4), best_of_n_losses, 0.08),
+    Row("ReST, r > 0, KL(law‖π)", "rest", *selected(above_0), rest_losses, 0.35, forward=True),
     Row("IFT, λ = 0, from π*'s demonstrations", "ift", ift_law, expected_ift, ift_losses, 0.02, elsewhere=True),
 ]
 
@@ -372,20 +427,21 @@ def train(row, policy, language, cfg, seed, law, every=50):
     value_model = policy.with_scalar_head()
     updates = {"ppo": cfg.steps // 3 * 4, "rebel": cfg.steps // 20 * 20}.get(row.method, cfg.steps)
     optimizer = torch.optim.Adam([*policy.parameters(), *value_model.parameters()], lr=cfg.lr, betas=(0.9, 0.99))
-    path = [(0, kl_to(language, policy, law))]
+    path = [(0, kl_to(language, policy, law, row.forward))]
     for k, loss in enumerate(row.losses(policy, value_model, ref, language, cfg, seed)):
         optimizer.param_groups[0]["lr"] = cfg.lr * (1 - k / updates)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if (k + 1) % every == 0 or k + 1 == updates:
-            path.append((k + 1, kl_to(language, policy, law)))
+            path.append((k + 1, kl_to(language, policy, law, row.forward)))
     return path
 
 
-def kl_to(language, policy, law):
-    """KL(π‖law), averaged over prompts."""
-    return statistics.mean(closed_form.kl(p, q) for p, q in zip(language.law_of(policy).numpy(), law, strict=True))
+def kl_to(language, policy, law, forward=False):
+    """KL(π‖law), or with forward KL(law‖π), averaged over prompts."""
+    pairs = zip(language.law_of(policy).numpy(), law, strict=True)
+    return statistics.mean(closed_form.kl(q, p) if forward else closed_form.kl(p, q) for p, q in pairs)
 
 
 # ------------------------------------------------------------------------------------------------------------------- figure
@@ -405,11 +461,12 @@ def draw(results, cfg):
     for axis in axes.flat[len(results) + 1 :]:
         axis.axis("off")
     for axis, (row, ref, learned, law, _, own, other) in zip(axes.flat, results, strict=False):
-        low = np.log(law).min()
-        axis.plot(np.log(law).ravel(), np.log(ref).ravel(), ".", ms=1, color="0.85", zorder=-1)
+        low = np.log(law[law > 0]).min()
+        axis.plot(np.log(law[law > 0]), np.log(ref[law > 0]), ".", ms=1, color="0.85", zorder=-1)
         axis.plot([low, 0], [low, 0], color="0.7", lw=1, zorder=0)
         for n, color in zip(range(len(law)), ("C0", "C1", "C2"), strict=False):
-            axis.plot(np.log(law[n]), np.log(learned[n]), ".", ms=2, alpha=0.5, color=color)
+            possible = law[n] > 0
+            axis.plot(np.log(law[n][possible]), np.log(learned[n][possible]), ".", ms=2, alpha=0.5, color=color)
         axis.set(xlabel="log probability, closed form", ylabel="learned")
         axis.set_title(f"{row.name}\nKL to its law {own:.4f}, to π* {other:.4f}", fontsize=9)
     axis = axes.flat[len(results)]
@@ -425,8 +482,9 @@ def draw(results, cfg):
 def main(cfg):
     """Print the table, write the figure; returns True if every row passed in every run. Raises BadInput for arguments out of range."""
     known = list(dict.fromkeys(row.method for row in ROWS))
-    if unknown := [name for name in cfg.methods if name not in known]:
-        raise BadInput(f"--methods {unknown[0]}: no such row; there are {', '.join(known)}")
+    if unknown := [name for name in cfg.methods if name not in (*known, "all")]:
+        raise BadInput(f"--methods {unknown[0]}: no such row; there are all, {', '.join(known)}")
+    chosen = known if "all" in cfg.methods else cfg.methods
     if not (cfg.beta > 0 and cfg.lr > 0) or cfg.seeds < 1 or cfg.steps < 20 or cfg.samples < 4 or cfg.samples % 4:
         raise BadInput("--beta and --lr must be above 0, --seeds at least 1, --steps 20, --samples a multiple of 4 (RLOO's groups)")
     try:
@@ -443,13 +501,13 @@ def main(cfg):
             print(f"{len(language.prompts)} prompts of {len(language.completions)} completions, β = {cfg.beta:g}: E[r] of ref "
                   f"{(ref * rewards).sum(1).mean():.3f}, of π* {(best * rewards).sum(1).mean():.3f}; "
                   f"KL(ref‖π*) {statistics.mean(map(closed_form.kl, ref, best)):.3f}")
-            if "grpo" in cfg.methods:
+            if "grpo" in chosen:
                 thresholds = [closed_form.collapse_threshold(ref[n], r)[0] for n, r in enumerate(rewards)]
                 shown = ", ".join(f"{threshold:.3f}" for threshold in thresholds)
                 print(f"rewards over their spread with the KL in the reward would collapse for β below {shown} (one per prompt)")
             print(f"{'':6}{'':34}{'at rest':>9}{'KL to law':>11}{'gate':>8}{'KL to π*':>10}{'E[r]':>8}{'seconds':>9}")
         for row in ROWS:
-            if row.method not in cfg.methods:
+            if row.method not in chosen:
                 continue
             law = row.law(language, ref, cfg.beta)
             at_rest, begun = gradient_at(row, language, ref, law, cfg.beta), time.monotonic()

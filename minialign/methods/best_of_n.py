@@ -1,0 +1,172 @@
+"""Best-of-n, and fine-tuning on the winners (BoN-SFT, RAFT). Stiennon et al. 2020, arXiv:2009.01325; Dong et al. 2023, arXiv:2304.06767,
+Algorithm 1; the KL bound as in Nakano et al. 2021 and Beirami et al. 2024, arXiv:2401.01879.
+
+    L(θ) = −E_x[ log π_θ(y*|x) ],          y* = argmax_i r(x, y_i),  y_1 … y_n ~ π_t(·|x)
+
+Symbols  n → n, π_t → old (the policy at the start of the round), y* → the winners, log π_θ(y*|x) → logps (B, T), summed.
+Idea     Draw n, keep the best: the simplest use of a reward, without any gradient through it. Maximum likelihood on the winners puts what
+         n draws would buy into one.
+Differs  from sft.py: the demonstrations are the policy's own best answers. From rloo.py: all but the winner are thrown away, and nothing
+         holds the policy near a reference but the number of rounds.
+Details  Of equal rewards the first drawn wins, so a tie is a fair draw among them.
+         rounds=1 samples from the initial policy throughout; rounds=T renews the sampler T times, and best of n of best of n is sharper
+         still: it ends on the single best completion.
+         missing_eos is subtracted from r where max_new cut the completion off.
+Law      One round: P(y) = F(y)^n − F_−(y)^n, with F the probability of a reward not above y's and F_− of one below, shared among equal
+         rewards as ref shares them (toy/closed_form.py, best_of_n_law). KL(law‖ref) = log n − (n − 1)/n if no two rewards are equal
+         and no completion is likely, less otherwise (kl_bound).
+Checked  tests/methods/test_best_of_n.py (enumeration, sampling, bound, expected maximum), toy/tiny_language.py (the law).
+
+    python -m minialign best_of_n                                            # built-in task, laptop CPU
+    python -m minialign best_of_n --n 16 --prompts prompts.jsonl --policy runs/sft/final --reward runs/reward_model/final
+    python -m minialign best_of_n --reward rewards.py:politeness             # any function (prompts, completions) -> numbers
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.batch import collate, masked_mean
+from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
+from minialign.evaluate import held_out_reward
+from minialign.logps import token_logps
+from minialign.rewards import rollout_stats
+from minialign.run import Run
+from minialign.sample import sample
+
+
+@dataclass
+class Config:
+    n: int = 8                      # completions drawn for each winner
+    rounds: int = 1                 # how often the sampling policy is renewed
+    policy: str = "builtin"         # start from: builtin, a folder, a hub name
+    prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # one or more; minialign/rewards.py lists them
+    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
+    reward_limit: float = 60.0      # seconds that the reward may take for one batch
+    missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
+    steps: int = 100                # optimizer steps, each on fresh winners
+    batch_size: int = 16            # winners per step, each of another prompt
+    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.1             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of a completion
+    tau: float = 1.0                # sampling temperature
+    held_out: float = 0.25          # the last share of the prompts, never trained on
+    seed: int = 0                   # prompt order, samples
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 10             # steps between lines on the terminal
+    eval_every: int = 25            # steps between evaluations on the held-out prompts
+    save_every: int = 50            # steps between checkpoints
+    out: str = ""                   # run folder; default runs/best_of_n-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+
+def best_of_n_loss(logps, mask):
+    """Mean over the winners of −log π(y*): logps, mask (B, T). Returns the scalar loss, stats."""
+    assert logps.dim() == 2 and logps.shape == mask.shape, (logps.shape, mask.shape)
+    loss = -torch.where(mask.bool(), logps, 0).sum(1).mean()
+    return loss, {"nll": -masked_mean(logps, mask).detach()}
+
+
+def pick(rewards):
+    """rewards (N, n), the n of one prompt in a row -> (N,) the index of each row's largest, of several the first."""
+    return rewards.argmax(-1)
+
+
+def kl_bound(n):
+    """log n − (n − 1)/n, in nats: an upper bound of KL(best of n‖ref), exact for continuous rewards."""
+    return math.log(n) - (n - 1) / n
+
+
+def expected_max(rewards, n):
+    """Unbiased estimate of the expected best of n from N ≥ n rewards of independent samples (N,): a float.
+
+    The mean of the maximum over all subsets of n: the i-th smallest is the largest of C(i − 1, n − 1) of the C(N, n) subsets. For
+    0 1 2 3 and n = 2: (1·1 + 2·2 + 3·3)/6 = 2.333.
+    """
+    ordered, N = sorted(float(reward) for reward in rewards), len(rewards)
+    if not 1 <= n <= N:
+        raise BadInput(f"expected_max needs at least n={n} rewards, found {N}")
+    return sum(math.comb(i - 1, n - 1) / math.comb(N, n) * reward for i, reward in enumerate(ordered, start=1))
+
+
+def rollout(old, prompts_ids, cfg, eos_id, seed):
+    """n completions of each prompt by the policy that began the round."""
+    return sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=eos_id, seed=seed)
+
+
+def step(policy, winners, cfg):
+    """One batch of winners to one loss: the only place where the policy meets the equation."""
+    return best_of_n_loss(token_logps(policy, winners), winners.mask)
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("best_of_n", cfg)
+    cfg = run.cfg
+    if cfg.rounds > cfg.steps:
+        raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
+    reward_fn = run.open_reward()
+    policy, tokenizer = run.open_policy(cfg.policy)
+    rows, held_out = run.open_prompts(policy, tokenizer)
+
+    old = copy.deepcopy(policy).requires_grad_(False)  # π_t: the policy at the start of the round
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, old=old, optimizer=optimizer)
+    run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=old)
+
+    for k in run.steps(cfg.steps):
+        t, t_before = k * cfg.rounds // cfg.steps, (k - 1) * cfg.rounds // cfg.steps
+        if t != t_before:  # a round begins
+            old.load_state_dict(policy.state_dict())
+
+        picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
+        answers = rollout(old, prompts_ids, cfg, tokenizer.eos_id, derive_seed("best_of_n", cfg.seed, k))
+        asked = [prompt for prompt in prompts for _ in range(cfg.n)]
+        scores = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B·n,)
+        if scores is None:
+            continue
+        scores = (scores - cfg.missing_eos * ~answers.finished).view(-1, cfg.n)  # (B, n)
+        best = pick(scores)  # (B,)
+        completions = [answers.completions[b * cfg.n + i] for b, i in enumerate(best.tolist())]
+        winners = collate(prompts_ids, completions, pad_id=tokenizer.pad_id).to(run.device)
+
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        optimizer.zero_grad()
+        total, stats = 0.0, Mean()
+        for micro in winners.split(cfg.micro_batch or len(winners)):
+            loss, micro_stats = step(policy, micro, cfg)
+            share = len(micro) / len(winners)  # the loss is a mean over winners: a micro-batch counts by its winners
+            (loss * share).backward()
+            total += loss.item() * share
+            stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if run.finite(k, policy, picked, total, grad_norm):
+            optimizer.step()
+
+        metrics = rollout_stats(scores.flatten(), answers, group_size=cfg.n)
+        metrics |= {"reward/best": scores.amax(1).mean(), "round": t, "loss": total, "grad_norm": grad_norm}
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        if run.due(k):
+            metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign best_of_n"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign best_of_n", description=__doc__))

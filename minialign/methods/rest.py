@@ -1,0 +1,170 @@
+"""Reinforced self-training (ReST). Gulcehre et al. 2023, arXiv:2308.08998, Algorithm 1 and Eq. 3. (Not ReST-EM, not ReST-MCTS.)
+
+    L(θ) = E_{(x, y) ~ D_g}[ 1[ r(x, y) > τ_i ] · (−log π_θ(y|x)) ] / P(r > τ_i),        D_g = completions of π_g, drawn once a Grow step
+
+Symbols  D_g → a Grow step's data set, π_g → old (the policy at its start), τ_1 < τ_2 < … → thresholds, one for each Improve step,
+         log π_θ(y|x) → logps (B, T), summed.
+Idea     Two loops. Grow: sample a data set from the policy and score it once. Improve: fine-tune on what is above a threshold, then on what
+         is above a higher one, of the same data. Sampling is rare, and every sample is used many times.
+Differs  from best_of_n.py: an absolute threshold over all prompts instead of the best of each; a prompt may keep all of its completions
+         or none. From rloo.py: no gradient below the threshold, nothing is pushed down but by what rises.
+Details  The thresholds are quantiles of the Grow step's own rewards, so they need no knowledge of the scale; the first, the paper says, is
+         above the mean (0.5 is the median). Strictly above: rewards equal to τ are dropped. If that leaves nothing (many completions
+         share the largest reward), those with the largest reward are kept.
+         Without a reference or a KL, what holds the policy is the number of Grow steps.
+         The data set of a Grow step is not stored: a resumed run draws it again, from the policy and the seed that drew it.
+         missing_eos is subtracted from r where max_new cut the completion off.
+Law      π ∝ π_g·1[r > τ_I] after the last Improve step, as the data set grows: KL(π‖π_g) = −log P(r > τ_I) (toy/closed_form.py,
+         rest_law). A finite set is learned as it is: what was not drawn loses its probability too.
+Checked  tests/methods/test_rest.py (thresholds, the guard, what is regenerated), toy/tiny_language.py (the law).
+
+    python -m minialign rest                                                 # built-in task, laptop CPU
+    python -m minialign rest --prompts prompts.jsonl --policy runs/sft/final --reward runs/reward_model/final --grows 2
+    python -m minialign rest --reward rewards.py:politeness                  # any function (prompts, completions) -> numbers
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.batch import collate, masked_mean
+from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
+from minialign.evaluate import held_out_reward
+from minialign.logps import token_logps
+from minialign.rewards import rollout_stats
+from minialign.run import Run
+from minialign.sample import sample
+
+
+@dataclass
+class Config:
+    grows: int = 1                  # Grow steps: how often a new data set is drawn, from the policy so far
+    grow_prompts: int = 64          # prompts of a data set
+    n: int = 8                      # completions of each of them
+    quantiles: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])  # thresholds of the Improve steps, as quantiles of the rewards
+    policy: str = "builtin"         # start from: builtin, a folder, a hub name
+    prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # one or more; minialign/rewards.py lists them
+    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
+    reward_limit: float = 60.0      # seconds that the reward may take for one batch
+    missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
+    steps: int = 90                 # optimizer steps, divided evenly among all Improve steps of all Grow steps
+    batch_size: int = 32            # completions per step, of those above the threshold
+    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.1             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of a completion
+    tau: float = 1.0                # sampling temperature
+    held_out: float = 0.25          # the last share of the prompts, never trained on
+    seed: int = 0                   # prompt order, samples
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 10             # steps between lines on the terminal
+    eval_every: int = 25            # steps between evaluations on the held-out prompts
+    save_every: int = 50            # steps between checkpoints
+    out: str = ""                   # run folder; default runs/rest-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+
+def rest_loss(logps, mask):
+    """Mean over the kept completions of −log π(y): logps, mask (B, T). Returns the scalar loss, stats."""
+    assert logps.dim() == 2 and logps.shape == mask.shape, (logps.shape, mask.shape)
+    loss = -torch.where(mask.bool(), logps, 0).sum(1).mean()
+    return loss, {"nll": -masked_mean(logps, mask).detach()}
+
+
+def keep(rewards, threshold):
+    """rewards (B,) -> (B,) bool: those strictly above the threshold, or, if there are none, those that equal the largest.
+
+    R = .2 .5 .9 .7 and their mean .575 keep the last two.
+    """
+    above = rewards > threshold
+    return above if above.any() else rewards == rewards.max()
+
+
+def rollout(old, prompts_ids, cfg, eos_id, seed):
+    """The Grow step: n completions of each prompt by the policy at its start."""
+    return sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=eos_id, seed=seed)
+
+
+def step(policy, kept, cfg):
+    """One batch of kept completions to one loss: the only place where the policy meets the equation."""
+    return rest_loss(token_logps(policy, kept), kept.mask)
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("rest", cfg)
+    cfg = run.cfg
+    phases = cfg.grows * len(cfg.quantiles)
+    if phases > cfg.steps:
+        raise BadInput(f"--steps {cfg.steps}: {cfg.grows} Grow steps with {len(cfg.quantiles)} Improve steps each need at least {phases}")
+    if not all(0 <= q < 1 for q in cfg.quantiles) or sorted(set(cfg.quantiles)) != cfg.quantiles:
+        raise BadInput(f"--quantiles {cfg.quantiles}: must rise, from 0 to below 1")
+    reward_fn = run.open_reward()
+    policy, tokenizer = run.open_policy(cfg.policy)
+    rows, held_out = run.open_prompts(policy, tokenizer)
+
+    old = copy.deepcopy(policy).requires_grad_(False)  # π_g: the policy at the start of the Grow step
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, old=old, optimizer=optimizer)
+    run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=old)
+
+    data = None  # of this Grow step: prompts, completions, rewards
+    for k in run.steps(cfg.steps):
+        phase, phase_before = k * phases // cfg.steps, (k - 1) * phases // cfg.steps
+        g, i = divmod(phase, len(cfg.quantiles))
+        if k and g != phase_before // len(cfg.quantiles):  # a Grow step begins
+            old.load_state_dict(policy.state_dict())
+            data = None
+
+        if data is None:
+            picked = batch_rows(len(rows), cfg.grow_prompts, g, cfg.seed)
+            prompts_ids, prompts = zip(*[rows[j] for j in picked for _ in range(cfg.n)], strict=True)
+            answers = rollout(old, prompts_ids[:: cfg.n], cfg, tokenizer.eos_id, derive_seed("rest", cfg.seed, g))
+            scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+            if scores is None:
+                continue
+            scores = scores - cfg.missing_eos * ~answers.finished
+            data = prompts_ids, answers, scores
+        prompts_ids, answers, scores = data
+        threshold = torch.quantile(scores, cfg.quantiles[i])
+        kept = keep(scores, threshold).nonzero().squeeze(1).tolist()
+        picked = [kept[j] for j in batch_rows(len(kept), cfg.batch_size, k, cfg.seed)]
+        batch = collate([prompts_ids[j] for j in picked], [answers.completions[j] for j in picked], pad_id=tokenizer.pad_id).to(run.device)
+
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        optimizer.zero_grad()
+        total, stats = 0.0, Mean()
+        for micro in batch.split(cfg.micro_batch or len(batch)):
+            loss, micro_stats = step(policy, micro, cfg)
+            share = len(micro) / len(batch)  # the loss is a mean over completions: a micro-batch counts by its completions
+            (loss * share).backward()
+            total += loss.item() * share
+            stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if run.finite(k, policy, picked, total, grad_norm):
+            optimizer.step()
+
+        metrics = rollout_stats(scores, answers, group_size=cfg.n)
+        metrics |= {"reward/kept": scores[kept].mean(), "threshold": threshold, "kept": len(kept) / len(scores), "grow": g, "improve": i}
+        metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        if run.due(k):
+            metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign rest"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign rest", description=__doc__))

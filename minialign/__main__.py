@@ -135,17 +135,17 @@ def overview():
     print("minialign: every alignment loss in one readable file, each checked against its own fixed point\n")
     print("methods     python -m minialign <method> [--flags]; with no flags on the built-in task, under a minute; --help lists the flags")
     for name in names_in("minialign/methods"):
-        print(f"  {name:14} {first_line(ROOT / 'minialign/methods' / f'{name}.py').split('. ')[0].rstrip('.')}")
+        print(f"  {name:19} {first_line(ROOT / 'minialign/methods' / f'{name}.py').split('. ')[0].rstrip('.')}")
     print("\ncommands    python -m minialign <command> [--flags]")
     for name, line in COMMANDS.items():
-        print(f"  {name:14} {line}")
+        print(f"  {name:19} {line}")
     print("\ntoys        python -m toy.<name>; each prints PASS or FAIL per law, exit code 1 on a miss")
     for name in names_in("toy"):
         if name != "closed_form":
-            print(f"  {name:14} {first_line(ROOT / 'toy' / f'{name}.py')}")
+            print(f"  {name:19} {first_line(ROOT / 'toy' / f'{name}.py')}")
     print("\ntutorials   python tutorials/<name>.py, or open it as cells")
     for path in sorted((ROOT / "tutorials").glob("*.py")):
-        print(f"  {path.stem:14} {first_line(path)}")
+        print(f"  {path.stem:19} {first_line(path)}")
 
 
 def main(argv):

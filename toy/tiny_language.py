@@ -405,7 +405,7 @@ ROWS = [
     Row("GRPO as printed (law: G → ∞)", "grpo", paper_grpo_law, expected_paper_grpo, paper_grpo_losses, 0.06, elsewhere=True),
     Row("Best of 4, then SFT", "best_of_n", *selected(best_of_4), best_of_n_losses, 0.08),
     Row("ReST, r > 0, KL(law‖π)", "rest", *selected(above_0), rest_losses, 0.35, forward=True),
-    Row("IFT, λ = 0, from π*'s demonstrations", "ift", ift_law, expected_ift, ift_losses, 0.02, elsewhere=True),
+    Row("IFT, λ = 0, demonstrations of π*", "ift", ift_law, expected_ift, ift_losses, 0.02, elsewhere=True),
 ]
 
 

@@ -59,7 +59,7 @@ class Config:
     value_lr: float = 1e-3          # its peak learning rate
     policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
     prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
-    reward: list[str] = field(default_factory=lambda: ["builtin"])  # one or more; minialign/rewards.py lists them
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
     combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
     reward_limit: float = 60.0      # seconds that the reward may take for one batch
     missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off

@@ -47,7 +47,7 @@ class Config:
     decay: float = 0.9              # of the running mean of rewards that is the baseline; 0 = the last batch's mean
     policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
     prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
-    reward: list[str] = field(default_factory=lambda: ["builtin"])  # one or more; minialign/rewards.py lists them
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
     combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
     reward_limit: float = 60.0      # seconds that the reward may take for one batch
     missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off

@@ -8,9 +8,10 @@ Idea     Two loops. Grow: sample a data set from the policy and score it once. I
          is above a higher one, of the same data. Sampling is rare, and every sample is used many times.
 Differs  from best_of_n.py: an absolute threshold over all prompts instead of the best of each; a prompt may keep all of its completions
          or none. From rloo.py: no gradient below the threshold, nothing is pushed down but by what rises.
-Details  The thresholds are quantiles of the Grow step's own rewards, so they need no knowledge of the scale; the first, the paper says, is
-         above the mean (0.5 is the median). Strictly above: rewards equal to τ are dropped. If that leaves nothing (many completions
-         share the largest reward), those with the largest reward are kept.
+Details  The thresholds are quantiles of the Grow step's own rewards, so they need no knowledge of the scale (the paper begins above the
+         mean; 0.5 is the median). Strictly above: rewards equal to τ are dropped. If that leaves nothing (many completions share the
+         largest reward), those with the largest reward are kept.
+         The paper's data set also holds the demonstrations that the policy was trained on; here samples alone.
          Without a reference or a KL, what holds the policy is the number of Grow steps.
          The data set of a Grow step is not stored: a resumed run draws it again, from the policy and the seed that drew it.
          missing_eos is subtracted from r where max_new cut the completion off.
@@ -46,7 +47,7 @@ class Config:
     quantiles: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])  # thresholds of the Improve steps, as quantiles of the rewards
     policy: str = "builtin"         # start from: builtin, a folder, a hub name
     prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
-    reward: list[str] = field(default_factory=lambda: ["builtin"])  # one or more; minialign/rewards.py lists them
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
     combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
     reward_limit: float = 60.0      # seconds that the reward may take for one batch
     missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off

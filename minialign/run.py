@@ -207,8 +207,8 @@ class Run:
             raise BadInput(f"{error}; a reward is called as reward(prompts, completions), two lists of B, and returns B numbers") from None
         for b, reward in enumerate(rewards.tolist()):
             print(f"  {show_row(tokenizer, answers, b)}  reward {reward:g}")
-        print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion (0 at the start); "
-              "watch reward and kl: the loss is no progress signal here")
+        print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion (0 at the start)"
+              + ("; watch reward and kl: the loss is no progress signal here" if hasattr(cfg, "beta") else ""))
         if off > RATIO_TOLERANCE[self.dtype]:
             raise BadInput(f"sampler and training forward pass differ by {off:.2g} in ratio at --dtype {cfg.dtype}; try --dtype float32")
         self._say_folder()
@@ -326,17 +326,15 @@ class Run:
             rewards = ask(reward_fn, prompts, completions, limit=self.cfg.reward_limit)
             return rewards.to(self.device, torch.promote_types(self.dtype, torch.float32))
         except BadReward as error:
+            if self.skipped_in_a_row == 0 and step > self.first_step:  # so that nothing is lost if it fails twice more
+                self.save(step)
             self._skip()
             print(f"step {step + 1} skipped: {error}", file=sys.stderr)
             self.log(step)
             if self.skipped_in_a_row == ABORT_AFTER:
-                # The weights are those before these steps: save them as that, so that resuming does the steps again and nothing is lost.
-                self.skipped, self.skipped_in_a_row = self.skipped - ABORT_AFTER, 0
-                if step + 1 - ABORT_AFTER > self.first_step:
-                    self.save(step + 1 - ABORT_AFTER)
                 raise BadInput(
                     f"{ABORT_AFTER} steps in a row had no rewards, the last step {step + 1}: {error}; "
-                    f"mend the reward and go on after step {step + 1 - ABORT_AFTER} with --resume {self.folder}"
+                    f"mend the reward and do them again with --resume {self.folder}"
                 ) from None
             return None
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from minialign.checkpoint import newest_checkpoint
 from minialign.common import BadInput, read_rows
 from minialign.methods import rloo
-from tests.conftest import ONLINE
+from tests.conftest import ONLINE, SELECTING
 
 
 @pytest.fixture
@@ -45,19 +45,24 @@ def test_one_spike_is_one_skipped_step(small, reward_file, method, capsys):
         assert rows[4]["baseline"] < 100
 
 
-@pytest.mark.parametrize("method", ONLINE)
+@pytest.mark.parametrize("method", [*ONLINE, *SELECTING])
 def test_a_reward_that_dies_loses_no_step(small, reward_file, method):
     """It fails from the 5th batch on, with save_every far away: the run ends after three failures, the four good steps are saved, and
     once the reward is mended the run goes on and ends as if nothing had happened."""
-    dying = "    if calls >= 5:\n        raise RuntimeError('no judge')\n    return [len(text) % 5 for text in completions]\n"
+    dying = "    if calls >= DEAD:\n        raise RuntimeError('no judge')\n    return [len(text) % 5 for text in completions]\n"
     settings = dict(steps=8, save_every=100, eval_every=100)
-    module, cfg = small(method, reward=reward_file(dying.replace(">= 5", "< 0")), **settings)
+    if method == "best_of_n":  # rounds that begin at steps 3, 5 and 7 of 8: among the failures too
+        settings |= {"rounds": 4, "n": 1}
+    if method == "rest":  # it asks once a Grow step: four of them, of two steps each
+        settings |= {"grows": 4, "n": 1, "quantiles": [0.2]}
+    dead = {"rest": 3}.get(method, 5)
+    module, cfg = small(method, reward=reward_file(dying.replace(">= DEAD", "< 0")), **settings)
     expected = (module.main(cfg) / "final" / "model.safetensors").read_bytes()
-    module, cfg = small(method, reward=reward_file(dying), **settings)
-    with pytest.raises(BadInput, match="3 steps in a row had no rewards, the last step 7: .*no judge.*after step 4 with --resume"):
+    module, cfg = small(method, reward=reward_file(dying.replace("DEAD", str(dead))), **settings)
+    with pytest.raises(BadInput, match="3 steps in a row had no rewards, the last step 7: .*no judge.*do them again with --resume"):
         module.main(cfg)
     assert newest_checkpoint(cfg.out).name == "step_000004"
-    reward_file(dying.replace(">= 5", "< 0"))
+    reward_file(dying.replace(">= DEAD", "< 0"))
     folder = module.main(module.Config(resume=cfg.out))
     assert (folder / "final" / "model.safetensors").read_bytes() == expected
     assert [row["skipped"] for row in read_rows(folder / "metrics.jsonl")] == [0] * 8
@@ -80,9 +85,9 @@ def test_metrics_are_json_whatever_happens(small, reward_file, method):
         assert all(value is None or abs(value) < 1e30 for row in rows for value in row.values())
 
 
-@pytest.mark.parametrize("method", ["reinforce", "rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("method", ["reinforce", "rloo", "grpo", "ppo", "ift", "best_of_n", "rest"])
 def test_logged_means_do_not_depend_on_the_micro_batch(small, method):
-    epochs = {} if method == "reinforce" else {"epochs": 3}
+    epochs = {"epochs": 3} if method in ("rloo", "grpo", "ppo") else {}
     logged = []
     for micro_batch in (0, 3):
         module, cfg = small(method, micro_batch=micro_batch, **epochs)

@@ -22,7 +22,7 @@ EXTRA = {"irft": {"rounds": 3},  # so that a cut falls inside a round as well as
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("micro_batch", [0, 3])
+@pytest.mark.parametrize("micro_batch", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_sigterm_then_resume_is_bitwise(small, method, micro_batch, monkeypatch):
     """SIGTERM during steps 1, 4, 5 and 9 of 11 in turn (in epoch 0 and in later ones; not on save_every): each time the run saves after
     the step and exits with 0; the four pieces and the rest equal the unbroken run."""

@@ -129,7 +129,7 @@ VARIANTS = [
     ("ift", "guesses not shifted", [("torch.cat([batch.inputs[:, :1], further[:, :-1]], dim=1)", "further")]),
     ("ift", "prompt guessed too", [("[batch.mask], policy.head_weight", "[batch.mask | True], policy.head_weight"),
                                    ("masked_scatter(batch.mask, guesses)", "masked_scatter(batch.mask | True, guesses)")]),
-    ("ift", "mix and 1 − mix exchanged", [("(1 - mix) * embeds + mix *", "mix * embeds + (1 - mix) *")]),
+    ("ift", "mix and 1 − mix exchanged", [("embeds + mix * (policy", "embeds + (1 - mix) * (policy")]),
     # REBEL
     ("rebel", "1/η instead of η", [("target = eta *", "target = 1 / eta *")]),
     ("rebel", "the paper's scale", [("(logratio - other_logratio - target) ** 2", "((logratio - other_logratio - target) / eta) ** 2")]),

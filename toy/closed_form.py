@@ -312,7 +312,8 @@ def ift_law(completions, expert, decay):
     state_of[tokens[real]] = places[real]
 
     def conditional_of(mass):  # (branches,) -> the share of each token in its state
-        return mass / np.bincount(state_of, mass, len(prefixes))[state_of]
+        total = np.bincount(state_of, mass, len(prefixes))[state_of]
+        return np.divide(mass, total, out=np.ones_like(mass), where=total > 0)  # nothing to choose there: certain
 
     def mass_of(weights):  # (C, T) -> Σ over completions through each token of E·weight
         return np.bincount(tokens[real], (expert[:, None] * weights)[real], len(branches))
@@ -324,7 +325,8 @@ def ift_law(completions, expert, decay):
         for t in reversed(range(places.shape[1])):
             suffix = losses[:, t] + decay * suffix
             sums[:, t] = np.where(real[:, t], suffix, 0)
-        weights = sums / sums.sum(1, keepdims=True) if decay > 0 else real / real.sum(1, keepdims=True)
+        of_all = sums.sum(1, keepdims=True)
+        weights = np.divide(sums, of_all, out=np.zeros_like(sums), where=of_all > 0) if decay > 0 else real / real.sum(1, keepdims=True)
         moved = conditional_of(mass_of(weights))
         if np.abs(moved - policy).max() < 1e-15:
             break

@@ -3,14 +3,16 @@ Algorithm 1; the KL bound as in Nakano et al. 2021 and Beirami et al. 2024, arXi
 
     L(θ) = −E_x[ log π_θ(y*|x) ],          y* = argmax_i r(x, y_i),  y_1 … y_n ~ π_t(·|x)
 
-Symbols  n → n, π_t → old (the policy at the start of the round), y* → the winners, log π_θ(y*|x) → logps (B, T), summed.
+Symbols  n → n, π_t → old (the policy at the start of the round; ref is that of the first), y* → the winners,
+         log π_θ(y*|x) → logps (B, T), summed.
 Idea     Draw n, keep the best: the simplest use of a reward, without any gradient through it. Maximum likelihood on the winners puts what
          n draws would buy into one.
 Differs  from sft.py: the demonstrations are the policy's own best answers. From rloo.py: all but the winner are thrown away, and nothing
          holds the policy near a reference but the number of rounds.
 Details  Of equal rewards the first drawn wins, so a tie is a fair draw among them.
-         rounds=1 samples from the initial policy throughout; rounds=T renews the sampler T times, and best of n of best of n is sharper
-         still: it ends on the single best completion.
+         rounds=1 samples from the initial policy throughout; rounds=T has T samplers, each the policy so far, and best of n of best of n
+         is sharper still: it ends on the best completions alone, whatever they look like.
+         Sampling is at tau, the likelihood at 1: with tau below 1 the law is that of the tempered policy.
          missing_eos is subtracted from r where max_new cut the completion off.
 Law      One round: P(y) = F(y)^n − F_−(y)^n, with F the probability of a reward not above y's and F_− of one below, shared among equal
          rewards as ref shares them (toy/closed_form.py, best_of_n_law). KL(law‖ref) = log n − (n − 1)/n if no two rewards are equal
@@ -41,7 +43,7 @@ from minialign.sample import sample
 @dataclass
 class Config:
     n: int = 8                      # completions drawn for each winner
-    rounds: int = 1                 # how often the sampling policy is renewed
+    rounds: int = 1                 # T: how many sampling policies there are, the first being the initial one
     policy: str = "builtin"         # start from: builtin, a folder, a hub name
     prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
     reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
@@ -49,7 +51,7 @@ class Config:
     reward_limit: float = 60.0      # seconds that the reward may take for one batch
     missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
     steps: int = 100                # optimizer steps, each on fresh winners
-    batch_size: int = 16            # winners per step, each of another prompt
+    batch_size: int = 16            # winners per step, one of each prompt
     micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
     lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
     schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
@@ -84,7 +86,8 @@ def pick(rewards):
 
 
 def kl_bound(n):
-    """log n − (n − 1)/n, in nats: an upper bound of KL(best of n‖ref), exact for continuous rewards."""
+    """log n − (n − 1)/n, in nats: an upper bound of KL(best of n‖ref), approached when no two rewards are equal and no completion is
+    likely. For the reader, and for choosing n: 2 costs at most .19 nats, 8 at most 1.20, 32 at most 2.50."""
     return math.log(n) - (n - 1) / n
 
 

@@ -6,8 +6,8 @@
 Symbols  e → embeddings of tokens, ỹ_t → the policy's own guess of y_t, λ → mix, γ → decay, n → tokens of the completion,
          ℓ → −logps (B, T), c → suffix sums (B, T), w → weights (B, T), of mean 1 in every completion.
 Idea     A demonstration is read as the policy would have begun to write it: its inputs are mixed with its own guesses, so that it meets
-         a little of its own mistakes without sampling. And a token is weighted by how badly what follows it goes: early steps that
-         lead into trouble count more.
+         a little of its own mistakes without sampling. And a token answers, with its weight, for what follows it: steps before
+         a difficulty count more than those after it.
 Differs  from sft.py: mixed inputs, weights, and a mean per completion, not over tokens. With λ = 0 and γ = 0 it is SFT with that mean.
          From irft.py: no samples, no reference, one extra forward pass without gradient and nothing more.
 Details  γ = 0 means w = 1, as in the released code; the limit γ → 0 of the formula is another thing, w_t ∝ ℓ_t.
@@ -17,8 +17,9 @@ Details  γ = 0 means w = 1, as in the released code; the limit γ → 0 of the 
          (and Algorithm 1) earlier ones; this is the code (docs/ERRATA.md).
          Prompts keep their own embeddings. A hole in the mask still advances the exponent of γ.
          The released code also freezes the input embeddings at their first values. Here they train like everything else.
-Law      One token: SFT's, the expert. Several tokens, λ = 0, constant weights: π(a|s) ∝ E(a|s)·E[w_t/n | s, a], which is not the expert: a
-         token is liked for the trouble that follows it (toy/closed_form.py, ift_law).
+Law      One token: SFT's, the expert. Several tokens, λ = 0, constant weights: π(a|s) ∝ E(a|s)·E[w_t/n | s, a], not the expert: a token
+         counts by its share of its completion's c, so a first token gains that is rare, ends soon, or is easy to continue
+         (toy/closed_form.py, ift_law).
 Checked  tests/methods/test_ift.py (worked numbers in both modes, holes, gradients, what is fed in), toy/tiny_language.py (the law).
 
     python -m minialign ift                                                  # built-in task, laptop CPU
@@ -34,7 +35,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
 from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, split_scorable
 from minialign.evaluate import held_out_nll
-from minialign.logps import CHUNK_ROWS, token_logps
+from minialign.logps import CHUNK_ROWS, logits_of, token_logps
 from minialign.run import Run
 
 
@@ -101,10 +102,10 @@ def lookahead_embeds(policy, batch, *, mix):
         return embeds
     with torch.no_grad():
         hidden, head = policy.hidden(batch.inputs)[batch.mask], policy.head_weight[: policy.config.n_tokens]  # (scored, C), (V, C)
-        guesses = torch.cat([(rows @ head.T).argmax(-1) for rows in hidden.split(CHUNK_ROWS)])  # (scored,) of batch.targets
+        guesses = torch.cat([logits_of(rows, head, 1.0).argmax(-1) for rows in hidden.split(CHUNK_ROWS)])  # (scored,)
         further = batch.targets.masked_scatter(batch.mask, guesses)  # (B, T)
         further = torch.cat([batch.inputs[:, :1], further[:, :-1]], dim=1)  # target t − 1 is input t
-    return (1 - mix) * embeds + mix * policy.embed(further)  # a prompt token is its own guess
+    return embeds + mix * (policy.embed(further) - embeds)  # a prompt token is its own guess, and stays what it is
 
 
 def step(policy, batch, cfg):
@@ -136,10 +137,12 @@ def main(cfg):
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
         for micro in split_micro(picked, cfg.micro_batch):
-            loss, micro_stats = step(policy, batch_of(rows, micro), cfg)
+            batch = batch_of(rows, micro)
+            loss, micro_stats = step(policy, batch, cfg)
             share = len(micro) / len(picked)  # the loss is a mean over rows: a micro-batch counts by its rows
             (loss * share).backward()
             total += loss.item() * share
+            stats.add({"nll": micro_stats.pop("nll")}, weight=int(batch.mask.sum()))  # a mean over tokens
             stats.add(micro_stats, weight=share)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.finite(k, policy, picked, total, grad_norm):

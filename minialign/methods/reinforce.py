@@ -44,7 +44,7 @@ from minialign.sample import sample
 @dataclass
 class Config:
     beta: float = 0.05              # β: the pull to ref; 0 lets the policy go anywhere
-    decay: float = 0.9              # of the running mean of rewards that is the baseline; 0 = the last batch's mean
+    decay: float = 0.9              # of the running mean of rewards that is the baseline; 0 = the last batch's mean, 1 = none
     policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
     prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
     reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md

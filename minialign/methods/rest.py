@@ -13,10 +13,13 @@ Details  The thresholds are quantiles of the Grow step's own rewards, so they ne
          largest reward), those with the largest reward are kept.
          The paper's data set also holds the demonstrations that the policy was trained on; here samples alone.
          Without a reference or a KL, what holds the policy is the number of Grow steps.
-         The data set of a Grow step is not stored: a resumed run draws it again, from the policy and the seed that drew it.
+         The data set of a Grow step is not stored: a resumed run draws it again, from the policy and the seed that drew it, and
+         scores it again: a reward that is no function of the text would give another data set.
          missing_eos is subtracted from r where max_new cut the completion off.
-Law      π ∝ π_g·1[r > τ_I] after the last Improve step, as the data set grows: KL(π‖π_g) = −log P(r > τ_I) (toy/closed_form.py,
-         rest_law). A finite set is learned as it is: what was not drawn loses its probability too.
+         Sampling is at tau, the likelihood at 1.
+Law      For a prompt x with completions above it, π ∝ π_g·1[r > τ_I] after the last Improve step, as the data set grows:
+         KL(π‖π_g) = −log P(r > τ_I | x) (toy/closed_form.py, rest_law). A finite set is learned as it is: what was not drawn loses its
+         probability too.
 Checked  tests/methods/test_rest.py (thresholds, the guard, what is regenerated), toy/tiny_language.py (the law).
 
     python -m minialign rest                                                 # built-in task, laptop CPU
@@ -49,7 +52,7 @@ class Config:
     prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
     reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
     combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
-    reward_limit: float = 60.0      # seconds that the reward may take for one batch
+    reward_limit: float = 60.0      # seconds that the reward may take for a whole data set
     missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
     steps: int = 90                 # optimizer steps, divided evenly among all Improve steps of all Grow steps
     batch_size: int = 32            # completions per step, of those above the threshold
@@ -104,11 +107,11 @@ def main(cfg):
     """Run it; returns the run folder."""
     run = Run("rest", cfg)
     cfg = run.cfg
+    if not cfg.quantiles or not all(0 <= q < 1 for q in cfg.quantiles) or sorted(set(cfg.quantiles)) != cfg.quantiles:
+        raise BadInput(f"--quantiles {cfg.quantiles}: must rise, from 0 to below 1")
     phases = cfg.grows * len(cfg.quantiles)
     if phases > cfg.steps:
         raise BadInput(f"--steps {cfg.steps}: {cfg.grows} Grow steps with {len(cfg.quantiles)} Improve steps each need at least {phases}")
-    if not all(0 <= q < 1 for q in cfg.quantiles) or sorted(set(cfg.quantiles)) != cfg.quantiles:
-        raise BadInput(f"--quantiles {cfg.quantiles}: must rise, from 0 to below 1")
     reward_fn = run.open_reward()
     policy, tokenizer = run.open_policy(cfg.policy)
     rows, held_out = run.open_prompts(policy, tokenizer)
@@ -127,15 +130,15 @@ def main(cfg):
             data = None
 
         if data is None:
-            picked = batch_rows(len(rows), cfg.grow_prompts, g, cfg.seed)
-            prompts_ids, prompts = zip(*[rows[j] for j in picked for _ in range(cfg.n)], strict=True)
+            source = [j for j in batch_rows(len(rows), cfg.grow_prompts, g, cfg.seed) for _ in range(cfg.n)]  # the prompt of each
+            prompts_ids, prompts = zip(*[rows[j] for j in source], strict=True)
             answers = rollout(old, prompts_ids[:: cfg.n], cfg, tokenizer.eos_id, derive_seed("rest", cfg.seed, g))
             scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
             if scores is None:
                 continue
             scores = scores - cfg.missing_eos * ~answers.finished
-            data = prompts_ids, answers, scores
-        prompts_ids, answers, scores = data
+            data = source, prompts_ids, answers, scores
+        source, prompts_ids, answers, scores = data
         threshold = torch.quantile(scores, cfg.quantiles[i])
         kept = keep(scores, threshold).nonzero().squeeze(1).tolist()
         picked = [kept[j] for j in batch_rows(len(kept), cfg.batch_size, k, cfg.seed)]
@@ -151,7 +154,7 @@ def main(cfg):
             total += loss.item() * share
             stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        if run.finite(k, policy, picked, total, grad_norm):
+        if run.finite(k, policy, [source[j] for j in picked], total, grad_norm):
             optimizer.step()
 
         metrics = rollout_stats(scores, answers, group_size=cfg.n)

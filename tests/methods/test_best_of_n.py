@@ -105,3 +105,32 @@ def test_a_run_keeps_the_best_and_renews_its_sampler(small, monkeypatch):
 def test_kl_bound_is_increasing_and_below_log_n(m):
     bounds = [m.kl_bound(n) for n in range(1, 50)]
     assert bounds == sorted(bounds) and all(bound <= math.log(n) for n, bound in enumerate(bounds, start=1))
+
+
+def test_what_main_trains_on_are_the_winners_under_their_own_prompts(small, monkeypatch):
+    """Every row given to step, decoded: a prompt of the file, its completion one of those drawn for it, and their rewards reward/best."""
+    from minialign.data import read_prompts
+    from minialign.rewards import open_reward
+    from minialign.tokenizer import load_tokenizer
+
+    module, cfg = small("best_of_n", n=4, held_out=0.0)
+    drawn, given = [], []
+    rollout, step = best_of_n.rollout, best_of_n.step
+
+    def recorded(old, prompts_ids, *args):
+        answers = rollout(old, prompts_ids, *args)
+        drawn.append({(tuple(prompts_ids[b // 4]), tuple(ids)) for b, ids in enumerate(answers.completions)})
+        return answers
+
+    monkeypatch.setattr(best_of_n, "rollout", recorded)
+    monkeypatch.setattr(best_of_n, "step", lambda policy, batch, cfg: given.append(batch) or step(policy, batch, cfg))
+    rows, tokenizer = read_rows(module.main(cfg) / "metrics.jsonl"), load_tokenizer(cfg.policy)
+    reward, prompts = open_reward(cfg.reward, prompts=cfg.prompts), set(read_prompts(cfg.prompts))
+    for row, pairs, batch in zip(rows, drawn, given, strict=True):
+        texts = []
+        for inputs, targets, mask in zip(batch.inputs.tolist(), batch.targets.tolist(), batch.mask.tolist(), strict=True):
+            first = mask.index(True)
+            prompt, completion = inputs[: first + 1], [token for token, scored in zip(targets, mask, strict=True) if scored]
+            assert (tuple(prompt), tuple(completion)) in pairs and tokenizer.decode(prompt) in prompts
+            texts.append(tokenizer.decode(completion))
+        assert float(reward([""] * len(texts), texts).mean()) == pytest.approx(row["reward/best"], abs=1e-6)

@@ -159,7 +159,7 @@ def test_the_law_by_following_the_expected_update(decay):
 
     expert = closed_form.normalise(np.exp(np.random.default_rng(0).normal(size=len(LANGUAGE.completions))))
     law = closed_form.ift_law(LANGUAGE.completions, expert, decay)
-    assert law.sum() == pytest.approx(1, abs=1e-12) and (decay == 0) + (closed_form.kl(law, expert) > 1e-3)
+    assert law.sum() == pytest.approx(1, abs=1e-12) and closed_form.kl(law, expert) > 1e-3  # with decay 0 for 1/n alone
     policy, scale = TabularPolicy(LANGUAGE, np.full(len(expert), 1 / len(expert))), torch.tensor(expert * len(expert))[:, None]
     optimizer = torch.optim.Adam([policy.logits], lr=0.03)
     for k in range(1500):
@@ -174,3 +174,22 @@ def test_the_law_by_following_the_expected_update(decay):
 def test_the_law_of_one_token_is_the_expert():
     expert = np.array([0.1, 0.2, 0.7])
     assert closed_form.ift_law([(0,), (1,), (2,)], expert, 0.95).tolist() == pytest.approx(expert.tolist(), abs=1e-14)
+
+
+def test_the_law_by_hand_and_where_a_continuation_is_certain():
+    """Two first tokens of E = .5 each: the one that ends at once gains over the one that goes on to a coin flip; and a certain continuation
+    (ℓ = 0) is no 0/0. With decay 0 the weights are 1/n: 2/3 and 1/3."""
+    for completions in ([(0,), (1, 2), (1, 3)], [(0, 9), (1, 2), (1, 3)]):
+        law = closed_form.ift_law(completions, [0.5, 0.25, 0.25], 0.95)
+        assert law.sum() == pytest.approx(1) and law[0] > 0.55 and law[1] == pytest.approx(law[2])
+    assert closed_form.ift_law([(0,), (1, 2), (1, 3)], [0.5, 0.25, 0.25], 0.0).tolist() == pytest.approx([2 / 3, 1 / 6, 1 / 6])
+
+
+def test_gamma_one_and_full_mix_are_allowed_and_more_is_not(small):
+    from minialign.common import BadInput
+
+    module, cfg = small("ift", decay=1.0, mix=1.0, steps=1)
+    module.main(cfg)
+    for name, value in (("mix", 1.5), ("mix", -0.1), ("decay", 1.1)):
+        with pytest.raises(BadInput, match=f"--{name} {value}: must be at least 0 and at most 1"):
+            module.main(small("ift", **{name: value})[1])

@@ -90,10 +90,39 @@ def test_a_failed_grow_step_is_tried_again(small, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"quantiles": [0.9, 0.5]}, "--quantiles .*must rise"), ({"quantiles": [0.5, 1.0]}, "must rise, from 0 to below 1"),
+    ({"quantiles": [0.9, 0.5]}, "--quantiles .*must rise"), ({"quantiles": []}, "--quantiles .*must rise"),
+    ({"quantiles": [0.5, 1.0]}, "must rise, from 0 to below 1"),
     ({"grows": 7}, "--steps 6: 7 Grow steps with 1 Improve steps each need at least 7"), ({"grows": 0}, "--grows 0: must be at least 1"),
 ])
 def test_refusals(small, changes, message):
     module, cfg = small("rest", **changes)
     with pytest.raises(BadInput, match=message):
         module.main(cfg)
+
+
+def test_what_main_trains_on_is_above_the_threshold_and_under_its_own_prompt(small, monkeypatch):
+    """Every row given to step, decoded: one of the pairs that were drawn, with a reward above the step's threshold."""
+    from minialign.rewards import open_reward
+    from minialign.tokenizer import load_tokenizer
+
+    module, cfg = small("rest", n=4, quantiles=[0.3, 0.6])
+    drawn, given = set(), []
+    rollout, step = rest.rollout, rest.step
+
+    def recorded(old, prompts_ids, *args):
+        answers = rollout(old, prompts_ids, *args)
+        drawn.update((tuple(prompts_ids[b // 4]), tuple(ids)) for b, ids in enumerate(answers.completions))
+        return answers
+
+    monkeypatch.setattr(rest, "rollout", recorded)
+    monkeypatch.setattr(rest, "step", lambda policy, batch, cfg: given.append(batch) or step(policy, batch, cfg))
+    rows, tokenizer = read_rows(module.main(cfg) / "metrics.jsonl"), load_tokenizer(cfg.policy)
+    reward = open_reward(cfg.reward, prompts=cfg.prompts)
+    for row, batch in zip(rows, given, strict=True):
+        texts = []
+        for inputs, targets, mask in zip(batch.inputs.tolist(), batch.targets.tolist(), batch.mask.tolist(), strict=True):
+            first = mask.index(True)
+            completion = [token for token, scored in zip(targets, mask, strict=True) if scored]
+            assert (tuple(inputs[: first + 1]), tuple(completion)) in drawn
+            texts.append(tokenizer.decode(completion))
+        assert float(reward([""] * len(texts), texts).min()) > row["threshold"]

@@ -12,7 +12,7 @@ import pytest
 
 from minialign import run
 from minialign.common import BadInput
-from tests.conftest import METHODS
+from tests.conftest import EACH_LOOP, METHODS
 from tests.killing import result_of
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +21,7 @@ EXTRA = {"irft": {"rounds": 3},  # so that a cut falls inside a round as well as
          "rloo": {"epochs": 2}, "grpo": {"epochs": 2}}  # so that old log-probs matter
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH_LOOP)
 @pytest.mark.parametrize("micro_batch", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_sigterm_then_resume_is_bitwise(small, method, micro_batch, monkeypatch):
     """SIGTERM during steps 1, 4, 5 and 9 of 11 in turn (in epoch 0 and in later ones; not on save_every): each time the run saves after
@@ -48,7 +48,7 @@ def test_sigterm_then_resume_is_bitwise(small, method, micro_batch, monkeypatch)
     assert result_of(module.main(cfg)) == expected
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH_LOOP)
 def test_dying_in_the_middle_of_accumulation(small, method, monkeypatch):
     """An end without warning between two micro-batches, in epoch 1: the half-summed gradient is lost, the step is done again."""
     settings = dict(steps=9, micro_batch=2, save_every=3, **EXTRA.get(method, {}))
@@ -85,7 +85,7 @@ def check(outcomes, trials):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("method", "trials"), [
-    ("sft", 20),
+    ("sft", 12),
     *[pytest.param(method, 20 if method in ("irft", "reward_model", "ppo") else 8, marks=pytest.mark.slow)
       for method in METHODS if method != "sft"],
     pytest.param("sft", 100, marks=pytest.mark.slow),
@@ -154,7 +154,7 @@ def test_the_same_seed_twice_is_the_same_run_and_another_is_not(small):
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH_LOOP)
 def test_logging_evaluating_and_saving_do_not_change_the_training(small, method):
     exports = []
     for changes in ({"eval_every": 1, "save_every": 1, "log_every": 1}, {"eval_every": 100, "save_every": 100}):
@@ -163,7 +163,7 @@ def test_logging_evaluating_and_saving_do_not_change_the_training(small, method)
     assert exports[0] == exports[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH_LOOP)
 def test_accumulation_is_invariant(small, method):
     """1×8 = 2×4 = 8×1 (and 3+3+2): the same weights after 6 steps to 1e-10 in float64, the same logged losses."""
     from safetensors.torch import load_file

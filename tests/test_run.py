@@ -11,7 +11,7 @@ from minialign import run
 from minialign.batch import collate
 from minialign.common import BadInput, read_rows
 from minialign.data import builtin_tokenizer
-from tests.conftest import METHODS
+from tests.conftest import EACH_LOOP, METHODS
 
 
 def poison(monkeypatch, module, bad_steps, where="loss"):
@@ -28,7 +28,7 @@ def poison(monkeypatch, module, bad_steps, where="loss"):
     monkeypatch.setattr(module, "step", step)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH_LOOP)
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_named(small, monkeypatch, capsys, method, where):
     once = {"epochs": 1} if method in ("ppo", "rebel") else {}  # one update on each rollout, so that the third call is step 3

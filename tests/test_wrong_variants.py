@@ -131,9 +131,9 @@ VARIANTS = [
                                    ("masked_scatter(batch.mask, guesses)", "masked_scatter(batch.mask | True, guesses)")]),
     ("ift", "mix and 1 − mix exchanged", [("embeds + mix * (policy", "embeds + (1 - mix) * (policy")]),
     # REBEL
-    ("rebel", "1/η instead of η", [("target = eta *", "target = 1 / eta *")]),
-    ("rebel", "the paper's scale", [("(logratio - other_logratio - target) ** 2", "((logratio - other_logratio - target) / eta) ** 2")]),
-    ("rebel", "sign of the target", [("other_logratio - target)", "other_logratio + target)")]),
+    ("rebel", "1/η instead of η", [("other_logratio) / eta", "other_logratio) * eta")]),
+    ("rebel", "the released code's scale", [("(logratio - other_logratio) / eta - target", "logratio - other_logratio - eta * target")]),
+    ("rebel", "sign of the target", [("/ eta - target)", "/ eta + target)")]),
 ]
 
 

@@ -1,6 +1,6 @@
-"""REBEL: reinforcement learning by regressing relative rewards. Gao et al. 2024, arXiv:2404.16767, Algorithm 1 and Eq. 9.
+"""REBEL: reinforcement learning by regressing relative rewards. Gao et al. 2024, arXiv:2404.16767, Algorithm 1.
 
-    L(θ) = E_{x, y~π_t, y'~π_t} [ ( log π_θ(y|x)/π_t(y|x) − log π_θ(y'|x)/π_t(y'|x) − η·(R(x, y) − R(x, y')) )² ]
+    L(θ) = E_{x, y~π_t, y'~π_t} [ ( (1/η)·( log π_θ(y|x)/π_t(y|x) − log π_θ(y'|x)/π_t(y'|x) ) − (R(x, y) − R(x, y')) )² ]
 
 Symbols  π_t → the policy that sampled, frozen; y, y' → rows 2i and 2i + 1; the differences to π_t → logratio, other_logratio (B/2,);
          R = r − β·log π_t/π_ref → rewards, other_rewards (B/2,); η → eta, the size of a policy step, in nats per unit of reward.
@@ -8,8 +8,8 @@ Idea     The exact step of mirror descent, π_{t+1} ∝ π_t·e^{ηR}, has log �
          so regress the difference of log-ratios on the difference of rewards: policy optimisation as least squares.
 Differs  from rloo.py: a squared error with a target, so it knows when a step is done; no clip, no advantage. From dpo.py: the sizes of
          the rewards are regressed, not only who won.
-Details  This is the form of the released code. The paper prints ( (1/η)·Δ − ΔR )², which is the same divided by η²: the same minimum, but
-         at a given learning rate another step size. Its η is 1 / (weight of the KL to π_t) and has nothing to do with β.
+Details  This is the paper's form. The released code has (Δ − η·ΔR)², which is η² times this: the same minimum, but at a given learning
+         rate another step size (under Adam hardly). η is 1 / (weight of the KL to π_t) and has nothing to do with β.
          The KL to the first policy, ref, is inside R (k1, detached, summed over tokens), as the code does: without it every rollout
          takes another full step and nothing holds the policy.
          Both completions of a pair stay in one micro-batch. Identical completions are a pair like any other: their error is 0.
@@ -75,8 +75,8 @@ class Config:
 def rebel_loss(logratio, other_logratio, rewards, other_rewards, *, eta):
     """All inputs (B/2,): of each pair log π_θ/π_t summed over the completion, in nats, and R. Returns the scalar loss, stats."""
     assert logratio.dim() == 1 and logratio.shape == other_logratio.shape == rewards.shape == other_rewards.shape
-    target = eta * (rewards - other_rewards).detach()
-    loss = (logratio - other_logratio - target) ** 2
+    target = (rewards - other_rewards).detach()
+    loss = ((logratio - other_logratio) / eta - target) ** 2
     return loss.mean(), {"target": (target**2).mean()}  # what the loss is where nothing has moved
 
 

@@ -1,4 +1,4 @@
-"""REINFORCE with a baseline. Williams 1992; for completions as single actions: Ahmadian et al. 2024, arXiv:2402.14740, Eq. 5-6.
+"""REINFORCE with a baseline. Williams 1992; for completions as single actions: Ahmadian et al. 2024, arXiv:2402.14740.
 
     L(θ) = −E_{x~D, y~π_θ(·|x)} [ sg(R − b) · log π_θ(y|x) ],        R = r(x, y) − β·log π_θ(y|x)/π_ref(y|x)
 

@@ -1,4 +1,4 @@
-"""REINFORCE leave-one-out (RLOO). Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740, Eq. 8; the clip as in TRL.
+"""REINFORCE leave-one-out (RLOO). Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740; the clip as in TRL.
 
     L(θ) = −E[ min( ρ·A, clip(ρ, 1 − ε, 1 + ε)·A ) ],     A_i = R_i − (1/(G−1)) Σ_{j≠i} R_j,     R = r − β·log π_θ/π_ref
 

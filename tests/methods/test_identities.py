@@ -23,7 +23,7 @@ def flat(loss, policy):
 @pytest.mark.parametrize("tau", [1.0, 0.7])
 def test_one_gradient_at_ratio_one(tau):
     """The same advantages: REINFORCE, RLOO, GRPO (dr_grpo, β = 0, constant 1) give one gradient, PPO the same times completions/tokens,
-    REBEL −1/(4η) of the pairwise form. Ratio exactly 1, clip 0, KL to an equal ref exactly 0."""
+    REBEL 4/η of the pairwise form. Ratio exactly 1, clip 0, KL to an equal ref exactly 0."""
     policy, answers = first_rollout(tau=tau)
     A = torch.randn(len(answers), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     size = len(answers) / int(answers.mask.sum())
@@ -44,11 +44,11 @@ def test_one_gradient_at_ratio_one(tau):
     assert torch.allclose(flat(loss, policy), expected * size, atol=1e-12)
     assert stats["ratio"] == 1 and stats["clip_ratio/region_mean"] == 0 and stats["approx_kl"] == 0
 
-    # (0 − η(R − R'))² has the gradient −2η(R − R')(∇log π − ∇log π'); a leave-one-out pair is A = ±(R − R'): twice the mean over rows.
+    # (0 − (R − R'))² has the gradient −(2/η)(R − R')(∇log π − ∇log π'); a leave-one-out pair is A = ±(R − R'): twice the mean over rows.
     pairs = rloo.leave_one_out(A, group_size=2)
     expected = flat(reinforce.step(policy, answers, pairs, cfg)[0], policy)
     loss, _ = rebel.step(policy, answers, A, rebel.Config(tau=tau, eta=0.6), on_policy=True)
-    assert torch.allclose(flat(loss, policy), 4 * 0.6 * expected, atol=1e-12)
+    assert torch.allclose(flat(loss, policy), 4 / 0.6 * expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -19,10 +19,10 @@ def f64(*values):
 
 
 def test_worked_numbers(m):
-    """Δ = 1, ΔR = .3: η = 1: .7² = .49; η = 2: .4² = .16, and the paper's form (Δ/2 − .3)² = .04 is that over η²."""
-    for eta, code, paper in ((1.0, 0.49, 0.49), (2.0, 0.16, 0.04)):
+    """Δ = 1, ΔR = .3: η = 1: .7² = .49; η = 2: (1/2 − .3)² = .04, and the released code's form (1 − 2·.3)² = .16 is η² times that."""
+    for eta, paper, code in ((1.0, 0.49, 0.49), (2.0, 0.04, 0.16)):
         loss, _ = m.rebel_loss(f64(1.5), f64(0.5), f64(1.0), f64(0.7), eta=eta)
-        assert loss.item() == pytest.approx(code, abs=1e-12) and loss.item() / eta**2 == pytest.approx(paper, abs=1e-12)
+        assert loss.item() == pytest.approx(paper, abs=1e-12) and loss.item() * eta**2 == pytest.approx(code, abs=1e-12)
 
 
 def test_the_exact_step_has_loss_zero(m):
@@ -33,13 +33,13 @@ def test_the_exact_step_has_loss_zero(m):
         logratio = (stepped / pi).log()
         y, other = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T
         loss, stats = m.rebel_loss(logratio[y], logratio[other], r[y], r[other], eta=eta)
-        assert loss.item() == pytest.approx(0, abs=1e-28) and stats["target"].item() == pytest.approx(eta**2 * 12 / 9)
+        assert loss.item() == pytest.approx(0, abs=1e-28) and stats["target"].item() == pytest.approx(12 / 9)
         if eta == 1.0:
             assert stepped.tolist() == pytest.approx([0.433268, 0.095634, 0.471098], abs=1e-6)
 
 
 def test_first_gradient_is_the_policy_gradient(m):
-    """At θ = π_t the loss over all pairs has the gradient −4η·∇J: Σ π π' ·(−2η)(ΔR)(∇log π − ∇log π') = −4η·Cov(R, ∇log π)."""
+    """At θ = π_t the loss over all pairs has the gradient −(4/η)·∇J: Σ π π' ·(−2/η)(ΔR)(∇log π − ∇log π') = −(4/η)·Cov(R, ∇log π)."""
     e, eta = Enumerated(prompt=1), 0.6
     R = m.kl_rewards(e.rewards, e.logps, e.ref_logps, beta=BETA)
     logratio = (e.logps - e.logps.detach()).sum(1)
@@ -47,7 +47,7 @@ def test_first_gradient_is_the_policy_gradient(m):
     y, other = torch.cartesian_prod(torch.arange(C), torch.arange(C)).T
     root = (e.law[y] * e.law[other]).sqrt() * C  # the root of the weight goes on what is squared
     loss, stats = m.rebel_loss(root * logratio[y], root * logratio[other], root * R[y], root * R[other], eta=eta)
-    assert relative(-e.gradient(loss), 4 * eta * e.gradient(e.objective())) < 1e-12
+    assert relative(-e.gradient(loss), 4 / eta * e.gradient(e.objective())) < 1e-12
     assert loss.item() == pytest.approx(stats["target"].item(), abs=1e-12)  # nothing is explained yet
 
 

@@ -29,7 +29,7 @@ def log_probs(policy, prompt, completion):
 
 
 def clipped(A, ratio, eps=0.2):
-    return min(ratio * A, max(min(ratio, 1 + eps), 1 - eps) * A, key=float) + 0 * ratio  # a number where the clip is flat
+    return min(ratio * A, max(min(ratio, 1 + eps), 1 - eps) * A, key=lambda term: float(term.detach())) + 0 * ratio  # a number where the clip is flat
 
 
 class Replay:
@@ -74,7 +74,7 @@ class Replay:
         own, first = dict(self.policy.named_parameters()), dict(load_pretrained(self.cfg.policy).named_parameters())
         exported = dict(load_pretrained(folder / "final").named_parameters())
         assert max(float((own[name] - first[name]).detach().abs().max()) for name in own) > 1e-3
-        return max(float((own[name] - exported[name]).abs().max()) for name in own)
+        return max(float((own[name] - exported[name]).detach().abs().max()) for name in own)
 
 
 def penalised(row):

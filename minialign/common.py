@@ -255,12 +255,12 @@ def check_config(cfg):
     at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
                 "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
                 "layers": 1, "heads": 1, "width": 1, "group_size": 1, "epochs": 1, "n": 1, "grows": 1, "grow_prompts": 1,
-                "gamma": 0, "lam": 0, "decay": 0, "mix": 0, "std_eps": 0}
+                "gamma": 0, "lam": 0, "decay": 0, "mix": 0, "std_eps": 0, "bound": 0, "ridge": 0, "reward_share": 0}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise BadInput(f"--{field.name} {value}: must be a finite number")
-    at_most = {"warmup": 1, "held_out": 0.9, "gamma": 1, "lam": 1, "decay": 1, "mix": 1}
+    at_most = {"warmup": 1, "held_out": 0.9, "gamma": 1, "lam": 1, "decay": 1, "mix": 1, "reward_share": 1}
     for name, low in at_least.items():
         value = getattr(cfg, name, low)
         value = low if value is None else value
@@ -268,7 +268,7 @@ def check_config(cfg):
         if not low <= value <= high:
             raise BadInput(f"--{name} {value}: must be at least {low}" + (f" and at most {high}" if name in at_most else ""))
     online = hasattr(cfg, "reward")  # with a reward of its own a method can do without the pull to ref: beta 0
-    for name in ("max_grad_norm", "beta", "tau", "eps", "eps_value", "eta", "value_lr", "reward_limit"):
+    for name in ("max_grad_norm", "beta", "tau", "eps", "eps_value", "eta", "value_lr", "reward_limit", "reward_lr", "reward_share"):
         value = getattr(cfg, name, 1)
         if not (value > 0 or (online and name == "beta" and value == 0)):
             raise BadInput(f"--{name} {value}: must be {'at least' if online and name == 'beta' else 'above'} 0")

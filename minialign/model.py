@@ -49,6 +49,8 @@ class GPTConfig:
     tied: bool = True                   # the LM head is the embedding matrix
     head: str = "lm"                    # lm: logits (B, T, V) | scalar: one number per position (B, T)
     reward_offset: float = 0.0          # subtracted by the scalar head: demonstrations score 0 on average
+    reward_read: str = "last"           # a completion's reward: last (the scalar head at its last token) | sum (over its tokens)
+    reward_bound: float = 0.0           # R: rewards are R·σ(·), within [0, R]; 0 = unbounded
     n_tokens: int | None = None         # ids below this decode to text; the rest pad the table and are never sampled. None = V
     family: str = "llama"               # whose names and layout a saved folder uses; the model itself never asks
 
@@ -62,7 +64,8 @@ class GPTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise BadInput(f"{name} must be a whole number from 1 to 2**31, found {value!r}")
-        choices = {"norm": ("rms", "layer"), "positions": ("rotary", "learned"), "head": ("lm", "scalar"), "activation": tuple(ACTIVATIONS)}
+        choices = {"norm": ("rms", "layer"), "positions": ("rotary", "learned"), "head": ("lm", "scalar"), "activation": tuple(ACTIVATIONS),
+                   "reward_read": ("last", "sum")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
@@ -324,10 +327,10 @@ class GPT(nn.Module):
         back = positions[:, None, :, None] - keys  # (B, 1, T, S) how far back each key lies; negative is the future
         return (back >= 0) if window is None else (back >= 0) & (back < window)
 
-    def with_scalar_head(self):
+    def with_scalar_head(self, *, reward_read="last", reward_bound=0.0):
         """A copy of this trunk under a new scalar head (std 1/sqrt(C+1)): how a reward or value model starts."""
         model = copy.deepcopy(self)
-        model.config = replace(self.config, head="scalar", tied=False)
+        model.config = replace(self.config, head="scalar", tied=False, reward_read=reward_read, reward_bound=reward_bound)
         weight = torch.empty(1, self.config.n_embd).normal_(std=1 / math.sqrt(self.config.n_embd + 1))
         model.head = nn.Linear(self.config.n_embd, 1, bias=False)
         model.head.weight = nn.Parameter(weight.to(self.head_weight))
@@ -355,6 +358,13 @@ def config_from_hf(hf):
         raise BadInput(f"config.json: a value has the wrong type or size for a {family} model ({error})") from None
 
 
+REWARD_FIELDS = {"reward_offset": 0.0, "reward_read": "last", "reward_bound": 0.0}  # what transformers' classifiers do not know
+
+
+def _reward_fields(hf):
+    return {name: hf.get(name, default) for name, default in REWARD_FIELDS.items()}
+
+
 def _head_kind(hf):
     architectures = hf.get("architectures") or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
@@ -380,7 +390,7 @@ def _gpt2_config(hf, family):
         vocab_size=hf["vocab_size"], n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"], ffn_dim=hf.get("n_inner"),
         max_len=hf["n_positions"], norm="layer", norm_eps=hf.get("layer_norm_epsilon", 1e-5), gated=False, positions="learned",
         activation=_activation(hf.get("activation_function", "gelu_new")), qkv_bias=True, out_bias=True, mlp_bias=True,
-        tied=head == "lm" and hf.get("tie_word_embeddings", True), head=head, reward_offset=hf.get("reward_offset", 0.0), family=family,
+        tied=head == "lm" and hf.get("tie_word_embeddings", True), head=head, **_reward_fields(hf), family=family,
     )
 
 
@@ -424,7 +434,7 @@ def _rotary_config(hf, family):
         qkv_bias=family == "qwen2" or bias, out_bias=False if family == "qwen2" else bias, mlp_bias=neox or hf.get("mlp_bias", False),
         qk_norm=family == "qwen3", windows=windows,
         tied=head == "lm" and hf.get("tie_word_embeddings", False), head=head,
-        reward_offset=hf.get("reward_offset", 0.0), family=family,
+        **_reward_fields(hf), family=family,
     )
 
 
@@ -439,7 +449,8 @@ def config_to_hf(config):
     hf = {"model_type": config.family, "architectures": [classes[config.family] + task], "vocab_size": config.vocab_size,
           "tie_word_embeddings": config.tied}
     if config.head == "scalar":
-        hf |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "reward_offset": config.reward_offset}
+        hf |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        hf |= {name: getattr(config, name) for name in REWARD_FIELDS}
     if config.family == "gpt2":
         return hf | {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.ffn_dim,
                      "n_positions": config.max_len, "layer_norm_epsilon": config.norm_eps, "activation_function": activation,

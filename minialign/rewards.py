@@ -106,15 +106,22 @@ def lexicon(weights):
 
 
 def score(reward_model, batch):
-    """The reward model's number for each row, (B,): its scalar head at the last completion token (EOS, unless the row was cut).
+    """The reward model's number for each row, (B,): its scalar head at the last completion token (EOS, unless the row was cut), or, with
+    config.reward_read "sum", summed over the completion's tokens; with config.reward_bound R squeezed into [0, R] by R·σ(·).
 
     batch: Batch with inputs, targets, mask (B, T). The index comes from the mask, so padding may look like anything. A row with
-    nothing scored is read at its first token.
+    nothing scored is read at its first token, or sums to 0.
     """
+    config = reward_model.config
     tokens = torch.cat([batch.inputs[:, :1], batch.targets], dim=1)  # (B, T + 1) the whole row: the last target is an input here
-    places = torch.arange(1, tokens.shape[1], device=tokens.device)  # target t is token t + 1
-    last = torch.where(batch.mask, places, 0).amax(dim=1)  # (B,)
-    return reward_model(tokens)[torch.arange(len(tokens), device=tokens.device), last]
+    numbers = reward_model(tokens)  # (B, T + 1)
+    if config.reward_read == "sum":
+        rewards = torch.where(batch.mask, numbers[:, 1:], 0).sum(1)  # (B,) target t is token t + 1
+    else:
+        places = torch.arange(1, tokens.shape[1], device=tokens.device)
+        last = torch.where(batch.mask, places, 0).amax(dim=1)  # (B,)
+        rewards = numbers[torch.arange(len(tokens), device=tokens.device), last]
+    return config.reward_bound * torch.sigmoid(rewards) if config.reward_bound else rewards
 
 
 def learned(reward_model, tokenizer, *, batch_size=32):

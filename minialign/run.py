@@ -3,7 +3,7 @@
 A method's main() keeps the algorithm in sight (zero_grad, backward, clip, step); this file keeps the rest out of it. The folder:
 
     runs/<method>-<time>/  config.json  env.json  inputs.json  tokenizer.json  metrics.jsonl  samples.jsonl
-                           checkpoints/step_000100/  final/ (a Hugging Face folder)
+                           checkpoints/step_000100/  final/ (a Hugging Face folder)  snapshots/000020/ (if asked for)  reward/ (rft, irl)
 
 Checked by tests/test_run.py and, with kill -9, tests/test_resume.py.
 """
@@ -183,16 +183,9 @@ class Run:
 
     @torch.no_grad()
     def first_rollout(self, tokenizer, rows, reward_fn, *, policy, ref, value_model=None):
-        """The same for online methods, on completions of the first three prompts: their rewards, and the two numbers that must be 1 and 0.
-
-        The ratio compares the sampler's log-probs with those of the forward pass that trains. Raises BadInput where they are not of
-        one distribution: sampling at another temperature, with truncation, or a wrong position would train on a ratio that is not 1.
-        """
+        """The same for online methods, on completions of the first three prompts: check_sampler, and their rewards."""
         cfg = self.cfg
         prompts_ids, prompts = zip(*rows[:3], strict=True)
-        answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=cfg.seed)
-        logps, ref_logps = token_logps(policy, answers, tau=cfg.tau), token_logps(ref, answers, tau=cfg.tau)  # (B, T)
-        off, kl = float(((logps - answers.old_logps).exp() - 1).abs().max()), float(k1(logps, ref_logps).sum(1).mean())
         lengths = [len(ids) for ids, _ in rows]
         models = {"policy": policy, "ref": ref} | ({"value_model": value_model} if value_model else {})
         drawn = getattr(cfg, "grow_prompts", cfg.batch_size) * getattr(cfg, "n", 1)  # rows that are sampled together
@@ -200,6 +193,7 @@ class Run:
         cut = sum(length == cfg.max_prompt for length in lengths)
         print(f"prompts: {len(rows):,}, the longest of {max(lengths):,} tokens, {cut:,} at --max_prompt; up to {cfg.max_new:,} new tokens "
               f"each; about {needed:,.0f} MB at the peak")
+        answers = self.check_sampler(tokenizer, prompts_ids, policy=policy, ref=ref)
         texts = [tokenizer.decode(ids) for ids in answers.completions]
         try:
             rewards = ask(reward_fn, prompts, texts, limit=cfg.reward_limit)
@@ -207,11 +201,25 @@ class Run:
             raise BadInput(f"{error}; a reward is called as reward(prompts, completions), two lists of B, and returns B numbers") from None
         for b, reward in enumerate(rewards.tolist()):
             print(f"  {show_row(tokenizer, answers, b)}  reward {reward:g}")
-        print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion (0 at the start)"
-              + ("; watch reward and kl: the loss is no progress signal here" if hasattr(cfg, "beta") else ""))
+        if hasattr(cfg, "beta"):
+            print("watch reward and kl: the loss is no progress signal here")
+        self._say_folder()
+
+    @torch.no_grad()
+    def check_sampler(self, tokenizer, prompts_ids, *, policy, ref):
+        """A rollout of a few prompts, on which the two numbers that must be 1 and 0 are printed.
+
+        The ratio compares the sampler's log-probs with those of the forward pass that trains. Raises BadInput where they are not of
+        one distribution: sampling at another temperature, with truncation, or a wrong position would train on a ratio that is not 1.
+        """
+        cfg = self.cfg
+        answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=cfg.seed)
+        logps, ref_logps = token_logps(policy, answers, tau=cfg.tau), token_logps(ref, answers, tau=cfg.tau)  # (B, T)
+        off, kl = float(((logps - answers.old_logps).exp() - 1).abs().max()), float(k1(logps, ref_logps).sum(1).mean())
+        print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion (0 at the start)")
         if off > RATIO_TOLERANCE[self.dtype]:
             raise BadInput(f"sampler and training forward pass differ by {off:.2g} in ratio at --dtype {cfg.dtype}; try --dtype float32")
-        self._say_folder()
+        return answers
 
     def _sizes(self, models, positions, sampled=0):
         """Print device, dtype and parameters; returns the peak memory in MB, with a word if that is more than there is."""
@@ -371,6 +379,11 @@ class Run:
             row = {"step": step + 1, "prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(ids), "finished": finished}
             append_row(self.folder / "samples.jsonl", row)
 
+    def snapshot(self, step, model, tokenizer, name="snapshots"):
+        """With --snapshots, whenever an evaluation is due: export the model as it is after step `step`, to snapshots/000020/."""
+        if self.cfg.snapshots and self.due(step):
+            save_pretrained(model, self.folder / name / f"{step + 1:06d}", tokenizer)
+
     def due(self, step):
         """Whether to evaluate after step `step`: every eval_every steps and at the end."""
         return (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.steps
@@ -383,6 +396,8 @@ class Run:
         if model.config.head == "lm":
             print(f"  samples   python -m minialign show {self.folder}")
             print(f'  talk      python -m minialign sample --policy {self.folder}/final --prompt "…"')
+        if (self.folder / "reward").is_dir():
+            print(f"  reward    {self.folder}/reward, for --reward of evaluate, best_of_n and the online methods")
         print(f"  weights   {self.folder}/final (loads in transformers as it is)", flush=True)
         return self.folder
 

@@ -238,7 +238,7 @@ def save_pretrained(model, folder, tokenizer=None):
     """Write a folder that transformers, vLLM and lm-evaluation-harness load: config.json, safetensors (sharded above 5 GB), tokenizer.
 
     A tied head is left out of the file, as safetensors demands. config.json comes last: a folder that has it is whole. A reward model's
-    reward_offset stands in config.json; transformers passes it over, so its scores are ours plus that constant.
+    reward_offset, reward_read and reward_bound stand in config.json; transformers passes them over: its scores are the bare head's numbers.
     Raises BadInput for a configuration that the family's layout cannot express, before anything is written.
     """
     from huggingface_hub import save_torch_state_dict  # imported where used: it takes longer to import than most runs to start

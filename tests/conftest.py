@@ -11,6 +11,7 @@ from minialign.weights import save_pretrained
 
 ONLINE = ("reinforce", "rloo", "grpo", "ppo", "rebel")  # they follow a reward
 SELECTING = ("best_of_n", "rest")  # they keep what a reward likes
+LEARNING = ("rft", "irl")  # they learn a reward from demonstrations and follow it
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and sums would depend on the machine
 
 
@@ -50,8 +51,11 @@ def small(policy_folder, demos_file, pairs_file, tmp_path):
             data = {"prompts": str(demos_file), "reward": ["length:9", "lexicon:a,-e"], "max_new": 12}
             data |= {"quantiles": [0.5], "grow_prompts": 8} if method == "rest" else {}
         else:
-            data = {"max_len": 64, **({"pairs": str(pairs_file)} if method == "reward_model" else {"demos": str(demos_file)})}
+            from_pairs = method in ("reward_model", "dpo")
+            data = {"max_len": 64, **({"pairs": str(pairs_file)} if from_pairs else {"demos": str(demos_file)})}
             data |= {} if method == "reward_model" else {"max_new": 12}
+            data |= {"rounds": 2, "reward_lr": 3e-3} if method in LEARNING else {}
+            data |= {"mode": "accumulate", "anchor": "current"} if method == "irl" else {}  # so that every part of a round has a part
         settings = dict(policy=str(policy_folder), steps=6, batch_size=8, dtype="float64", device="cpu", eval_every=4,
                         save_every=4, log_every=100, lr=3e-3, out=str(tmp_path / f"{method}-{len(list(tmp_path.iterdir()))}"))
         return module, module.Config(**{**settings, **data, **changes})
@@ -60,7 +64,7 @@ def small(policy_folder, demos_file, pairs_file, tmp_path):
 
 
 # Every method there is; tests/test_house.py holds this list to the folder.
-METHODS = ("sft", "ift", "irft", "reward_model", *SELECTING, *ONLINE)
+METHODS = ("sft", "ift", "irft", "reward_model", "dpo", *LEARNING, *SELECTING, *ONLINE)
 # The others have the loop of one of these: what takes a whole run or several is done for all of them by the slow tests only.
-LOOPS = ("sft", "irft", "reward_model", "rest", "grpo", "ppo")
+LOOPS = ("sft", "irft", "reward_model", "irl", "rest", "grpo", "ppo")
 EACH_LOOP = [pytest.param(method, marks=[] if method in LOOPS else pytest.mark.slow) for method in METHODS]

@@ -72,6 +72,7 @@ class Config:
     log_every: int = 10             # steps between lines on the terminal
     eval_every: int = 25            # steps between evaluations on the held-out prompts
     save_every: int = 50            # steps between checkpoints
+    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
     out: str = ""                   # run folder; default runs/rest-<time>
     resume: str = ""                # continue this run folder, bit for bit
     skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
@@ -163,6 +164,7 @@ def main(cfg):
         if run.due(k):
             metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
             run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
+            run.snapshot(k, policy, tokenizer)
         run.log(k, **metrics)
     return run.close(policy, tokenizer)
 

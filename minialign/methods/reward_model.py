@@ -51,6 +51,7 @@ class Config:
     log_every: int = 25             # steps between lines on the terminal
     eval_every: int = 50            # steps between evaluations on the held-out pairs
     save_every: int = 100           # steps between checkpoints
+    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
     out: str = ""                   # run folder; default runs/reward_model-<time>
     resume: str = ""                # continue this run folder, bit for bit
     skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
@@ -114,6 +115,7 @@ def main(cfg):
             chosen, rejected = all_scores(reward_model, held_out, batch_of, cfg.batch_size)
             loss, held_out_stats = bradley_terry_loss(chosen, rejected, margin=cfg.margin, centre=cfg.centre)
             metrics |= {"eval/loss": loss, "eval/accuracy": held_out_stats["rewards/accuracies"]}
+        run.snapshot(k, reward_model, tokenizer)
         run.log(k, **metrics)
 
     chosen, _ = all_scores(reward_model, rows, batch_of, cfg.batch_size)

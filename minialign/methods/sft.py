@@ -74,6 +74,7 @@ class Config:
     log_every: int = 25             # steps between lines on the terminal
     eval_every: int = 50            # steps between evaluations on the held-out rows
     save_every: int = 100           # steps between checkpoints
+    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
     out: str = ""                   # run folder; default runs/sft-<time>
     resume: str = ""                # continue this run folder, bit for bit
     skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
@@ -136,6 +137,7 @@ def main(cfg):
             if held_out:
                 metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)
             run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
+            run.snapshot(k, policy, tokenizer)
         run.log(k, **metrics)
     return run.close(policy, tokenizer)
 

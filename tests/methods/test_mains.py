@@ -29,7 +29,8 @@ def log_probs(policy, prompt, completion):
 
 
 def clipped(A, ratio, eps=0.2):
-    return min(ratio * A, max(min(ratio, 1 + eps), 1 - eps) * A, key=lambda term: float(term.detach())) + 0 * ratio  # a number where the clip is flat
+    flat = max(min(ratio.detach(), 1 + eps), 1 - eps)
+    return flat * A + 0 * ratio if flat * A < float(ratio.detach()) * A else ratio * A
 
 
 class Replay:

@@ -1,0 +1,148 @@
+"""Direct preference optimisation (DPO). Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
+
+    L(θ) = −E_{(x, y_w, y_l)}[ (1 − ε)·log σ(β·Δ) + ε·log σ(−β·Δ) ],      Δ = log π_θ(y_w|x)/π_ref(y_w|x) − log π_θ(y_l|x)/π_ref(y_l|x)
+
+Symbols  y_w → chosen, y_l → rejected, log π → *_logps (B,), ε → label_smoothing.
+Idea     The policy that is best for a reward r under a pull β to ref is π* ∝ ref·e^{r/β}, so r = β·log π*/ref up to a term in x only. Put
+         that into Bradley-Terry, where the term cancels: the policy itself is fitted as a reward model, and no RL is left to do.
+Differs  from reward_model.py: the reward is the policy's own log-ratio. From irft.py: somebody labelled the rejected answer.
+Details  Log-probs are summed over the completion, not averaged. label_smoothing is cDPO: a share ε of the labels is flipped.
+         Only Δ is trained: both log-probs may fall together, as long as the rejected one falls faster (`logps/chosen` shows it).
+Law      Preferences from Bradley-Terry on r, any full-support sampling of the pairs: π* ∝ ref·e^{r/β}. With labels that never contradict
+         each other Δ grows without end: nothing in the loss stops it.
+Checked  tests/methods/test_dpo.py (worked numbers, gradient, shifts, the law by enumeration).
+
+    python -m minialign dpo                                                  # built-in task, laptop CPU
+    python -m minialign dpo --pairs pairs.jsonl --policy runs/sft/final
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.common import BadInput, Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
+from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, split_scorable
+from minialign.logps import seq_logps
+from minialign.run import Run
+
+
+@dataclass
+class Config:
+    beta: float = 0.1               # β: the pull to ref; small β lets the policy go far
+    label_smoothing: float = 0.0    # ε: the share of labels taken to be wrong, below 0.5
+    policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
+    pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
+    steps: int = 100                # optimizer steps
+    batch_size: int = 32            # pairs per step
+    micro_batch: int = 0            # pairs per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.1             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of the answers in samples.jsonl
+    held_out: float = 0.1           # the last share of the file, never trained on
+    seed: int = 0                   # data order
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 25             # steps between lines on the terminal
+    eval_every: int = 50            # steps between evaluations on the held-out pairs
+    save_every: int = 100           # steps between checkpoints
+    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
+    out: str = ""                   # run folder; default runs/dpo-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+
+def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, label_smoothing=0.0):
+    """All inputs (B,): log-probs summed over each completion, in nats. Returns the scalar loss, stats."""
+    assert chosen_logps.dim() == 1 and chosen_logps.shape == rejected_logps.shape == ref_chosen_logps.shape == ref_rejected_logps.shape
+    chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # (B,) implicit reward, up to a term in x only
+    rejected_reward = beta * (rejected_logps - ref_rejected_logps)  # (B,)
+    margin = chosen_reward - rejected_reward  # (B,) that term cancels here
+    loss = (1 - label_smoothing) * F.softplus(-margin) + label_smoothing * F.softplus(margin)
+    stats = {
+        "rewards/chosen": chosen_reward.mean(), "rewards/rejected": rejected_reward.mean(), "rewards/margins": margin.mean(),
+        "rewards/accuracies": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
+        "logps/chosen": chosen_logps.mean(), "logps/rejected": rejected_logps.mean(),
+    }
+    return loss.mean(), {name: value.detach() for name, value in stats.items()}
+
+
+def step(policy, ref, pairs, cfg):
+    """One batch of pairs to one loss: the only place where models meet the equation."""
+    chosen_logps = seq_logps(policy, pairs.chosen)  # (B,)
+    rejected_logps = seq_logps(policy, pairs.rejected)  # (B,)
+    with torch.no_grad():  # ref is a constant of the objective
+        ref_chosen_logps = seq_logps(ref, pairs.chosen)
+        ref_rejected_logps = seq_logps(ref, pairs.rejected)
+    return dpo_loss(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=cfg.beta, label_smoothing=cfg.label_smoothing
+    )
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("dpo", cfg)
+    cfg = run.cfg
+    if not 0 <= cfg.label_smoothing < 0.5:
+        raise BadInput(f"--label_smoothing {cfg.label_smoothing}: must be at least 0 and below 0.5, where the labels say nothing")
+    policy, tokenizer = run.open_policy(cfg.policy)
+    run.same_input("data", cfg.pairs)
+    pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
+    rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+
+    def batch_of(source, picked):
+        return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
+
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, optimizer=optimizer)
+    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)
+
+    for k in run.steps(cfg.steps):
+        picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        optimizer.zero_grad()
+        total, stats = 0.0, Mean()
+        for micro in split_micro(picked, cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
+            share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+            (loss * share).backward()
+            total += loss.item() * share
+            stats.add(micro_stats, weight=share)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if run.finite(k, policy, picked, total, grad_norm):
+            optimizer.step()
+
+        metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        if run.due(k):
+            if held_out:
+                metrics |= held_out_pairs(policy, ref, held_out, batch_of, cfg)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
+            run.snapshot(k, policy, tokenizer)
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+@torch.no_grad()
+def held_out_pairs(policy, ref, rows, batch_of, cfg):
+    """Loss and accuracy of the implicit reward on all held-out pairs, as metrics."""
+    mean = Mean()
+    for start in range(0, len(rows), cfg.batch_size):
+        pairs = batch_of(rows, range(start, min(start + cfg.batch_size, len(rows))))
+        loss, stats = step(policy, ref, pairs, cfg)
+        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=len(pairs))
+    return mean.result()
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign dpo"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign dpo", description=__doc__))

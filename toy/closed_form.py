@@ -71,6 +71,31 @@ def demonstration_law(expert, ref, bound_over_beta):
     return normalise(policy_of((low + high) / 2))
 
 
+def ridge_law(expert, ref, beta, ridge):
+    """Where RFT rests that pays for its rewards: linear loss plus c·(r(y)² + r(ỹ)²), small steps, π ∝ ref·e^{r/β}.
+
+    The expected loss is −(1/β)·Σ(E − π)·r + c·Σ(E + π)·r², so at rest r = (E − π)/(2cβ·(E + π)), never beyond 1/(2cβ) either way. Then
+    log π − k·(E − π)/(E + π) = log ref − log Z with k = 1/(2cβ²). The left side rises in π (by 1/π + 2kE/(E + π)²), so each Z gives one
+    π by bisection, and Z comes from Σ π = 1, which falls in Z. c → 0 is the expert, c → ∞ is ref.
+    """
+    expert, ref, k = normalise(expert), normalise(ref), 1 / (2 * ridge * beta**2)
+
+    def policy_of(log_z):
+        low, high = np.log(ref) - log_z - k, np.log(ref) - log_z + k  # |(E − π)/(E + π)| ≤ 1
+        for _ in range(100):
+            middle = (low + high) / 2
+            p = np.exp(middle)
+            rising = middle - k * (expert - p) / (expert + p) > np.log(ref) - log_z
+            low, high = np.where(rising, low, middle), np.where(rising, middle, high)
+        return np.exp((low + high) / 2)
+
+    low, high = -2 * k, 2 * k
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if policy_of(middle).sum() > 1 else (low, middle)
+    return normalise(policy_of((low + high) / 2))
+
+
 def geometric_mixture(expert, ref, beta):
     """π ∝ E^{1/(1+β)}·ref^{β/(1+β)}: the fixed point of logistic IRFT with fresh samples and a reference that stays.
 
@@ -103,6 +128,13 @@ def rounds_law(expert, ref, beta, n_rounds, *, ref_update):
         policy = converged_round(expert, policy, policy if ref_update else ref, beta)
         law.append(policy)
     return np.array(law)
+
+
+def usable_rounds(law):
+    """The first of these rounds in which no probability has fallen below 1e-9: beyond, float64 arithmetic says nothing. At least one."""
+    usable = np.cumprod(law.min(axis=1) > 1e-9).astype(bool)
+    usable[0] = True
+    return law[usable]
 
 
 def sft_flow(time, n_others=2):

@@ -14,14 +14,20 @@ The defaults avoid beta = 1 and a uniform reference on purpose: a lost 1/beta or
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from minialign.common import BadInput, cli, exit_codes
+from minialign.methods.best_of_n import pick
+from minialign.methods.ift import ift_loss
 from minialign.methods.irft import irft_loss
+from minialign.methods.irl import irl_loss
+from minialign.methods.rest import keep
 from minialign.methods.reward_model import bradley_terry_loss
+from minialign.methods.rft import reward_alignment_loss
 from minialign.methods.sft import sft_loss
 from toy import closed_form
 
@@ -59,10 +65,29 @@ def expected_sft(logits, expert):
     return sum(weight * sft_loss(logps[y].view(1, 1), one)[0] for y, weight in enumerate(expert))
 
 
+def expected_ift(logits, expert):
+    """Σ_y E(y)·ift_loss(y): completions of one token, so every weight is 1."""
+    logps = logits.log_softmax(0)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    return sum(weight * ift_loss(logps[y].view(1, 1), one, decay=0.95)[0] for y, weight in enumerate(expert))
+
+
+def over_pairs(loss_of, first, second):
+    """Σ_{a, b} first(a)·second(b)·loss_of([a], [b])."""
+    pairs = product(range(len(first)), range(len(second)))
+    return sum(first[a] * second[b] * loss_of([a], [b])[0] for a, b in pairs)
+
+
 def expected_bradley_terry(rewards, chosen, rejected):
-    """Σ_{a, b} chosen(a)·rejected(b)·bradley_terry_loss(r_a, r_b)."""
-    pairs = [(a, b) for a in range(len(rewards)) for b in range(len(rewards))]
-    return sum(chosen[a] * rejected[b] * bradley_terry_loss(rewards[a, None], rewards[b, None])[0] for a, b in pairs)
+    return over_pairs(lambda a, b: bradley_terry_loss(rewards[a], rewards[b]), chosen, rejected)
+
+
+def expected_alignment(rewards, expert, policy, **settings):
+    return over_pairs(lambda a, b: reward_alignment_loss(rewards[a], rewards[b], **settings), expert, policy)
+
+
+def expected_irl(rewards, base, expert, policy):
+    return over_pairs(lambda a, b: irl_loss(rewards[a], rewards[b], base[a], base[b]), expert, policy)
 
 
 def gradient(loss_of, logits):
@@ -119,19 +144,43 @@ def minimise(loss_of, logits):
 # ------------------------------------------------------------------------------------------------------ the explicit methods
 
 
-def ml_irl(expert, ref, *, beta, R):
-    """Exact maximum-likelihood inverse RL: ascend E_E[log π_r] over r in [0, R], π_r ∝ ref·e^{r/β}. Lemma 3.1's gradient (E − π)/β.
+def tilted(ref, reward, beta):
+    """The policy step in closed form: ref·e^{r/β}."""
+    return (ref.log() + reward / beta).softmax(0)
 
-    The likelihood is concave in r/β with curvature at most 1/2, so steps of size 2 in r/β (2β² in r) are safe; it stops at rest.
+
+def alternate(expert, ref, *, beta, lr=None, bounds=(-torch.inf, torch.inf), **settings):
+    """RFT with exact expectations and exact policies, one reward step a round, until it rests: the policies on the way.
+
+    With `linear` each step is one of maximum-likelihood inverse RL (Lemma 3.1: its gradient is (E − π)/β). That likelihood is concave in
+    r/β with curvature at most 1/2, so steps of 2β² in r are safe.
     """
-    reward = torch.zeros_like(ref)
-    for _ in range(50_000):
-        policy = (ref.log() + reward / beta).softmax(0)
-        moved = (reward + 2 * beta**2 * (expert - policy) / beta).clamp(0, R)
+    reward, policies = torch.zeros_like(ref), [ref]
+    for _ in range(20_000):
+        policy = policies[-1]
+        moved = reward - (lr or 2 * beta**2) * gradient(lambda r, q=policy: expected_alignment(r, expert, q, beta=beta, **settings), reward)
+        moved = moved.clamp(*bounds)
+        policies.append(tilted(ref, moved, beta))
         if (moved - reward).abs().max() < 1e-15 * beta:
             break
         reward = moved
-    return (ref.log() + reward / beta).softmax(0)
+    return policies
+
+
+def ml_irl(expert, ref, *, beta, R):
+    """Exact maximum-likelihood inverse RL with rewards in [0, R]: the policy it ends at."""
+    return alternate(expert, ref, beta=beta, bounds=(0, R))[-1]
+
+
+def iterative_irl(expert, ref, *, beta, n_rounds, mode, anchor="initial"):
+    """IRL with exact steps, every reward an arg min: the policies after each round. mode, anchor: as in minialign/methods/irl.py."""
+    reward, policy, policies = torch.zeros_like(ref), ref, []
+    for _ in range(n_rounds):
+        base = reward if mode == "accumulate" else torch.zeros_like(ref)
+        reward = minimise(lambda r, b=base, q=policy: expected_irl(r, b, expert, q), base)
+        policy = tilted(policy, reward - base, beta) if anchor == "current" else tilted(ref, reward, beta)
+        policies.append(policy)
+    return torch.stack(policies)
 
 
 def algorithm_1(ref, demo, *, beta, R, rounds=400, inner=10, seed=0):
@@ -141,12 +190,10 @@ def algorithm_1(ref, demo, *, beta, R, rounds=400, inner=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     reward, policy, lr = torch.zeros_like(ref), ref, 0.05 * R * beta
     for _ in range(rounds):
-        for sampled in torch.multinomial(policy, inner, replacement=True, generator=generator):
-            direction = torch.zeros_like(ref)
-            direction[demo] += 1 / beta
-            direction[sampled] -= 1 / beta
-            reward = (reward + lr * direction).clamp(0, R)
-        policy = (ref.log() + reward / beta).softmax(0)
+        for sampled in torch.multinomial(policy, inner, replacement=True, generator=generator).tolist():
+            step = gradient(lambda r, y=sampled: reward_alignment_loss(r[[demo]], r[[y]], beta=beta)[0], reward)
+            reward = (reward - lr * step).clamp(0, R)
+        policy = tilted(ref, reward, beta)
     return policy
 
 
@@ -171,12 +218,25 @@ class Check:
 
 
 def checks(cfg):
-    """Yield every Check. Those of one family stand together, so that `ref_update` and `resampling` can leave some out."""
-    expert = torch.tensor(closed_form.normalise(cfg.expert))
-    ref = torch.tensor(closed_form.normalise(cfg.ref))
-    E, reference, beta, x = expert.numpy(), ref.numpy(), cfg.beta, cfg.R / cfg.beta
-    uniform, start = torch.full((3,), 1 / 3, dtype=torch.float64), ref.log()
-    delta = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    """Yield every Check, family by family."""
+    for family in (explicit_checks, irl_checks, likelihood_checks, irft_checks):
+        yield from family(cfg)
+
+
+UNIFORM = torch.full((3,), 1 / 3, dtype=torch.float64)
+DELTA = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+
+
+def setting(cfg):
+    """(expert, ref) as tensors, the same as arrays."""
+    expert, ref = closed_form.normalise(cfg.expert), closed_form.normalise(cfg.ref)
+    return torch.tensor(expert), torch.tensor(ref), expert, ref
+
+
+def explicit_checks(cfg):
+    """RFT and reward models."""
+    expert, ref, E, reference = setting(cfg)
+    beta, x, uniform, delta = cfg.beta, cfg.R / cfg.beta, UNIFORM, DELTA
 
     # A reward that is learned explicitly, bounded by R. With one demonstration it takes about e^{R/β} steps to reach the bound: those
     # rows take at most R = 6β.
@@ -192,11 +252,45 @@ def checks(cfg):
     yield Check("ML-IRL, this expert, this ref", learned, closed_form.demonstration_law(E, reference, x), 1e-12, "clip(Z·E/ref, 1, e^x)")
     learned = ml_irl(expert, ref, beta=beta, R=50 * beta).numpy()
     yield Check("ML-IRL without a bound", learned, E, 1e-12, "= the expert = SFT: the bound is the regulariser")
+    policies = alternate(expert, ref, beta=beta, lr=0.5 * beta**2)
+    distances = [closed_form.kl(E, policy.numpy()) for policy in policies]
+    rises = max(after - before for before, after in zip(distances, distances[1:], strict=False))
+    learned = [max(rises, 0), distances[-1]]
+    yield Check("RFT linear, small steps: KL(E‖π) rises, ends", learned, [0, 0], 1e-12, "falls at every step, to the expert")
+    learned = alternate(expert, ref, beta=beta, lr=4 * beta / (1 + beta), loss="bt")[-1].numpy()
+    note = "E^{1/(1+β)}·ref^{β/(1+β)}, as fresh IRFT"
+    yield Check("RFT Bradley-Terry, small steps", learned, closed_form.geometric_mixture(E, reference, beta), 1e-10, note)
+    ridge = 0.1 / beta**2
+    learned = alternate(expert, ref, beta=beta, lr=beta**2, ridge=ridge)[-1].numpy()
+    yield Check("RFT linear with a ridge", learned, closed_form.ridge_law(E, reference, beta, ridge), 1e-12, "r = (E − π)/(2cβ(E + π))")
+
     rewards = minimise(lambda r: expected_bradley_terry(r, expert, ref), torch.zeros_like(ref))
     learned = (ref.log() + rewards).softmax(0).numpy()
     yield Check("reward model on demo over ref's own answer", learned, E, 1e-12, "r = log E/ref + const, so ref·e^r = E")
 
-    # Maximum likelihood.
+
+def irl_checks(cfg):
+    """Iterative IRL, every reward an arg min: with β = 1, which its paper sets, and with this one."""
+    expert, ref, E, reference = setting(cfg)
+    beta = cfg.beta
+    swing = iterative_irl(expert, ref, beta=1.0, n_rounds=6, mode="literal").numpy()
+    yield Check("IRL literal, β = 1, 6 rounds", swing, np.stack([E, reference] * 3), 1e-9, "swings between E and ref for ever")
+    n_rounds = int(np.ceil(9 / np.log(beta))) if beta > 1.2 else 6  # the distance shrinks by 1/β a round: to e^{−9}
+    usable = closed_form.usable_rounds(closed_form.rounds_law(E, reference, beta, n_rounds, ref_update=False))
+    learned = iterative_irl(expert, ref, beta=beta, n_rounds=len(usable), mode="literal").numpy()
+    yield Check(f"IRL literal, {len(usable)} rounds", learned, usable, 1e-7, "ref·(E/π)^{1/β}: settles at the mixture iff β > 1")
+    if beta > 1.2:
+        yield Check("  its last round", learned[-1], closed_form.geometric_mixture(E, reference, beta), 1e-3, "not the expert")
+    usable = closed_form.usable_rounds(closed_form.rounds_law(E, reference, beta, 8, ref_update=True))
+    for name, settings in (("accumulated", {"mode": "accumulate"}), ("literal, anchor current", {"mode": "literal", "anchor": "current"})):
+        learned = iterative_irl(expert, ref, beta=beta, n_rounds=len(usable), **settings).numpy()
+        yield Check(f"IRL {name}, {len(usable)} rounds", learned, usable, 1e-7, "π·(E/π)^{1/β}: to the expert iff β > ½")
+
+
+def likelihood_checks(cfg):
+    """SFT, IFT, and what selection shows them."""
+    expert, ref, E, reference = setting(cfg)
+    start, delta = ref.log(), DELTA
     zeros = torch.zeros(3, dtype=torch.float64)
     flow, halves = [closed_form.sft_flow(t) for t in (1.0, 5.0)], []
     for lr in (0.02, 0.01):  # descent of step lr is off by O(lr): extrapolate it to 0 from two step sizes
@@ -209,6 +303,25 @@ def checks(cfg):
     yield Check("SFT's path, one demo, lr·steps = 1 and 5", 2 * halves[1] - halves[0], np.array(flow), 1e-4, "2d + e^d = 1 + 3·lr·steps")
     learned = minimise(lambda z: expected_sft(z, expert), start).softmax(0).numpy()
     yield Check("SFT", learned, E, 1e-12, "the expert, whatever ref is")
+
+    learned = gradient(lambda z: expected_ift(z, expert), start).numpy()
+    yield Check("IFT's gradient", learned, reference - E, 1e-12, "completions of one token: SFT's")
+
+    # Selection, by the reward r = (0, 1, 1): a tie on top.
+    reward, n = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), 4
+    draws = torch.tensor(list(product(range(3), repeat=n)))  # (3^n, n) every way to draw n
+    winners = draws.gather(1, pick(reward[draws])[:, None]).squeeze(1)
+    learned = torch.zeros(3, dtype=torch.float64).scatter_add(0, winners, ref[draws].prod(1)).numpy()
+    yield Check("best of 4", learned, closed_form.best_of_n_law(reference, reward.numpy(), n), 1e-12, "F^n − F₋^n, ref's shares in a tie")
+    kept = ref * keep(reward, 0.5)
+    learned = minimise(lambda z: expected_sft(z, kept[1:] / kept.sum()), start[1:]).softmax(0).numpy()
+    yield Check("ReST, r > ½, then SFT", [0, *learned], closed_form.rest_law(reference, reward.numpy(), 0.5), 1e-12, "ref where r > τ")
+
+
+def irft_checks(cfg):
+    """IRFT and SPIN; `ref_update` and `resampling` leave some out."""
+    expert, ref, E, reference = setting(cfg)
+    beta, start = cfg.beta, ref.log()
 
     # IRFT with h = identity: SFT in disguise.
     lr, inner = 0.1, 7
@@ -259,16 +372,14 @@ def checks(cfg):
 
 def converged_rounds(expert, ref, beta, n_rounds, ref_update):
     """(learned, law): the policies after each round, every inner loop run to its minimum. Stops early where the law leaves float64."""
-    law = closed_form.rounds_law(expert.numpy(), ref.numpy(), beta, n_rounds, ref_update=ref_update)
-    usable = np.cumprod(law.min(axis=1) > 1e-9).astype(bool)
-    usable[0] = True
+    law = closed_form.usable_rounds(closed_form.rounds_law(expert.numpy(), ref.numpy(), beta, n_rounds, ref_update=ref_update))
     policy, learned = ref, []
-    for _ in range(int(usable.sum())):
+    for _ in law:
         anchor = policy if ref_update else ref
         logits = minimise(lambda z, q=policy, a=anchor: expected_irft(z, expert, q, a, beta=beta), anchor.log())
         policy = logits.softmax(0)
         learned.append(policy.numpy())
-    return np.array(learned), law[: len(learned)]
+    return np.array(learned), law
 
 
 def sampled_irft(expert, ref, *, beta, seed, steps=4000, batch_size=64):
@@ -289,7 +400,7 @@ def sampled_irft(expert, ref, *, beta, seed, steps=4000, batch_size=64):
 
 
 def draw(results, cfg):
-    """Left: learned against law, every probability a dot on the diagonal. Middle: rounds of SPIN and of a fixed reference.
+    """Left: learned against law, every probability a dot on the diagonal. Middle: rounds of SPIN and IRL, by what they are held to.
     Right: probability of an unseen action over SFT and IRFT steps, and where the bounded reward holds it."""
     import matplotlib
 
@@ -308,11 +419,11 @@ def draw(results, cfg):
     for beta, color in ((0.45, "C3"), (1.0, "C1"), (cfg.beta, "C0")):
         for update, style in ((True, "-"), (False, "--")):
             law = closed_form.rounds_law(expert, ref, beta, 8, ref_update=update)[:, 2]
-            label = f"β = {beta:g}, ref {'refreshed (SPIN)' if update else 'fixed'}"
+            label = f"β = {beta:g}, {'SPIN, IRL accumulated' if update else 'ref fixed: IRFT, IRL literal'}"
             axes[1].plot(range(9), [ref[2], *law], style, color=color, marker="o", ms=3, label=label)
     axes[1].axhline(expert[2], color="0.6", lw=1)
     axes[1].text(8, expert[2], "expert", ha="right", va="bottom", fontsize=8, color="0.4")
-    axes[1].set(xlabel="converged rounds", ylabel="π(y₃)", title="Rounds settle only if β > ½ (SPIN) or β > 1", ylim=(0, 1.02))
+    axes[1].set(xlabel="converged rounds", ylabel="π(y₃)", title="Rounds settle only if β > ½ or, ref fixed, β > 1", ylim=(0, 1.02))
     axes[1].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
 
     zeros, delta = torch.zeros(3, dtype=torch.float64), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)

@@ -25,9 +25,11 @@ def test_other_settings(settings, tmp_path):
     assert three_actions.main(three_actions.Config(**settings, out=str(tmp_path / "figure.png")))
 
 
-def failures(monkeypatch, wrong):
-    monkeypatch.setattr(three_actions, "irft_loss", wrong)
-    return [check.name for check in three_actions.checks(three_actions.Config(rounds=2)) if not check.passed]
+def failures(monkeypatch, wrong, loss="irft_loss"):
+    monkeypatch.setattr(three_actions, loss, wrong)
+    families = {"irft_loss": three_actions.irft_checks, "irl_loss": three_actions.irl_checks}
+    family = families.get(loss, three_actions.explicit_checks)
+    return (check.name for check in family(three_actions.Config(rounds=2)) if not check.passed)  # as they come
 
 
 WRONG = {
@@ -46,13 +48,33 @@ def three_actions_loss(z, h):
 
 def test_the_replacement_itself_is_harmless(monkeypatch):
     right = lambda d, s, rd, rs, *, beta, h="logistic": three_actions_loss(beta * ((d - rd) - (s - rs)), h)  # noqa: E731
-    assert failures(monkeypatch, right) == []
+    assert list(failures(monkeypatch, right)) == []
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_variants_miss_a_law(monkeypatch, name):
     """The check has teeth: each wrong loss, put in the place of the right one, fails at least one row."""
-    assert failures(monkeypatch, WRONG[name])
+    assert next(failures(monkeypatch, WRONG[name]), None)
+
+
+def alignment(d, s, *, beta, loss="linear", ridge=0.0, at=lambda margin, beta: -margin / beta, second=1):
+    value = at(d - s, beta) if loss == "linear" else F.softplus(-(d - s))
+    return (value + ridge * (d**2 + second * s**2)).mean(), {}
+
+
+@pytest.mark.parametrize(("loss", "wrong", "caught_by"), [
+    ("reward_alignment_loss", lambda *a, **k: alignment(*a, at=lambda margin, beta: -margin, **k), "ridge"),  # 1/β lost
+    ("reward_alignment_loss", lambda *a, **k: alignment(*a, second=0, **k), "ridge"),
+    ("reward_alignment_loss", lambda *a, **k: alignment(*a, at=lambda margin, beta: margin / beta, **k), "ML-IRL"),
+    ("irl_loss", lambda d, s, bd, bs: (F.softplus(-(d - s)).mean(), {}), "accumulated"),  # the rounds before forgotten
+    ("irl_loss", lambda d, s, bd, bs: (F.softplus(d - bd - s + bs).mean(), {}), "literal"),
+])
+def test_wrong_reward_losses_miss_a_law(monkeypatch, loss, wrong, caught_by):
+    assert any(caught_by in name for name in failures(monkeypatch, wrong, loss))
+
+
+def test_the_right_reward_losses_in_other_words_miss_none(monkeypatch):
+    assert list(failures(monkeypatch, alignment, "reward_alignment_loss")) == []
 
 
 def test_rft_without_the_bound_misses(monkeypatch):

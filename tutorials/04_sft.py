@@ -1,10 +1,10 @@
 # %% [markdown]
-# # 04 · Supervised fine-tuning: be like the demonstrations
+# # 04 · Supervised fine-tuning and IFT: be like the demonstrations
 #
-# **You will hold** `sft_loss`, five lines, proved equal to the project's; a picture of overfitting measured against the exact truth; and
-# four ways to get SFT wrong without noticing, each caught by an assertion.
+# **You will hold** `sft_loss`, five lines, and `ift_loss`, ten, both proved equal to the project's; a picture of overfitting measured
+# against the exact truth; and four ways to get SFT wrong without noticing, each caught by an assertion.
 #
-# **Minutes:** 30 to read, about 40 seconds of CPU to run. **You need:** tutorial 03 (`token_logps`, `mask`), and what a KL
+# **Minutes:** 40 to read, about 40 seconds of CPU to run. **You need:** tutorial 03 (`token_logps`, `mask`), and what a KL
 # divergence is.
 
 # %%
@@ -29,10 +29,10 @@ from minialign import data
 from minialign.batch import collate
 from minialign.common import batch_rows, lr_at, set_lr, split_micro
 from minialign.logps import seq_logps, token_logps
-from minialign.methods import sft
+from minialign.methods import ift, sft
 from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
-from toy.closed_form import sft_flow
+from toy.closed_form import ift_law, sft_flow
 
 # %% [markdown]
 # ## The question
@@ -500,11 +500,138 @@ assert (scored_eos.sum(1) == 1).all()  # one EOS scored in each row: assert this
 # It surfaces with the first base model that does not know your EOS. Do not trust samples here, look at the mask. Every run of this
 # project prints three rows with their scored tokens marked before its first step.
 #
+# ## IFT: read the demonstration as you would have begun it
+#
+# SFT always reads the demonstrator's words, and writes one token after them. Later the policy reads its *own* words, slips included, which
+# it never met in training. Intuitive fine-tuning changes two things, and needs no samples for either:
+#
+# - the **inputs** are mixed with the policy's own greedy guesses, a share $\lambda$ of each embedding: it meets a little of what it would
+#   have written;
+# - a token gets a **weight** for the losses that follow it, faded by $\gamma$ per step: it answers for where it leads.
+#
+# $$L = \frac1B \sum_b \frac1n \sum_t w_t \, \ell_t, \qquad \ell_t = -\log \pi(y_t \mid \hat e_{<t}), \qquad
+#   \hat e_t = (1 - \lambda)\, e(y_t) + \lambda\, e(\tilde y_t), \qquad
+#   w_t = \frac{n\, c_t}{\sum_s c_s}, \qquad c_t = \sum_{i \ge t} \gamma^{i-t} \ell_i .$$
+#
+# By hand, for losses 1, 2, .5, 4 and $\gamma = .95$, from the end: $c_4 = 4$, $c_3 = .5 + .95 \cdot 4 = 4.3$, $c_2 = 2 + .95 \cdot 4.3 =
+# 6.085$, $c_1 = 6.78075$. Their sum is 21.16575, so $w = 4c / 21.16575$, of mean 1. The last token is the hardest and has the smallest
+# weight.
+
+
+# %%
+def my_ift_loss(logps, mask, decay, detach_weights=True):
+    """logps, mask (B, T) -> the mean over completions of Σ_t w_t·ℓ_t / n."""
+    rows = []
+    for row, scored in zip(logps, mask, strict=True):
+        places = scored.nonzero().squeeze(1)  # (n,)
+        losses = -row[places]  # (n,)
+        reach = torch.triu(decay ** (places - places[:, None]).clamp(min=0).to(losses))  # watch: reach (n, n), γ^(i−t) for i ≥ t
+        c = reach @ losses
+        w = len(places) * c / c.sum() if decay else torch.ones_like(c)  # 0 means no weights at all
+        rows.append(((w.detach() if detach_weights else w) * losses).mean())
+    return torch.stack(rows).mean()
+
+
+ell = torch.tensor([[1, 2, 0.5, 4]], requires_grad=True)
+all_four = torch.ones(1, 4, dtype=torch.bool)
+loss = my_ift_loss(-ell, all_four, decay=0.95)
+(weights,) = torch.autograd.grad(4 * loss, ell)  # held constant, they are the gradient
+(attached,) = torch.autograd.grad(4 * my_ift_loss(-ell, all_four, decay=0.95, detach_weights=False), ell)
+print(f"loss {loss.item():.6f} (plain mean {ell.mean().item():.3f})   w {weights[0].numpy().round(6)}")
+print(f"slopes if the gradient runs through w as well: {attached[0].numpy().round(6)}")
+torch.testing.assert_close(loss.item(), 1.752867, atol=1e-6, rtol=0)
+torch.testing.assert_close(weights[0], torch.tensor([1.281457, 1.149971, 0.812634, 0.755938]), atol=1e-6, rtol=0)
+
+# %% [markdown]
+# Checkpoint: with holes in the mask (they count as steps), at several $\gamma$, with the weights held constant and not; and the mixed
+# inputs. The guess $\tilde y_t$ is made from demonstrated tokens alone, so one forward pass without gradient finds them all.
+
+
+# %%
+def my_lookahead_embeds(policy, batch, mix):
+    """(B, T, C): the embeddings of the inputs, mixed with those of the greedy guesses where an input is a completion token."""
+    with torch.no_grad():
+        guesses = torch.where(batch.mask, policy(batch.inputs).argmax(-1), batch.targets)  # watch: guesses (B, T), of the targets
+    guessed_inputs = torch.cat([batch.inputs[:, :1], guesses[:, :-1]], dim=1)  # target t − 1 is input t
+    return (1 - mix) * policy.embed(batch.inputs) + mix * policy.embed(guessed_inputs)
+
+
+holes = torch.rand(5, 8, generator=generator) < 0.7
+holes[:, 0] = True
+logps = (-torch.rand(5, 8, generator=generator)).requires_grad_()
+for decay in (0.0, 0.5, 0.95, 1.0):
+    for detach_weights in (True, False):
+        mine = my_ift_loss(logps, holes, decay, detach_weights)
+        theirs, _ = ift.ift_loss(logps, holes, decay=decay, detach_weights=detach_weights)
+        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(torch.autograd.grad(mine, logps)[0], torch.autograd.grad(theirs, logps)[0])
+torch.testing.assert_close(my_ift_loss(logps, holes, 0), sequence_mean(-logps, holes))  # γ = 0: SFT, every completion counting the same
+
+one = data.demo_batch([demo_rows[13]], [0], pad_id=tokenizer.pad_id, max_len=96)
+for mix in (0.0, 0.2, 1.0):
+    torch.testing.assert_close(my_lookahead_embeds(base, one, mix), ift.lookahead_embeds(base, one, mix=mix))
+print("ift_loss, lookahead_embeds: equal to minialign's")
+print("demonstrated:", tokenizer.decode(one.targets[one.mask][:-1].tolist()))
+print("guessed:     ", tokenizer.decode(base(one.inputs).argmax(-1)[one.mask][:-1].tolist()))
+
+# %% [markdown]
+# The guess differs where the base model would have chosen another word. The input after such a place is a blur of two letters, and the
+# policy has to go on from it.
+#
+# The released code lets the gradient run through the weights too. Then a token can lower the loss by taking weight away from a worse one,
+# and about one token in ten is pushed *down*. Held constant, the weights are never negative.
+
+# %%
+losses = torch.empty(1000, 8).exponential_(generator=generator).requires_grad_()
+for detach_weights in (True, False):
+    loss, _ = ift.ift_loss(-losses, torch.ones(1000, 8).bool(), decay=0.95, detach_weights=detach_weights)
+    (slopes,) = torch.autograd.grad(loss, losses)
+    share = (slopes < 0).float().mean().item()
+    print(f"weights {'constant' if detach_weights else 'differentiated':15} {100 * share:4.1f} % of the tokens are pushed down")
+    assert share == 0 if detach_weights else 0.05 < share < 0.15
+
+# %% [markdown]
+# ### Its fixed point is not the expert
+#
+# With completions of one token $w = 1$, and IFT is SFT. With more, a token counts by its share of its completion's $c$. So even with
+# unlimited demonstrations and $\lambda = 0$ the policy comes to rest where $\pi(a|s) \propto E(a|s) \cdot \mathbb{E}[w_t / n \mid s, a]$
+# (`ift_law` in `toy/closed_form.py`). The smallest case: an expert says A half of the time and stops, or says B and then C or
+# D. For $\gamma = 0$ the share of A is 1, that of B is $\frac12$, so A ends at $\frac23$.
+
+# %%
+E = torch.tensor([0.5, 0.25, 0.25])  # of A, BC, BD
+two_tokens = torch.tensor([[1, 0], [1, 1], [1, 1]]).bool()
+
+
+def settle(loss_of_row, steps=400, lr=1.0):
+    """π(A) where gradient descent on Σ_y E(y)·loss(y) comes to rest."""
+    z = torch.zeros(4, requires_grad=True)  # logits of A, B and of C, D
+    for _ in range(steps):
+        first, second = z[:2].log_softmax(0), z[2:].log_softmax(0)
+        logps = torch.stack([first[[0, 1, 1]], torch.cat([torch.zeros(1), second])], dim=1)  # (3, 2)
+        loss = sum(E[c] * loss_of_row(logps[c : c + 1], two_tokens[c : c + 1]) for c in range(3))
+        (gradient,) = torch.autograd.grad(loss, z)
+        z = (z - lr * gradient).detach().requires_grad_()
+    return z[:2].softmax(0)[0].item()
+
+
+print(f"SFT             π(A) = {settle(lambda logps, mask: -logps[mask].sum()):.4f}, the expert's")
+for decay, expected in ((0.0, 2 / 3), (0.5, 0.6066), (0.95, 0.5912)):
+    share = settle(lambda logps, mask, decay=decay: my_ift_loss(logps, mask, decay))
+    law = ift_law([(0,), (1, 2), (1, 3)], E.numpy(), decay)[0]
+    print(f"IFT, γ = {decay:4}   π(A) = {share:.4f}, the law {law:.4f}")
+    assert abs(share - law) < 1e-4 and abs(law - expected) < 1e-4
+
+# %% [markdown]
+# A gains because nothing comes after it that could take a share of the weight. In general a first token gains if little difficulty
+# follows, and if it is rare, because its own loss is then large. That is what the objective says, not an error of the program.
+# Whether the mixed inputs are worth it is a question for an experiment; `python -m minialign ift` runs one.
+#
 # ## Where to read on
 #
-# - `minialign/methods/sft.py`: the loss above, then `step`, then `main` with micro-batches and the global token count.
+# - `minialign/methods/sft.py`: the loss above, then `step`, then `main` with micro-batches and the global token count. `ift.py` beside it.
 # - `minialign/data.py`: `encode_demos`, and `encode_completion`, the one place that appends EOS; the built-in task at the end.
-# - `toy/closed_form.py`: `sft_flow` with its derivation. `tests/methods/test_sft.py`: the worked numbers.
+# - `toy/closed_form.py`: `sft_flow` and `ift_law` with their derivations. `tests/methods/test_sft.py`, `test_ift.py`: the worked numbers.
 # - `python -m minialign sft` runs it on the built-in task. `python -m minialign sft --demos FILE --policy FOLDER` on yours.
 #
 # ## Exercises

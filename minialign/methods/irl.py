@@ -18,9 +18,10 @@ Details  mode says what a round does to the reward.
          anchor="current" pulls to the policy of the round's beginning and pays only the increase r_φ − r_{k−1}.
          policy_step: ppo (as the paper for summaries), rloo, grpo, rebel, bon_sft (maximum likelihood on the best of n) or bon_dpo (DPO on
          best over worst, which is what the code calls Best-of-N). bon_sft knows no β.
-Law      Exact steps, ref → E in one round for β = 1 (accumulate). linear: E. accumulate, or anchor="current": π ∝ π_k·(E/π_k)^{1/β}, so the
-         distance to E shrinks by 1 − 1/β a round, to E if β > ½. literal: π ∝ ref·(E/π_k)^{1/β}: β = 1 swings between ref and E, β < 1
-         swings ever wider, β > 1 settles at E^{1/(1+β)}·ref^{β/(1+β)} (toy/closed_form.py, rounds_law).
+Law      Exact steps and a bound that does not bind (rft.py has the law of one that does). linear: E, the expert. accumulate, or
+         anchor="current": π ∝ π_k·(E/π_k)^{1/β}, so log π/E shrinks by 1 − 1/β a round: to E if β > ½, at once if β = 1.
+         literal: π ∝ ref·(E/π_k)^{1/β}: β = 1 swings between ref and E, β < 1 swings ever wider, β > 1 settles at
+         E^{1/(1+β)}·ref^{β/(1+β)} (toy/closed_form.py, rounds_law).
 Checked  tests/methods/test_irl.py (gradients by enumeration, the regimes), toy/three_actions.py, toy/tiny_language.py (a GPT, sampled).
 
     python -m minialign irl                                                  # built-in task, laptop CPU
@@ -56,7 +57,7 @@ class Config:
     bound: float = 6.0              # R: rewards lie in [0, R]; 0 = unbounded
     ridge: float = 0.0              # weight of the squared rewards (of the squared increases, but for linear)
     read: str = "sum"               # the reward of a completion: sum (over its tokens) or last (at its last token)
-    reward_lr: float = 1e-3         # peak learning rate of the reward
+    reward_lr: float = 5e-4         # peak learning rate of the reward
     policy_step: str = "rloo"       # ppo, rloo, grpo, rebel, bon_sft or bon_dpo
     group_size: int = 4             # completions of each prompt in rloo and grpo
     n: int = 8                      # completions of each prompt in bon_sft and bon_dpo
@@ -66,8 +67,8 @@ class Config:
     batch_size: int = 32            # demonstrations per reward step, completions per policy step
     micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
     lr: float = 3e-4                # peak learning rate of the policy's AdamW (for models with billions of weights: 1e-6)
-    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
-    warmup: float = 0.1             # share of the steps over which the learning rates rise
+    schedule: str = "linear"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.0             # share of the steps over which the learning rates rise
     weight_decay: float = 0.0       # AdamW's
     max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
     max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
@@ -163,7 +164,7 @@ def main(cfg):
 
     anchor = copy.deepcopy(policy).requires_grad_(False)
     reward_model = policy.with_scalar_head(reward_read=cfg.read, reward_bound=cfg.bound)
-    torch.nn.init.zeros_(reward_model.head_weight)  # r_0 = 0: π_0 = ref
+    torch.nn.init.zeros_(reward_model.head_weight)  # r_0 is constant: π_0 = ref
     base = copy.deepcopy(reward_model).requires_grad_(False)  # r_{k−1}; of literal, the reward that every round begins from
     reward_optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.reward_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     value_model = policy.with_scalar_head() if cfg.policy_step == "ppo" else None

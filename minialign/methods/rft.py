@@ -11,9 +11,9 @@ Idea     Maximum-likelihood inverse reinforcement learning: look for the reward 
 Differs  from irft.py: the reward is a model of its own, the policy follows it by RL. From irl.py: one reward throughout, by the
          likelihood's own gradient, and no other anchor than ref. From reward_model.py: nobody labelled a pair, the other answer is sampled.
 Details  Linear in r, L has no minimum: unbounded, the reward grows as long as it is trained. So it is bounded (bound R: r = R·σ(·),
-         within [0, R]) or regularised (ridge c: + c·(r(y)² + r(ỹ)²)), or it is stopped early by few steps and many rounds.
+         within [0, R]) or regularised (bound 0 and ridge c: + c·(r(y)² + r(ỹ)²)), or it is stopped early by few steps and many rounds.
          loss="bt" is Bradley-Terry on (demonstration over own answer), what the released code runs: it slows as the pairs separate.
-         The reward starts at exactly 0 (a head of zeros), so no noise of a new head steers the policy; only its head moves in step 1.
+         The reward starts constant (a head of zeros), so no noise of a new head steers the policy; only its head moves in step 1.
          read="sum" adds a number for every token, "last" reads one at the last token; sums learn faster from few demonstrations.
          Policy alignment is ppo.py, rloo.py, grpo.py or rebel.py with their own defaults (docs/ERRATA.md on what the code ran: APA).
          During a round's K steps the policy stands still, so each step's own answers are drawn when needed: the law is that of Algorithm 1.
@@ -49,7 +49,7 @@ from minialign.weights import save_pretrained
 @dataclass
 class Config:
     beta: float = 1.0               # β: the pull to ref, in units of reward; only the ratio of bound to it matters to the law
-    rounds: int = 4                 # T: how often reward and policy take turns
+    rounds: int = 1                 # T: how often reward and policy take turns
     reward_share: float = 0.4       # share of a round's steps that train the reward (K of them); the others train the policy
     loss: str = "linear"            # reward alignment: linear (the paper's gradient) or bt (Bradley-Terry, the released code's)
     bound: float = 6.0              # R: rewards lie in [0, R]; 0 = unbounded
@@ -60,7 +60,7 @@ class Config:
     group_size: int = 4             # completions of each prompt in rloo and grpo
     policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
     demos: str = "builtin"          # demonstrations: builtin, or a JSONL/JSON(.gz) file
-    steps: int = 120                # steps of all rounds together, of the reward and of the policy
+    steps: int = 100                # steps of all rounds together, of the reward and of the policy
     batch_size: int = 32            # demonstrations per reward step, completions per policy step
     micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
     lr: float = 3e-4                # peak learning rate of the policy's AdamW (for models with billions of weights: 1e-6)
@@ -194,7 +194,7 @@ def main(cfg):
 
     ref = copy.deepcopy(policy).requires_grad_(False)
     reward_model = policy.with_scalar_head(reward_read=cfg.read, reward_bound=cfg.bound)
-    torch.nn.init.zeros_(reward_model.head_weight)  # r_0 = 0: π_0 = ref
+    torch.nn.init.zeros_(reward_model.head_weight)  # r_0 is constant: π_0 = ref
     reward_optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.reward_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     value_model = policy.with_scalar_head() if cfg.policy_step == "ppo" else None
     critic = list(value_model.parameters()) if value_model else []

@@ -1,12 +1,22 @@
-"""Comparing checkpoints on pairs nobody trained on: held-out NLL, log-prob gap, implicit-reward and reward-model accuracy.
+"""Comparing checkpoints on pairs nobody trained on, and by what they write.
+
+On the pairs, of which y_w is the chosen and y_l the rejected answer:
 
     NLL         −Σ log π(y_w|x) / tokens                        what SFT minimises, on the chosen answers
     gap         mean of log π(y_w|x) − log π(y_l|x)             does the policy itself prefer the chosen answer? (sums of tokens)
     implicit    share of pairs with log π/ref (y_w) > log π/ref (y_l): the reward that training wrote into the policy
-    reward acc. share of pairs with r(y_w) > r(y_l), for a reward model
+    reward acc. share of pairs with r(y_w) > r(y_l), for each --reward
 
-Always with n and a 95 % interval: normal for means, Wilson for shares, the ratio estimator for the NLL. A tie counts one half.
-The gap of sums favours whichever answer is shorter; the gap per token stands beside it.
+On n answers of each policy to each prompt of the pairs:
+
+    reward      mean of the first --reward
+    win rate    share of (own answer, opponent's answer to the same prompt) where the own one has the higher reward
+    KL          mean of log π(y|x)/ref(y|x) over own answers, nats: unbiased for KL(π‖ref)
+    distinct    share of the answers that are different texts: 1/(number of prompts) and below is collapse
+
+Always with n and a 95 % interval: normal for means, Wilson for shares, the ratio estimator for the NLL. A tie counts one half. The answers
+to one prompt are averaged first, so n is the number of prompts. The gap of sums favours whichever answer is shorter; the gap per token
+stands beside it. Reward over √KL (--figure) is the frontier: what a policy paid for its reward.
 
     python -m minialign evaluate --policies runs/base/final runs/sft/final --ref runs/base/final --pairs pairs.jsonl --reward runs/rm/final
 """
@@ -20,9 +30,10 @@ from pathlib import Path
 import torch
 
 from minialign.common import BadInput, check_config, pick_device, pick_dtype, write_atomic
-from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, scorable, split_held_out
+from minialign.data import builtin_pairs, encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, scorable, split_held_out
+from minialign.kl import k1
 from minialign.logps import token_logps
-from minialign.rewards import BadReward, ask, score
+from minialign.rewards import BadReward, ask, open_reward, score
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import fit_vocabulary, load_pretrained
@@ -32,15 +43,23 @@ from minialign.weights import fit_vocabulary, load_pretrained
 class Config:
     policies: list[str] = field(default_factory=list)  # folders or hub names to compare
     ref: str = ""                   # the reference of the implicit reward; default the first policy
-    reward: str = ""                # a reward model's folder or hub name, optional
+    against: str = ""               # whom the win rate is over; default the reference
+    reward: list[str] = field(default_factory=list)  # builtin, FILE.py:FUNCTION, a reward model, …: docs/DATA.md; the first judges answers
+    reward_limit: float = 60.0      # seconds that a reward may take for the answers of one policy
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
     held_out: float = 0.1           # use the last share of the file, which training with the same share never saw; 1 = all of it
     batch_size: int = 32            # pairs per forward pass; published numbers name it
     max_len: int = 256              # most tokens of a row; the end is cut off
     max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    n: int = 1                      # answers of each policy to each prompt; 0 = none are drawn
+    max_new: int = 64               # most tokens of an answer
+    tau: float = 1.0                # sampling temperature, and that of the KL
+    show: int = 2                   # prompts whose answers are printed side by side
+    seed: int = 0                   # of the answers
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
     out: str = ""                   # also write the table as JSON to this file
+    figure: str = ""                # also draw reward over √KL to this PNG
     skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
 
 
@@ -135,47 +154,173 @@ def policy_row(name, measures, ref_measures):
     }
 
 
+@torch.no_grad()
+def sample_measures(policy, tokenizer, ref, prompts, reward_fn, cfg):
+    """What a policy writes: {'texts': N·n of them, 'rewards': (N, n) or None, 'kl': (N,) nats, 'tokens', 'finished': (N·n,)}.
+
+    ref may be None (another vocabulary): kl is then None. Of a prompt that leaves no room for max_new the beginning is cut off.
+    """
+    room = policy.config.max_len - cfg.max_new
+    if room < 1:
+        raise BadInput(f"--max_new {cfg.max_new}: the policy's context is {policy.config.max_len} tokens")
+    rows = encode_prompts(tokenizer, prompts, max_prompt=min(cfg.max_prompt or room, room))
+    texts, kl, tokens, finished = [], [], [], []
+    for start in range(0, len(rows), cfg.batch_size):
+        prompts_ids = [ids for ids, _ in rows[start : start + cfg.batch_size]]
+        answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=tokenizer.eos_id, seed=(cfg.seed, start))
+        texts += [tokenizer.decode(ids) for ids in answers.completions]
+        tokens.append(answers.lengths.double().cpu())
+        finished.append(answers.finished.double().cpu())
+        if ref is not None:
+            logratio = k1(answers.old_logps, token_logps(ref, answers, tau=cfg.tau)).sum(1)  # (B,)
+            kl.append(logratio.view(-1, cfg.n).mean(1).double().cpu())
+    rewards = None
+    if reward_fn is not None:
+        asked = [prompt for prompt in prompts for _ in range(cfg.n)]
+        rewards = ask_or_stop(reward_fn, asked, texts, cfg).view(-1, cfg.n)
+    return {"texts": texts, "rewards": rewards, "kl": torch.cat(kl) if kl else None,
+            "tokens": torch.cat(tokens), "finished": torch.cat(finished)}
+
+
+def ask_or_stop(reward_fn, prompts, texts, cfg):
+    try:
+        return ask(reward_fn, prompts, texts, limit=cfg.reward_limit).double()
+    except BadReward as error:
+        raise BadInput(str(error)) from None
+
+
+def win_shares(rewards, others):
+    """(N, n) rewards of two policies' answers to the same prompts -> (N,): share of the n·n comparisons won, ties one half."""
+    left, right = rewards[:, :, None], others[:, None, :]
+    return ((left > right).double() + 0.5 * (left == right).double()).mean((1, 2))
+
+
+def sample_row(measures, opponent):
+    """What one policy wrote, as plain numbers with intervals. opponent: the measures of whom the win rate is over."""
+    row = {"distinct": len(set(measures["texts"])) / len(measures["texts"]), "mean_length": float(measures["tokens"].mean()),
+           "finished": float(measures["finished"].mean())}
+    if measures["kl"] is not None:
+        row["kl"] = mean_interval(measures["kl"])
+    if measures["rewards"] is not None:
+        row["reward"] = mean_interval(measures["rewards"].mean(1))
+        shares = win_shares(measures["rewards"], opponent["rewards"])
+        row["win_rate"] = share_interval(float(shares.sum()), len(shares))
+    return row
+
+
 def main(cfg):
-    """Print the table; returns the list of its rows as dicts."""
+    """Print the tables; returns the list of their rows as dicts."""
     if not cfg.policies and not cfg.reward:
         raise BadInput("nothing to evaluate: name --policies, --reward or both")
     if not 0 < cfg.held_out <= 1:
         raise BadInput(f"--held_out {cfg.held_out}: must lie in (0, 1]")
-    check_config(replace(cfg, held_out=min(cfg.held_out, 0.9)))
-    if cfg.out:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    if cfg.n < 0 or cfg.show < 0:
+        raise BadInput(f"--n {cfg.n} --show {cfg.show}: must be at least 0")
+    check_config(replace(cfg, held_out=min(cfg.held_out, 0.9), n=max(cfg.n, 1)))
+    for path in (cfg.out, cfg.figure):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
     device, dtype = pick_device(cfg.device), pick_dtype(cfg.dtype)
     pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
     pairs = pairs if cfg.held_out == 1 else split_held_out(pairs, cfg.held_out)[1]
     if not pairs:
         raise BadInput(f"{cfg.pairs}: --held_out {cfg.held_out} of it is no pair at all; raise it")
+    prompts = [pair.prompt for pair in pairs]
 
-    def measure(name, head):
-        model, tokenizer = load_pretrained(name, dtype=dtype, device=device), load_tokenizer(name)
+    def load(name, head="lm"):
+        model, tokenizer = load_pretrained(name, dtype=dtype, device=device).requires_grad_(False), load_tokenizer(name)
         fit_vocabulary(model, tokenizer, name)
         if model.config.head != head:
             what, flag = ("policy", "--policies") if head == "scalar" else ("reward model", "--reward")
             raise BadInput(f"{name}: is a {what}: name it with {flag}")
-        return pair_measures(model, tokenizer, pairs, cfg)
+        return model, tokenizer
 
-    rows = []
-    if cfg.policies:
-        ref = cfg.ref or cfg.policies[0]
-        ref_measures = measure(ref, "lm")
-        print(f"{len(ref_measures['chosen'])} pairs of {cfg.pairs}; ± and [ ] are 95 % intervals; implicit reward against {ref}")
-        print(f"{'policy':40} {'NLL / token':>18} {'gap, nats':>20} {'gap / token':>20} {'implicit acc.':>22}")
-        for name in cfg.policies:
-            row = policy_row(name, ref_measures if name == ref else measure(name, "lm"), ref_measures)
-            rows.append(row)
-            accuracy = "    (is the reference)" if name == ref else "{:6.1%} [{:.1%}, {:.1%}]".format(*row["implicit_accuracy"])
-            print(f"{name[-40:]:40} {row['nll'][0]:9.4f} ± {row['nll'][1]:.4f} {row['gap'][0]:+11.3f} ± {row['gap'][1]:6.3f} "
-                  f"{row['gap_per_token'][0]:+11.4f} ± {row['gap_per_token'][1]:.4f} {accuracy:>22}")
-    if cfg.reward:
-        measures = measure(cfg.reward, "scalar")
+    rows, reward_rows = [], []
+    for spec in cfg.reward:
+        if Path(spec).expanduser().is_dir():  # a reward model: with the same cuts as in training
+            measures = pair_measures(*load(spec, "scalar"), pairs, cfg)
+        else:
+            reward_fn = open_reward([spec], prompts=cfg.pairs, device=device, dtype=dtype)
+            measures = {"chosen": ask_or_stop(reward_fn, prompts, [pair.chosen for pair in pairs], cfg),
+                        "rejected": ask_or_stop(reward_fn, prompts, [pair.rejected for pair in pairs], cfg)}
         n = len(measures["chosen"])
-        accuracy = share_interval(wins(measures["chosen"], measures["rejected"]), n)
-        rows.append({"reward_model": cfg.reward, "n": n, "accuracy": accuracy})
-        print("reward model {}: accuracy {:.1%} [{:.1%}, {:.1%}] on {} pairs".format(cfg.reward, *accuracy, n))
+        reward_rows.append({"reward": spec, "n": n, "accuracy": share_interval(wins(measures["chosen"], measures["rejected"]), n)})
+    if cfg.policies:
+        judge = open_reward(cfg.reward[:1], prompts=cfg.pairs, device=device, dtype=dtype) if cfg.reward and cfg.n else None
+        ref_name = cfg.ref or cfg.policies[0]
+        ref, ref_tokenizer = load(ref_name)
+        ref_measures = pair_measures(ref, ref_tokenizer, pairs, cfg)
+        written = {}
+
+        def write(name, policy, tokenizer):
+            same = tokenizer.inner.get_vocab() == ref_tokenizer.inner.get_vocab()
+            written[name] = sample_measures(policy, tokenizer, ref if same else None, prompts, judge, cfg)
+
+        opponent = cfg.against or ref_name
+        if cfg.n:
+            write(opponent, *((ref, ref_tokenizer) if opponent == ref_name else load(opponent)))
+        for name in cfg.policies:
+            policy, tokenizer = (ref, ref_tokenizer) if name == ref_name else load(name)
+            rows.append(policy_row(name, ref_measures if name == ref_name else pair_measures(policy, tokenizer, pairs, cfg), ref_measures))
+            if cfg.n:
+                if name not in written:
+                    write(name, policy, tokenizer)
+                rows[-1] |= sample_row(written[name], written[opponent])
+        print_tables(rows, written, ref_name, opponent, prompts, cfg)
+        if cfg.figure:
+            draw_frontier(rows, cfg.reward[:1], cfg.figure)
+    for row in reward_rows:
+        print("reward {}: accuracy {:.1%} [{:.1%}, {:.1%}] on {} pairs".format(row["reward"], *row["accuracy"], row["n"]))
     if cfg.out:
-        write_atomic(cfg.out, json.dumps(rows, indent=1) + "\n")
-    return rows
+        write_atomic(cfg.out, json.dumps(rows + reward_rows, indent=1) + "\n")
+    return rows + reward_rows
+
+
+def print_tables(rows, written, ref_name, opponent, prompts, cfg):
+    """The pairs, the answers, and some of them side by side."""
+    print(f"{rows[0]['n']} pairs of {cfg.pairs}; ± and [ ] are 95 % intervals; implicit reward and KL against {ref_name}")
+    print(f"{'policy':40} {'NLL / token':>18} {'gap, nats':>20} {'gap / token':>20} {'implicit acc.':>22}")
+    for row in rows:
+        accuracy = "    (is the reference)" if row["policy"] == ref_name else "{:6.1%} [{:.1%}, {:.1%}]".format(*row["implicit_accuracy"])
+        print(f"{row['policy'][-40:]:40} {row['nll'][0]:9.4f} ± {row['nll'][1]:.4f} {row['gap'][0]:+11.3f} ± {row['gap'][1]:6.3f} "
+              f"{row['gap_per_token'][0]:+11.4f} ± {row['gap_per_token'][1]:.4f} {accuracy:>22}")
+    if not written:
+        return
+    judged = f"; reward {cfg.reward[0]}, wins over {opponent}" if cfg.reward else ""
+    print(f"\nanswers to each of {len(prompts)} prompts: {cfg.n}{judged}")
+    print(f"{'policy':40} {'reward':>18} {'win rate':>24} {'KL, nats':>18} {'distinct':>9} {'tokens':>7} {'finished':>9}")
+    for row in rows:
+        reward = "{:9.4f} ± {:.4f}".format(*row["reward"]) if "reward" in row else ""
+        won = "{:6.1%} [{:.1%}, {:.1%}]".format(*row["win_rate"]) if "reward" in row else ""
+        kl = "{:9.3f} ± {:.3f}".format(*row["kl"]) if "kl" in row else "other tokens"
+        print(f"{row['policy'][-40:]:40} {reward:>18} {won if row['policy'] != opponent else '(is the opponent)':>24} {kl:>18} "
+              f"{row['distinct']:9.1%} {row['mean_length']:7.1f} {row['finished']:9.1%}")
+    for i in dict.fromkeys(prompts.index(prompt) for prompt in prompts[: cfg.show]):
+        print(f"\n{plain_text(prompts[i])[-300:]}")
+        for row in rows:
+            measures = written[row["policy"]]
+            paid = f"  ({measures['rewards'][i, 0]:.3g})" if measures["rewards"] is not None else ""
+            print(f"  {row['policy'][-30:]:30} ⟦{measures['texts'][i * cfg.n][:300]}⟧{paid}")
+
+
+def draw_frontier(rows, reward, path):
+    """Reward over √KL(π‖ref), a point for each policy with its 95 % interval. Raises BadInput where either is missing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [row for row in rows if "reward" in row and "kl" in row]
+    if not points:
+        raise BadInput("--figure draws reward over √KL: it needs --reward, --n at least 1 and policies that share the reference's tokens")
+    figure, axis = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
+    for row in points:
+        (reward_mean, reward_half), (kl, kl_half) = row["reward"], row["kl"]
+        x, low, high = (math.sqrt(max(value, 0)) for value in (kl, kl - kl_half, kl + kl_half))
+        axis.errorbar(x, reward_mean, yerr=reward_half, xerr=[[x - low], [high - x]], fmt="o", ms=5, capsize=2, lw=1)
+        axis.annotate(Path(row["policy"]).parent.name if Path(row["policy"]).name == "final" else row["policy"], (x, reward_mean),
+                      xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="√KL(π‖ref), √nats", ylabel=f"reward {reward[0]}"[-60:], title="What a policy paid for its reward")
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    print(f"figure: {path}")

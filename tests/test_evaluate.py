@@ -73,7 +73,7 @@ def test_a_reward_model_and_json(small, pairs_file, tmp_path, capsys):
     module, cfg = small("reward_model")
     reward = str(module.main(cfg) / "final")
     out = tmp_path / "table.json"
-    rows = evaluate.main(evaluate.Config(reward=reward, pairs=str(pairs_file), held_out=0.5, out=str(out)))
+    rows = evaluate.main(evaluate.Config(reward=[reward], pairs=str(pairs_file), held_out=0.5, out=str(out)))
     assert rows[0]["n"] == 10 and 0 <= rows[0]["accuracy"][0] <= 1
     assert "accuracy" in capsys.readouterr().out and json.loads(out.read_text())[0]["n"] == 10
 
@@ -103,7 +103,7 @@ def test_the_wrong_kind_of_model_is_refused(policy_folder, pairs_file, small):
     module, cfg = small("reward_model", steps=1)
     reward = str(module.main(cfg) / "final")
     with pytest.raises(BadInput, match="is a policy: name it with --policies"):
-        evaluate.main(evaluate.Config(reward=str(policy_folder), pairs=str(pairs_file)))
+        evaluate.main(evaluate.Config(reward=[str(policy_folder)], pairs=str(pairs_file)))
     with pytest.raises(BadInput, match="is a reward model: name it with --reward"):
         evaluate.main(evaluate.Config(policies=[reward], pairs=str(pairs_file)))
 

@@ -1,207 +1,378 @@
-"""The demo: verify the three-action toy, then align a tiny GPT from demonstrations alone, and judge it with a reward it never saw.
+"""The demo: verify the three-action toy, then align a tiny GPT from demonstrations alone with every demonstration method, and judge
+each with a reward it never saw.
 
 The built-in task is a language of requests (data.py). The base model learned from rude speakers; 200 demonstrations come from a
 polite expert, 30 % of them from rude speakers after all. Everything is measured exactly or with its spread over seeds:
 
-    gold reward      mean of the programmatic reward over 8 samples of each of the 24 prompts (the expert's is exact)
-    polite           share of samples that open and end politely
+    gold reward      mean of the programmatic reward over 8 answers to each of the 24 prompts (the expert's is exact)
+    wins over SFT    share of those answers with a higher reward than SFT's to the same prompt, ties one half
     gap              mean of log π(better) − log π(worse) over 400 pairs of answers of rude speakers; better is a Bradley-Terry draw of gold
+    implicit         share of the pairs with log π/base (better) > log π/base (worse)
     KL(expert‖π)     exact, by summing over all 36 things a speaker can say. A gap or a reward beyond the expert's is overshoot,
                      and this column shows its price.
+    KL(π‖base)       mean of log π/base over the answers
 
-    python -m minialign demo              # five seeds, about two minutes on two cores
+Under the table stand the orderings that the papers claim, each with the difference in these runs (same seed, 95 % interval of Student's t)
+and its verdict: holds if the interval lies above 0, does not hold if below, not separable otherwise.
+
+    python -m minialign demo              # five seeds, under five minutes on two cores
 """
 
+import contextlib
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
 
+from minialign import evaluate
 from minialign.batch import collate
 from minialign.common import BadInput, write_atomic
-from minialign.data import (
-    EXPERT,
-    POLITE_ENDINGS,
-    POLITE_OPENINGS,
-    RUDE,
-    THINGS,
-    builtin_law,
-    builtin_pairs,
-    builtin_prompt,
-    encode_completion,
-    encode_pairs,
-    encode_prompt,
-    gold_reward,
-    pair_batch,
-)
+from minialign.data import EXPERT, RUDE, THINGS, builtin_law, builtin_pairs, builtin_prompt, encode_completion, encode_prompt, gold_reward
 from minialign.logps import seq_logps
-from minialign.methods import irft, sft
+from minialign.methods import best_of_n, ift, irft, irl, rft, sft
 from minialign.run import builtin_base
-from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 ROOT = Path(__file__).parent.parent
+SFT, IFT, SPIN, RFT, IRL, BEST = "SFT", "IFT", "SPIN (IRFT, T = 1)", "RFT", "IRL", "best of 4 by RFT's r"
+ROUNDS = (1, 2, 5, 10)  # T of IRFT
+COLUMNS = ("gold reward", "wins over SFT", "gap", "implicit", "KL(expert‖π)", "KL(π‖base)")
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, n − 1 degrees, 97.5 %
 
 
 @dataclass
 class Config:
     seeds: int = 5                  # runs of each method: other data order, other samples
-    steps: int = 60                 # optimizer steps of each
+    steps: int = 60                 # optimizer steps of each (RFT and best-of-n 4/3 as many, IRL twice)
     batch_size: int = 32            # rows per step
     lr: float = 3e-4                # peak learning rate
+    workers: int = 0                # processes that run at the same time; 0 = one per core
     toy: bool = True                # verify the three-action toy first
     out: str = ""                   # folder of table.json and demo.png; default runs/demo-<time>
 
 
+def irft_name(rounds):
+    return SPIN if rounds == 1 else f"IRFT, T = {rounds}"
+
+
 def methods(cfg, seed, out):
-    """{name: a function that runs it and returns its run folder}. All start from the same base and see the same demonstrations."""
-    shared = dict(steps=cfg.steps, batch_size=cfg.batch_size, lr=cfg.lr, seed=seed, held_out=0.0, max_len=96, max_new=48,
-                  log_every=cfg.steps, eval_every=max(1, cfg.steps // 3), save_every=cfg.steps)
-    return {
-        "SFT": lambda: sft.main(sft.Config(**shared, out=f"{out}/sft-{seed}")),
-        "SPIN (IRFT, 1 round)": lambda: irft.main(irft.Config(**shared, rounds=1, out=f"{out}/spin-{seed}")),
-        "IRFT, 5 rounds": lambda: irft.main(irft.Config(**shared, rounds=5, out=f"{out}/irft5-{seed}")),
+    """{name: (module, Config, folder)}. All start from the same base and see the same demonstrations and nothing else."""
+    shared = dict(batch_size=cfg.batch_size, lr=cfg.lr, seed=seed, held_out=0.0, max_new=48, log_every=cfg.steps, snapshots=True)
+
+    def job(name, module, steps, **settings):
+        settings = {**shared, "steps": steps, "eval_every": max(1, steps // 4), "save_every": steps, **settings}
+        folder = f"{out}/{name.split(' (')[0].lower().replace(', t = ', '-').replace(' ', '-')}-{seed}"
+        settings |= {} if module is best_of_n else {"max_len": 96}
+        return module, module.Config(**settings, out=folder), Path(folder)
+
+    longer = -(-4 * cfg.steps // 3)
+    table = {
+        RFT: job(RFT, rft, longer), IRL: job(IRL, irl, 2 * cfg.steps, eval_every=max(1, cfg.steps // 3), rounds=min(12, cfg.steps)),
+        SFT: job(SFT, sft, cfg.steps), IFT: job(IFT, ift, cfg.steps),
+        **{irft_name(T): job(irft_name(T), irft, cfg.steps, rounds=T) for T in ROUNDS},
     }
+    reward = str(table[RFT][2] / "reward")  # so that best-of-n, too, has seen nothing but demonstrations
+    table[BEST] = job("best of 4", best_of_n, longer, n=4, reward=[reward])
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------------------ measure
+
+
+def speak(policy, base, tokenizer, seed, n=8):
+    """evaluate.sample_measures of n answers to each of the 24 prompts."""
+    prompts = [builtin_prompt(thing) for thing in THINGS]
+    settings = evaluate.Config(n=n, max_new=48, seed=seed)
+    return evaluate.sample_measures(policy, tokenizer, base, prompts, gold_reward, settings)
 
 
 @torch.no_grad()
-def measure(policy, tokenizer, seed):
-    """The four numbers of the module's docstring, and the samples they came from."""
-    prompts = [builtin_prompt(thing) for thing in THINGS]
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    rollout = sample(policy, prompt_ids, max_new=48, n=8, eos_id=tokenizer.eos_id, seed=seed)
-    texts = [tokenizer.decode(ids) for ids in rollout.completions]
-    rewards = gold_reward([prompt for prompt in prompts for _ in range(8)], texts)
-    polite = [text.startswith(POLITE_OPENINGS) and text.endswith(POLITE_ENDINGS) for text in texts]
-
-    pairs = encode_pairs(tokenizer, builtin_pairs(seed=1))
-    batch = pair_batch(pairs, range(len(pairs)), pad_id=tokenizer.pad_id, max_len=96)
-    gap = seq_logps(policy, batch.chosen) - seq_logps(policy, batch.rejected)
-
+def kl_from_expert(policy, tokenizer):
+    """KL(expert‖π), exact, mean over the prompts."""
     kls = []
-    for prompt, ids in zip(prompts, prompt_ids, strict=True):
-        law = builtin_law(prompt, EXPERT)
+    for thing in THINGS:
+        law = builtin_law(builtin_prompt(thing), EXPERT)
+        ids = encode_prompt(tokenizer, builtin_prompt(thing))
         rows = collate([ids] * len(law), [encode_completion(tokenizer, text) for text in law], pad_id=tokenizer.pad_id)
-        logps = seq_logps(policy, rows)
-        kls.append(sum(p * (math.log(p) - float(logp)) for p, logp in zip(law.values(), logps, strict=True)))
-    numbers = {"gold reward": statistics.mean(rewards), "polite": statistics.mean(polite), "gap": float(gap.mean()),
-               "KL(expert‖π)": statistics.mean(kls)}
-    return numbers, list(zip(prompts, texts[::8], strict=True))
+        kls.append(sum(p * (math.log(p) - float(logp)) for p, logp in zip(law.values(), seq_logps(policy, rows), strict=True)))
+    return statistics.mean(kls)
+
+
+def measure(policy, base, tokenizer, seed):
+    """({column: number} but for the wins, gold rewards (24, 8) as lists, an answer to each prompt)."""
+    said = speak(policy, base, tokenizer, seed)
+    own, start = (evaluate.pair_measures(model, tokenizer, builtin_pairs(seed=1), evaluate.Config(max_len=96)) for model in (policy, base))
+    wins = evaluate.wins(own["chosen"] - start["chosen"], own["rejected"] - start["rejected"])
+    numbers = {"gold reward": float(said["rewards"].mean()), "gap": float((own["chosen"] - own["rejected"]).mean()),
+               "implicit": wins / len(own["chosen"]), "KL(expert‖π)": kl_from_expert(policy, tokenizer),
+               "KL(π‖base)": float(said["kl"].mean())}
+    return numbers, said["rewards"].tolist(), said["texts"][::8]
+
+
+def on_the_way(folder, base, tokenizer, seed):
+    """[{step, gap, rewards (24, 4)}] of a run's snapshots; and of an IRL run {step, accuracy} of its reward on the pairs."""
+    pairs, settings, path = builtin_pairs(n=200, seed=1), evaluate.Config(max_len=96), []
+    for snapshot in sorted((folder / "snapshots").iterdir()):
+        policy = load_pretrained(snapshot)
+        own = evaluate.pair_measures(policy, tokenizer, pairs, settings)
+        point = {"step": int(snapshot.name), "gap": float((own["chosen"] - own["rejected"]).mean())}
+        path.append(point | {"rewards": speak(policy, base, tokenizer, seed, n=4)["rewards"].tolist()})
+    accuracy = []
+    for snapshot in sorted((folder / "reward_snapshots").iterdir()) if (folder / "reward_snapshots").is_dir() else []:
+        scores = evaluate.pair_measures(load_pretrained(snapshot), tokenizer, builtin_pairs(seed=1), settings)
+        share = evaluate.wins(scores["chosen"], scores["rejected"]) / len(scores["chosen"])
+        accuracy.append({"step": int(snapshot.name), "accuracy": share})
+    return path, accuracy
+
+
+def run_one(cfg, seed, name, out, base_folder):
+    """Train one method with one seed in this process, its words in a log file, and measure it: a dict that goes through a pipe."""
+    torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+    began = time.monotonic()
+    base, tokenizer = load_pretrained(base_folder), load_tokenizer(base_folder)
+    if name == "base":
+        numbers, rewards, answers = measure(base, base, tokenizer, seed)
+        return {"name": name, "seed": seed, "numbers": numbers, "rewards": rewards, "answers": answers, "path": [], "accuracy": []}
+    module, settings, folder = methods(cfg, seed, out)[name]
+    with open(f"{folder}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        module.main(settings)
+    numbers, rewards, answers = measure(load_pretrained(folder / "final"), base, tokenizer, seed)
+    path, accuracy = on_the_way(folder, base, tokenizer, seed)
+    return {"name": name, "seed": seed, "numbers": numbers, "rewards": rewards, "answers": answers, "path": path, "accuracy": accuracy,
+            "seconds": time.monotonic() - began}
 
 
 def exact_rows():
-    """The same four numbers of the speakers that the data came from, by enumeration: no policy can be nearer to the expert than this."""
+    """The same numbers of the speakers that the data came from, by enumeration: no policy can be nearer to the expert than this."""
     rows, pairs = {}, builtin_pairs(seed=1)
-    for name, politeness in (("rude speakers (exact)", RUDE), ("expert (exact)", EXPERT)):
-        prompt = builtin_prompt("tea")  # the speakers treat all things alike
-        law, expert = builtin_law(prompt, politeness), builtin_law(prompt, EXPERT)
+    prompt = builtin_prompt("tea")  # the speakers treat all things alike
+    expert, rude = builtin_law(prompt, EXPERT), builtin_law(prompt, RUDE)
+    for name, law, politeness in (("rude speakers (exact)", rude, RUDE), ("expert (exact)", expert, EXPERT)):
         rewards = gold_reward([prompt] * len(law), list(law))
-        laws = [(builtin_law(pair.prompt, politeness), pair) for pair in pairs]
+        laws = [(builtin_law(pair.prompt, politeness), builtin_law(pair.prompt, RUDE), pair) for pair in pairs]
+        ratios = [math.log(own[p.chosen] / start[p.chosen]) - math.log(own[p.rejected] / start[p.rejected]) for own, start, p in laws]
         rows[name] = {
             "gold reward": sum(p * r for p, r in zip(law.values(), rewards, strict=True)),
-            "polite": politeness**2,
-            "gap": statistics.mean(math.log(law[pair.chosen]) - math.log(law[pair.rejected]) for law, pair in laws),
+            "gap": statistics.mean(math.log(own[pair.chosen]) - math.log(own[pair.rejected]) for own, _, pair in laws),
+            "implicit": statistics.mean((ratio > 1e-12) + 0.5 * (abs(ratio) <= 1e-12) for ratio in ratios),
             "KL(expert‖π)": sum(p * math.log(p / law[text]) for text, p in expert.items()),
+            "KL(π‖base)": sum(p * math.log(p / rude[text]) for text, p in law.items()),
         }
     return rows
 
 
-def main(cfg):
-    """Run it; returns the folder with table.json and demo.png. Exits with 1 if the toy misses a law."""
-    if cfg.seeds < 1 or cfg.steps < 5:
-        raise BadInput("--seeds must be at least 1 and --steps at least 5, one for each round")
-    started = time.monotonic()
-    out = Path(cfg.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
-    out.mkdir(parents=True, exist_ok=True)
-    if cfg.toy:
-        print("── 1. three actions: every method against its closed form " + "─" * 40, flush=True)
-        toy = subprocess.run([sys.executable, "-m", "toy.three_actions", "--out", str(out.resolve() / "three_actions.png")], cwd=ROOT)
-        if toy.returncode:
-            print("the toy missed a law: see FAIL above", file=sys.stderr)
-            raise SystemExit(1)
-    print("── 2. a tiny GPT aligned from demonstrations " + "─" * 53, flush=True)
-    base_folder = builtin_base()
-    tokenizer = load_tokenizer(base_folder)
-    table, curves, answers = {}, {}, {}
-    table["base"], answers["base"] = collect([measure(load_pretrained(base_folder), tokenizer, seed) for seed in range(cfg.seeds)])
-    for name in methods(cfg, 0, out):
-        results = []
-        for seed in range(cfg.seeds):
-            folder = methods(cfg, seed, out)[name]()
-            results.append(measure(load_pretrained(folder / "final"), tokenizer, seed))
-            if seed == 0:
-                curves[name] = folder / "metrics.jsonl"
-        table[name], answers[name] = collect(results)
-    report(table, answers, exact_rows(), cfg)
-    content = {"config": vars(cfg), "table": table, "exact": exact_rows()}
-    write_atomic(out / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    draw(table, exact_rows(), out / "demo.png")
-    figures = f"{out}/demo.png" + (f", {out}/three_actions.png" if cfg.toy else "")
-    print(f"\nfigures: {figures}   ({time.monotonic() - started:.0f} s in all)")
-    return out
+# ------------------------------------------------------------------------------------------------------------------- report
 
 
-def collect(results):
-    """[(numbers, samples) per seed] -> ({column: [value per seed]}, the first seed's samples)."""
-    return {column: [numbers[column] for numbers, _ in results] for column in results[0][0]}, results[0][1]
+def table_of(results):
+    """{policy: {column: [value per seed]}} from run_one's dicts; wins over SFT are over the SFT run of the same seed."""
+    table = {}
+    for result in sorted(results, key=lambda result: result["seed"]):
+        sft_rewards = next(r["rewards"] for r in results if r["name"] == SFT and r["seed"] == result["seed"])
+        shares = evaluate.win_shares(torch.tensor(result["rewards"]), torch.tensor(sft_rewards))
+        numbers = {**result["numbers"], "wins over SFT": float(shares.mean())}
+        for column in COLUMNS:
+            table.setdefault(result["name"], {}).setdefault(column, []).append(numbers[column])
+    return table
+
+
+def claims(table, accuracy):
+    """[(source, claim, [difference per seed])]: what the papers say, as numbers that should be above 0. accuracy: of IRL's reward, per seed
+    a list over its evaluations."""
+
+    def more(a, b, column):
+        return [x - y for x, y in zip(table[a][column], table[b][column], strict=True)]
+
+    def than(a, column, level):
+        return [x - level for x in table[a][column]]
+
+    T5, better = irft_name(5), [path[-1] - implicit for path, implicit in zip(accuracy, table[SPIN]["implicit"], strict=True)]
+    return [
+        ("RFT/IRFT, Fig. 1", "SFT's gap is below 0", [-gap for gap in table[SFT]["gap"]]),
+        ("RFT/IRFT, Fig. 1", "SPIN's gap is above 0", table[SPIN]["gap"]),
+        ("RFT/IRFT, Fig. 1", "RFT's gap is above 0", table[RFT]["gap"]),
+        ("RFT/IRFT, Fig. 1", "SPIN's gap is above SFT's", more(SPIN, SFT, "gap")),
+        ("RFT/IRFT, Fig. 1", "RFT's gap is above SFT's", more(RFT, SFT, "gap")),
+        ("RFT/IRFT, Fig. 2", "RFT's reward is above SFT's", more(RFT, SFT, "gold reward")),
+        ("RFT/IRFT, Fig. 2", "RFT wins against SFT", than(RFT, "wins over SFT", 0.5)),
+        ("RFT/IRFT, Tab. 3", "SPIN's reward is above SFT's", more(SPIN, SFT, "gold reward")),
+        ("RFT/IRFT, Tab. 3", "IRFT's reward, T = 5, is above SPIN's", more(T5, SPIN, "gold reward")),
+        ("RFT/IRFT, Tab. 8", "implicit accuracy: SPIN above SFT", more(SPIN, SFT, "implicit")),
+        ("RFT/IRFT, Tab. 8", "implicit accuracy: T = 5 above SPIN", more(T5, SPIN, "implicit")),
+        ("IRL, Fig. 2a", "the reward's accuracy rises over rounds", [path[-1] - path[0] for path in accuracy]),
+        ("IRL, Fig. 2b", "IRL's reward is above SFT's", more(IRL, SFT, "gold reward")),
+        ("IRL, Fig. 2c", "IRL wins against SFT", than(IRL, "wins over SFT", 0.5)),
+        ("IRL, Tab. 1", "its reward is more accurate than SPIN's", better),
+        ("IFT, Tab. 3", "IFT's reward is above SFT's", more(IFT, SFT, "gold reward")),
+        ("their price", "SPIN is farther from the expert than SFT", more(SPIN, SFT, "KL(expert‖π)")),
+        ("their price", "RFT is farther from the expert than SFT", more(RFT, SFT, "KL(expert‖π)")),
+        ("their price", "IRL is farther from the expert than SFT", more(IRL, SFT, "KL(expert‖π)")),
+        ("best-of-n", "a learned reward lifts it above base", more(BEST, "base", "gold reward")),
+        ("best-of-n", "a learned reward lifts it above SFT", more(BEST, SFT, "gold reward")),
+    ]
+
+
+def verdict(differences):
+    """(mean, half-width of the 95 % interval, seeds in favour, verdict) of paired differences, one per seed."""
+    n, mean, favour = len(differences), statistics.mean(differences), sum(d > 0 for d in differences)
+    if n < 2:
+        return mean, math.nan, favour, "not separable"
+    half = T95.get(n, 2.23) * statistics.stdev(differences) / math.sqrt(n)
+    return mean, half, favour, "holds" if mean - half > 0 else "does not hold" if mean + half < 0 else "not separable"
 
 
 def spread(values):
     return f"{statistics.mean(values):7.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:7.3f}        "
 
 
-def report(table, answers, exact, cfg):
-    """The table, and one prompt answered by everybody."""
-    columns = list(next(iter(table.values())))
-    print(f"\n── 3. the result: mean ± standard deviation over {cfg.seeds} seeds " + "─" * 42)
-    print(f"{'policy':24}" + "".join(f"{column:>18}" for column in columns))
+def report(table, answers, exact, judged, cfg):
+    """The table, one prompt answered by everybody, and the orderings."""
+    print(f"\n── 3. the result: mean ± standard deviation over {cfg.seeds} seeds " + "─" * 62)
+    print(f"{'policy':24}" + "".join(f"{column:>18}" for column in COLUMNS))
     for name, values in table.items():
-        print(f"{name:24}" + "".join(f"{spread(values[column]):>18}" for column in columns))
+        print(f"{name:24}" + "".join(f"{spread(values[column]):>18}" for column in COLUMNS))
     for name, values in exact.items():
-        print(f"{name:24}" + "".join(f"{values[column]:7.3f}        ".rjust(18) for column in columns))
+        print(f"{name:24}" + "".join((f"{values[column]:7.3f}        " if column in values else "").rjust(18) for column in COLUMNS))
     print("\nthe same prompts, answered by each (first seed):")
     for name, samples in answers.items():
-        print(f"  {name:24} " + "   ".join(f"{prompt}⟦{text}⟧" for prompt, text in samples[:2]))
-    sft_row, spin_row = table["SFT"], table["SPIN (IRFT, 1 round)"]
-    print("\norderings in these runs (seeds in favour; the papers claim the first two, the third is their price):")
-    for claim, column, better in (
-        ("SPIN's gold reward is above SFT's", "gold reward", 1),
-        ("SPIN's log-prob gap is above SFT's", "gap", 1),
-        ("SPIN is farther from the expert than SFT", "KL(expert‖π)", 1),
-    ):
-        wins = sum(better * (a - b) > 0 for a, b in zip(spin_row[column], sft_row[column], strict=True))
-        verdict = "holds" if wins == cfg.seeds else "does not hold" if wins == 0 else "not separable"
-        print(f"  {claim:40} {wins}/{cfg.seeds}  {verdict}")
+        print(f"  {name:24} " + "   ".join(f"{builtin_prompt(thing)}⟦{text}⟧" for thing, text in zip(THINGS[:2], samples, strict=False)))
+    print("\nwhat the papers claim, in these runs (difference ± 95 % interval; seeds in favour):")
+    for source, claim, differences in judged:
+        mean, half, favour, word = verdict(differences)
+        print(f"  {source:18} {claim:44} {mean:+7.3f} ± {half:5.3f}   {favour}/{len(differences)}   {word}")
 
 
-def draw(table, exact, path):
-    """A panel for each column, a bar for each policy, a dot for each seed; dashed where the speakers are known exactly."""
-    columns = list(next(iter(table.values())))
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.6 * len(columns), 3.6), constrained_layout=True)
-    colors = ["0.6", "C0", "C3", "C1"]
-    meaning = ("higher is better", "share of samples", "prefers the better answer if > 0", "0 is the expert")
-    subtitles = dict(zip(columns, meaning, strict=True))
-    for axis, column in zip(axes, columns, strict=True):
-        for index, values in enumerate(table.values()):
-            axis.bar(index, statistics.mean(values[column]), color=colors[index % 4], width=0.7)
-            axis.plot([index] * len(values[column]), values[column], "k.", ms=5)
-        for name, style in (("expert (exact)", "--"), ("rude speakers (exact)", ":")):
-            axis.axhline(exact[name][column], color="k", ls=style, lw=1)
-            axis.text(len(table) - 0.5, exact[name][column], name.split(" (")[0], ha="right", va="bottom", fontsize=7)
-        axis.axhline(0, color="k", lw=0.6)
-        axis.set_xticks(range(len(table)), [name.split(" (")[0].replace(", ", "\n") for name in table], fontsize=8)
-        axis.set_title(f"{column}\n", fontsize=11)
-        axis.text(0.5, 1.02, subtitles[column], transform=axis.transAxes, ha="center", fontsize=8, color="0.4")
-    figure.savefig(path, dpi=140)
+def draw(table, exact, paths, accuracy, path):
+    """Four panels: gap over steps; reward and wins over steps; effect of T; accuracy of IRL's reward over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8.4), constrained_layout=True)
+    axes = axes.flat
+    colors = dict(zip((SFT, IFT, SPIN, irft_name(5), RFT, IRL, BEST), ("0.5", "C5", "C3", "C1", "C0", "C2", "C4"), strict=True))
+
+    def band(axis, x, rows, **style):
+        """Mean and standard deviation over seeds; rows: a list of values per seed."""
+        values = torch.tensor(rows, dtype=torch.float64)  # (seeds, points)
+        mean, deviation = values.mean(0), values.std(0, correction=0)
+        axis.plot(x, mean, marker=".", **style)
+        axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
+
+    gold = {name: values["gold reward"] for name, values in table.items()}
+    for name in (SFT, IFT, SPIN, irft_name(5), RFT, IRL):
+        x, start = [0, *(point["step"] for point in paths[name][0])], statistics.mean(table["base"]["gap"])
+        band(axes[0], x, [[start, *(point["gap"] for point in run)] for run in paths[name]], color=colors[name], label=name)
+    axes[0].set(xlabel="steps", ylabel="log π(better) − log π(worse), nats", title="Log-prob gap on pairs nobody trained on")
+    axes[0].set_yscale("symlog", linthresh=1)
+    axes[0].set_yticks([-0.5, 0, 0.5, 1, 2, 5], ["−0.5", "0", "0.5", "1", "2", "5"])
+    axes[0].minorticks_off()
+    axes[0].axhline(exact["expert (exact)"]["gap"], color="k", ls="--", lw=1, label="expert")
+    axes[0].axhline(0, color="k", lw=0.6)
+
+    wins = axes[1].twinx()
+    for name in (RFT, IRL, BEST):
+        x = [0, *(point["step"] for point in paths[name][0])]
+        start = statistics.mean(gold["base"])
+        band(axes[1], x, [[start, *(point["gold reward"] for point in run)] for run in paths[name]], color=colors[name], label=name)
+        won = torch.tensor([[point["wins"] for point in run] for run in paths[name]]).mean(0)
+        wins.plot(x, [statistics.mean(table["base"]["wins over SFT"]), *won], ":", color=colors[name])
+    axes[1].axhline(statistics.mean(gold[SFT]), color=colors[SFT], label="SFT")
+    axes[1].axhline(exact["expert (exact)"]["gold reward"], color="k", ls="--", lw=1, label="expert")
+    axes[1].set(xlabel="steps", ylabel="gold reward", title="Gold reward, and wins over SFT (dotted, right)")
+    wins.set(ylim=(0, 1), ylabel="wins over SFT")
+
+    values = axes[2].twinx()
+    band(axes[2], ROUNDS, list(zip(*[gold[irft_name(T)] for T in ROUNDS], strict=True)), color="C1", label="gold reward")
+    band(values, ROUNDS, list(zip(*[table[irft_name(T)]["KL(expert‖π)"] for T in ROUNDS], strict=True)), color="C3", label="KL(expert‖π)")
+    axes[2].axhline(statistics.mean(gold[SFT]), color=colors[SFT], lw=1, label="SFT's reward")
+    axes[2].set(xlabel="T, rounds of fresh samples", ylabel="gold reward", xscale="log", title="IRFT: the effect of T")
+    axes[2].set_xticks(ROUNDS, [str(T) for T in ROUNDS])
+    axes[2].minorticks_off()
+    values.set(ylabel="KL(expert‖π), nats", yscale="log")
+    handles = [handle for axis in (axes[2], values) for handle in axis.get_legend_handles_labels()[0]]
+    axes[2].legend(handles=handles, fontsize=7)
+
+    band(axes[3], [point["step"] for point in accuracy[0]], [[point["accuracy"] for point in run] for run in accuracy], color="C2",
+         label="IRL's reward")
+    for name in (SFT, SPIN, RFT):
+        axes[3].axhline(statistics.mean(table[name]["implicit"]), color=colors[name], lw=1, label=f"implicit, {name}")
+    axes[3].axhline(exact["expert (exact)"]["implicit"], color="k", ls="--", lw=1, label="log expert/rude")
+    axes[3].axhline(0.5, color="k", lw=0.6)
+    axes[3].set(xlabel="steps", ylabel="share of pairs", title="Pairs ordered as gold has them")
+    axes[3].set_ylim(0.48, 0.8)
+    for axis in (axes[0], axes[1], axes[3]):
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def main(cfg):
+    """Run it; returns the folder with table.json and demo.png. Exits with 1 if the toy misses a law."""
+    if cfg.seeds < 1 or cfg.steps < max(ROUNDS) or cfg.workers < 0:
+        raise BadInput(f"--seeds must be at least 1, --steps {max(ROUNDS)} (a step for each round), --workers 0")
+    started = time.monotonic()
+    out = Path(cfg.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out}: exists and is not empty; name another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    if cfg.toy:
+        print("── 1. three actions: every method against its closed form " + "─" * 64, flush=True)
+        toy = subprocess.run([sys.executable, "-m", "toy.three_actions", "--out", str(out.resolve() / "three_actions.png")], cwd=ROOT)
+        if toy.returncode:
+            print("the toy missed a law: see FAIL above", file=sys.stderr)
+            raise SystemExit(1)
+    print("── 2. a tiny GPT aligned from demonstrations " + "─" * 77, flush=True)
+    base_folder = builtin_base()
+    results, names = [], ["base", *methods(cfg, 0, out)]
+    print(f"{len(names) * cfg.seeds} runs; the words of each are in {out}/<run>.log", flush=True)
+    first, after = [name for name in names if name != BEST], {RFT: BEST}  # best-of-n waits for the reward that RFT learns
+    processes = multiprocessing.get_context("spawn")  # a fork of a process in which torch has run may hang
+    with ProcessPoolExecutor(cfg.workers or os.cpu_count(), mp_context=processes) as pool:
+        waiting = {pool.submit(run_one, cfg, seed, name, str(out), str(base_folder)) for name in first for seed in range(cfg.seeds)}
+        while waiting:
+            done = next(as_completed(waiting))
+            waiting.remove(done)
+            result = done.result()
+            results.append(result)
+            if follower := after.get(result["name"]):
+                waiting.add(pool.submit(run_one, cfg, result["seed"], follower, str(out), str(base_folder)))
+            numbers = "  ".join(f"{column} {value:.3g}" for column, value in result["numbers"].items())
+            print(f"{len(results):3} {result['name']:24} seed {result['seed']}  {numbers}  ({result.get('seconds', 0):.0f} s)", flush=True)
+
+    of = {(result["name"], result["seed"]): result for result in results}
+    results = [of[name, seed] for name in names for seed in range(cfg.seeds)]  # whatever finished first
+    order = ["base", SFT, IFT, *(irft_name(T) for T in ROUNDS), RFT, IRL, BEST]
+    table = table_of(results)
+    table = {name: table[name] for name in order}
+    paths = {name: [of[name, seed]["path"] for seed in range(cfg.seeds)] for name in order[1:]}
+    for runs in paths.values():
+        for seed, run in enumerate(runs):
+            sft_rewards = torch.tensor(of[SFT, seed]["rewards"])
+            for point in run:
+                point["wins"] = float(evaluate.win_shares(torch.tensor(point["rewards"]), sft_rewards).mean())
+    accuracy = [of[IRL, seed]["accuracy"] for seed in range(cfg.seeds)]
+    judged = claims(table, [[point["accuracy"] for point in run] for run in accuracy])
+    report(table, {name: of[name, 0]["answers"] for name in order}, exact_rows(), judged, cfg)
+    verdicts = [{"source": source, "claim": claim, "differences": differences, "verdict": verdict(differences)[3]}
+                for source, claim, differences in judged]
+    for runs in paths.values():
+        for point in (point for run in runs for point in run):
+            point["gold reward"] = statistics.mean(map(statistics.mean, point.pop("rewards")))
+    content = {"config": vars(cfg), "table": table, "exact": exact_rows(), "claims": verdicts, "paths": paths, "accuracy": accuracy}
+    write_atomic(out / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    draw(table, exact_rows(), paths, accuracy, out / "demo.png")
+    figures = f"{out}/demo.png" + (f", {out}/three_actions.png" if cfg.toy else "")
+    print(f"\nfigures: {figures}   ({time.monotonic() - started:.0f} s in all)")
+    return out

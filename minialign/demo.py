@@ -300,7 +300,7 @@ def draw(table, exact, paths, accuracy, path):
     axes[2].set(xlabel="T, rounds of fresh samples", ylabel="gold reward", xscale="log", title="IRFT: the effect of T")
     axes[2].set_xticks(ROUNDS, [str(T) for T in ROUNDS])
     axes[2].minorticks_off()
-    values.set(ylabel="KL(expert‖π), nats", yscale="log")
+    values.set(ylabel="KL(expert‖π), nats", ylim=(0, None))
     handles = [handle for axis in (axes[2], values) for handle in axis.get_legend_handles_labels()[0]]
     axes[2].legend(handles=handles, fontsize=7)
 

@@ -71,3 +71,21 @@ def padded(*tensors, columns=3, value=7.0):
         return torch.cat([x, extra], dim=1)
 
     return [pad(x) for x in tensors]
+
+
+def expected(loss_of, first, second):
+    """Σ_{a, b} first(a)·second(b)·loss_of([a], [b]): the exact expectation of a loss of pairs, a drawn from one law and b from another.
+
+    loss_of takes two index tensors of one entry and returns a scalar. Autograd flows, twice if need be.
+    """
+    a, b = torch.cartesian_prod(torch.arange(len(first)), torch.arange(len(second))).T
+    losses = torch.vmap(lambda i, j: loss_of(i[None], j[None]))(a, b)
+    return (first[a] * second[b] * losses).sum()
+
+
+def tiny_reward_model(seed=0, **settings):
+    """tiny_gpt's trunk under a random scalar head; the global seed is left alone. settings: reward_read, reward_bound."""
+    trunk = tiny_gpt(seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return trunk.with_scalar_head(**settings)

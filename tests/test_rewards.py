@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minialign import checkpoint, run
+from minialign import checkpoint, rewards, run
 from minialign.batch import Rollout, collate
 from minialign.common import BadInput, read_rows
 from minialign.data import Demo, builtin_tokenizer
@@ -121,6 +121,102 @@ def test_the_offset_is_subtracted():
     before = score(model, batch)
     model.config.reward_offset = 0.75
     assert torch.allclose(score(model, batch), before - 0.75, atol=1e-12)
+
+
+# A reward that is a sum over tokens, and bounded. Tests that take `m` alone are also run against wrong variants of rewards.py
+# (tests/test_wrong_variants.py).
+
+
+@pytest.fixture
+def m():
+    return rewards
+
+
+class Numbers:
+    """Stands in for a reward model: its number at a position is .1·position + .01·token, NaN on the token 10."""
+
+    def __init__(self, read, bound=0.0):
+        self.config = GPTConfig.tiny(11, head="scalar", reward_read=read, reward_bound=bound)
+
+    def __call__(self, tokens):
+        numbers = 0.1 * torch.arange(tokens.shape[1]).double() + 0.01 * tokens.double()
+        return torch.where(tokens == 10, torch.nan, numbers)
+
+
+def test_the_sum_over_tokens_by_hand(m):
+    """1 2 | 7 0: (.2 + .07) + .3 = .57. 3 | 8 9 1 2 0: .18 + .29 + .31 + .42 + .5 = 1.7. 4 5 6 | 0: .3. Read at the last token: .3, .5, .3.
+    Within [0, 2]: 2·σ of that."""
+    batch = collate(PROMPTS, COMPLETIONS, pad_id=0)
+    for read, numbers in (("sum", [0.57, 1.7, 0.3]), ("last", [0.3, 0.5, 0.3])):
+        assert m.score(Numbers(read), batch).tolist() == pytest.approx(numbers, abs=1e-12)
+        squeezed = [2 / (1 + math.exp(-x)) for x in numbers]
+        assert m.score(Numbers(read, bound=2.0), batch).tolist() == pytest.approx(squeezed, abs=1e-12)
+
+
+def test_what_is_not_the_completion_does_not_count_in_the_sum(m):
+    """Padding of the token whose number is NaN: nothing changes. Another prompt of the same length: nothing either."""
+    for read in ("sum", "last"):
+        clean, rubbish = (m.score(Numbers(read), collate(PROMPTS, COMPLETIONS, pad_id=pad)) for pad in (0, 10))
+        assert torch.equal(clean, rubbish) and clean.isfinite().all()
+        other = collate([[8, 9], [7], [10, 9, 10]], COMPLETIONS, pad_id=10)
+        assert torch.equal(m.score(Numbers(read), other), clean)
+
+
+@torch.no_grad()
+def test_the_sum_is_that_of_each_row_alone(m):
+    """A GPT: the numbers of a row on its own, unpadded, at its completion tokens; whatever the padding; a cut row up to the cut."""
+    model = reward_model()
+    model.config.reward_read, model.config.reward_bound = "sum", 3.0
+    for max_len in (None, 4):
+        rows = [(p, c[: None if max_len is None else max_len - len(p)]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+        sums = torch.stack([model(torch.tensor([p + c]))[0, len(p) :].sum() for p, c in rows])
+        for pad in (0, 5):
+            scores = m.score(model, collate(PROMPTS, COMPLETIONS, pad_id=pad, max_len=max_len))
+            assert torch.allclose(scores, 3 / (1 + (-sums).exp()), atol=1e-12)
+    batch = collate(PROMPTS, COMPLETIONS, pad_id=0)
+    scores, generator = m.score(model, batch), torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 11, batch.targets.shape, generator=generator)
+    behind = batch.mask.flip(1).cumsum(1).flip(1) == 0  # (B, T) after the last token
+    batch.targets = torch.where(behind, noise, batch.targets)
+    assert torch.allclose(m.score(model, batch), scores, atol=1e-14)
+
+
+def test_the_gradient_of_the_sum(m):
+    """d score / d head = the sum of the trunk's outputs at the completion's tokens; with a bound times R·σ(1 − σ)."""
+    model, row = reward_model(), PROMPTS[0] + COMPLETIONS[0]
+    model.config.reward_read = "sum"
+    batch, hidden = collate(PROMPTS[:1], COMPLETIONS[:1], pad_id=0), model.hidden(torch.tensor([row]))[0, len(PROMPTS[0]) :].sum(0)
+    (grad,) = torch.autograd.grad(m.score(model, batch).sum(), model.head_weight)
+    assert torch.allclose(grad[0], hidden, atol=1e-12)
+    model.config.reward_bound = 3.0
+    score_now = m.score(model, batch).sum()
+    (grad,) = torch.autograd.grad(score_now, model.head_weight)
+    share = score_now.item() / 3
+    assert torch.allclose(grad[0], 3 * share * (1 - share) * hidden, atol=1e-12)
+
+
+def test_a_row_with_nothing_scored_sums_to_zero(m):
+    """... which within [0, 3] is 1.5, as any completion is under a head of zeros."""
+    model = reward_model()
+    model.config.reward_read = "sum"
+    scores = m.score(model, collate([[3, 4], [1]], [[], [2, 0]], pad_id=0))
+    assert scores[0].item() == 0 and scores[1].item() != 0
+    model.config.reward_bound = 3.0
+    assert m.score(model, collate([[3, 4], [1]], [[], [2, 0]], pad_id=0))[0].item() == 1.5
+    torch.nn.init.zeros_(model.head_weight)
+    assert m.score(model, collate(PROMPTS, COMPLETIONS, pad_id=0)).tolist() == [1.5, 1.5, 1.5]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("read", "bound"), [("sum", 0.0), ("sum", 4.5), ("last", 4.5), ("last", 0.0)])
+def test_how_a_reward_is_read_survives_its_folder(tmp_path, read, bound):
+    trunk = GPT(GPTConfig.tiny(11, n_embd=16, n_head=2, ffn_dim=32)).double()
+    model = trunk.with_scalar_head(reward_read=read, reward_bound=bound)
+    batch = collate(PROMPTS, COMPLETIONS, pad_id=0)
+    save_pretrained(model, tmp_path)
+    again = load_pretrained(tmp_path)
+    assert (again.config.reward_read, again.config.reward_bound) == (read, bound)
+    assert torch.equal(score(again, batch), score(model, batch))
 
 
 # ------------------------------------------------------------------------------------------------------------- programmatic

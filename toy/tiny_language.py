@@ -11,8 +11,8 @@ Two proofs for each method, with its own functions from minialign/methods:
     trained    the GPT of minialign/model.py, trained by sampling, with the method's own rollout, advantages and step in the order of its
                main (Adam, no clipping of gradients, one learning rate): KL(π‖law), summed over all completions
 
-The laws are toy/closed_form.py's. REINFORCE, RLOO, PPO, REBEL have π* ∝ ref·e^{r/β}; GRPO and IFT have others, and must end nearer to
-those than to π*.
+The laws are toy/closed_form.py's. REINFORCE, RLOO, PPO, REBEL have π* ∝ ref·e^{r/β}; RFT and IRL, which see only demonstrations of π*,
+must find it too. GRPO, IFT and RFT by Bradley-Terry have other laws, and must end nearer to those than to π*.
 
     python -m toy.tiny_language                                        # a table with PASS or FAIL per row, a figure; exit 1 on a miss
     python -m toy.tiny_language --methods rloo grpo --seeds 5
@@ -34,9 +34,10 @@ import numpy as np
 import torch
 
 from minialign.batch import collate, whiten
-from minialign.common import BadInput, batch_rows, cli, exit_codes
-from minialign.methods import best_of_n, grpo, ift, ppo, rebel, reinforce, rest, rloo
+from minialign.common import BadInput, Mean, batch_rows, cli, exit_codes
+from minialign.methods import best_of_n, grpo, ift, irl, ppo, rebel, reinforce, rest, rft, rloo
 from minialign.model import GPT, GPTConfig
+from minialign.rewards import score
 from toy import closed_form
 
 
@@ -44,7 +45,7 @@ from toy import closed_form
 class Config:
     methods: list[str] = field(default_factory=lambda: ["all"])  # whose rows: all, or some of reinforce, rloo, ppo, rebel, grpo, …
     beta: float = 0.5               # pull to the reference
-    steps: int = 600                # updates of each run (PPO: a third as many rollouts, four updates on each)
+    steps: int = 600                # updates of each run (PPO: a third as many rollouts, four updates on each; RFT, IRL: twice as many)
     samples: int = 32               # completions of each prompt and step (REBEL: twice as many pairs)
     lr: float = 3e-3                # of Adam, falling linearly to 0
     seeds: int = 1                  # runs of each row; every one must pass
@@ -347,6 +348,76 @@ def ift_losses(policy, value_model, ref, language, cfg, seed):
         yield ift.step(policy, collate(prompts_ids, completions, pad_id=language.eos_id), settings)[0]
 
 
+# Inverse RL: the reward is a GPT that sums a number per token, and the policy follows it by RLOO, in turns. RFT takes turns of 2 and 4
+# updates. IRL has 3 rounds, in each of which the reward's increase, then the policy, is trained for long; with β = 1 its law is the
+# expert, after every round (with the toy's own β = ½ the rounds would swing). At rest the policy is the expert (or RFT's mixture) and
+# the reward β·log π/ref, so there the expected gradient is taken: in the tabular reward that belongs to the tabular policy.
+
+
+def mixture(language, ref, beta):
+    """Bradley-Terry in small steps: not the expert, but between it and ref."""
+    return np.stack([closed_form.geometric_mixture(expert, ref[n], beta) for n, expert in enumerate(tilted(language, ref, beta))])
+
+
+def expected_inverse_rl(loss_of, logps, ref_logps, rewards, law, language, beta):
+    """loss_of(demo_rewards, sample_rewards) -> a mean over rows. Its slopes there, weighted by both laws, are the expected gradient."""
+    expert = torch.tensor(closed_form.tilt(ref_logps.sum(1).exp().numpy(), rewards.numpy(), beta))
+    reward = beta * (logps - ref_logps).sum(1)  # (C,)
+    demo, own = torch.cartesian_prod(torch.arange(len(law)), torch.arange(len(law))).T  # every pair
+    at = [reward[demo].detach().requires_grad_(True), reward[own].detach().requires_grad_(True)]
+    slopes = torch.autograd.grad(loss_of(*at) * len(demo), at)
+    weight = expert[demo] * law[own]
+    return (weight * (slopes[0] * reward[demo] + slopes[1] * reward[own])).sum()
+
+
+def inverse_rl_losses(round_length, reward_steps, reward_loss, beta, policy, reward_model, ref, language, cfg, seed):
+    """Rounds of round_length updates, the first reward_steps of them on the reward. reward_loss(reward_model, base, demos, own)."""
+    reward_model.config.reward_read = "sum"
+    torch.nn.init.zeros_(reward_model.head_weight)  # r_0 = 0: π_0 = ref
+    generator = torch.Generator().manual_seed(seed)
+    expert = torch.tensor(tilted(language, language.law_of(ref).numpy(), cfg.beta))
+    prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
+    settings = rft.Config(beta=beta, max_new=language.max_new)
+
+    @torch.no_grad()
+    def reward_of(answers):
+        return score(reward_model, answers)
+
+    for k in range(2 * cfg.steps):
+        if k % round_length == 0:
+            base = copy.deepcopy(reward_model)
+        if k % round_length < reward_steps:
+            shown = [torch.multinomial(law, cfg.samples, replacement=True, generator=generator).tolist() for law in expert]
+            completions = [list(language.completions[c]) for row in shown for c in row]
+            own = rft.rollout(policy, prompts_ids, settings, language.eos_id, (seed, k))
+            yield reward_loss(reward_model, base, collate(prompts_ids, completions, pad_id=language.eos_id), own)
+        else:
+            grouped = prompts_ids[:: settings.group_size]
+            _, _, update = rft.align(policy, None, ref, grouped, reward_of, settings, language.eos_id, (seed, k))
+            yield from (loss for loss, _ in update(0, Mean()))
+
+
+def rft_row(loss, law, gate, reward_gate):
+    def expected(*args):
+        return expected_inverse_rl(lambda demo, own: rft.reward_alignment_loss(demo, own, beta=args[-1], loss=loss)[0], *args)
+
+    def losses(*args):
+        settings = rft.Config(beta=args[-2].beta, loss=loss)
+        step = lambda reward_model, base, demos, own: rft.step(reward_model, demos, own, settings)[0]  # noqa: E731
+        return inverse_rl_losses(6, 2, step, args[-2].beta, *args)
+
+    return Row(f"RFT, {loss}, demonstrations of π*", "rft", law, expected, losses, gate, reward_gate, elsewhere=law is mixture)
+
+
+def expected_irl(*args):
+    return expected_inverse_rl(lambda demo, own: irl.irl_loss(demo, own, demo, own)[0], *args)  # nothing to add: the increase is 0
+
+
+def irl_losses(*args):
+    settings, cfg = irl.Config(mode="accumulate", beta=1.0), args[-2]
+    return inverse_rl_losses(2 * cfg.steps // 3, cfg.steps // 4, lambda *batch: irl.step(*batch, settings)[0], 1.0, *args)
+
+
 # By selection, from ref's own completions: best of 4, and ReST with one Grow step of half as many samples as the others see, threshold 0.
 # A likelihood rests on whatever it is shown, so "at rest" says little of these rows: training says it, by KL and by the mean reward.
 
@@ -408,6 +479,9 @@ ROWS = [
     Row("Best of 4, then SFT", "best_of_n", *selected(best_of_4), best_of_n_losses, 0.08, reward_gate=0.03),
     Row("ReST, r > 0, KL(law‖π)", "rest", *selected(above_0), rest_losses, 0.35, reward_gate=0.03, forward=True),
     Row("IFT, λ = 0, demonstrations of π*", "ift", ift_law, expected_ift, ift_losses, 0.02, elsewhere=True),
+    rft_row("linear", tilted, 0.1, 0.08),
+    rft_row("bt", mixture, 0.06, 0.08),
+    Row("IRL, accumulate, 3 rounds, β = 1", "irl", tilted, expected_irl, irl_losses, 0.1, reward_gate=0.08),
 ]
 
 
@@ -427,7 +501,8 @@ def train(row, policy, language, cfg, seed, law, every=50):
     ref = copy.deepcopy(policy).requires_grad_(False)
     torch.manual_seed(seed)
     value_model = policy.with_scalar_head()
-    updates = {"ppo": cfg.steps // 3 * 4, "rebel": cfg.steps // 20 * 20}.get(row.method, cfg.steps)
+    lengths = {"ppo": cfg.steps // 3 * 4, "rebel": cfg.steps // 20 * 20, "rft": 2 * cfg.steps, "irl": 2 * cfg.steps}
+    updates = lengths.get(row.method, cfg.steps)
     optimizer = torch.optim.Adam([*policy.parameters(), *value_model.parameters()], lr=cfg.lr, betas=(0.9, 0.99))
     path = [(0, kl_to(language, policy, law, row.forward))]
     for k, loss in enumerate(row.losses(policy, value_model, ref, language, cfg, seed)):

@@ -66,24 +66,24 @@ def irft_name(rounds):
 
 
 def methods(cfg, seed, out):
-    """{name: (module, Config, folder)}. All start from the same base and see the same demonstrations and nothing else."""
-    shared = dict(batch_size=cfg.batch_size, lr=cfg.lr, seed=seed, held_out=0.0, max_new=48, log_every=cfg.steps, snapshots=True)
-
-    def job(name, module, steps, **settings):
-        settings = {**shared, "steps": steps, "eval_every": max(1, steps // 4), "save_every": steps, **settings}
-        folder = f"{out}/{name.split(' (')[0].lower().replace(', t = ', '-').replace(' ', '-')}-{seed}"
-        settings |= {} if module is best_of_n else {"max_len": 96}
-        return module, module.Config(**settings, out=folder), Path(folder)
-
+    """{name: (module, Config)}. All start from the same base and see the same demonstrations and nothing else."""
     longer = -(-4 * cfg.steps // 3)
     table = {
-        RFT: job(RFT, rft, longer), IRL: job(IRL, irl, 2 * cfg.steps, eval_every=max(1, cfg.steps // 3), rounds=min(12, cfg.steps)),
-        SFT: job(SFT, sft, cfg.steps), IFT: job(IFT, ift, cfg.steps),
-        **{irft_name(T): job(irft_name(T), irft, cfg.steps, rounds=T) for T in ROUNDS},
+        RFT: (rft, dict(steps=longer)), IRL: (irl, dict(steps=2 * cfg.steps, eval_every=max(1, cfg.steps // 3), rounds=min(12, cfg.steps))),
+        SFT: (sft, {}), IFT: (ift, {}), **{irft_name(T): (irft, dict(rounds=T)) for T in ROUNDS},
+        BEST: (best_of_n, dict(steps=longer, n=4)),
     }
-    reward = str(table[RFT][2] / "reward")  # so that best-of-n, too, has seen nothing but demonstrations
-    table[BEST] = job("best of 4", best_of_n, longer, n=4, reward=[reward])
-    return table
+    jobs = {}
+    for name, (module, own) in table.items():
+        steps = own.get("steps", cfg.steps)
+        folder = f"{out}/{name.split(' (')[0].replace(', T = ', '-')}-{seed}"
+        shared = dict(steps=steps, eval_every=max(1, steps // 4), save_every=steps, log_every=cfg.steps, batch_size=cfg.batch_size,
+                      lr=cfg.lr, seed=seed, held_out=0.0, max_new=48, snapshots=True, out=folder)
+        shared |= {} if module is best_of_n else {"max_len": 96}
+        jobs[name] = module, module.Config(**{**shared, **own})
+    jobs[BEST][1].out = f"{out}/best_of_4-{seed}"
+    jobs[BEST][1].reward = [f"{jobs[RFT][1].out}/reward"]  # so that best-of-n, too, has seen nothing but demonstrations
+    return jobs
 
 
 # ------------------------------------------------------------------------------------------------------------------ measure
@@ -143,7 +143,8 @@ def run_one(cfg, seed, name, out, base_folder):
     if name == "base":
         numbers, rewards, answers = measure(base, base, tokenizer, seed)
         return {"name": name, "seed": seed, "numbers": numbers, "rewards": rewards, "answers": answers, "path": [], "accuracy": []}
-    module, settings, folder = methods(cfg, seed, out)[name]
+    module, settings = methods(cfg, seed, out)[name]
+    folder = Path(settings.out)
     with open(f"{folder}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         module.main(settings)
     numbers, rewards, answers = measure(load_pretrained(folder / "final"), base, tokenizer, seed)
@@ -263,12 +264,12 @@ def draw(table, exact, paths, accuracy, path):
     axes = axes.flat
     colors = dict(zip((SFT, IFT, SPIN, irft_name(5), RFT, IRL, BEST), ("0.5", "C5", "C3", "C1", "C0", "C2", "C4"), strict=True))
 
-    def band(axis, x, rows, **style):
+    def band(axis, x, rows, color, label):
         """Mean and standard deviation over seeds; rows: a list of values per seed."""
         values = torch.tensor(rows, dtype=torch.float64)  # (seeds, points)
         mean, deviation = values.mean(0), values.std(0, correction=0)
-        axis.plot(x, mean, marker=".", **style)
-        axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
+        axis.plot(x, mean, marker=".", color=color, label=label)
+        axis.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.15, lw=0)
 
     gold = {name: values["gold reward"] for name, values in table.items()}
     for name in (SFT, IFT, SPIN, irft_name(5), RFT, IRL):

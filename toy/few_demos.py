@@ -167,7 +167,7 @@ def draw(table, out):
 
 
 def main(cfg):
-    """Print table and orderings, write the figure; returns True if every gated ordering holds. Raises BadInput for arguments out of range."""
+    """Print table and orderings, write the figure; returns True if all that is gated holds. Raises BadInput for arguments out of range."""
     if not (cfg.kappa >= 0 and cfg.beta > 0 and cfg.pull > 0 and cfg.lr > 0 and 0 <= cfg.contamination <= 1):
         raise BadInput("--beta, --pull and --lr must be above 0, --kappa at least 0, --contamination between 0 and 1")
     if min(cfg.demos, cfg.steps, cfg.batch_size, cfg.seeds) < 1:

@@ -82,8 +82,8 @@ def expected_bradley_terry(rewards, chosen, rejected):
     return over_pairs(lambda a, b: bradley_terry_loss(rewards[a], rewards[b]), chosen, rejected)
 
 
-def expected_alignment(rewards, expert, policy, **settings):
-    return over_pairs(lambda a, b: reward_alignment_loss(rewards[a], rewards[b], **settings), expert, policy)
+def expected_alignment(rewards, expert, policy, *, beta, loss, ridge):
+    return over_pairs(lambda a, b: reward_alignment_loss(rewards[a], rewards[b], beta=beta, loss=loss, ridge=ridge), expert, policy)
 
 
 def expected_irl(rewards, base, expert, policy):
@@ -149,7 +149,7 @@ def tilted(ref, reward, beta):
     return (ref.log() + reward / beta).softmax(0)
 
 
-def alternate(expert, ref, *, beta, lr=None, bounds=(-torch.inf, torch.inf), **settings):
+def alternate(expert, ref, *, beta, lr=None, bounds=(-torch.inf, torch.inf), loss="linear", ridge=0.0):
     """RFT with exact expectations and exact policies, one reward step a round, until it rests: the policies on the way.
 
     With `linear` each step is one of maximum-likelihood inverse RL (Lemma 3.1: its gradient is (E − π)/β). That likelihood is concave in
@@ -158,8 +158,8 @@ def alternate(expert, ref, *, beta, lr=None, bounds=(-torch.inf, torch.inf), **s
     reward, policies = torch.zeros_like(ref), [ref]
     for _ in range(20_000):
         policy = policies[-1]
-        moved = reward - (lr or 2 * beta**2) * gradient(lambda r, q=policy: expected_alignment(r, expert, q, beta=beta, **settings), reward)
-        moved = moved.clamp(*bounds)
+        step = gradient(lambda r, q=policy: expected_alignment(r, expert, q, beta=beta, loss=loss, ridge=ridge), reward)
+        moved = (reward - (lr or 2 * beta**2) * step).clamp(*bounds)
         policies.append(tilted(ref, moved, beta))
         if (moved - reward).abs().max() < 1e-15 * beta:
             break

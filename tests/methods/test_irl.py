@@ -209,8 +209,8 @@ def test_a_weak_pull_throws_it_out(m):
     """β = .4 < ½: even accumulated, each round overshoots by 1.5 times what was missing."""
     policies = rounds(m, E, REF, beta=0.4, n_rounds=3, mode="accumulate").numpy()
     assert np.allclose(policies, closed_form.rounds_law(E.numpy(), REF.numpy(), 0.4, 3, ref_update=True), atol=1e-7)
-    distances = [closed_form.kl(policy, E.numpy()) for policy in policies]
-    assert distances[0] < distances[1] < distances[2]
+    missing = [np.ptp(np.log(policy / E.numpy())) for policy in (REF.numpy(), *policies)]
+    assert [after / before for before, after in zip(missing, missing[1:], strict=False)] == pytest.approx([1.5] * 3, abs=1e-6)
 
 
 def test_linear_arrives_too():
@@ -228,8 +228,8 @@ def test_linear_arrives_too():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_gpt_as_reward_swings_as_well(m, seed):
-    """Not exact: a GPT that adds a number for every token, fitted anew in every round by 150 steps of Adam on batches of 256, the policy its
-    exact tilt, β = 1. After round 2 KL(E‖π) is more than twice that after round 1 (as printed); accumulated it is not."""
+    """Not exact: a GPT that adds a number for every token, fitted in every round by 150 steps of Adam on batches of 256, the policy its
+    exact tilt, β = 1. As printed KL(E‖π) after round 2 is more than twice that after round 1; accumulated it is not."""
     ref = LANGUAGE.law_of(tiny_gpt(seed=10 + seed))
     expert = torch.stack([torch.tensor(closed_form.tilt(p, r, 0.5)) for p, r in zip(ref, LANGUAGE.rewards, strict=True)])
     generator, swing = torch.Generator().manual_seed(seed), {}
@@ -282,6 +282,7 @@ def selected(m, rewards, **settings):
     return total, gradient, metrics, answers.completions, stats.result()
 
 
+@torch.no_grad()
 def sums(model, picked, completions):
     """log π of the picked completions, each alone: three floats."""
     rows = [(PROMPTS[i], completions[4 * i + place]) for i, place in enumerate(picked)]
@@ -293,7 +294,7 @@ BY_HAND = f64(0.1, 0.9, 0.9, -1, 3, 2, 1, 0, 5, 5, 5, 5)  # best: 1 (the first o
 
 
 def test_select_imitates_the_best_or_prefers_it_to_the_worst(m):
-    """The rows are found again by their log-probs: −mean log π(best), or log(1 + e^{−β(Δ best − Δ worst)}); the prompt whose four pay the same
+    """The rows are found again by their log-probs: −mean log π(best), or log(1 + e^{−β(Δ best − Δ worst)}); the prompt whose four pay alike
     gives log 2. At temperature 1, whatever tau the answers were drawn at."""
     policy, anchor = tiny_gpt(seed=0), tiny_gpt(seed=1)
     loss, _, metrics, completions, _ = selected(m, BY_HAND, policy_step="bon_sft")
@@ -320,7 +321,7 @@ def test_micro_batches_change_nothing_in_select(m):
     for policy_step in ("bon_sft", "bon_dpo"):
         whole, cut = (selected(m, BY_HAND, policy_step=policy_step, micro_batch=size) for size in (0, 2))
         assert cut[0] == pytest.approx(whole[0], abs=1e-12) and relative(cut[1], whole[1]) < 1e-12
-        assert list(cut[4].values()) == pytest.approx(list(whole[4].values()), abs=1e-12)
+        assert list(cut[4].values()) == pytest.approx(list(whole[4].values()), abs=1e-7)  # a share is counted in float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------- main
@@ -333,7 +334,7 @@ def test_micro_batches_change_nothing_in_select(m):
     ("RRp RRp", {"mode": "linear", "anchor": "current", "policy_step": "ppo", "bound": 0.0, "ridge": 0.02, "read": "last"}),
 ])
 def test_main_is_its_account(small, monkeypatch, plan, changes):
-    """The run written out again: what a round begins with, what is paid, whom the policy is pulled to. Policy, reward and every logged number."""
+    """The run written out again: what a round begins with, what is paid, whom the policy is pulled to. Policy, reward, logged numbers."""
     kinds = plan.replace(" ", "")
     settings = dict(rounds=plan.count(" ") + 1, beta=0.3, tau=0.8, group_size=4, held_out=0.0, schedule="linear", warmup=0.0, micro_batch=3)
     module, cfg = small("irl", steps=len(kinds), reward_share=kinds.count("R") / len(kinds), **settings, **changes)
@@ -351,7 +352,7 @@ def weights_of(model):
 @pytest.mark.parametrize("mode", ["linear", "accumulate", "literal"])
 @pytest.mark.parametrize("anchor", ["initial", "current"])
 def test_what_a_round_begins_with(small, monkeypatch, mode, anchor):
-    """Nine steps, RRp three times: the reward, base and AdamW as each reward step finds them, the anchor and the pay of each policy step."""
+    """Nine steps, RRp three times: reward and base as each reward step finds them, anchor and pay of each policy step."""
     seen, paid, step, align = [], [], irl.step, irl.align
 
     def watched_step(reward_model, base, *args):
@@ -384,10 +385,7 @@ def test_what_a_round_begins_with(small, monkeypatch, mode, anchor):
     assert torch.equal(policies[0], first) and not torch.equal(policies[1], first)
     for t in range(3):
         assert torch.equal(anchors[t], policies[t] if anchor == "current" else first)  # one policy step a round: it has not moved yet
-        if anchor == "current":
-            assert paid[t][2].abs().max() < 3 and paid[t][2].min() < 0 < paid[t][2].max() or t  # an increase, not a reward in [0, 6]
-        else:
-            assert 0 < paid[t][2].min() and paid[t][2].max() < 6
+        assert paid[t][2].abs().max() < 1 if anchor == "current" else paid[t][2].min() > 2  # an increase, or a reward that began at 3
     rows = read_rows(folder / "metrics.jsonl")
     assert [row["round"] for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     kls = [row["kl"] for row in rows if "kl" in row]
@@ -401,7 +399,7 @@ def test_snapshots_show_the_reward_of_every_evaluation(small):
     accumulated, they grow. reward/ is the last of them."""
     sizes = {}
     for mode in ("literal", "accumulate"):
-        module, cfg = small("irl", mode=mode, anchor="initial", steps=6, rounds=3, snapshots=True, eval_every=2, schedule="constant", warmup=0.0)
+        module, cfg = small("irl", mode=mode, anchor="initial", steps=6, rounds=3, snapshots=True, eval_every=2, schedule="constant")
         folder = module.main(cfg)
         shots = [load_pretrained(folder / f"reward_snapshots/{step:06d}") for step in (2, 4, 6)]
         sizes[mode] = [float(shot.head_weight.abs().max()) for shot in shots]

@@ -69,6 +69,99 @@ def test_the_table_against_a_loop(policy_folder, pairs_file, small, capsys):
     assert rows[0]["implicit_accuracy"][0] == 0.5  # a reference against itself: all ties
 
 
+def test_win_shares():
+    """Prompt 1: answers 1, 3 against 2, 3: 1<2, 1<3, 3>2, 3=3, so (0 + 0 + 1 + ½)/4 = .375. Prompt 2: always ties."""
+    shares = evaluate.win_shares(torch.tensor([[1.0, 3], [5, 5]]), torch.tensor([[2.0, 3], [5, 5]]))
+    assert shares.tolist() == [0.375, 0.5]
+    other = evaluate.win_shares(torch.tensor([[2.0, 3], [5, 5]]), torch.tensor([[1.0, 3], [5, 5]]))
+    assert (shares + other).tolist() == [1, 1]
+
+
+def test_what_a_policy_writes(policy_folder, small):
+    """KL, rewards, lengths of the answers, recomputed answer by answer from the same samples; n answers of a prompt are averaged first."""
+    module, cfg = small("sft", steps=20)
+    ref, policy, tokenizer = load_pretrained(policy_folder), load_pretrained(module.main(cfg) / "final"), load_tokenizer(policy_folder)
+    prompts = ["ask for tea: ", "ask for a map: ", "ask for tea: "]
+    settings = evaluate.Config(n=4, max_new=9, batch_size=2, seed=3)
+    measures = evaluate.sample_measures(policy, tokenizer, ref, prompts, lambda prompts, texts: [len(text) for text in texts], settings)
+    assert len(measures["texts"]) == 12 and measures["rewards"].shape == (3, 4) and measures["kl"].shape == (3,)
+    assert measures["rewards"].flatten().tolist() == [len(text) for text in measures["texts"]]
+    kls = []
+    for row, text in enumerate(measures["texts"]):
+        y = tokenizer.encode(text) + ([tokenizer.eos_id] if measures["finished"][row] else [])
+        x = [tokenizer.bos_id] + tokenizer.encode(prompts[row // 4])
+        assert measures["tokens"][row] == len(y)
+        logps = [model(torch.tensor([x + y])).log_softmax(-1)[0, len(x) - 1 : -1].detach() for model in (policy, ref)]
+        kls.append(sum(float(logps[0][t, token] - logps[1][t, token]) for t, token in enumerate(y)))
+    assert measures["kl"].tolist() == pytest.approx(torch.tensor(kls, dtype=torch.float64).view(3, 4).mean(1).tolist(), abs=1e-9)
+
+    row = evaluate.sample_row(measures, measures)
+    assert row["reward"] == evaluate.mean_interval(measures["rewards"].mean(1)) and row["win_rate"][0] == 0.5
+    assert row["distinct"] == len(set(measures["texts"])) / 12 and row["kl"] == evaluate.mean_interval(measures["kl"])
+
+
+def test_the_kl_estimate_is_near_the_exact_one():
+    """On the enumerable language: 4000 samples of each prompt, within four standard errors of the sum over all completions."""
+    from tests.enumerable import LANGUAGE, tiny_gpt
+
+    class Tokens:  # the language's tokens as letters
+        eos_id = LANGUAGE.eos_id
+        bos_id = None
+
+        def encode(self, text):
+            return [int(letter) for letter in text]
+
+        def decode(self, ids):
+            return "".join(str(i) for i in ids if i != self.eos_id)
+
+    policy, ref = tiny_gpt(seed=0), tiny_gpt(seed=1)
+    settings = evaluate.Config(n=4000, max_new=LANGUAGE.max_new, batch_size=1)
+    prompts = [[x] for x in (0, 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "encode_prompts", lambda tokenizer, prompts, max_prompt: [(ids, "") for ids in prompts])
+        measures = evaluate.sample_measures(policy, Tokens(), ref, prompts, None, settings)
+    logps, ref_logps = (LANGUAGE.token_logps(model).detach().sum(-1) for model in (policy, ref))
+    exact = (logps.exp() * (logps - ref_logps)).sum(1)
+    spread = (logps.exp() * (logps - ref_logps - exact[:, None]) ** 2).sum(1).sqrt()
+    assert measures["rewards"] is None and ((measures["kl"] - exact).abs() < 4 * spread / 4000**0.5).all()
+
+
+def test_the_whole_table_with_answers(policy_folder, pairs_file, small, tmp_path, capsys):
+    """Three policies, two rewards, an opponent who is none of them, JSON and frontier; the first reward judges the answers."""
+    module, cfg = small("sft", steps=20)
+    trained = str(module.main(cfg) / "final")
+    module, cfg = small("rft", steps=2)
+    rft = module.main(cfg)
+    capsys.readouterr()
+    names, out, figure = [str(policy_folder), trained], tmp_path / "table.json", tmp_path / "deep" / "frontier.png"
+    rewards = ["length:9", str(rft / "reward")]
+    rows = evaluate.main(evaluate.Config(
+        policies=names, ref=trained, against=str(rft / "final"), reward=rewards, pairs=str(pairs_file), held_out=1,
+        n=2, max_new=12, dtype="float64", out=str(out), figure=str(figure),
+    ))
+    text = capsys.readouterr().out
+    assert json.loads(out.read_text()) == json.loads(json.dumps(rows)) and figure.stat().st_size > 5000
+    assert [row.get("policy") for row in rows] == [*names, None, None] and [row.get("reward") for row in rows[2:]] == rewards
+    assert rows[1]["kl"] == pytest.approx((0, 0), abs=1e-12) and rows[0]["kl"][0] > 0 and -1 <= rows[0]["reward"][0] <= 0  # trained is the reference
+    pairs = read_preferences(pairs_file)
+    near = [-abs(len(pair.chosen) - 9) / 9 for pair in pairs], [-abs(len(pair.rejected) - 9) / 9 for pair in pairs]
+    won = sum((max(-1, a) > max(-1, b)) + 0.5 * (max(-1, a) == max(-1, b)) for a, b in zip(*near, strict=True))
+    assert rows[2]["accuracy"][0] == pytest.approx(won / len(pairs))
+    assert "wins over" in text and f"{pairs[0].prompt}\n" in text and text.count("⟦") >= 4
+
+
+def test_no_answers_are_drawn_with_n_0(policy_folder, pairs_file, capsys):
+    rows = evaluate.main(evaluate.Config(policies=[str(policy_folder)], pairs=str(pairs_file), held_out=1, n=0))
+    assert "reward" not in rows[0] and "distinct" not in rows[0] and "win rate" not in capsys.readouterr().out
+
+
+def test_a_reward_that_fails_is_named(policy_folder, pairs_file, tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text("def broken(prompts, completions):\n    raise KeyError('tone')\n")
+    with pytest.raises(BadInput, match="raised KeyError"):
+        evaluate.main(evaluate.Config(policies=[str(policy_folder)], reward=[f"{path}:broken"], pairs=str(pairs_file)))
+
+
 def test_a_reward_model_and_json(small, pairs_file, tmp_path, capsys):
     module, cfg = small("reward_model")
     reward = str(module.main(cfg) / "final")
@@ -92,6 +185,7 @@ def test_held_out_is_the_end_of_the_file(policy_folder, pairs_file):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({}, "nothing to evaluate"), ({"held_out": 0.0}, "--held_out 0.0"), ({"held_out": 0.01}, "no pair at all"),
+    ({"n": -1}, "--n -1"), ({"max_new": 500}, "--max_new 500: the policy's context is 128"), ({"figure": "x.png"}, "--figure draws reward"),
 ])
 def test_errors(changes, message, policy_folder, pairs_file):
     settings = {"policies": [str(policy_folder)], "pairs": str(pairs_file), **changes} if changes else {}

@@ -105,7 +105,8 @@ class Language:
         content = [token for token in completion if token != self.eos_id]
         liked, disliked = content.count(prompt), content.count((prompt + 3) % (self.vocab_size - 1))
         repeats = sum(a == b for a, b in zip(content, content[1:], strict=False))
-        return 0.5 * liked - 0.5 * disliked - 0.4 * repeats + 0.3 * (completion[-1] == self.eos_id)
+        reward = 0.5 * liked - 0.5 * disliked - 0.4 * repeats + 0.3 * (completion[-1] == self.eos_id)
+        return round(reward, 9)  # equal rewards summed in another order are to be equal: selection looks at ties
 
     def token_logps(self, policy):
         """(N, C, T): log π of every token of every completion of every prompt; 0 after its end. Autograd flows."""

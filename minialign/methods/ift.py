@@ -18,7 +18,7 @@ Details  γ = 0 means w = 1, as in the released code; the limit γ → 0 of the 
          Prompts keep their own embeddings. A hole in the mask still advances the exponent of γ.
          The released code also freezes the input embeddings at their first values. Here they train like everything else.
 Law      One token: SFT's, the expert. Several tokens, λ = 0, constant weights: π(a|s) ∝ E(a|s)·E[w_t/n | s, a], not the expert: a token
-         counts by its share of its completion's c, so a first token gains that is rare, ends soon, or is easy to continue
+         counts by its share of its completion's c, so a first token gains that is rare, or that little loss follows
          (toy/closed_form.py, ift_law).
 Checked  tests/methods/test_ift.py (worked numbers in both modes, holes, gradients, what is fed in), toy/tiny_language.py (the law).
 

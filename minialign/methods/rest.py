@@ -11,6 +11,7 @@ Differs  from best_of_n.py: an absolute threshold over all prompts instead of th
 Details  The thresholds are quantiles of the Grow step's own rewards, so they need no knowledge of the scale (the paper begins above the
          mean; 0.5 is the median). Strictly above: rewards equal to τ are dropped. If that leaves nothing (many completions share the
          largest reward), those with the largest reward are kept.
+         One threshold serves all prompts. A learned reward is known up to a constant per prompt only: it may then select prompts.
          The paper's data set also holds the demonstrations that the policy was trained on; here samples alone.
          Without a reference or a KL, what holds the policy is the number of Grow steps.
          The data set of a Grow step is not stored: a resumed run draws it again, from the policy and the seed that drew it, and

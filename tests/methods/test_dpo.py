@@ -13,7 +13,6 @@ from minialign.common import BadInput, batch_rows, read_rows
 from minialign.data import builtin_pairs, builtin_tokenizer, encode_pairs, pair_batch, read_preferences
 from minialign.methods import dpo
 from minialign.methods.irft import irft_loss
-from minialign.model import GPT, GPTConfig
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained, save_pretrained
 from tests.enumerable import EOS, LANGUAGE, expected, relative, tiny_gpt
@@ -173,8 +172,8 @@ def test_the_expected_gradient_by_enumeration(m):
 @pytest.mark.parametrize("beta", [0.3, 2.0])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_preferences_from_a_reward_lead_to_its_tilt(m, beta, seed):
-    """Five completions, labels from Bradley-Terry on r: P(a over b) = σ(r_a − r_b), pairs drawn from two laws with full support. The minimum
-    over all logits is ref·e^{r/β}, from another start than ref."""
+    """Five completions, labels from Bradley-Terry on r: P(a over b) = σ(r_a − r_b), pairs drawn from two laws with full support. The
+    minimum over all logits is ref·e^{r/β}, from another start than ref."""
     generator = torch.Generator().manual_seed(seed)
     reward = torch.randn(5, generator=generator, dtype=torch.float64)
     ref, first, second = (torch.rand(5, generator=generator, dtype=torch.float64) + 0.1 for _ in range(3))
@@ -288,35 +287,36 @@ def test_bad_settings(small, changes, message):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_against_trl(tmp_path, m):
-    """TRL's own trainer, tokenization, batches and forward pass included, on the same exported folders: equal losses and equal gradients.
+    """TRL's own trainer, its batches, masks and forward passes included, on the same two exported folders: equal losses, equal gradients.
     Its smoothed form is its `aot`, which for a single pair is cDPO."""
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install -r requirements-dev.txt")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install -r requirements-dev.txt")
     transformers = pytest.importorskip("transformers")
-    tokenizer, models = builtin_tokenizer(), []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = GPT(GPTConfig.tiny(tokenizer.vocab_size, n_embd=16, n_head=2, ffn_dim=32, max_len=128)).double()
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=0.3)
-        save_pretrained(model, tmp_path / str(seed), tokenizer)
-        models.append(model)
-    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "0")
-    pairs = builtin_pairs(4)
-    for picked, settings in ((pairs, {"loss_type": ["sigmoid"]}), (pairs[:1], {"loss_type": ["aot"], "label_smoothing": 0.15})):
-        theirs, ref = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64) for name in "01")
-        args = trl.DPOConfig(output_dir=str(tmp_path / "out"), per_device_train_batch_size=len(picked), beta=0.3, max_length=None, bf16=False,
+    tokenizer = builtin_tokenizer()
+    policy, ref = models = [tiny_gpt(tokenizer.vocab_size, seed=seed, max_len=64) for seed in (0, 1)]
+    for name, model in zip("01", models, strict=True):
+        save_pretrained(model, tmp_path / name, tokenizer)
+    for n, settings in ((4, {"loss_type": ["sigmoid"]}), (1, {"loss_type": ["aot"], "label_smoothing": 0.15})):
+        theirs = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64).eval() for name in "01"]
+        args = trl.DPOConfig(output_dir=str(tmp_path / "out"), per_device_train_batch_size=n, beta=0.3, max_length=None, bf16=False,
                              gradient_checkpointing=False, use_cpu=True, report_to=[], **settings)
-        dataset = datasets.Dataset.from_list([vars(pair) for pair in picked])
-        trainer = trl.DPOTrainer(model=theirs, ref_model=ref, args=args, train_dataset=dataset, processing_class=theirs_tokenizer)
-        their_loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        dataset = datasets.Dataset.from_list([vars(pair) for pair in builtin_pairs(n)])
+        trainer = trl.DPOTrainer(model=theirs[0], ref_model=theirs[1], args=args, train_dataset=dataset,
+                                 processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path / "0"))
+        trainer.model.eval()  # a GPT-2 of transformers has dropout
+        batch = next(iter(trainer.get_train_dataloader()))
+        their_loss = trainer.compute_loss(trainer.model, batch)
         their_loss.backward()
-        policy = models[0]
+
+        prompts, completions = [], []  # their rows, by their mask: the chosen ones, then the rejected ones
+        for ids, scored in zip(batch["input_ids"].tolist(), batch["completion_mask"].tolist(), strict=True):
+            first = scored.index(1)
+            prompts.append(ids[:first])
+            completions.append([token for token, one_of_it in zip(ids, scored, strict=True) if one_of_it])
+        pairs = Pairs(*(collate(prompts[a : a + n], completions[a : a + n], pad_id=tokenizer.pad_id) for a in (0, n)))
         policy.zero_grad()
-        rows = encode_pairs(tokenizer, picked)
-        batch = pair_batch(rows, range(len(rows)), pad_id=tokenizer.pad_id, max_len=128)
-        loss, _ = m.step(policy, models[1], batch, m.Config(beta=0.3, label_smoothing=settings.get("label_smoothing", 0.0)))
+        loss, _ = m.step(policy, ref, pairs, m.Config(beta=0.3, label_smoothing=settings.get("label_smoothing", 0.0)))
         loss.backward()
         assert loss.item() == pytest.approx(their_loss.item(), abs=1e-6) and abs(loss.item() - math.log(2)) > 1e-2
-        assert relative(policy.tok_embed.weight.grad, trainer.model.get_input_embeddings().weight.grad.to(torch.float64)) < 1e-5
+        their_gradient = trainer.model.get_input_embeddings().weight.grad.double()
+        assert relative(policy.tok_embed.weight.grad, their_gradient) < 1e-5

@@ -64,9 +64,11 @@ def test_each_method_rests_on_its_law(row, beta):
         assert gradient_at(row, LANGUAGE, REF, row.law(LANGUAGE, REF, 1.1 * beta), beta) > 1e-5
 
 
-def test_only_the_four_rest_on_the_tilt():
-    """π* is the law of those with the KL in the reward, and of no row of GRPO, nor of selection or IFT."""
-    assert {row.method for row in ROWS if row.law is tilted} == {"reinforce", "rloo", "ppo", "rebel"}
+def test_who_rests_on_the_tilt():
+    """π* is the law of those with the KL in the reward, and, shown as demonstrations, of inverse RL; of no row of GRPO, nor of selection,
+    IFT or RFT by Bradley-Terry."""
+    assert {row.method for row in ROWS if row.law is tilted} == {"reinforce", "rloo", "ppo", "rebel", "rft", "irl"}
+    assert len([row for row in ROWS if row.method == "rft" and row.law is not tilted]) == 1
     best = tilted(LANGUAGE, REF, 0.6)
     at_rest = {row.name: gradient_at(row, LANGUAGE, REF, best, 0.6) for row in ROWS}
     for row in ROWS:
@@ -110,12 +112,16 @@ def test_five_seeds_of_every_method_land_on_their_law(tmp_path, capsys):
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.law is tilted], ids=lambda row: row.name)
 def test_the_expected_update_at_ref_is_the_gradient_of_the_objective(row):
-    """At π* the advantages vanish and so would a wrong sign. Away from it the expected update must point along ∇J, J by enumeration."""
+    """At π* the advantages vanish and so would a wrong sign. Away from it the expected update must point along ∇J, J by enumeration:
+    E_π[r] − β·KL(π‖ref), or, of those that see only demonstrations of π*, their likelihood (Lemma 3.1 of the RFT paper)."""
     law, other = REF[1], LANGUAGE.law_of(tiny_gpt(seed=3)).numpy()[1]  # the policy, and another reference
     policy, ref_logps, rewards = TabularPolicy(LANGUAGE, law), LANGUAGE.conditionals(other), LANGUAGE.rewards[1]
     loss = row.expected(policy.token_logps(), ref_logps, rewards, torch.tensor(law), LANGUAGE, 0.6)
     (update,) = torch.autograd.grad(-loss, policy.logits)
     logps = policy.token_logps().sum(1)
-    (gradient,) = torch.autograd.grad((logps.exp() * (rewards - 0.6 * (logps - ref_logps.sum(1)))).sum(), policy.logits)
+    objective = (logps.exp() * (rewards - 0.6 * (logps - ref_logps.sum(1)))).sum()
+    if row.method in ("rft", "irl"):
+        objective = (torch.tensor(closed_form.tilt(other, rewards.numpy(), 0.6)) * logps).sum()
+    (gradient,) = torch.autograd.grad(objective, policy.logits)
     cosine = (update * gradient).sum() / update.norm() / gradient.norm()
     assert cosine.item() == pytest.approx(1, abs=1e-10)

@@ -45,7 +45,7 @@ from minialign.weights import load_pretrained
 
 ROOT = Path(__file__).parent.parent
 SFT, IFT, SPIN, RFT, IRL, BEST = "SFT", "IFT", "SPIN (IRFT, T = 1)", "RFT", "IRL", "best of 4 by RFT's r"
-ROUNDS = (1, 2, 5, 10)  # T of IRFT
+ROUNDS = (1, 2, 5)  # T of IRFT
 COLUMNS = ("gold reward", "wins over SFT", "gap", "implicit", "KL(expert‖π)", "KL(π‖base)")
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, n − 1 degrees, 97.5 %
 
@@ -53,7 +53,7 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 
 @dataclass
 class Config:
     seeds: int = 5                  # runs of each method: other data order, other samples
-    steps: int = 60                 # optimizer steps of each (RFT and best-of-n 4/3 as many, IRL twice)
+    steps: int = 60                 # optimizer steps of each (RFT a third more, IRL half as many more, best-of-n a third less)
     batch_size: int = 32            # rows per step
     lr: float = 3e-4                # peak learning rate
     workers: int = 0                # processes that run at the same time; 0 = one per core
@@ -67,17 +67,16 @@ def irft_name(rounds):
 
 def methods(cfg, seed, out):
     """{name: (module, Config)}. All start from the same base and see the same demonstrations and nothing else."""
-    longer = -(-4 * cfg.steps // 3)
     table = {
-        RFT: (rft, dict(steps=longer)), IRL: (irl, dict(steps=2 * cfg.steps, eval_every=max(1, cfg.steps // 3), rounds=min(12, cfg.steps))),
+        RFT: (rft, dict(steps=-(-4 * cfg.steps // 3))), IRL: (irl, dict(steps=-(-3 * cfg.steps // 2), rounds=min(9, cfg.steps))),
         SFT: (sft, {}), IFT: (ift, {}), **{irft_name(T): (irft, dict(rounds=T)) for T in ROUNDS},
-        BEST: (best_of_n, dict(steps=longer, n=4)),
+        BEST: (best_of_n, dict(steps=-(-2 * cfg.steps // 3), n=4)),
     }
     jobs = {}
     for name, (module, own) in table.items():
         steps = own.get("steps", cfg.steps)
         folder = f"{out}/{name.split(' (')[0].replace(', T = ', '-')}-{seed}"
-        shared = dict(steps=steps, eval_every=max(1, steps // 4), save_every=steps, log_every=cfg.steps, batch_size=cfg.batch_size,
+        shared = dict(steps=steps, eval_every=max(1, steps // (6 if module is irl else 4)), save_every=steps, log_every=cfg.steps, batch_size=cfg.batch_size,
                       lr=cfg.lr, seed=seed, held_out=0.0, max_new=48, snapshots=True, out=folder)
         shared |= {} if module is best_of_n else {"max_len": 96}
         jobs[name] = module, module.Config(**{**shared, **own})
@@ -110,8 +109,8 @@ def kl_from_expert(policy, tokenizer):
 
 def measure(policy, base, tokenizer, seed):
     """({column: number} but for the wins, gold rewards (24, 8) as lists, an answer to each prompt)."""
-    said = speak(policy, base, tokenizer, seed)
-    own, start = (evaluate.pair_measures(model, tokenizer, builtin_pairs(seed=1), evaluate.Config(max_len=96)) for model in (policy, base))
+    said, settings = speak(policy, base, tokenizer, seed), evaluate.Config(max_len=96)
+    own, start = (evaluate.pair_measures(model, tokenizer, builtin_pairs(seed=1), settings) for model in (policy, base))
     wins = evaluate.wins(own["chosen"] - start["chosen"], own["rejected"] - start["rejected"])
     numbers = {"gold reward": float(said["rewards"].mean()), "gap": float((own["chosen"] - own["rejected"]).mean()),
                "implicit": wins / len(own["chosen"]), "KL(expert‖π)": kl_from_expert(policy, tokenizer),
@@ -121,7 +120,7 @@ def measure(policy, base, tokenizer, seed):
 
 def on_the_way(folder, base, tokenizer, seed):
     """[{step, gap, rewards (24, 4)}] of a run's snapshots; and of an IRL run {step, accuracy} of its reward on the pairs."""
-    pairs, settings, path = builtin_pairs(n=200, seed=1), evaluate.Config(max_len=96), []
+    pairs, settings, path = builtin_pairs(n=100, seed=1), evaluate.Config(max_len=96), []
     for snapshot in sorted((folder / "snapshots").iterdir()):
         policy = load_pretrained(snapshot)
         own = evaluate.pair_measures(policy, tokenizer, pairs, settings)

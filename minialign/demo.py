@@ -136,6 +136,9 @@ def on_the_way(folder, base, tokenizer, seed):
 
 def run_one(cfg, seed, name, out, base_folder):
     """Train one method with one seed in this process, its words in a log file, and measure it: a dict that goes through a pipe."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)  # the demo was killed: nobody waits for this run
     torch.set_num_threads(1)  # the models are tiny: a second thread only waits
     began = time.monotonic()
     base, tokenizer = load_pretrained(base_folder), load_tokenizer(base_folder)

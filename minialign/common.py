@@ -272,7 +272,7 @@ def check_config(cfg):
         value = getattr(cfg, name, 1)
         if not (value > 0 or (online and name == "beta" and value == 0)):
             raise BadInput(f"--{name} {value}: must be {'at least' if online and name == 'beta' else 'above'} 0")
-    if cfg.batch_size % getattr(cfg, "group_size", 1):
+    if online and cfg.batch_size % getattr(cfg, "group_size", 1):
         raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of --group_size {cfg.group_size} (completions of one prompt)")
     if getattr(cfg, "schedule", "cosine") not in ("cosine", "linear", "constant"):
         raise BadInput(f"--schedule {cfg.schedule}: must be cosine, linear or constant")

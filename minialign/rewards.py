@@ -114,14 +114,15 @@ def score(reward_model, batch):
     """
     config = reward_model.config
     tokens = torch.cat([batch.inputs[:, :1], batch.targets], dim=1)  # (B, T + 1) the whole row: the last target is an input here
-    numbers = reward_model(tokens)  # (B, T + 1)
+    numbers = reward_model(tokens) + config.reward_offset  # (B, T + 1) the bare head's: the offset is one per completion
     if config.reward_read == "sum":
         rewards = torch.where(batch.mask, numbers[:, 1:], 0).sum(1)  # (B,) target t is token t + 1
     else:
         places = torch.arange(1, tokens.shape[1], device=tokens.device)
         last = torch.where(batch.mask, places, 0).amax(dim=1)  # (B,)
         rewards = numbers[torch.arange(len(tokens), device=tokens.device), last]
-    return config.reward_bound * torch.sigmoid(rewards) if config.reward_bound else rewards
+    rewards = config.reward_bound * torch.sigmoid(rewards) if config.reward_bound else rewards
+    return rewards - config.reward_offset
 
 
 def learned(reward_model, tokenizer, *, batch_size=32):

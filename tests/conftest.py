@@ -54,7 +54,8 @@ def small(policy_folder, demos_file, pairs_file, tmp_path):
             from_pairs = method in ("reward_model", "dpo")
             data = {"max_len": 64, **({"pairs": str(pairs_file)} if from_pairs else {"demos": str(demos_file)})}
             data |= {} if method == "reward_model" else {"max_new": 12}
-            data |= {"rounds": min(2, changes.get("steps", 2)), "reward_lr": 3e-3} if method in LEARNING else {}
+            data |= {"rounds": 2 if changes.get("steps", 6) > 3 else 1, "reward_lr": 3e-3} if method in LEARNING else {}
+            data |= {"reward_share": 1.0} if method in LEARNING and changes.get("steps") == 1 else {}
             data |= {"mode": "accumulate", "anchor": "current"} if method == "irl" else {}  # so that every part of a round has a part
         settings = dict(policy=str(policy_folder), steps=6, batch_size=8, dtype="float64", device="cpu", eval_every=4,
                         save_every=4, log_every=100, lr=3e-3, out=str(tmp_path / f"{method}-{len(list(tmp_path.iterdir()))}"))

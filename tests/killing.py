@@ -90,7 +90,8 @@ def result_of(folder):
     """All that a run leaves behind, without what tells the time: weights, optimizer, metrics, samples."""
     newest = checkpoint.newest_checkpoint(folder)
     files = {name: (newest / name).read_bytes().hex() for name in ("model.safetensors", "optim.safetensors", "rng.safetensors")}
-    files["export"] = (Path(folder) / "final" / "model.safetensors").read_bytes().hex()
+    exports = {"export": Path(folder) / "final", "reward": Path(folder) / "reward"}  # the second of rft and irl
+    files |= {name: (path / "model.safetensors").read_bytes().hex() for name, path in exports.items() if path.is_dir()}
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(Path(folder) / "metrics.jsonl")]
     return {**files, "checkpoint": newest.name, "metrics": rows, "samples": read_rows(Path(folder) / "samples.jsonl")}
 

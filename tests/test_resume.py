@@ -12,11 +12,14 @@ import pytest
 
 from minialign import run
 from minialign.common import BadInput
-from tests.conftest import EACH_LOOP, METHODS
+from minialign.methods import rloo
+from tests.conftest import EACH_LOOP, LEARNING, METHODS
 from tests.killing import result_of
 
 ROOT = Path(__file__).parent.parent
+ROUNDS = {"rounds": 3, "reward_share": 0.45}  # of 11 steps RRpp RRpp Rpp, of 9 Rpp Rpp Rpp: R trains the reward, p the policy
 EXTRA = {"irft": {"rounds": 3},  # so that a cut falls inside a round as well as between two
+         **dict.fromkeys(LEARNING, ROUNDS),  # and between the two parts of a round
          "best_of_n": {"rounds": 3, "n": 3}, "rest": {"grows": 2, "n": 4, "grow_prompts": 6, "quantiles": [0.2, 0.6]},
          "rloo": {"epochs": 2}, "grpo": {"epochs": 2}}  # so that old log-probs matter
 
@@ -51,23 +54,68 @@ def test_sigterm_then_resume_is_bitwise(small, method, micro_batch, monkeypatch)
 @pytest.mark.parametrize("method", EACH_LOOP)
 def test_dying_in_the_middle_of_accumulation(small, method, monkeypatch):
     """An end without warning between two micro-batches, in epoch 1: the half-summed gradient is lost, the step is done again."""
+    dies_and_goes_on(small, method, monkeypatch, step=5)
+
+
+@pytest.mark.parametrize("method", [pytest.param("rft", marks=pytest.mark.slow), "irl"])
+def test_dying_in_the_reward_step_that_begins_a_round(small, method, monkeypatch):
+    """The same in the second round's first step: reward, base and anchor are those of the checkpoint, and the round begins again."""
+    dies_and_goes_on(small, method, monkeypatch, step=4)
+
+
+def dies_and_goes_on(small, method, monkeypatch, step):
     settings = dict(steps=9, micro_batch=2, save_every=3, **EXTRA.get(method, {}))
     module, cfg = small(method, **settings)
     expected = result_of(module.main(cfg))
     module, cfg = small(method, **settings)
-    original, calls = module.step, []
+    calls = []
 
-    def dies(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4 * 4 + 3:  # four micro-batches a step: the third of step 5
-            raise MemoryError("the machine went away")
-        return original(*args, **kwargs)
+    def dying(original):
+        def dies(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 4 * (step - 1) + 3:  # four micro-batches a step: the third of this one
+                raise MemoryError("the machine went away")
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, "step", dies)
-    with pytest.raises(MemoryError):
-        module.main(cfg)
-    monkeypatch.setattr(module, "step", original)
+        return dies
+
+    with monkeypatch.context() as patch:
+        for trained in [module, rloo] if method in LEARNING else [module]:  # rloo's step is their policy step
+            patch.setattr(trained, "step", dying(trained.step))
+        with pytest.raises(MemoryError):
+            module.main(cfg)
     assert result_of(module.main(module.Config(resume=cfg.out))) == expected
+
+
+@pytest.mark.parametrize(("method", "changes"), [
+    ("irl", {}),  # accumulate, current: base and anchor move
+    *[pytest.param(method, changes, marks=pytest.mark.slow) for method, changes in [
+        ("irl", {"mode": "literal"}), ("irl", {"mode": "linear", "policy_step": "ppo"}), ("irl", {"policy_step": "bon_dpo", "n": 4}),
+        ("rft", {}), ("rft", {"policy_step": "ppo", "loss": "bt"}),
+    ]],
+])
+def test_a_cut_after_each_step_of_a_run_in_rounds(small, monkeypatch, method, changes):
+    """RRpp RRpp Rpp, stopped after every step in turn: inside the reward part, between the parts, inside the policy part, between rounds.
+    Eleven pieces equal the unbroken run bit for bit, the exported reward included."""
+    settings = dict(steps=11, eval_every=100, save_every=100, **ROUNDS, **changes)
+    module, cfg = small(method, **settings)
+    plan = [(t, of_reward) for t, of_reward, _ in module.turns(cfg)[0]]
+    assert [t for t, _ in plan] == [0] * 4 + [1] * 4 + [2] * 3 and "".join("pR"[r] for _, r in plan) == "RRppRRppRpp"
+    expected = result_of(module.main(cfg))
+    module, cfg = small(method, **settings)
+    original = run.Run.log
+
+    def log(self, step, **metrics):
+        original(self, step, **metrics)
+        if step + 1 < 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run.Run, "log", log)
+    for _ in range(10):
+        with pytest.raises(SystemExit):
+            module.main(cfg)
+        cfg = module.Config(resume=cfg.out or cfg.resume)
+    assert result_of(module.main(cfg)) == expected
 
 
 def killed(method, trials, folder, settings):

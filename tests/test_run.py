@@ -11,7 +11,8 @@ from minialign import run
 from minialign.batch import collate
 from minialign.common import BadInput, read_rows
 from minialign.data import builtin_tokenizer
-from tests.conftest import EACH_LOOP, METHODS
+from minialign.methods import rloo
+from tests.conftest import EACH_LOOP, LEARNING, METHODS
 
 
 def poison(monkeypatch, module, bad_steps, where="loss"):
@@ -32,6 +33,7 @@ def poison(monkeypatch, module, bad_steps, where="loss"):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_named(small, monkeypatch, capsys, method, where):
     once = {"epochs": 1} if method in ("ppo", "rebel") else {}  # one update on each rollout, so that the third call is step 3
+    once |= {"reward_share": 1.0} if method in LEARNING else {}  # every step is one of the reward; those of the policy: the next test
     module, cfg = small(method, steps=5, save_every=1, **once)
     poison(monkeypatch, module, {3}, where)
     folder = module.main(cfg)
@@ -40,6 +42,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(small, monkeypatch, caps
     error = capsys.readouterr().err
     assert "step 3 skipped" in error and "rows [" in error and "first non-finite gradient: tok_embed.weight" in error
     assert all(tensor.isfinite().all() for tensor in load_file(folder / "final" / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("method", [pytest.param("rft", marks=pytest.mark.slow), "irl"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_policy_step_that_is_not_finite_is_skipped_and_the_reward_goes_on(small, monkeypatch, capsys, method, where):
+    """RpRpRp: the second policy step is bad. It is named, the third one and every reward step are done, and both exports are finite; the
+    policy is that of the only two other steps."""
+    module, cfg = small(method, steps=6, rounds=3, reward_share=0.5, snapshots=True, eval_every=1)
+    poison(monkeypatch, rloo, {2}, where)
+    folder = module.main(cfg)
+    assert [row["skipped"] for row in read_rows(folder / "metrics.jsonl")] == [0, 0, 0, 1, 1, 1]
+    assert "step 4 skipped" in capsys.readouterr().err
+    shots = [(folder / f"snapshots/{step:06d}/model.safetensors").read_bytes() for step in range(1, 7)]
+    assert [a == b for a, b in zip(shots, shots[1:], strict=False)] == [False, True, True, True, False]
+    for path in ("final", "reward"):
+        assert all(tensor.isfinite().all() for tensor in load_file(folder / path / "model.safetensors").values())
 
 
 def test_a_skipped_step_leaves_the_weights_alone(small, monkeypatch):
@@ -102,6 +120,9 @@ def test_the_run_folder(small):
     assert {"minialign", "commit", "python", "torch", "platform", "device", "threads", "argv", "started"} == set(environment)
     sample_rows = read_rows(folder / "samples.jsonl")
     assert {"step", "prompt", "completion", "finished"} == set(sample_rows[0]) and sample_rows[-1]["step"] == cfg.steps
+    for method in LEARNING:  # what they learned lies beside
+        module, cfg = small(method)
+        assert {path.name for path in module.main(cfg).iterdir()} == names | {"reward"}
 
 
 def test_metrics_are_valid_json_everywhere(small):
@@ -175,7 +196,7 @@ def test_a_run_refused_before_step_1_may_be_repeated(small, demos_file):
 def test_a_reward_model_is_no_policy(small):
     module, cfg = small("reward_model", steps=1)
     reward = module.main(cfg) / "final"
-    for method in ("sft", "irft"):
+    for method in ("sft", "irft", "dpo", *LEARNING):
         module, cfg = small(method, policy=str(reward))
         with pytest.raises(BadInput, match="is a reward model"):
             module.main(cfg)

@@ -74,7 +74,7 @@ class Config:
     max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
     max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
     max_new: int = 64               # most tokens of an own answer
-    tau: float = 1.0                # sampling temperature, and that of every log-prob here
+    tau: float = 1.0                # sampling temperature, and that of every log-prob here (bon_sft, bon_dpo: those are at 1)
     held_out: float = 0.1           # the last share of the file, never trained on
     seed: int = 0                   # data order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
@@ -147,8 +147,8 @@ def main(cfg):
         raise BadInput(f"--mode {cfg.mode} --anchor {cfg.anchor}: expected linear, accumulate or literal, and initial or current")
     if cfg.policy_step not in ("ppo", "rloo", "grpo", "rebel", "bon_sft", "bon_dpo"):
         raise BadInput(f"--policy_step {cfg.policy_step}: must be ppo, rloo, grpo, rebel, bon_sft or bon_dpo")
-    if cfg.rounds > cfg.steps:
-        raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
+    if cfg.rounds > cfg.steps // (1 + (cfg.reward_share < 1)):
+        raise BadInput(f"--rounds {cfg.rounds}: {cfg.steps} steps are too few for a step of the reward and one of the policy in each round")
     selecting = cfg.policy_step.startswith("bon")
     group = cfg.n if selecting else in_group(cfg)
     if cfg.batch_size % group or group < 2 and cfg.policy_step != "ppo":
@@ -227,9 +227,10 @@ def main(cfg):
                     (loss * share).backward()
                     epoch_total += loss.item() * share
                 grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-                clip_grad_norm_(critic, cfg.max_grad_norm)
+                critic_norm = clip_grad_norm_(critic, cfg.max_grad_norm)
                 total += epoch_total / epochs
-                if not run.finite(k, policy, picked, epoch_total, grad_norm):
+                worse = value_model if value_model and grad_norm.isfinite() else policy  # whom to name
+                if not run.finite(k, worse, picked, epoch_total, grad_norm + critic_norm):
                     break  # the rest of this rollout would fail in the same way
                 optimizer.step()
 

@@ -15,7 +15,8 @@ Details  Linear in r, L has no minimum: unbounded, the reward grows as long as i
          loss="bt" is Bradley-Terry on (demonstration over own answer), what the released code runs: it slows as the pairs separate.
          The reward starts constant (a head of zeros), so no noise of a new head steers the policy; only its head moves in step 1.
          read="sum" adds a number for every token, "last" reads one at the last token; sums learn faster from few demonstrations.
-         Policy alignment is ppo.py, rloo.py, grpo.py or rebel.py with their own defaults (docs/ERRATA.md on what the code ran: APA).
+         Policy alignment is ppo.py, rloo.py, grpo.py or rebel.py with their own defaults, but for one lr that ppo's critic shares
+         (docs/ERRATA.md on what the released code runs: APA).
          During a round's K steps the policy stands still, so each step's own answers are drawn when needed: the law is that of Algorithm 1.
 Law      Exact policies. Unbounded and in small steps π → E, the expert, monotonically.
          Within [0, R]: π = ref·clip(Z·E/ref, 1, e^{R/β})/Z, the papers' Table 1 where E shows one action: the bound regularises.
@@ -142,6 +143,7 @@ def align(policy, value_model, ref, prompts_ids, reward_of, cfg, eos_id, seed):
 
     def update(epoch, stats):
         size = cfg.micro_batch or len(answers)
+        size += size % 2 if method is rebel else 0  # whole pairs
         for micro, *pieces in zip(*[x.split(size) for x in (answers, *parts)], strict=True):
             tokens, share = int(micro.mask.sum()), len(micro) / len(answers)  # the loss is a mean over completions
             if method is ppo:
@@ -167,7 +169,8 @@ def turns(cfg):
     for k in range(cfg.steps):
         t = k * cfg.rounds // cfg.steps
         first, following = -(-t * cfg.steps // cfg.rounds), -(-(t + 1) * cfg.steps // cfg.rounds)
-        of_reward = k - first < max(1, round(cfg.reward_share * (following - first)))
+        length = following - first
+        of_reward = k - first < min(max(1, round(cfg.reward_share * length)), length - (cfg.reward_share < 1))
         plan.append((t, of_reward, counts[of_reward]))
         counts[of_reward] += 1
     return plan, counts
@@ -179,8 +182,8 @@ def main(cfg):
     cfg = run.cfg
     if cfg.loss not in ("linear", "bt") or cfg.policy_step not in ("rloo", "ppo", "grpo", "rebel"):
         raise BadInput(f"--loss {cfg.loss} --policy_step {cfg.policy_step}: expected linear or bt, and rloo, ppo, grpo or rebel")
-    if cfg.rounds > cfg.steps:
-        raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
+    if cfg.rounds > cfg.steps // (1 + (cfg.reward_share < 1)):
+        raise BadInput(f"--rounds {cfg.rounds}: {cfg.steps} steps are too few for a step of the reward and one of the policy in each round")
     if cfg.batch_size % in_group(cfg) or cfg.policy_step in ("rloo", "grpo") and cfg.group_size < 2:
         raise BadInput(f"--batch_size {cfg.batch_size}: {cfg.policy_step} needs a whole number of groups, of 2 completions at least")
     policy, tokenizer = run.open_policy(cfg.policy)
@@ -240,9 +243,10 @@ def main(cfg):
                     (loss * share).backward()
                     epoch_total += loss.item() * share
                 grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-                clip_grad_norm_(critic, cfg.max_grad_norm)
+                critic_norm = clip_grad_norm_(critic, cfg.max_grad_norm)
                 total += epoch_total / epochs
-                if not run.finite(k, policy, picked, epoch_total, grad_norm):
+                worse = value_model if value_model and grad_norm.isfinite() else policy  # whom to name
+                if not run.finite(k, worse, picked, epoch_total, grad_norm + critic_norm):
                     break  # the rest of this rollout would fail in the same way
                 optimizer.step()
 

@@ -317,6 +317,6 @@ def test_against_trl(tmp_path, m):
         policy.zero_grad()
         loss, _ = m.step(policy, ref, pairs, m.Config(beta=0.3, label_smoothing=settings.get("label_smoothing", 0.0)))
         loss.backward()
-        assert loss.item() == pytest.approx(their_loss.item(), abs=1e-6) and abs(loss.item() - math.log(2)) > 1e-2
+        assert loss.item() == pytest.approx(their_loss.item(), abs=1e-5) and abs(loss.item() - math.log(2)) > 1e-2
         their_gradient = trainer.model.get_input_embeddings().weight.grad.double()
-        assert relative(policy.tok_embed.weight.grad, their_gradient) < 1e-5
+        assert relative(policy.tok_embed.weight.grad, their_gradient) < 1e-4  # their log-probs are float32

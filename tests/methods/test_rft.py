@@ -248,7 +248,7 @@ def ridge_rest(expert, ref, beta, c):
     return solve(low)
 
 
-@pytest.mark.parametrize(("beta", "c"), [(0.7, 0.2), (2.0, 0.02), (0.7, 5.0)])
+@pytest.mark.parametrize(("beta", "c"), [(0.7, 0.2), pytest.param(2.0, 0.02, marks=pytest.mark.slow), (0.7, 5.0)])
 def test_ridge_rests_between_ref_and_the_expert(m, beta, c):
     """π held fixed, the expected loss is −(1/β)·Σ(E − π)·r + c·Σ(E + π)·r²: at rest r = (E − π)/(2cβ·(E + π))."""
     policies, reward = alternate(m, E, REF, beta=beta, lr=min(0.5 * beta**2, 0.2 / c), ridge=c)
@@ -278,10 +278,12 @@ def test_turns_by_hand(m):
 
 
 def test_turns_add_up(m):
-    """Whatever the division: every round has its turn, rewards first, as many as the share says to within a half; places count up."""
+    """Whatever the division: every round has its turns, rewards first, as many as the share says to within a half; places count up."""
     for steps in (1, 5, 12, 29):
         for rounds in range(1, steps + 1):
             for share in (0.1, 0.4, 0.5, 0.9, 1.0):
+                if share < 1 and 2 * rounds > steps:
+                    continue  # refused: some round would have no step for the policy
                 kinds, numbers, places, counts = plan_of(m, steps=steps, rounds=rounds, reward_share=share)
                 assert sorted(set(numbers)) == list(range(rounds)) and numbers == sorted(numbers)
                 assert counts == {True: kinds.count("R"), False: kinds.count("p")} and sum(counts.values()) == steps == len(kinds)
@@ -291,7 +293,8 @@ def test_turns_add_up(m):
                     own = "".join(k for k, number in zip(kinds, numbers, strict=True) if number == t)
                     assert len(own) in (steps // rounds, -(-steps // rounds))
                     n = own.count("R")
-                    assert own == "R" * n + "p" * (len(own) - n) and n >= 1 and (abs(n - share * len(own)) <= 0.5 or n == 1)
+                    assert own == "R" * n + "p" * (len(own) - n) and n >= 1 and (n < len(own)) == (share < 1)
+                    assert abs(n - share * len(own)) <= 0.5 or n in (1, len(own) - 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- policy alignment
@@ -406,11 +409,12 @@ def test_rebel_keeps_its_pairs_together(m, micro_batch):
 @pytest.mark.parametrize(("plan", "changes"), [
     ("RRppp RRppp", {"policy_step": "rloo"}),
     ("RRp RRp", {"policy_step": "ppo", "bound": 2.0}),
-    ("RRp RRp", {"policy_step": "ppo", "loss": "bt", "bound": 0.0, "ridge": 0.05, "read": "last"}),
+    pytest.param("RRp RRp", {"policy_step": "ppo", "loss": "bt", "bound": 0.0, "ridge": 0.05, "read": "last"}, marks=pytest.mark.slow),
 ])
 def test_main_is_its_account(small, monkeypatch, plan, changes):
     """Two rounds, written out again: the policy in final/, the reward in reward/, every logged loss, reward and learning rate."""
-    shared = dict(rounds=2, beta=0.3, tau=0.8, group_size=4, held_out=0.0, schedule="linear", warmup=0.0, micro_batch=3)
+    shared = dict(rounds=2, beta=0.3, tau=0.8, group_size=4, held_out=0.0, schedule="linear", warmup=0.0, micro_batch=3,
+                  reward_lr=2e-3)
     length = len(plan) - 1
     module, cfg = small("rft", steps=length, reward_share=plan.count("R") / length, **shared, **changes)
     account = Account("rft", cfg, plan, monkeypatch)
@@ -486,9 +490,9 @@ def test_a_run_of_rewards_alone_leaves_the_policy(small):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"loss": "square"}, "--loss square --policy_step rloo: expected linear or bt, and rloo, ppo, grpo or rebel"),
     ({"policy_step": "bon_dpo"}, "--loss linear --policy_step bon_dpo: expected"),
-    ({"rounds": 7}, "--rounds 7: there are only 6 steps to divide into rounds"),
+    ({"rounds": 4}, "--rounds 4: 6 steps are too few"),
     ({"group_size": 1}, "--batch_size 8: rloo needs a whole number of groups, of 2 completions at least"),
-    ({"group_size": 3}, "--batch_size 8: must be a multiple of --group_size 3"),
+    ({"group_size": 3}, "--batch_size 8: rloo needs a whole number of groups"),
     ({"read": "mean"}, "reward_read must be one of last, sum, found 'mean'"),
     ({"beta": 0.0}, "--beta 0.0: must be above 0"), ({"bound": -1.0}, "--bound -1.0: must be at least 0"),
     ({"ridge": -1.0}, "--ridge -1.0: must be at least 0"), ({"reward_lr": 0.0}, "--reward_lr 0.0: must be above 0"),

@@ -76,7 +76,7 @@ def methods(cfg, seed, out):
     for name, (module, own) in table.items():
         steps = own.get("steps", cfg.steps)
         folder = f"{out}/{name.split(' (')[0].replace(', T = ', '-')}-{seed}"
-        looks = 6 if module is irl else 4
+        looks = 4 if module is irl else 3
         shared = dict(steps=steps, eval_every=max(1, steps // looks), save_every=steps, log_every=cfg.steps, batch_size=cfg.batch_size,
                       lr=cfg.lr, seed=seed, held_out=0.0, max_new=48, snapshots=True, out=folder)
         shared |= {} if module is best_of_n else {"max_len": 96}
@@ -121,7 +121,7 @@ def measure(policy, base, tokenizer, seed):
 
 def on_the_way(folder, base, tokenizer, seed):
     """[{step, gap, rewards (24, 4)}] of a run's snapshots; and of an IRL run {step, accuracy} of its reward on the pairs."""
-    pairs, settings, path = builtin_pairs(n=100, seed=1), evaluate.Config(max_len=96), []
+    pairs, settings, path = builtin_pairs(seed=1), evaluate.Config(max_len=96), []
     for snapshot in sorted((folder / "snapshots").iterdir()):
         policy = load_pretrained(snapshot)
         own = evaluate.pair_measures(policy, tokenizer, pairs, settings)
@@ -129,7 +129,7 @@ def on_the_way(folder, base, tokenizer, seed):
         path.append(point | {"rewards": speak(policy, base, tokenizer, seed, n=4)["rewards"].tolist()})
     accuracy = []
     for snapshot in sorted((folder / "reward_snapshots").iterdir()) if (folder / "reward_snapshots").is_dir() else []:
-        scores = evaluate.pair_measures(load_pretrained(snapshot), tokenizer, builtin_pairs(seed=1), settings)
+        scores = evaluate.pair_measures(load_pretrained(snapshot), tokenizer, pairs, settings)
         share = evaluate.wins(scores["chosen"], scores["rejected"]) / len(scores["chosen"])
         accuracy.append({"step": int(snapshot.name), "accuracy": share})
     return path, accuracy

@@ -35,7 +35,7 @@ import torch
 
 from minialign import evaluate
 from minialign.batch import collate
-from minialign.common import BadInput, write_atomic
+from minialign.common import BadInput, check_config, write_atomic
 from minialign.data import EXPERT, RUDE, THINGS, builtin_law, builtin_pairs, builtin_prompt, encode_completion, encode_prompt, gold_reward
 from minialign.logps import seq_logps
 from minialign.methods import best_of_n, ift, irft, irl, rft, sft
@@ -328,8 +328,10 @@ def main(cfg):
         raise BadInput(f"--seeds must be at least 1, --steps {max(ROUNDS)} (a step for each round), --workers 0")
     started = time.monotonic()
     out = Path(cfg.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
-    if out.exists() and any(out.iterdir()):
+    if out.is_file() or out.exists() and any(out.iterdir()):
         raise BadInput(f"{out}: exists and is not empty; name another --out")
+    for _, settings in methods(cfg, 0, out).values():
+        check_config(settings)
     out.mkdir(parents=True, exist_ok=True)
     if cfg.toy:
         print("── 1. three actions: every method against its closed form " + "─" * 64, flush=True)
@@ -345,15 +347,20 @@ def main(cfg):
     processes = multiprocessing.get_context("spawn")  # a fork of a process in which torch has run may hang
     with ProcessPoolExecutor(cfg.workers or os.cpu_count(), mp_context=processes) as pool:
         waiting = {pool.submit(run_one, cfg, seed, name, str(out), str(base_folder)) for name in first for seed in range(cfg.seeds)}
-        while waiting:
-            done = next(as_completed(waiting))
-            waiting.remove(done)
-            result = done.result()
-            results.append(result)
-            if follower := after.get(result["name"]):
-                waiting.add(pool.submit(run_one, cfg, result["seed"], follower, str(out), str(base_folder)))
-            numbers = "  ".join(f"{column} {value:.3g}" for column, value in result["numbers"].items())
-            print(f"{len(results):3} {result['name']:24} seed {result['seed']}  {numbers}  ({result.get('seconds', 0):.0f} s)", flush=True)
+        try:
+            while waiting:
+                done = next(as_completed(waiting))
+                waiting.remove(done)
+                result = done.result()
+                results.append(result)
+                if follower := after.get(result["name"]):
+                    waiting.add(pool.submit(run_one, cfg, result["seed"], follower, str(out), str(base_folder)))
+                numbers = "  ".join(f"{column} {value:.3g}" for column, value in result["numbers"].items())
+                took = f"({result.get('seconds', 0):.0f} s)"
+                print(f"{len(results):3} {result['name']:24} seed {result['seed']}  {numbers}  {took}", flush=True)
+        except BaseException:  # Ctrl-C, or a run that failed: do not wait for the others
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
     of = {(result["name"], result["seed"]): result for result in results}
     results = [of[name, seed] for name in names for seed in range(cfg.seeds)]  # whatever finished first

@@ -216,6 +216,8 @@ def main(cfg):
         raise BadInput(f"--held_out {cfg.held_out}: must lie in (0, 1]")
     if cfg.n < 0 or cfg.show < 0:
         raise BadInput(f"--n {cfg.n} --show {cfg.show}: must be at least 0")
+    if cfg.figure and not (cfg.reward and cfg.policies and cfg.n):
+        raise BadInput("--figure draws reward over √KL: it needs --policies, --reward and --n at least 1")
     check_config(replace(cfg, held_out=min(cfg.held_out, 0.9), n=max(cfg.n, 1)))
     for path in (cfg.out, cfg.figure):
         if path:
@@ -240,13 +242,15 @@ def main(cfg):
         if Path(spec).expanduser().is_dir():  # a reward model: with the same cuts as in training
             measures = pair_measures(*load(spec, "scalar"), pairs, cfg)
         else:
-            reward_fn = open_reward([spec], prompts=cfg.pairs, device=device, dtype=dtype)
+            reward_fn = open_reward([spec], prompts=cfg.pairs, device=device, dtype=dtype, skip_bad=cfg.skip_bad)
             measures = {"chosen": ask_or_stop(reward_fn, prompts, [pair.chosen for pair in pairs], cfg),
                         "rejected": ask_or_stop(reward_fn, prompts, [pair.rejected for pair in pairs], cfg)}
         n = len(measures["chosen"])
         reward_rows.append({"reward": spec, "n": n, "accuracy": share_interval(wins(measures["chosen"], measures["rejected"]), n)})
     if cfg.policies:
-        judge = open_reward(cfg.reward[:1], prompts=cfg.pairs, device=device, dtype=dtype) if cfg.reward and cfg.n else None
+        judge = None
+        if cfg.reward and cfg.n:
+            judge = open_reward(cfg.reward[:1], prompts=cfg.pairs, device=device, dtype=dtype, skip_bad=cfg.skip_bad)
         ref_name = cfg.ref or cfg.policies[0]
         ref, ref_tokenizer = load(ref_name)
         ref_measures = pair_measures(ref, ref_tokenizer, pairs, cfg)
@@ -267,13 +271,21 @@ def main(cfg):
                     write(name, policy, tokenizer)
                 rows[-1] |= sample_row(written[name], written[opponent])
         print_tables(rows, written, ref_name, opponent, prompts, cfg)
-        if cfg.figure:
-            draw_frontier(rows, cfg.reward[:1], cfg.figure)
     for row in reward_rows:
         print("reward {}: accuracy {:.1%} [{:.1%}, {:.1%}] on {} pairs".format(row["reward"], *row["accuracy"], row["n"]))
     if cfg.out:
-        write_atomic(cfg.out, json.dumps(rows + reward_rows, indent=1) + "\n")
+        known = [{name: finite(value) for name, value in row.items()} for row in rows + reward_rows]
+        write_atomic(cfg.out, json.dumps(known, indent=1) + "\n")
+    if cfg.figure:
+        draw_frontier(rows, cfg.reward[0], cfg.figure)
     return rows + reward_rows
+
+
+def finite(value):
+    """A number, or a tuple of them, with null for the NaN of an interval from one row: JSON knows none."""
+    if isinstance(value, tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def print_tables(rows, written, ref_name, opponent, prompts, cfg):
@@ -304,15 +316,15 @@ def print_tables(rows, written, ref_name, opponent, prompts, cfg):
 
 
 def draw_frontier(rows, reward, path):
-    """Reward over √KL(π‖ref), a point for each policy with its 95 % interval. Raises BadInput where either is missing."""
+    """Reward over √KL(π‖ref), a point for each policy with its 95 % interval. Raises BadInput where no policy has a KL."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = [row for row in rows if "reward" in row and "kl" in row]
+    points = [row for row in rows if "kl" in row]
     if not points:
-        raise BadInput("--figure draws reward over √KL: it needs --reward, --n at least 1 and policies that share the reference's tokens")
+        raise BadInput("--figure draws reward over √KL: it needs policies that share the reference's tokens")
     figure, axis = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
     for row in points:
         (reward_mean, reward_half), (kl, kl_half) = row["reward"], row["kl"]
@@ -320,7 +332,7 @@ def draw_frontier(rows, reward, path):
         axis.errorbar(x, reward_mean, yerr=reward_half, xerr=[[x - low], [high - x]], fmt="o", ms=5, capsize=2, lw=1)
         axis.annotate(Path(row["policy"]).parent.name if Path(row["policy"]).name == "final" else row["policy"], (x, reward_mean),
                       xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axis.set(xlabel="√KL(π‖ref), √nats", ylabel=f"reward {reward[0]}"[-60:], title="What a policy paid for its reward")
+    axis.set(xlabel="√KL(π‖ref), √nats", ylabel=f"reward {reward}"[-60:], title="What a policy paid for its reward")
     figure.savefig(path, dpi=140)
     plt.close(figure)
     print(f"figure: {path}")

@@ -114,7 +114,9 @@ def score(reward_model, batch):
     """
     config = reward_model.config
     tokens = torch.cat([batch.inputs[:, :1], batch.targets], dim=1)  # (B, T + 1) the whole row: the last target is an input here
-    numbers = reward_model(tokens) + config.reward_offset  # (B, T + 1) the bare head's: the offset is one per completion
+    numbers = reward_model(tokens)  # (B, T + 1)
+    numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))  # sums and differences of bfloat16 would be rounded to 1/64
+    numbers = numbers + config.reward_offset  # the bare head's: the offset is one per completion
     if config.reward_read == "sum":
         rewards = torch.where(batch.mask, numbers[:, 1:], 0).sum(1)  # (B,) target t is token t + 1
     else:

@@ -37,6 +37,7 @@ from minialign.weights import fit_vocabulary, load_pretrained, save_pretrained
 SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward", "reward/best", "reward/kept", "kl",
          "frac_reward_zero_std")  # on the terminal
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+READS_ALL = ("reward_model", "rft", "irl")  # a policy never sees the last token of a row, a reward model reads it
 ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient, or without rewards
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}  # sampler against training forward, per token
 
@@ -65,7 +66,7 @@ class Run:
             print("note: Apple's mps device has computed wrong losses in some releases of torch; compare a short run with --device cpu")
         torch.manual_seed(cfg.seed)
         self.modules, self.optimizers = {}, {}
-        self.first_step, self.skipped, self.skipped_in_a_row, self.stop = 0, 0, 0, None
+        self.first_step, self.skipped, self.skipped_in_a_row, self.failing, self.stop = 0, 0, 0, None, None
         self.started, self.bar = time.monotonic(), None
 
     def _stored(self, cfg):
@@ -118,7 +119,7 @@ class Run:
         if policy.config.head != "lm" and self.method != "reward_model":
             raise BadInput(f"{path}: is a reward model, which writes nothing; {self.method} needs a policy with a language-model head")
         max_len = getattr(self.cfg, "max_len", 2)  # online methods have none: check_context does it for them
-        positions = max_len - (self.method != "reward_model")  # a policy never sees the last token, a reward model reads it
+        positions = max_len - (self.method not in READS_ALL)
         if positions > policy.config.max_len:
             raise BadInput(f"--max_len {self.cfg.max_len}: the policy's context is {policy.config.max_len} tokens")
         tokenizer.save(self.folder)
@@ -236,7 +237,7 @@ class Run:
     def check_context(self, policy, rows):
         """Refuse at second 0 prompts that leave no room for max_new sampled tokens, rather than at the step that meets the longest."""
         longest, context = max(len(row[0]) for row in rows), policy.config.max_len
-        if longest + self.cfg.max_new - 1 > context:
+        if longest + self.cfg.max_new - (self.method not in READS_ALL) > context:
             shorter = f"set --max_prompt {context - self.cfg.max_new}, or a smaller --max_new" if context > self.cfg.max_new else "lower it"
             raise BadInput(
                 f"the longest prompt has {longest} tokens: with --max_new {self.cfg.max_new} it exceeds the policy's context of {context}; "
@@ -306,12 +307,17 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def finite(self, step, policy, rows, loss, grad_norm):
-        """True if this step may update the weights. False skips it, says which rows and which gradient; three in a row end the run."""
+    def finite(self, step, policy, rows, loss, grad_norm, *, of="policy"):
+        """True if this step may update the weights. False skips it, says which rows and which gradient; three in a row end the run.
+
+        of: whose step it is, where two models take turns: a good one of the reward does not make up for those of a diverged policy.
+        """
         if math.isfinite(float(loss)) and math.isfinite(float(grad_norm)):
-            self.skipped_in_a_row = 0
+            if self.failing in (None, of):
+                self.skipped_in_a_row, self.failing = 0, None
             return True
         self._skip()
+        self.failing = of
         bad = next((n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "none")
         print(f"step {step + 1} skipped: loss {float(loss):g}, grad norm {float(grad_norm):g}, first non-finite gradient: {bad}, "
               f"rows {rows[:8]}", file=sys.stderr)

@@ -11,7 +11,7 @@ five rounds and with fresh samples at every step are trained on them for the sam
     implicit  share of the pairs with log π/base (better) > log π/base (worse)
 
     python -m toy.few_demos                                        # ten seeds; PASS or FAIL per ordering; a figure; exit 1 on a miss
-    python -m toy.few_demos --contamination 0                      # clean demonstrations
+    python -m toy.few_demos --contamination 0                      # clean demonstrations: the orderings need not hold there
 
 What is gated is what follows from the law of one stale round, base·(E_mix/base)^{1/β}: with β far below 1 it extrapolates past the mixture
 that was shown, so whatever is rarer there than in base is driven out. That lifts gap and reward, and leaves the expert far behind. It
@@ -160,7 +160,7 @@ def draw(table, out):
             axis.bar(index, statistics.mean(values[column]), color=f"C{index}" if name not in ("base", "expert") else "0.6", width=0.7)
             axis.plot([index] * len(values[column]), values[column], "k.", ms=4)
         axis.axhline(0, color="k", lw=0.6)
-        axis.set_xticks(range(len(table)), [name.replace(", ", "\\n").replace(" (", "\\n(") for name in table], fontsize=7)
+        axis.set_xticks(range(len(table)), [name.replace(", ", "\n").replace(" (", "\n(") for name in table], fontsize=7)
         axis.set_title(column)
     figure.savefig(out, dpi=130)
     plt.close(figure)

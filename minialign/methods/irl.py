@@ -17,16 +17,17 @@ Details  mode says what a round does to the reward.
          β = 1, the policy becomes ref·E/π_k: E when π_k is ref, and ref when π_k is E. It swings for ever; few steps a round hide it.
          anchor="current" pulls to the policy of the round's beginning and pays only the increase r_φ − r_{k−1}.
          policy_step: ppo (as the paper for summaries), rloo, grpo, rebel, bon_sft (maximum likelihood on the best of n) or bon_dpo (DPO on
-         best over worst, which is what the code calls Best-of-N). bon_sft knows no β.
+         best over worst, which is what the code calls Best-of-N). bon_sft knows no β. Both follow only the order of the rewards, at full
+         strength however flat these are: they never rest, none of the laws below is theirs, and after some rounds they do harm: stop early.
 Law      Exact steps and a bound that does not bind (rft.py has the law of one that does). linear: E, the expert. accumulate, or
-         anchor="current": π ∝ π_k·(E/π_k)^{1/β}, so log π/E shrinks by 1 − 1/β a round: to E if β > ½, at once if β = 1.
+         anchor="current": π ∝ π_k·(E/π_k)^{1/β}, so log π/E is multiplied by 1 − 1/β in a round: to E if β > ½, at once if β = 1.
          literal: π ∝ ref·(E/π_k)^{1/β}: β = 1 swings between ref and E, β < 1 swings ever wider, β > 1 settles at
          E^{1/(1+β)}·ref^{β/(1+β)} (toy/closed_form.py, rounds_law).
 Checked  tests/methods/test_irl.py (gradients by enumeration, the regimes), toy/three_actions.py, toy/tiny_language.py (a GPT, sampled).
 
     python -m minialign irl                                                  # built-in task, laptop CPU
-    python -m minialign irl --mode literal --rounds 6                        # watch it swing
-    python -m minialign irl --demos demos.jsonl --policy runs/sft/final --policy_step bon_dpo --anchor current --n 8
+    python -m minialign irl --mode literal --rounds 6 --steps 360 --schedule constant --beta 1 --eval_every 60    # eval/nll swings
+    python -m minialign irl --demos demos.jsonl --policy runs/sft/final --policy_step bon_dpo --anchor current --rounds 2 --steps 40
 """
 
 import copy
@@ -53,9 +54,9 @@ class Config:
     anchor: str = "initial"         # the reference of the policy step: initial, or current (the policy that began the round)
     beta: float = 1.0               # β: the pull to it, in units of reward
     rounds: int = 12                # how often reward and policy take turns
-    reward_share: float = 0.4       # share of a round's steps that train the reward; the others train the policy
+    reward_share: float = 0.4       # share of a round's steps that train the reward, the others the policy; 1 = the reward alone
     bound: float = 6.0              # R: rewards lie in [0, R]; 0 = unbounded
-    ridge: float = 0.0              # weight of the squared rewards (of the squared increases, but for linear)
+    ridge: float = 0.0              # weight of the squared rewards (linear), or of their squared increase in the round
     read: str = "sum"               # the reward of a completion: sum (over its tokens) or last (at its last token)
     reward_lr: float = 5e-4         # peak learning rate of the reward
     policy_step: str = "rloo"       # ppo, rloo, grpo, rebel, bon_sft or bon_dpo
@@ -133,6 +134,7 @@ def select(policy, anchor, prompts_ids, reward_of, cfg, tokenizer, seed):
                 loss, micro_stats = best_of_n.step(policy, micro, cfg)
             else:
                 loss, micro_stats = dpo.step(policy, anchor, Pairs(micro, micro_worst), dpo.Config(beta=cfg.beta))
+                micro_stats = {name.replace("rewards/", "implicit/"): value for name, value in micro_stats.items()}  # not the learned one
             stats.add(micro_stats, weight=int(micro.mask.sum()) if cfg.policy_step == "bon_sft" else len(micro))
             yield loss, len(micro) / len(best)
 
@@ -147,7 +149,7 @@ def main(cfg):
         raise BadInput(f"--mode {cfg.mode} --anchor {cfg.anchor}: expected linear, accumulate or literal, and initial or current")
     if cfg.policy_step not in ("ppo", "rloo", "grpo", "rebel", "bon_sft", "bon_dpo"):
         raise BadInput(f"--policy_step {cfg.policy_step}: must be ppo, rloo, grpo, rebel, bon_sft or bon_dpo")
-    if cfg.rounds > cfg.steps // (1 + (cfg.reward_share < 1)):
+    if cfg.rounds > cfg.steps // (2 if cfg.reward_share < 1 else 1):
         raise BadInput(f"--rounds {cfg.rounds}: {cfg.steps} steps are too few for a step of the reward and one of the policy in each round")
     selecting = cfg.policy_step.startswith("bon")
     group = cfg.n if selecting else in_group(cfg)
@@ -184,7 +186,7 @@ def main(cfg):
 
     plan, counts = turns(cfg)
     for k in run.steps(cfg.steps):
-        t, of_reward, i = plan[k]
+        t, of_reward, nth = plan[k]  # the nth step of its kind
         if k == 0 or t != plan[k - 1][0]:  # a round begins
             if cfg.mode == "literal":
                 reward_model.load_state_dict(base.state_dict())
@@ -195,12 +197,12 @@ def main(cfg):
             if cfg.anchor == "current":
                 anchor.load_state_dict(policy.state_dict())
 
-        picked = batch_rows(len(rows), cfg.batch_size if of_reward else cfg.batch_size // group, k, cfg.seed)
+        picked = batch_rows(len(rows), cfg.batch_size if of_reward else cfg.batch_size // group, nth, (cfg.seed, of_reward))
         prompts_ids, seed = [rows[row][0] for row in picked], derive_seed("irl", cfg.seed, k)
         total, stats = 0.0, Mean()
         if of_reward:
             answers = rollout(policy, prompts_ids, cfg, tokenizer.eos_id, seed)
-            set_lr(reward_optimizer, lr_at(i, lr=cfg.reward_lr, steps=counts[True], warmup=cfg.warmup, schedule=cfg.schedule))
+            set_lr(reward_optimizer, lr_at(nth, lr=cfg.reward_lr, steps=counts[True], warmup=cfg.warmup, schedule=cfg.schedule))
             reward_optimizer.zero_grad()
             own = collate(prompts_ids, answers.completions, pad_id=tokenizer.pad_id).to(run.device)
             size = cfg.micro_batch or len(own)
@@ -211,7 +213,7 @@ def main(cfg):
                 total += loss.item() * share
                 stats.add(micro_stats, weight=share)
             grad_norm = clip_grad_norm_(reward_model.parameters(), cfg.max_grad_norm)
-            if run.finite(k, reward_model, picked, total, grad_norm):
+            if run.finite(k, reward_model, picked, total, grad_norm, of="reward"):
                 reward_optimizer.step()
             metrics = {"completions/mean_length": answers.lengths.float().mean(), "completions/finished": answers.finished.float().mean()}
         else:
@@ -219,7 +221,7 @@ def main(cfg):
                 metrics, epochs, update = select(policy, anchor, prompts_ids, reward_of, cfg, tokenizer, seed)
             else:
                 metrics, epochs, update = align(policy, value_model, anchor, prompts_ids, reward_of, cfg, tokenizer.eos_id, seed)
-            set_lr(optimizer, lr_at(i, lr=cfg.lr, steps=counts[False], warmup=cfg.warmup, schedule=cfg.schedule))
+            set_lr(optimizer, lr_at(nth, lr=cfg.lr, steps=counts[False], warmup=cfg.warmup, schedule=cfg.schedule))
             for epoch in range(epochs):
                 optimizer.zero_grad()
                 epoch_total = 0.0

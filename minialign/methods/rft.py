@@ -4,24 +4,24 @@ Eq. 5 and 9.
     L(φ)    = −(1/β)·E_{(x,y)~D, ỹ~π_t(·|x)}[ r_φ(x, y) − r_φ(x, ỹ) ]             reward alignment: K steps
     π_{t+1} = argmax_π E_π[r_φ(x, y)] − β·KL(π‖ref)  ∝  ref·e^{r_φ/β}             policy alignment: M rollouts
 
-Symbols  y → demo, ỹ → sample (the policy's own answer), r_φ → *_rewards (B,), T → rounds, K and M → reward_share of a round's steps and
-         the rest of them, π_t → policy at the start of the round, ref → the policy before the run.
+Symbols  y → demo, ỹ → sample (the policy's own answer), r_φ → *_rewards (B,), T → rounds, K → the share reward_share of a round's steps,
+         M → the others, π_t → policy at the start of the round, ref → the policy before the run.
 Idea     Maximum-likelihood inverse reinforcement learning: look for the reward under which the demonstrations are what the best policy
          would do. Raise the reward of what the expert did, lower that of what the policy does instead, then follow the reward, and again.
 Differs  from irft.py: the reward is a model of its own, the policy follows it by RL. From irl.py: one reward throughout, by the
-         likelihood's own gradient, and no other anchor than ref. From reward_model.py: nobody labelled a pair, the other answer is sampled.
+         likelihood's own gradient, and the pull is always to ref. From reward_model.py: nobody labelled the other answer, it is sampled.
 Details  Linear in r, L has no minimum: unbounded, the reward grows as long as it is trained. So it is bounded (bound R: r = R·σ(·),
          within [0, R]) or regularised (bound 0 and ridge c: + c·(r(y)² + r(ỹ)²)), or it is stopped early by few steps and many rounds.
          loss="bt" is Bradley-Terry on (demonstration over own answer), what the released code runs: it slows as the pairs separate.
          The reward starts constant (a head of zeros), so no noise of a new head steers the policy; only its head moves in step 1.
          read="sum" adds a number for every token, "last" reads one at the last token; sums learn faster from few demonstrations.
          Policy alignment is ppo.py, rloo.py, grpo.py or rebel.py with their own defaults, but for one lr that ppo's critic shares
-         (docs/ERRATA.md on what the released code runs: APA).
+         (what the released code runs instead, advantage-induced policy alignment: docs/ERRATA.md). With ppo, loss holds the critic's too.
          During a round's K steps the policy stands still, so each step's own answers are drawn when needed: the law is that of Algorithm 1.
 Law      Exact policies. Unbounded and in small steps π → E, the expert, monotonically.
          Within [0, R]: π = ref·clip(Z·E/ref, 1, e^{R/β})/Z, the papers' Table 1 where E shows one action: the bound regularises.
-         Ridge: r = (E − π)/(2cβ·(E + π)), between ref and E. bt: π ∝ E^{1/(1+β)}·ref^{β/(1+β)}, never E; one converged round of it
-         ref·(E/ref)^{1/β}. All derived in toy/closed_form.py; grpo.py has laws of its own and reaches none of these exactly.
+         Ridge: r = (E − π)/(2cβ·(E + π)), the expert for c → 0, ref for c → ∞. bt: π ∝ E^{1/(1+β)}·ref^{β/(1+β)}, never E; one
+         converged round of it ref·(E/ref)^{1/β}. All derived in toy/closed_form.py; grpo.py, with laws of its own, reaches none exactly.
 Checked  tests/methods/test_rft.py (gradients by enumeration, every law), toy/three_actions.py, toy/tiny_language.py (a GPT, sampled).
 
     python -m minialign rft                                                  # built-in task, laptop CPU
@@ -30,6 +30,7 @@ Checked  tests/methods/test_rft.py (gradients by enumeration, every law), toy/th
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ from minialign.weights import save_pretrained
 class Config:
     beta: float = 1.0               # β: the pull to ref, in units of reward; only the ratio of bound to it matters to the law
     rounds: int = 1                 # T: how often reward and policy take turns
-    reward_share: float = 0.4       # share of a round's steps that train the reward (K of them); the others train the policy
+    reward_share: float = 0.4       # share of a round's steps that train the reward (K), the others the policy; 1 = the reward alone
     loss: str = "linear"            # reward alignment: linear (the paper's gradient) or bt (Bradley-Terry, the released code's)
     bound: float = 6.0              # R: rewards lie in [0, R]; 0 = unbounded
     ridge: float = 0.0              # c: weight of the squared rewards
@@ -80,7 +81,7 @@ class Config:
     log_every: int = 10             # steps between lines on the terminal
     eval_every: int = 20            # steps between evaluations on the held-out rows
     save_every: int = 50            # steps between checkpoints
-    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
+    snapshots: bool = False         # export policy and reward at every evaluation too, to snapshots/<step>/ and reward_snapshots/<step>/
     out: str = ""                   # run folder; default runs/rft-<time>
     resume: str = ""                # continue this run folder, bit for bit
     skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
@@ -166,13 +167,16 @@ def in_group(cfg):
 def turns(cfg):
     """For each step (round, whether it trains the reward, how many of its kind came before), and how many there are of each kind."""
     plan, counts = [], {True: 0, False: 0}
-    for k in range(cfg.steps):
-        t = k * cfg.rounds // cfg.steps
-        first, following = -(-t * cfg.steps // cfg.rounds), -(-(t + 1) * cfg.steps // cfg.rounds)
-        length = following - first
-        of_reward = k - first < min(max(1, round(cfg.reward_share * length)), length - (cfg.reward_share < 1))
-        plan.append((t, of_reward, counts[of_reward]))
-        counts[of_reward] += 1
+    begins = [math.ceil(t * cfg.steps / cfg.rounds) for t in range(cfg.rounds + 1)]  # the rounds of irft.py
+    for t in range(cfg.rounds):
+        length = begins[t + 1] - begins[t]
+        n_reward = max(1, round(cfg.reward_share * length))
+        if cfg.reward_share < 1:
+            n_reward = min(n_reward, length - 1)  # the policy has a turn, too
+        for j in range(length):
+            of_reward = j < n_reward
+            plan.append((t, of_reward, counts[of_reward]))
+            counts[of_reward] += 1
     return plan, counts
 
 
@@ -182,7 +186,7 @@ def main(cfg):
     cfg = run.cfg
     if cfg.loss not in ("linear", "bt") or cfg.policy_step not in ("rloo", "ppo", "grpo", "rebel"):
         raise BadInput(f"--loss {cfg.loss} --policy_step {cfg.policy_step}: expected linear or bt, and rloo, ppo, grpo or rebel")
-    if cfg.rounds > cfg.steps // (1 + (cfg.reward_share < 1)):
+    if cfg.rounds > cfg.steps // (2 if cfg.reward_share < 1 else 1):
         raise BadInput(f"--rounds {cfg.rounds}: {cfg.steps} steps are too few for a step of the reward and one of the policy in each round")
     if cfg.batch_size % in_group(cfg) or cfg.policy_step in ("rloo", "grpo") and cfg.group_size < 2:
         raise BadInput(f"--batch_size {cfg.batch_size}: {cfg.policy_step} needs a whole number of groups, of 2 completions at least")
@@ -213,13 +217,13 @@ def main(cfg):
 
     plan, counts = turns(cfg)
     for k in run.steps(cfg.steps):
-        t, of_reward, i = plan[k]
-        picked = batch_rows(len(rows), cfg.batch_size if of_reward else cfg.batch_size // in_group(cfg), k, cfg.seed)
+        t, of_reward, nth = plan[k]  # the nth step of its kind
+        picked = batch_rows(len(rows), cfg.batch_size if of_reward else cfg.batch_size // in_group(cfg), nth, (cfg.seed, of_reward))
         prompts_ids, seed = [rows[row][0] for row in picked], derive_seed("rft", cfg.seed, k)
         total, stats = 0.0, Mean()
         if of_reward:
             answers = rollout(policy, prompts_ids, cfg, tokenizer.eos_id, seed)
-            set_lr(reward_optimizer, lr_at(i, lr=cfg.reward_lr, steps=counts[True], warmup=cfg.warmup, schedule=cfg.schedule))
+            set_lr(reward_optimizer, lr_at(nth, lr=cfg.reward_lr, steps=counts[True], warmup=cfg.warmup, schedule=cfg.schedule))
             reward_optimizer.zero_grad()
             own = collate(prompts_ids, answers.completions, pad_id=tokenizer.pad_id).to(run.device)
             size = cfg.micro_batch or len(own)
@@ -230,12 +234,13 @@ def main(cfg):
                 total += loss.item() * share
                 stats.add(micro_stats, weight=share)
             grad_norm = clip_grad_norm_(reward_model.parameters(), cfg.max_grad_norm)
-            if run.finite(k, reward_model, picked, total, grad_norm):
+            if run.finite(k, reward_model, picked, total, grad_norm, of="reward"):
                 reward_optimizer.step()
             metrics = {"completions/mean_length": answers.lengths.float().mean(), "completions/finished": answers.finished.float().mean()}
         else:
+            # one rollout; update() then gives the losses of each epoch's micro-batches
             metrics, epochs, update = align(policy, value_model, ref, prompts_ids, reward_of, cfg, tokenizer.eos_id, seed)
-            set_lr(optimizer, lr_at(i, lr=cfg.lr, steps=counts[False], warmup=cfg.warmup, schedule=cfg.schedule))
+            set_lr(optimizer, lr_at(nth, lr=cfg.lr, steps=counts[False], warmup=cfg.warmup, schedule=cfg.schedule))
             for epoch in range(epochs):
                 optimizer.zero_grad()
                 epoch_total = 0.0
@@ -257,6 +262,7 @@ def main(cfg):
                 metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)
             run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
             run.snapshot(k, policy, tokenizer)
+            run.snapshot(k, reward_model, tokenizer, "reward_snapshots")
         run.log(k, **metrics)
     save_pretrained(reward_model, run.folder / "reward", tokenizer)
     return run.close(policy, tokenizer)

@@ -307,7 +307,7 @@ def test_select_imitates_the_best_or_prefers_it_to_the_worst(m):
     ref_best, ref_worst = (sums(anchor, places, completions) for places in ([1, 0, 0], [3, 3, 0]))
     margins = [0.3 * ((b - rb) - (w - rw)) for b, w, rb, rw in zip(best, worst, ref_best, ref_worst, strict=True)]
     assert loss == pytest.approx(sum(math.log1p(math.exp(-z)) for z in margins) / 3, abs=1e-12)
-    assert margins[2] == 0 and stats["rewards/margins"] == pytest.approx(sum(margins) / 3, abs=1e-12)
+    assert margins[2] == 0 and stats["implicit/margins"] == pytest.approx(sum(margins) / 3, abs=1e-12)
 
 
 def test_equal_rewards_give_dpo_no_gradient(m):

@@ -67,5 +67,5 @@ def small(policy_folder, demos_file, pairs_file, tmp_path):
 # Every method there is; tests/test_house.py holds this list to the folder.
 METHODS = ("sft", "ift", "irft", "reward_model", "dpo", *LEARNING, *SELECTING, *ONLINE)
 # The others have the loop of one of these: what takes a whole run or several is done for all of them by the slow tests only.
-LOOPS = ("sft", "irft", "reward_model", "irl", "rest", "grpo", "ppo")
+LOOPS = ("sft", "reward_model", "irl", "rest", "grpo", "ppo")
 EACH_LOOP = [pytest.param(method, marks=[] if method in LOOPS else pytest.mark.slow) for method in METHODS]

@@ -26,7 +26,7 @@ Law      Exact steps and a bound that does not bind (rft.py has the law of one t
 Checked  tests/methods/test_irl.py (gradients by enumeration, the regimes), toy/three_actions.py, toy/tiny_language.py (a GPT, sampled).
 
     python -m minialign irl                                                  # built-in task, laptop CPU
-    python -m minialign irl --mode literal --rounds 6 --steps 360 --schedule constant --beta 1 --eval_every 60    # eval/nll swings
+    python -m minialign irl --mode literal --rounds 6 --steps 360 --schedule constant      # kl at the end of a round: up, down, up, …
     python -m minialign irl --demos demos.jsonl --policy runs/sft/final --policy_step bon_dpo --anchor current --rounds 2 --steps 40
 """
 

@@ -86,6 +86,7 @@ def test_rft_without_the_bound_misses(monkeypatch):
 def test_a_missed_law_ends_with_code_1(tmp_path):
     program = (
         "import sys, toy.three_actions as t; t.closed_form.table_1 = lambda x: [2 / (2 + 2.7), 2 / (2 + 2.7), 2.7 / 4.7];"
+        "t.checks = t.explicit_checks;"
         f"sys.argv = ['three_actions']; cfg = t.Config(out={str(tmp_path / 'f.png')!r}); sys.exit(0 if t.main(cfg) else 1)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

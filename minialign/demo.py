@@ -77,7 +77,7 @@ def methods(cfg, seed, out):
         steps = own.get("steps", cfg.steps)
         folder = f"{out}/{name.split(' (')[0].replace(', T = ', '-')}-{seed}"
         looks = 4 if module is irl else 3
-        shared = dict(steps=steps, eval_every=max(1, steps // looks), save_every=steps, log_every=cfg.steps, batch_size=cfg.batch_size,
+        shared = dict(steps=steps, eval_every=-(-steps // looks), save_every=steps, log_every=cfg.steps, batch_size=cfg.batch_size,
                       lr=cfg.lr, seed=seed, held_out=0.0, max_new=48, snapshots=True, out=folder)
         shared |= {} if module is best_of_n else {"max_len": 96}
         jobs[name] = module, module.Config(**{**shared, **own})

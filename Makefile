@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CORES := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow lint figures notebooks clean
 
@@ -21,10 +22,10 @@ demo: $(VENV)/installed          ## the main job: toy verified, a tiny GPT align
 	$(BIN)/python -m minialign demo
 
 test: $(VENV)/installed-dev      ## the default tests, a few minutes on two cores
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(CORES)
 
 test-slow: $(VENV)/installed-dev ## the rest: demo, tutorials, kill loops, long fuzzing
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow $(CORES)
 
 lint: $(VENV)/installed-dev      ## ruff
 	$(BIN)/ruff check .

@@ -200,7 +200,7 @@ def claims(table, accuracy):
     def than(a, column, level):
         return [x - level for x in table[a][column]]
 
-    T5, better = irft_name(5), [path[-1] - implicit for path, implicit in zip(accuracy, table[SPIN]["implicit"], strict=True)]
+    T5 = irft_name(5)
     return [
         ("RFT/IRFT, Fig. 1", "SFT's gap is below 0", [-gap for gap in table[SFT]["gap"]]),
         ("RFT/IRFT, Fig. 1", "SPIN's gap is above 0", table[SPIN]["gap"]),
@@ -216,7 +216,8 @@ def claims(table, accuracy):
         ("IRL, Fig. 2a", "the reward's accuracy rises over rounds", [path[-1] - path[0] for path in accuracy]),
         ("IRL, Fig. 2b", "IRL's reward is above SFT's", more(IRL, SFT, "gold reward")),
         ("IRL, Fig. 2c", "IRL wins against SFT", than(IRL, "wins over SFT", 0.5)),
-        ("IRL, Tab. 1", "its reward is more accurate than SPIN's", better),
+        ("IRL, Tab. 1", "its reward is more accurate than SPIN's",
+         [path[-1] - implicit for path, implicit in zip(accuracy, table[SPIN]["implicit"], strict=True)]),
         ("IFT, Tab. 3", "IFT's reward is above SFT's", more(IFT, SFT, "gold reward")),
         ("their price", "SPIN is farther from the expert than SFT", more(SPIN, SFT, "KL(expert‖π)")),
         ("their price", "RFT is farther from the expert than SFT", more(RFT, SFT, "KL(expert‖π)")),
@@ -375,15 +376,16 @@ def main(cfg):
                 point["wins"] = float(evaluate.win_shares(torch.tensor(point["rewards"]), sft_rewards).mean())
     accuracy = [of[IRL, seed]["accuracy"] for seed in range(cfg.seeds)]
     judged = claims(table, [[point["accuracy"] for point in run] for run in accuracy])
-    report(table, {name: of[name, 0]["answers"] for name in order}, exact_rows(), judged, cfg)
+    exact = exact_rows()
+    report(table, {name: of[name, 0]["answers"] for name in order}, exact, judged, cfg)
     verdicts = [{"source": source, "claim": claim, "differences": differences, "verdict": verdict(differences)[3]}
                 for source, claim, differences in judged]
     for runs in paths.values():
         for point in (point for run in runs for point in run):
             point["gold reward"] = statistics.mean(map(statistics.mean, point.pop("rewards")))
-    content = {"config": vars(cfg), "table": table, "exact": exact_rows(), "claims": verdicts, "paths": paths, "accuracy": accuracy}
+    content = {"config": vars(cfg), "table": table, "exact": exact, "claims": verdicts, "paths": paths, "accuracy": accuracy}
     write_atomic(out / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    draw(table, exact_rows(), paths, accuracy, out / "demo.png")
+    draw(table, exact, paths, accuracy, out / "demo.png")
     figures = f"{out}/demo.png" + (f", {out}/three_actions.png" if cfg.toy else "")
     print(f"\nfigures: {figures}   ({time.monotonic() - started:.0f} s in all)")
     return out

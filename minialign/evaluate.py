@@ -12,7 +12,7 @@ On n answers of each policy to each prompt of the pairs:
     reward      mean of the first --reward
     win rate    share of (own answer, opponent's answer to the same prompt) where the own one has the higher reward
     KL          mean of log π(y|x)/ref(y|x) over own answers, nats: unbiased for KL(π‖ref)
-    distinct    share of the answers that are different texts: 1/(number of prompts) and below is collapse
+    distinct    different texts / answers: 1 if no answer is given twice, 1/answers if all are the same
 
 Always with n and a 95 % interval: normal for means, Wilson for shares, the ratio estimator for the NLL. A tie counts one half. The answers
 to one prompt are averaged first, so n is the number of prompts. The gap of sums favours whichever answer is shorter; the gap per token
@@ -33,7 +33,7 @@ from minialign.common import BadInput, check_config, pick_device, pick_dtype, wr
 from minialign.data import builtin_pairs, encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, scorable, split_held_out
 from minialign.kl import k1
 from minialign.logps import token_logps
-from minialign.rewards import BadReward, ask, open_reward, score
+from minialign.rewards import BadReward, ask, learned, open_reward, reward_folders, score
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import fit_vocabulary, load_pretrained
@@ -237,20 +237,19 @@ def main(cfg):
             raise BadInput(f"{name}: is a {what}: name it with {flag}")
         return model, tokenizer
 
-    rows, reward_rows = [], []
+    rows, reward_rows, judge = [], [], None  # judge: the first reward
     for spec in cfg.reward:
-        if Path(spec).expanduser().is_dir():  # a reward model: with the same cuts as in training
-            measures = pair_measures(*load(spec, "scalar"), pairs, cfg)
+        if reward_folders([spec]):  # a reward model: with the same cuts as in training
+            reward_model, tokenizer = load(spec, "scalar")
+            reward_fn = learned(reward_model, tokenizer)
+            measures = pair_measures(reward_model, tokenizer, pairs, cfg)
         else:
             reward_fn = open_reward([spec], prompts=cfg.pairs, device=device, dtype=dtype, skip_bad=cfg.skip_bad)
             measures = {"chosen": ask_or_stop(reward_fn, prompts, [pair.chosen for pair in pairs], cfg),
                         "rejected": ask_or_stop(reward_fn, prompts, [pair.rejected for pair in pairs], cfg)}
-        n = len(measures["chosen"])
+        judge, n = judge or reward_fn, len(measures["chosen"])
         reward_rows.append({"reward": spec, "n": n, "accuracy": share_interval(wins(measures["chosen"], measures["rejected"]), n)})
     if cfg.policies:
-        judge = None
-        if cfg.reward and cfg.n:
-            judge = open_reward(cfg.reward[:1], prompts=cfg.pairs, device=device, dtype=dtype, skip_bad=cfg.skip_bad)
         ref_name = cfg.ref or cfg.policies[0]
         ref, ref_tokenizer = load(ref_name)
         ref_measures = pair_measures(ref, ref_tokenizer, pairs, cfg)

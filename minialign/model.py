@@ -358,11 +358,11 @@ def config_from_hf(hf):
         raise BadInput(f"config.json: a value has the wrong type or size for a {family} model ({error})") from None
 
 
-REWARD_FIELDS = {"reward_offset": 0.0, "reward_read": "last", "reward_bound": 0.0}  # what transformers' classifiers do not know
+REWARD_FIELDS = ("reward_offset", "reward_read", "reward_bound")  # what transformers' classifiers do not know
 
 
 def _reward_fields(hf):
-    return {name: hf.get(name, default) for name, default in REWARD_FIELDS.items()}
+    return {name: hf[name] for name in REWARD_FIELDS if name in hf}
 
 
 def _head_kind(hf):

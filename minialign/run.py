@@ -263,7 +263,8 @@ class Run:
             state = checkpoint.load_checkpoint(newest, self.modules, self.optimizers)
             if state["config"] != self._config_hash():
                 raise BadInput(f"{self.folder}/config.json: was edited since {newest.name} was written; restore it to resume")
-            self.first_step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
+            self.first_step, self.skipped = state["step"], state["skipped"]
+            self.skipped_in_a_row, self.failing = state["skipped_in_a_row"], state["failing"]
             if state["torch"] != torch.__version__:
                 print(f"note: written by torch {state['torch']}, continued by {torch.__version__}: equal only to rounding", file=sys.stderr)
         for name in ("metrics.jsonl", "samples.jsonl"):  # what came after the checkpoint will be done, and logged, again
@@ -271,7 +272,7 @@ class Run:
             write_atomic(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def save(self, step):
-        state = {"config": self._config_hash(), "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        state = {"config": self._config_hash(), "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "failing": self.failing}
         checkpoint.save_checkpoint(self.folder, step, self.modules, self.optimizers, state)
 
     def _config_hash(self):
@@ -386,8 +387,8 @@ class Run:
             append_row(self.folder / "samples.jsonl", row)
 
     def snapshot(self, step, model, tokenizer, name="snapshots"):
-        """With --snapshots, whenever an evaluation is due: export the model as it is after step `step`, to snapshots/000020/."""
-        if self.cfg.snapshots and self.due(step):
+        """With --snapshots, at an evaluation: export the model as it is after step `step`, to snapshots/000020/."""
+        if self.cfg.snapshots:
             save_pretrained(model, self.folder / name / f"{step + 1:06d}", tokenizer)
 
     def due(self, step):

@@ -1,6 +1,7 @@
 """Fixtures: a policy folder and data small enough that a whole training run takes a second. No download, nothing outside tmp_path."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ ONLINE = ("reinforce", "rloo", "grpo", "ppo", "rebel")  # they follow a reward
 SELECTING = ("best_of_n", "rest")  # they keep what a reward likes
 LEARNING = ("rft", "irl")  # they learn a reward from demonstrations and follow it
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and sums would depend on the machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
 
 
 @pytest.fixture(scope="session")

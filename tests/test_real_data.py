@@ -25,7 +25,7 @@ def test_the_first_real_run_in_small(tmp_path, capsys):
     spin = irft.main(irft.Config(demos=str(HH), steps=4, eval_every=4, max_new=24, out=str(tmp_path / "spin"), **shared))
     reward = reward_model.main(reward_model.Config(pairs=str(HH), steps=6, eval_every=6, out=str(tmp_path / "rm"), **shared))
     capsys.readouterr()
-    table = evaluate.main(evaluate.Config(policies=[policy, str(tuned / "final"), str(spin / "final")], reward=str(reward / "final"),
+    table = evaluate.main(evaluate.Config(policies=[policy, str(tuned / "final"), str(spin / "final")], reward=[str(reward / "final")],
                                           pairs=str(HH), max_prompt=64, max_len=128))
     out = capsys.readouterr().out
     assert [row["n"] for row in table] == [180] * 4 and "180 pairs of" in out and "reward model" in out and "±" in out

@@ -115,6 +115,17 @@ def test_the_gradient_reaches_head_and_trunk():
     assert model.tok_embed.weight.grad[0].abs().sum() > 0  # id 0, the EOS, was seen
 
 
+@torch.no_grad()
+def test_a_bfloat16_model_gives_float32_rewards():
+    """A sum over 12 tokens and its offset are taken in float32: bfloat16 would keep 8 bits of them."""
+    model = reward_model().bfloat16()
+    model.config.reward_read, model.config.reward_offset = "sum", 1 / 3
+    numbers = model(torch.tensor([[3, 8, 9, 1, 4, 2] * 2])).detach().float() + 1 / 3  # (1, 12) what the head says, the offset added to each
+    scores = score(model, collate([[3]], [[8, 9, 1, 4, 2, 3, 8, 9, 1, 4, 2]], pad_id=0))
+    assert scores.dtype == torch.float32
+    assert abs(scores.item() - (float(numbers[0, 1:].double().sum()) - 1 / 3)) < 1e-5
+
+
 def test_the_offset_is_subtracted():
     model = reward_model()
     batch = collate(PROMPTS, COMPLETIONS, pad_id=0)

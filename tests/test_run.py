@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -79,6 +81,32 @@ def test_three_bad_steps_end_the_run_and_the_checkpoint_is_finite(small, monkeyp
     newest = run.checkpoint.newest_checkpoint(cfg.out)
     assert newest.name == "step_000002"  # no step whose guard failed is ever saved
     assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("stop_at", [None, 4])
+def test_good_reward_steps_between_do_not_save_a_diverged_policy(small, monkeypatch, stop_at):
+    """RpRpRpRp with bad policy steps 4, 6, 8: three in a row of the policy end the run, whatever the reward did between them; also when
+    the run was stopped after the first of them and resumed."""
+    module, cfg = small("rft", steps=8, rounds=4, reward_share=0.5, save_every=1)
+    if stop_at:
+        poison(monkeypatch, rloo, {2})
+        original = run.Run.log
+
+        def log(self, step, **metrics):
+            original(self, step, **metrics)
+            if step + 1 == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run.Run, "log", log)
+            with pytest.raises(SystemExit):
+                module.main(cfg)
+        cfg = module.Config(resume=cfg.out)
+        poison(monkeypatch, rloo, {1, 2})
+    else:
+        poison(monkeypatch, rloo, {2, 3, 4})
+    with pytest.raises(FloatingPointError, match="3 steps in a row .* last step 8"):
+        module.main(cfg)
 
 
 def test_two_bad_steps_then_a_good_one_go_on(small, monkeypatch):
@@ -167,6 +195,53 @@ def test_a_tokenizer_too_large_for_the_policy(small, policy_folder, tmp_path):
     module, cfg = small("sft", policy=str(folder))
     with pytest.raises(BadInput, match="ids up to 100, the model only"):
         module.main(cfg)
+
+
+@pytest.mark.parametrize("method", EACH_LOOP)
+def test_snapshots_are_exports_of_every_evaluation(small, method):
+    """--eval_every 4 of 6 steps: after 4 and at the end, and the last equals the export (a reward model's but for its offset, which is
+    measured after the last step)."""
+    module, cfg = small(method, snapshots=True)
+    folder = module.main(cfg)
+    assert sorted(path.name for path in (folder / "snapshots").iterdir()) == ["000004", "000006"]
+    last, final = folder / "snapshots" / "000006", folder / "final"
+    assert (last / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+    assert (folder / "snapshots" / "000004" / "model.safetensors").read_bytes() != (final / "model.safetensors").read_bytes()
+    if method in LEARNING:
+        rewards = [load_file(folder / name / "model.safetensors") for name in ("reward_snapshots/000006", "reward")]
+        assert all(torch.equal(rewards[0][name], tensor) for name, tensor in rewards[1].items())
+    plain, cfg = small(method)
+    assert not (plain.main(cfg) / "snapshots").exists()
+
+
+@pytest.mark.parametrize("method", ["sft", "reward_model", *LEARNING])
+def test_the_last_token_of_a_row_is_read_by_rewards_only(small, method, demos_file, pairs_file):
+    """A context of 128 positions: a policy is trained on rows of 129 tokens, of which it never reads the last; a reward model reads it."""
+    module, cfg = small(method, max_len=129, steps=1)
+    if method == "sft":
+        module.main(cfg)
+        return
+    with pytest.raises(BadInput, match="--max_len 129: the policy's context is 128"):
+        module.main(cfg)
+    module, cfg = small(method, max_len=128, steps=1)
+    module.main(cfg)
+
+
+@pytest.mark.parametrize("method", ["irft", *LEARNING])
+def test_an_answer_may_fill_the_context(small, method, tmp_path):
+    """Prompts of 20 tokens (an EOS leads) with 108 new ones fill 128 positions: the longest that a reward model can read. One more is refused where a
+    reward model reads it, and fits where only the sampler writes it."""
+    file = tmp_path / "even.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"ask for {thing}: ".rjust(19, "a"), "completion": "tea now!"}) + "\n"
+                            for thing in ("tea", "milk", "bread", "salt") * 4))
+    module, cfg = small(method, demos=str(file), max_new=108, steps=2)
+    module.main(cfg)
+    module, cfg = small(method, demos=str(file), max_new=109, steps=2)
+    if method == "irft":
+        module.main(cfg)
+    else:
+        with pytest.raises(BadInput, match="the longest prompt has 20 tokens.*set --max_prompt 19"):
+            module.main(cfg)
 
 
 def test_prompts_that_leave_no_room_for_sampling(small):

@@ -107,13 +107,12 @@ class Judge:
 
     def __init__(self, language, base, expert):
         self.language, self.expert = language, expert
-        self.base_logps = language.token_logps(base).double().sum(-1)  # (N, C)
+        self.base_logps = language.law_of(base).log()  # (N, C)
         law, r = self.base_logps.exp(), language.rewards
         self.pairs = law[:, :, None] * law[:, None, :] * (r[:, :, None] > r[:, None, :])  # (N, C, C) chance of (better, worse)
 
-    @torch.no_grad()
-    def __call__(self, policy):
-        logps = self.language.token_logps(policy).double().sum(-1)  # (N, C)
+    def __call__(self, logps):
+        """logps: log π of all completions of all prompts, (N, C)."""
         share = self.pairs.sum((1, 2))  # (N,)
         gap = ((self.pairs.sum(2) - self.pairs.sum(1)) * logps).sum(1) / share
         implicit = logps - self.base_logps
@@ -122,14 +121,6 @@ class Judge:
         return {"gap": float(gap.mean()), "E[r]": float((logps.exp() * self.language.rewards).sum(1).mean()),
                 "KL(E‖π)": statistics.mean(closed_form.kl(e, p) for e, p in laws),
                 "implicit": float(((self.pairs * won).sum((1, 2)) / share).mean())}
-
-
-def judge_expert(judge):
-    """The same of the expert itself."""
-    logps = judge.expert.log()
-    share = judge.pairs.sum((1, 2))
-    gap = ((judge.pairs.sum(2) - judge.pairs.sum(1)) * logps).sum(1) / share
-    return {"gap": float(gap.mean()), "E[r]": float((judge.expert * judge.language.rewards).sum(1).mean()), "KL(E‖π)": 0.0, "implicit": 1.0}
 
 
 def orderings(table):
@@ -182,8 +173,11 @@ def main(cfg):
             judges[seed % 5] = base, law, Judge(language, base, torch.stack([torch.tensor(e) for e in expert]))
         base, law, judge = judges[seed % 5]
         rows = demonstrations(language, law, judge.expert, cfg, seed)
-        results = {"base": judge(base)} | {name: judge(train(rounds, base, language, rows, cfg, seed)) for name, rounds in METHODS.items()}
-        for name, numbers in {**results, "expert": judge_expert(judge)}.items():
+        results = {"base": judge(law.log())}
+        for name, rounds in METHODS.items():
+            results[name] = judge(language.law_of(train(rounds, base, language, rows, cfg, seed)).log())
+        results["expert"] = judge(judge.expert.log())
+        for name, numbers in results.items():
             for column, value in numbers.items():
                 table.setdefault(name, {}).setdefault(column, []).append(value)
         print(f"seed {seed}: gap " + ", ".join(f"{name} {numbers['gap']:+.2f}" for name, numbers in results.items()), flush=True)

@@ -399,24 +399,34 @@ def inverse_rl_losses(round_length, reward_steps, reward_loss, beta, policy, rew
 
 
 def rft_row(loss, law, gate, reward_gate):
-    def expected(*args):
-        return expected_inverse_rl(lambda demo, own: rft.reward_alignment_loss(demo, own, beta=args[-1], loss=loss)[0], *args)
+    def expected(logps, ref_logps, rewards, law, language, beta):
+        def loss_of(demo, own):
+            return rft.reward_alignment_loss(demo, own, beta=beta, loss=loss)[0]
 
-    def losses(*args):
-        settings = rft.Config(beta=args[-2].beta, loss=loss)
-        step = lambda reward_model, base, demos, own: rft.step(reward_model, demos, own, settings)[0]  # noqa: E731
-        return inverse_rl_losses(6, 2, step, args[-2].beta, *args)
+        return expected_inverse_rl(loss_of, logps, ref_logps, rewards, law, language, beta)
+
+    def losses(policy, reward_model, ref, language, cfg, seed):
+        def reward_loss(reward_model, base, demos, own):
+            return rft.step(reward_model, demos, own, rft.Config(beta=cfg.beta, loss=loss))[0]
+
+        return inverse_rl_losses(6, 2, reward_loss, cfg.beta, policy, reward_model, ref, language, cfg, seed)
 
     return Row(f"RFT, {loss}, demonstrations of π*", "rft", law, expected, losses, gate, reward_gate, elsewhere=law is mixture)
 
 
-def expected_irl(*args):
-    return expected_inverse_rl(lambda demo, own: irl.irl_loss(demo, own, demo, own)[0], *args)  # nothing to add: the increase is 0
+def expected_irl(logps, ref_logps, rewards, law, language, beta):
+    def loss_of(demo, own):
+        return irl.irl_loss(demo, own, demo, own)[0]  # nothing to add: the increase is 0
+
+    return expected_inverse_rl(loss_of, logps, ref_logps, rewards, law, language, beta)
 
 
-def irl_losses(*args):
-    settings, cfg = irl.Config(mode="accumulate", beta=1.0), args[-2]
-    return inverse_rl_losses(2 * cfg.steps // 3, cfg.steps // 4, lambda *batch: irl.step(*batch, settings)[0], 1.0, *args)
+def irl_losses(policy, reward_model, ref, language, cfg, seed):
+    def reward_loss(reward_model, base, demos, own):
+        return irl.step(reward_model, base, demos, own, irl.Config(mode="accumulate", beta=1.0))[0]
+
+    rounds = 2 * cfg.steps // 3, cfg.steps // 4
+    return inverse_rl_losses(*rounds, reward_loss, 1.0, policy, reward_model, ref, language, cfg, seed)
 
 
 # By selection, from ref's own completions: best of 4, and ReST with one Grow step of half as many samples as the others see, threshold 0.

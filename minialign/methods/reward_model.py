@@ -111,11 +111,12 @@ def main(cfg):
             optimizer.step()
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        if held_out and run.due(k):
-            chosen, rejected = all_scores(reward_model, held_out, batch_of, cfg.batch_size)
-            loss, held_out_stats = bradley_terry_loss(chosen, rejected, margin=cfg.margin, centre=cfg.centre)
-            metrics |= {"eval/loss": loss, "eval/accuracy": held_out_stats["rewards/accuracies"]}
-        run.snapshot(k, reward_model, tokenizer)
+        if run.due(k):
+            if held_out:
+                chosen, rejected = all_scores(reward_model, held_out, batch_of, cfg.batch_size)
+                loss, held_out_stats = bradley_terry_loss(chosen, rejected, margin=cfg.margin, centre=cfg.centre)
+                metrics |= {"eval/loss": loss, "eval/accuracy": held_out_stats["rewards/accuracies"]}
+            run.snapshot(k, reward_model, tokenizer)
         run.log(k, **metrics)
 
     chosen, _ = all_scores(reward_model, rows, batch_of, cfg.batch_size)

@@ -34,12 +34,14 @@ def test_the_judge_against_a_loop_over_all_pairs(judged):
                     mass, gap, won = mass + weight, gap + weight * margin, won + weight * (own > 0)
         gaps.append(gap / mass)
         accuracies.append(won / mass)
-    numbers = judge(policy)
+    numbers = judge(logps)
     assert numbers["gap"] == pytest.approx(sum(gaps) / 2, rel=1e-9) and numbers["implicit"] == pytest.approx(sum(accuracies) / 2, abs=1e-6)
     assert numbers["E[r]"] == pytest.approx(float((logps.exp() * language.rewards).sum(1).mean()), rel=1e-9)
     assert numbers["KL(E‖π)"] == pytest.approx(float((expert * (expert.log() - logps)).sum(1).mean()), rel=1e-9)
-    assert judge(base)["implicit"] == pytest.approx(0.5, abs=1e-6)
-    assert few_demos.judge_expert(judge)["gap"] > judge(base)["gap"]
+    assert judge(law.log())["implicit"] == pytest.approx(0.5, abs=1e-6)
+    own = judge(expert.log())
+    assert own["gap"] > judge(law.log())["gap"] and own["implicit"] == pytest.approx(1, abs=1e-6)
+    assert own["KL(E‖π)"] == pytest.approx(0, abs=1e-12)
 
 
 def test_base_is_the_tilt_it_should_be():

@@ -5,6 +5,7 @@ Files are JSONL or JSON, plain or gzipped. A row may have any of these keys (TRL
     demonstrations   prompt + completion | messages | question + answer (GSM8K) | instruction [+ input] + output (Alpaca)
                      | any preference row, of which the chosen answer is taken
     preferences      prompt + chosen + rejected | chosen + rejected (whole conversations, Anthropic-HH transcripts as they are)
+    feedback         prompt + completion + label (true: desirable) | any preference row, which makes two
     prompts          prompt | any of the above, of which the prompt is taken
     texts            text | any of the above, prompt and answer joined | a .txt file
 
@@ -40,6 +41,13 @@ class Pair:
     rejected: str
 
 
+@dataclass
+class Feedback:
+    prompt: str | list
+    completion: str
+    desirable: bool
+
+
 # ----------------------------------------------------------------------------------------------------------- rows of a file
 
 
@@ -57,6 +65,11 @@ def read_preferences(path, *, skip_bad=False):
     return _read(path, _pair, skip_bad)
 
 
+def read_feedback(path, *, skip_bad=False):
+    """list[Feedback]; errors as read_demonstrations."""
+    return [row for rows in _read(path, _feedback, skip_bad) for row in rows]
+
+
 def read_prompts(path, *, skip_bad=False):
     """list of prompts (text, or messages); errors as read_demonstrations."""
     return _read(path, _prompt, skip_bad)
@@ -66,10 +79,7 @@ def read_texts(path, *, skip_bad=False):
     """list of documents for a base model. Of a preference row both answers are documents: a base model takes no side."""
     if Path(path).suffix == ".txt":
         return [_decode(path, _bytes(path))]
-    documents = []
-    for texts in _read(path, _texts, skip_bad):
-        documents += texts
-    return documents
+    return [text for texts in _read(path, _texts, skip_bad) for text in texts]
 
 
 def _read(path, convert, skip_bad):
@@ -212,12 +222,30 @@ def _pair(row):
     raise BadRow(f"found the keys {sorted(row)}, expected prompt + chosen + rejected, or chosen + rejected")
 
 
+def thumbs(pair):
+    """A pair as feedback: the chosen answer is desirable, the rejected one is not."""
+    return [Feedback(pair.prompt, pair.chosen, True), Feedback(pair.prompt, pair.rejected, False)]
+
+
+def _feedback(row):
+    if {"chosen", "rejected"} <= row.keys():
+        return thumbs(_pair(row))
+    if {"prompt", "completion", "label"} <= row.keys():
+        _check(row, "prompt", "completion")
+        if not isinstance(row["label"], bool):
+            raise BadRow(f"'label' must be true (desirable) or false, found {row['label']!r:.40}")
+        return [Feedback(row["prompt"], _answer(row["completion"]), row["label"])]
+    raise BadRow(f"found the keys {sorted(row)}, expected prompt + completion + label, or chosen + rejected with or without prompt")
+
+
 DEMO_KEYS = "prompt + completion, messages, chosen + rejected, question + answer, or instruction + output"
 
 
 def _demo(row, other_keys=""):
     if {"prompt", "completion"} <= row.keys():
         _check(row, "prompt", "completion")
+        if row.get("label") is False:
+            raise BadRow("'label' is false: an answer that somebody disliked is no demonstration (kto learns from both kinds)")
         return Demo(row["prompt"], _answer(row["completion"]))
     if "messages" in row:
         _check(row, "messages")
@@ -285,6 +313,11 @@ def encode_completion(tokenizer, completion):
 def encode_demos(tokenizer, demos, *, max_prompt=None):
     """[(prompt ids, completion ids)]: prompt and completion are encoded apart, so that neither changes the other's tokens."""
     return [(encode_prompt(tokenizer, d.prompt, max_prompt=max_prompt), encode_completion(tokenizer, d.completion)) for d in demos]
+
+
+def encode_feedback(tokenizer, feedback, *, max_prompt=None):
+    """[(prompt ids, completion ids, desirable)]."""
+    return [(*ids, row.desirable) for ids, row in zip(encode_demos(tokenizer, feedback, max_prompt=max_prompt), feedback, strict=True)]
 
 
 def encode_pairs(tokenizer, pairs, *, max_prompt=None):
@@ -445,6 +478,11 @@ def builtin_pairs(n=400, seed=0):
         keep = rng.random() < 1 / (1 + math.exp(rewards[1] - rewards[0]))
         pairs.append(Pair(prompt, *((first, second) if keep else (second, first))))
     return pairs
+
+
+def builtin_feedback(n=400, seed=0):
+    """The answers of builtin_pairs, one at a time."""
+    return [row for pair in builtin_pairs(n, seed) for row in thumbs(pair)]
 
 
 def builtin_tokenizer():

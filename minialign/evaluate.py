@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from minialign.common import BadInput, check_config, pick_device, pick_dtype, write_atomic
+from minialign.common import BadInput, Mean, check_config, pick_device, pick_dtype, write_atomic
 from minialign.data import builtin_pairs, encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, scorable, split_held_out
 from minialign.kl import k1
 from minialign.logps import token_logps
@@ -123,6 +123,17 @@ def held_out_reward(policy, tokenizer, rows, reward_fn, cfg):
         print(f"no eval/reward: {error}", file=sys.stderr)
         return {}
     return {"eval/reward": rewards.mean()}
+
+
+@torch.no_grad()
+def held_out_pairs(step, rows, batch_of, batch_size):
+    """{'eval/loss', 'eval/accuracy'} over all rows of encode_pairs. step(pairs) -> (loss, stats); batch_of(rows, picked) -> Pairs."""
+    mean = Mean()
+    for start in range(0, len(rows), batch_size):
+        pairs = batch_of(rows, range(start, min(start + batch_size, len(rows))))
+        loss, stats = step(pairs)
+        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=len(pairs))
+    return mean.result()
 
 
 @torch.no_grad()

@@ -39,6 +39,11 @@ def seq_logps(policy, batch):
     return token_logps(policy, batch).sum(1)
 
 
+def mean_logps(policy, batch):
+    """log π(y|x) averaged over the tokens of each completion: (B,); 0 where nothing is scored."""
+    return token_logps(policy, batch).sum(1) / batch.mask.sum(1).clamp(min=1)
+
+
 def linear_logps(hidden, weight, targets, *, tau=1.0, entropy=True, body=None):
     """hidden (N, C), weight (V, C), targets (N,) -> logps (N,), entropy (N,) of softmax(hidden @ weight.T / tau).
 

@@ -137,10 +137,11 @@ class Run:
     def open_reward(self):
         """The function that --reward and --combine name; changed reward models are refused when resuming."""
         cfg = self.cfg
+        prompts = cfg.prompts if hasattr(cfg, "prompts") else cfg.pairs
         for number, path in enumerate(reward_folders(cfg.reward)):
             self.same_input(f"reward {number}", path)
         where = dict(device=self.device, dtype=self.dtype)
-        return open_reward(cfg.reward, combine=cfg.combine, prompts=cfg.prompts, skip_bad=cfg.skip_bad, **where)
+        return open_reward(cfg.reward, combine=cfg.combine, prompts=prompts, skip_bad=cfg.skip_bad, **where)
 
     def open_value_model(self, name, policy, tokenizer):
         """PPO's critic: the policy's trunk under a new scalar head, or a reward model of the same vocabulary."""
@@ -170,7 +171,11 @@ class Run:
         write_atomic(record, json.dumps({**known, kind: digest}, indent=1) + "\n")
 
     def first_look(self, tokenizer, rows, batch, **models):
-        """What to look at before step 1: device, sizes, three decoded rows with the scored tokens in ⟦ ⟧, counts, memory."""
+        """What to look at before step 1: device, sizes, three decoded rows with the scored tokens in ⟦ ⟧, counts, memory.
+
+        models: those that take memory, by name; None where a method has no such model.
+        """
+        models = {name: model for name, model in models.items() if model is not None}
         numbers = counts(rows, self.cfg.max_len)
         sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
         needed = self._sizes(models, sum(side.inputs.shape[1] for side in sides))

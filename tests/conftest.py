@@ -13,6 +13,7 @@ from minialign.weights import save_pretrained
 ONLINE = ("reinforce", "rloo", "grpo", "ppo", "rebel")  # they follow a reward
 SELECTING = ("best_of_n", "rest")  # they keep what a reward likes
 LEARNING = ("rft", "irl")  # they learn a reward from demonstrations and follow it
+PREFERRING = ("dpo", "ipo", "slic", "gpo", "simpo", "orpo")  # they are trained on pairs
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and sums would depend on the machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
 
@@ -53,8 +54,9 @@ def small(policy_folder, demos_file, pairs_file, tmp_path):
             data = {"prompts": str(demos_file), "reward": ["length:9", "lexicon:a,-e"], "max_new": 12}
             data |= {"quantiles": [0.5], "grow_prompts": 8} if method == "rest" else {}
         else:
-            from_pairs = method in ("reward_model", "dpo")
-            data = {"max_len": 64, **({"pairs": str(pairs_file)} if from_pairs else {"demos": str(demos_file)})}
+            flag, file = ("feedback", pairs_file) if method == "kto" else ("demos", demos_file)
+            flag, file = ("pairs", pairs_file) if method in ("reward_model", *PREFERRING) else (flag, file)
+            data = {"max_len": 64, flag: str(file)}
             data |= {} if method == "reward_model" else {"max_new": 12}
             data |= {"rounds": 2 if changes.get("steps", 6) > 3 else 1, "reward_lr": 3e-3} if method in LEARNING else {}
             data |= {"reward_share": 1.0} if method in LEARNING and changes.get("steps") == 1 else {}
@@ -67,7 +69,7 @@ def small(policy_folder, demos_file, pairs_file, tmp_path):
 
 
 # Every method there is; tests/test_house.py holds this list to the folder.
-METHODS = ("sft", "ift", "irft", "reward_model", "dpo", *LEARNING, *SELECTING, *ONLINE)
+METHODS = ("sft", "ift", "irft", "reward_model", *PREFERRING, "kto", *LEARNING, *SELECTING, *ONLINE)
 # The others have the loop of one of these: what takes a whole run or several is done for all of them by the slow tests only.
-LOOPS = ("sft", "reward_model", "irl", "rest", "grpo", "ppo")
+LOOPS = ("sft", "reward_model", "dpo", "kto", "irl", "rest", "grpo", "ppo")
 EACH_LOOP = [pytest.param(method, marks=[] if method in LOOPS else pytest.mark.slow) for method in METHODS]

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO). Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
+"""Direct preference optimisation (DPO). Rafailov et al. 2023, arXiv:2305.18290, Eq. 7. Online: Guo et al. 2024, arXiv:2402.04792.
 
     L(θ) = −E_{(x, y_w, y_l)}[ (1 − ε)·log σ(β·Δ) + ε·log σ(−β·Δ) ],      Δ = log π_θ(y_w|x)/π_ref(y_w|x) − log π_θ(y_l|x)/π_ref(y_l|x)
 
@@ -8,25 +8,29 @@ Idea     The policy that is best for a reward r under a pull β to ref is π* �
 Differs  from reward_model.py: the reward is the policy's own log-ratio. From irft.py: somebody labelled the rejected answer.
 Details  Log-probs are summed over the completion, not averaged. label_smoothing is cDPO: a share ε of the labels is flipped.
          Only Δ is trained: both log-probs may fall together, as long as the rejected one falls faster (`logps/chosen` shows it).
-Law      Preferences from Bradley-Terry on r, any full-support sampling of the pairs: π* ∝ ref·e^{r/β}. With labels that never contradict
-         each other Δ grows without end: nothing in the loss stops it.
-Checked  tests/methods/test_dpo.py (worked numbers, gradient, shifts, the law by enumeration).
+         --online: the pairs are two fresh answers of the policy, labelled by a reward with the Bradley-Terry probability σ(r₁ − r₂).
+Law      Preferences from Bradley-Terry on r, any full-support sampling of the pairs, so online as well: π* ∝ ref·e^{r/β}. With labels that
+         never contradict each other Δ grows without end: nothing in the loss stops it.
+Checked  tests/methods/test_dpo.py (worked numbers, gradient, shifts, the law by enumeration, trl), toy/tiny_language.py (trained).
 
     python -m minialign dpo                                                  # built-in task, laptop CPU
     python -m minialign dpo --pairs pairs.jsonl --policy runs/sft/final
+    python -m minialign dpo --online --reward runs/rm/final --pairs pairs.jsonl --policy runs/sft/final
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.common import BadInput, Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
-from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, split_scorable
+from minialign.common import Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr, split_micro
+from minialign.data import builtin_pairs, encode_pairs, encode_prompts, pair_batch, read_preferences, split_scorable
+from minialign.evaluate import held_out_pairs
 from minialign.logps import seq_logps
 from minialign.run import Run
+from minialign.sample import sample
 
 
 @dataclass
@@ -35,6 +39,11 @@ class Config:
     label_smoothing: float = 0.0    # ε: the share of labels taken to be wrong, below 0.5
     policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
+    online: bool = False            # both answers drawn from the policy, --reward chooses; of the pairs only the prompts are trained on
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # with online: FILE.py:FUNCTION, a reward model, …: docs/DATA.md
+    combine: str = "mean"           # with online: of several rewards mean, min, or warm (one reward model of averaged weights)
+    reward_limit: float = 60.0      # with online: seconds that the reward may take for one batch
+    tau: float = 1.0                # with online: sampling temperature
     steps: int = 100                # optimizer steps
     batch_size: int = 32            # pairs per step
     micro_batch: int = 0            # pairs per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
@@ -45,9 +54,9 @@ class Config:
     max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
     max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
     max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of the answers in samples.jsonl
+    max_new: int = 64               # most tokens of an answer: those of samples.jsonl, and those that online draws
     held_out: float = 0.1           # the last share of the file, never trained on
-    seed: int = 0                   # data order
+    seed: int = 0                   # data order, online's answers and their labels
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
     log_every: int = 25             # steps between lines on the terminal
@@ -74,6 +83,19 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return loss.mean(), {name: value.detach() for name, value in stats.items()}
 
 
+def rollout(policy, prompts_ids, cfg, eos_id, seed):
+    """--online: two fresh answers to each prompt, those of one prompt adjacent. Autograd stops here: they are data."""
+    return sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=2, eos_id=eos_id, seed=seed)
+
+
+def preferences(prompts_ids, answers, rewards, seed):
+    """[(prompt ids, chosen ids, rejected ids)]: the first of two answers is chosen with the Bradley-Terry probability σ(r₁ − r₂)."""
+    first = torch.sigmoid(rewards[::2] - rewards[1::2]).cpu()  # (B,)
+    chosen = torch.rand(len(first), generator=torch.Generator().manual_seed(seed)) >= first  # (B,) 0: the first, 1: the second
+    both = zip(answers.completions[::2], answers.completions[1::2], strict=True)
+    return [(x, pair[c], pair[1 - c]) for x, pair, c in zip(prompts_ids, both, chosen.int().tolist(), strict=True)]
+
+
 def step(policy, ref, pairs, cfg):
     """One batch of pairs to one loss: the only place where models meet the equation."""
     chosen_logps = seq_logps(policy, pairs.chosen)  # (B,)
@@ -90,12 +112,15 @@ def main(cfg):
     """Run it; returns the run folder."""
     run = Run("dpo", cfg)
     cfg = run.cfg
-    if not 0 <= cfg.label_smoothing < 0.5:
-        raise BadInput(f"--label_smoothing {cfg.label_smoothing}: must be at least 0 and below 0.5, where the labels say nothing")
     policy, tokenizer = run.open_policy(cfg.policy)
     run.same_input("data", cfg.pairs)
     pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
     rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+    if cfg.online:
+        reward_fn = run.open_reward()
+        prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt=cfg.max_prompt)
+        prompts, _ = split_scorable(prompts, cfg.held_out, cfg.max_len)  # row for row those of `rows`
+        run.check_context(policy, prompts)
 
     def batch_of(source, picked):
         return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
@@ -110,6 +135,17 @@ def main(cfg):
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
+        if cfg.online:
+            prompts_ids, asked = zip(*[prompts[i] for i in picked], strict=True)
+            seed = derive_seed("dpo", cfg.seed, k)
+            answers = rollout(policy, prompts_ids, cfg, tokenizer.eos_id, seed)
+            said = [tokenizer.decode(ids) for ids in answers.completions]
+            rewards = run.ask(k, reward_fn, [prompt for prompt in asked for _ in range(2)], said)  # (2·B,)
+            if rewards is None:
+                continue
+            stats.add({"reward": rewards.mean()})
+            for i, pair in zip(picked, preferences(prompts_ids, answers, rewards, seed), strict=True):
+                rows[i] = pair  # drawn anew before it is used again
         for micro in split_micro(picked, cfg.micro_batch):
             loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
             share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
@@ -123,22 +159,11 @@ def main(cfg):
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         if run.due(k):
             if held_out:
-                metrics |= held_out_pairs(policy, ref, held_out, batch_of, cfg)
+                metrics |= held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg.batch_size)
             run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
             run.snapshot(k, policy, tokenizer)
         run.log(k, **metrics)
     return run.close(policy, tokenizer)
-
-
-@torch.no_grad()
-def held_out_pairs(policy, ref, rows, batch_of, cfg):
-    """Loss and accuracy of the implicit reward on all held-out pairs, as metrics."""
-    mean = Mean()
-    for start in range(0, len(rows), cfg.batch_size):
-        pairs = batch_of(rows, range(start, min(start + cfg.batch_size, len(rows))))
-        loss, stats = step(policy, ref, pairs, cfg)
-        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=len(pairs))
-    return mean.result()
 
 
 if __name__ == "__main__":

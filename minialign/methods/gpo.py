@@ -1,0 +1,165 @@
+"""Generalised preference optimisation (GPO): one loss, six functions. Tang et al. 2024, arXiv:2402.05749.
+
+    L(θ) = E_{(x, y_w, y_l)}[ f(β·Δ) ],      Δ = log π_θ(y_w|x)/π_ref(y_w|x) − log π_θ(y_l|x)/π_ref(y_l|x)
+
+    f                    f(x)              f(0)   f'(0)   f''(0)   |f''(0)/f'(0)|
+    logistic             log(1 + e^−x)     .693   −½      ¼        ½     DPO
+    hinge                max(0, 1 − x)     1      −1      0        0     SLiC's hinge, on log-ratios
+    squared              (x − 1)²          1      −2      2        1     IPO at half the β
+    exponential          e^−x              1      −1      1        1     AdaBoost's
+    truncated_quadratic  max(0, 1 − x)²    1      −2      2        1     an SVM's
+    savage               (1 + e^x)^−2      .25    −¼      ⅛        ½     not convex: f'' < 0 left of −log 2
+
+Symbols  y_w → chosen, y_l → rejected, log π → *_logps (B,).
+Idea     Learning which of two answers is better is a binary classification with margin β·Δ, and any loss that classifiers use can stand
+         here. To first order in Δ all do the same; the second order is a pull back to ref, so |f''(0)/f'(0)| tells how strong β is.
+Differs  from dpo.py: f is chosen. From ipo.py: β scales the margin, not the target.
+Details  Log-probs are summed over the completion, not averaged. The hinge has a reference here, the original SLiC (slic.py) has none.
+         The exponential weighs a misordered pair by e^{margin}: a few wrong labels can rule it.
+Law      Preferences from Bradley-Terry on r. logistic, savage: π* ∝ ref·e^{r/β}. exponential: ref·e^{r/2β}, half the tilt. squared: IPO's,
+         ref·e^{2g/β}. hinge and truncated_quadratic have no closed form. For small r all but the hinge: ref·e^{r/(2β·|f''(0)/f'(0)|)}.
+Checked  tests/methods/test_gpo.py (table, gradients, laws and stationarity by enumeration, trl), toy/tiny_language.py (trained).
+
+    python -m minialign gpo --f exponential                                  # built-in task, laptop CPU
+    python -m minialign gpo --f savage --pairs pairs.jsonl --policy runs/sft/final
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.common import BadInput, Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
+from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, split_scorable
+from minialign.evaluate import held_out_pairs
+from minialign.logps import seq_logps
+from minialign.run import Run
+
+
+@dataclass
+class Config:
+    beta: float = 0.1               # β: the pull to ref; small β lets the policy go far
+    f: str = "logistic"             # logistic, hinge, squared, exponential, truncated_quadratic or savage
+    policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
+    pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
+    steps: int = 100                # optimizer steps
+    batch_size: int = 32            # pairs per step
+    micro_batch: int = 0            # pairs per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.1             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of the answers in samples.jsonl
+    held_out: float = 0.1           # the last share of the file, never trained on
+    seed: int = 0                   # data order
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 25             # steps between lines on the terminal
+    eval_every: int = 50            # steps between evaluations on the held-out pairs
+    save_every: int = 100           # steps between checkpoints
+    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
+    out: str = ""                   # run folder; default runs/gpo-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+    def __post_init__(self):
+        if self.f not in FUNCTIONS:
+            raise BadInput(f"--f {self.f}: there are {', '.join(FUNCTIONS)}")
+
+
+FUNCTIONS = {  # of x = β·Δ, elementwise
+    "logistic": lambda x: F.softplus(-x),
+    "hinge": lambda x: F.relu(1 - x),
+    "squared": lambda x: (x - 1) ** 2,
+    "exponential": lambda x: torch.exp(-x),
+    "truncated_quadratic": lambda x: F.relu(1 - x) ** 2,
+    "savage": lambda x: torch.sigmoid(-x) ** 2,
+}
+
+
+def gpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, f="logistic"):
+    """All inputs (B,): log-probs summed over each completion, in nats. f: a key of FUNCTIONS. Returns the scalar loss, stats."""
+    assert chosen_logps.dim() == 1 and chosen_logps.shape == rejected_logps.shape == ref_chosen_logps.shape == ref_rejected_logps.shape
+    chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # (B,) implicit reward, up to a term in x only
+    rejected_reward = beta * (rejected_logps - ref_rejected_logps)  # (B,)
+    margin = chosen_reward - rejected_reward  # (B,) that term cancels here
+    loss = FUNCTIONS[f](margin)
+    stats = {
+        "rewards/chosen": chosen_reward.mean(), "rewards/rejected": rejected_reward.mean(), "rewards/margins": margin.mean(),
+        "rewards/accuracies": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
+        "logps/chosen": chosen_logps.mean(), "logps/rejected": rejected_logps.mean(),
+    }
+    return loss.mean(), {name: value.detach() for name, value in stats.items()}
+
+
+def regularisation(f):
+    """(f(0), f'(0), f''(0)) of a key of FUNCTIONS, by differentiating it: the columns of the table above."""
+    x = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    value = FUNCTIONS[f](x)
+    (slope,) = torch.autograd.grad(value, x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope, x) if slope.requires_grad else (torch.zeros(()),)  # of the hinge it is a constant
+    return float(value), float(slope), float(curvature)
+
+
+def step(policy, ref, pairs, cfg):
+    """One batch of pairs to one loss: the only place where models meet the equation."""
+    chosen_logps = seq_logps(policy, pairs.chosen)  # (B,)
+    rejected_logps = seq_logps(policy, pairs.rejected)  # (B,)
+    with torch.no_grad():  # ref is a constant of the objective
+        ref_chosen_logps = seq_logps(ref, pairs.chosen)
+        ref_rejected_logps = seq_logps(ref, pairs.rejected)
+    return gpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=cfg.beta, f=cfg.f)
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("gpo", cfg)
+    cfg = run.cfg
+    policy, tokenizer = run.open_policy(cfg.policy)
+    run.same_input("data", cfg.pairs)
+    pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
+    rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+
+    def batch_of(source, picked):
+        return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
+
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, optimizer=optimizer)
+    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)
+
+    for k in run.steps(cfg.steps):
+        picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        optimizer.zero_grad()
+        total, stats = 0.0, Mean()
+        for micro in split_micro(picked, cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
+            share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+            (loss * share).backward()
+            total += loss.item() * share
+            stats.add(micro_stats, weight=share)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if run.finite(k, policy, picked, total, grad_norm):
+            optimizer.step()
+
+        metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        if run.due(k):
+            if held_out:
+                metrics |= held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg.batch_size)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
+            run.snapshot(k, policy, tokenizer)
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign gpo"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign gpo", description=__doc__))

@@ -1,0 +1,170 @@
+"""Identity preference optimisation (IPO). Azar et al. 2023, arXiv:2310.12036, Eq. 17 (its τ is our β). Online: Guo et al. 2024.
+
+    L(θ) = E_{(x, y_w, y_l)}[ (Δ − 1/(2β))² ],      Δ = log π_θ(y_w|x)/π_ref(y_w|x) − log π_θ(y_l|x)/π_ref(y_l|x)
+
+Symbols  y_w → chosen, y_l → rejected, log π → *_logps (B,), the paper's τ → beta.
+Idea     Bradley-Terry turns a preference that is always the same into an infinite difference of rewards, and DPO follows it there, past any
+         pull to ref. IPO maximises the probability of being preferred itself, not its logit, which is at most 1: the margin has a target.
+Differs  from dpo.py: a square around 1/(2β) in the place of −log σ: a pair beyond its target is pulled back.
+Details  Log-probs are summed over the completion, as the paper's are. Averages per token, which some libraries take, are another method:
+         its targets grow with the length of the answers.
+         The lecture's table of GPO losses has (β·Δ − 1)², which is β²·IPO at half the β: its target is 1/β.
+         --online: the pairs are two fresh answers of the policy, labelled by a reward with the Bradley-Terry probability σ(r₁ − r₂).
+Law      Pairs drawn from μ, labelled with probability p(y ≻ y'): ref·e^{g/β}, g(y) = E_{y'~μ} p(y ≻ y'). It depends on μ (online: on the
+         policy itself), and is finite even where p is 0 or 1.
+Checked  tests/methods/test_ipo.py (worked numbers, gradient, the laws by enumeration, trl), toy/tiny_language.py (trained).
+
+    python -m minialign ipo                                                  # built-in task, laptop CPU
+    python -m minialign ipo --pairs pairs.jsonl --policy runs/sft/final
+    python -m minialign ipo --online --reward runs/rm/final --pairs pairs.jsonl --policy runs/sft/final
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.common import Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr, split_micro
+from minialign.data import builtin_pairs, encode_pairs, encode_prompts, pair_batch, read_preferences, split_scorable
+from minialign.evaluate import held_out_pairs
+from minialign.logps import seq_logps
+from minialign.run import Run
+from minialign.sample import sample
+
+
+@dataclass
+class Config:
+    beta: float = 0.1               # β: the pull to ref; the margin of log-ratios is driven to 1/(2β) nats
+    policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
+    pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
+    online: bool = False            # both answers drawn from the policy, --reward chooses; of the pairs only the prompts are trained on
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # with online: FILE.py:FUNCTION, a reward model, …: docs/DATA.md
+    combine: str = "mean"           # with online: of several rewards mean, min, or warm (one reward model of averaged weights)
+    reward_limit: float = 60.0      # with online: seconds that the reward may take for one batch
+    tau: float = 1.0                # with online: sampling temperature
+    steps: int = 100                # optimizer steps
+    batch_size: int = 32            # pairs per step
+    micro_batch: int = 0            # pairs per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.1             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of an answer: those of samples.jsonl, and those that online draws
+    held_out: float = 0.1           # the last share of the file, never trained on
+    seed: int = 0                   # data order, online's answers and their labels
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 25             # steps between lines on the terminal
+    eval_every: int = 50            # steps between evaluations on the held-out pairs
+    save_every: int = 100           # steps between checkpoints
+    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
+    out: str = ""                   # run folder; default runs/ipo-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+
+def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta):
+    """All inputs (B,): log-probs summed over each completion, in nats. Returns the scalar loss, stats."""
+    assert chosen_logps.dim() == 1 and chosen_logps.shape == rejected_logps.shape == ref_chosen_logps.shape == ref_rejected_logps.shape
+    chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # (B,) implicit reward, up to a term in x only
+    rejected_reward = beta * (rejected_logps - ref_rejected_logps)  # (B,)
+    margin = chosen_reward - rejected_reward  # (B,) that term cancels here
+    loss = (margin / beta - 1 / (2 * beta)) ** 2
+    stats = {
+        "rewards/chosen": chosen_reward.mean(), "rewards/rejected": rejected_reward.mean(), "rewards/margins": margin.mean(),
+        "rewards/accuracies": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
+        "logps/chosen": chosen_logps.mean(), "logps/rejected": rejected_logps.mean(),
+    }
+    return loss.mean(), {name: value.detach() for name, value in stats.items()}
+
+
+def rollout(policy, prompts_ids, cfg, eos_id, seed):
+    """--online: two fresh answers to each prompt, those of one prompt adjacent. Autograd stops here: they are data."""
+    return sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=2, eos_id=eos_id, seed=seed)
+
+
+def preferences(prompts_ids, answers, rewards, seed):
+    """[(prompt ids, chosen ids, rejected ids)]: the first of two answers is chosen with the Bradley-Terry probability σ(r₁ − r₂)."""
+    first = torch.sigmoid(rewards[::2] - rewards[1::2]).cpu()  # (B,)
+    chosen = torch.rand(len(first), generator=torch.Generator().manual_seed(seed)) >= first  # (B,) 0: the first, 1: the second
+    both = zip(answers.completions[::2], answers.completions[1::2], strict=True)
+    return [(x, pair[c], pair[1 - c]) for x, pair, c in zip(prompts_ids, both, chosen.int().tolist(), strict=True)]
+
+
+def step(policy, ref, pairs, cfg):
+    """One batch of pairs to one loss: the only place where models meet the equation."""
+    chosen_logps = seq_logps(policy, pairs.chosen)  # (B,)
+    rejected_logps = seq_logps(policy, pairs.rejected)  # (B,)
+    with torch.no_grad():  # ref is a constant of the objective
+        ref_chosen_logps = seq_logps(ref, pairs.chosen)
+        ref_rejected_logps = seq_logps(ref, pairs.rejected)
+    return ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=cfg.beta)
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("ipo", cfg)
+    cfg = run.cfg
+    policy, tokenizer = run.open_policy(cfg.policy)
+    run.same_input("data", cfg.pairs)
+    pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
+    rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+    if cfg.online:
+        reward_fn = run.open_reward()
+        prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt=cfg.max_prompt)
+        prompts, _ = split_scorable(prompts, cfg.held_out, cfg.max_len)  # row for row those of `rows`
+        run.check_context(policy, prompts)
+
+    def batch_of(source, picked):
+        return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
+
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, optimizer=optimizer)
+    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)
+
+    for k in run.steps(cfg.steps):
+        picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        optimizer.zero_grad()
+        total, stats = 0.0, Mean()
+        if cfg.online:
+            prompts_ids, asked = zip(*[prompts[i] for i in picked], strict=True)
+            seed = derive_seed("ipo", cfg.seed, k)
+            answers = rollout(policy, prompts_ids, cfg, tokenizer.eos_id, seed)
+            said = [tokenizer.decode(ids) for ids in answers.completions]
+            rewards = run.ask(k, reward_fn, [prompt for prompt in asked for _ in range(2)], said)  # (2·B,)
+            if rewards is None:
+                continue
+            stats.add({"reward": rewards.mean()})
+            for i, pair in zip(picked, preferences(prompts_ids, answers, rewards, seed), strict=True):
+                rows[i] = pair  # drawn anew before it is used again
+        for micro in split_micro(picked, cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
+            share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+            (loss * share).backward()
+            total += loss.item() * share
+            stats.add(micro_stats, weight=share)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if run.finite(k, policy, picked, total, grad_norm):
+            optimizer.step()
+
+        metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        if run.due(k):
+            if held_out:
+                metrics |= held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg.batch_size)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
+            run.snapshot(k, policy, tokenizer)
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign ipo"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign ipo", description=__doc__))

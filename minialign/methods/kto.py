@@ -1,0 +1,180 @@
+"""Kahneman-Tversky optimisation (KTO): thumbs up or down, one answer at a time. Ethayarajh et al. 2024, arXiv:2402.01306, section 4.
+
+    L(θ) = E_{(x, y)}[ λ_D·(1 − σ(β·(ρ − z₀))) if y is desirable, else λ_U·(1 − σ(β·(z₀ − ρ))) ],   ρ = log π_θ(y|x)/π_ref(y|x)
+    z₀   = max(0, mean over a batch of log π_θ(y'|x)/π_ref(y'|x)),   y' the answer to another prompt of the batch; a constant
+
+Symbols  desirable (B,) bool, log π → *_logps (B,), z₀ → kl, λ_D → desirable_weight, λ_U → undesirable_weight.
+Idea     People feel gains and losses against a reference point, and less and less the larger they are. Here the reward of an answer is its
+         log-ratio, the reference point how far the policy has moved on average: an answer must rise above that to be a gain.
+Differs  from dpo.py: no pairs. An answer needs no rival to the same prompt, and one kind may be far more frequent than the other.
+Details  Log-probs are summed over the completion. z₀ takes the answers of the step's batch, moved on by one row: no sampling, but two more
+         forward passes. It carries no gradient and is the same for all micro-batches of a step.
+         λ_D·n_D / (λ_U·n_U) should lie in [1, 4/3], says the paper; the run prints what it is.
+Law      None. With a(y) how often y is desirable times λ_D, b(y) undesirable times λ_U, the loss is const − Σ (a − b)·σ(β·(ρ − z₀)): what
+         is more often disliked is driven to probability 0, slower and slower, and the values of a and b hardly matter. Answers with a > b
+         share the rest so that (a − b)·σ'(β·(ρ − z₀))/π is the same for all of them.
+Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity by enumeration, trl).
+
+    python -m minialign kto                                                  # built-in task, laptop CPU
+    python -m minialign kto --feedback feedback.jsonl --policy runs/sft/final
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.common import BadInput, Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
+from minialign.data import builtin_feedback, demo_batch, encode_feedback, read_feedback, split_scorable
+from minialign.logps import seq_logps
+from minialign.run import Run
+
+
+@dataclass
+class Config:
+    beta: float = 0.1               # β: how fast gains and losses saturate; small β lets the policy go far
+    desirable_weight: float = 1.0   # λ_D
+    undesirable_weight: float = 1.0  # λ_U
+    policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
+    feedback: str = "builtin"       # prompt + completion + label, or preferences: builtin, or a JSONL/JSON(.gz) file
+    steps: int = 100                # optimizer steps
+    batch_size: int = 64            # answers per step, at least 2
+    micro_batch: int = 0            # answers per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.1             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of the answers in samples.jsonl
+    held_out: float = 0.1           # the last share of the file, never trained on
+    seed: int = 0                   # data order
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 25             # steps between lines on the terminal
+    eval_every: int = 50            # steps between evaluations on the held-out rows
+    save_every: int = 100           # steps between checkpoints
+    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
+    out: str = ""                   # run folder; default runs/kto-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+
+def kto_loss(logps, ref_logps, desirable, kl, *, beta, desirable_weight=1.0, undesirable_weight=1.0):
+    """logps, ref_logps: (B,) log-probs summed over each completion, in nats; desirable: (B,) bool; kl: z₀, a scalar in nats, constant.
+
+    Returns the scalar loss, stats. The stats of a kind of answer that the batch lacks are left out.
+    """
+    assert logps.dim() == 1 and logps.shape == ref_logps.shape == desirable.shape
+    logratio = logps - ref_logps  # (B,)
+    gain = torch.where(desirable, logratio - kl, kl - logratio)  # (B,) nats above the reference point, or below where that is good
+    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(logps)
+    loss = weight * (1 - torch.sigmoid(beta * gain))
+    stats = {}
+    for kind, rows in (("chosen", desirable), ("rejected", ~desirable)):
+        if rows.any():
+            stats |= {f"rewards/{kind}": beta * logratio[rows].mean(), f"logps/{kind}": logps[rows].mean()}
+    stats["rewards/accuracies"] = ((gain > 0).float() + 0.5 * (gain == 0).float()).mean()
+    return loss.mean(), {name: value.detach() for name, value in stats.items()}
+
+
+def mismatched_kl(logps, ref_logps):
+    """z₀ from the (B,) log-probs of answers to other prompts: max(0, mean log-ratio), detached."""
+    assert logps.dim() == 1 and logps.shape == ref_logps.shape
+    return (logps - ref_logps).mean().clamp(min=0).detach()
+
+
+@torch.no_grad()
+def reference_point(policy, ref, rows, batch_of, size):
+    """z₀ of encoded rows: each prompt with the completion of the row before it, `size` rows a forward pass."""
+    moved = [(x, rows[i - 1][1]) for i, (x, *_) in enumerate(rows)]  # row 0 takes the last one's
+    batches = [batch_of(moved, micro) for micro in split_micro(range(len(moved)), size)]
+    logps, ref_logps = (torch.cat([seq_logps(model, batch) for batch in batches]) for model in (policy, ref))  # (B,)
+    return mismatched_kl(logps, ref_logps)
+
+
+def step(policy, ref, batch, desirable, kl, cfg):
+    """One batch of answers to one loss: the only place where models meet the equation."""
+    logps = seq_logps(policy, batch)  # (B,)
+    with torch.no_grad():  # ref is a constant of the objective
+        ref_logps = seq_logps(ref, batch)
+    return kto_loss(
+        logps, ref_logps, desirable, kl, beta=cfg.beta, desirable_weight=cfg.desirable_weight, undesirable_weight=cfg.undesirable_weight
+    )
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("kto", cfg)
+    cfg = run.cfg
+    if cfg.batch_size < 2:
+        raise BadInput("--batch_size 1: the reference point needs an answer to another prompt; at least 2")
+    policy, tokenizer = run.open_policy(cfg.policy)
+    run.same_input("data", cfg.feedback)
+    feedback = builtin_feedback() if cfg.feedback == "builtin" else read_feedback(cfg.feedback, skip_bad=cfg.skip_bad)
+    rows, held_out = split_scorable(encode_feedback(tokenizer, feedback, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+
+    n_desirable = sum(desirable for *_, desirable in rows)
+    good, bad = cfg.desirable_weight * n_desirable, cfg.undesirable_weight * (len(rows) - n_desirable)
+    shown = f"λ_D·n_D / (λ_U·n_U) = {good / bad:.2f}" if bad else "none undesirable"
+    print(f"{n_desirable:,} of {len(rows):,} answers are desirable; {shown} (the paper advises 1 to 4/3)")
+
+    def batch_of(source, picked):
+        return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
+
+    def labels_of(source, picked):
+        return torch.tensor([source[i][2] for i in picked], device=run.device)
+
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, optimizer=optimizer)
+    first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))
+    run.first_look(tokenizer, [row[:2] for row in rows], first, policy=policy, ref=ref)
+
+    for k in run.steps(cfg.steps):
+        picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        optimizer.zero_grad()
+        kl = reference_point(policy, ref, [rows[i] for i in picked], batch_of, cfg.micro_batch)  # once a step: one for all rows
+        total, stats = 0.0, Mean()
+        for micro in split_micro(picked, cfg.micro_batch):
+            desirable = labels_of(rows, micro)
+            loss, micro_stats = step(policy, ref, batch_of(rows, micro), desirable, kl, cfg)
+            share = len(micro) / len(picked)  # the loss is a mean over answers: a micro-batch counts by its answers
+            (loss * share).backward()
+            total += loss.item() * share
+            for kind, weight in (("chosen", int(desirable.sum())), ("rejected", int((~desirable).sum())), ("accuracies", len(micro))):
+                stats.add({name: value for name, value in micro_stats.items() if name.endswith(kind)}, weight=weight)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if run.finite(k, policy, picked, total, grad_norm):
+            optimizer.step()
+
+        metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "z0": kl, **stats.result()}
+        if run.due(k):
+            if held_out:
+                metrics |= held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
+            run.snapshot(k, policy, tokenizer)
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+@torch.no_grad()
+def held_out_feedback(policy, ref, rows, batch_of, labels_of, cfg):
+    """Loss and share of answers on the right side of the reference point (their own) over all held-out rows, as metrics."""
+    mean, kl = Mean(), reference_point(policy, ref, rows, batch_of, cfg.batch_size)
+    for start in range(0, len(rows), cfg.batch_size):
+        picked = range(start, min(start + cfg.batch_size, len(rows)))
+        loss, stats = step(policy, ref, batch_of(rows, picked), labels_of(rows, picked), kl, cfg)
+        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=len(picked))
+    return mean.result()
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign kto"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign kto", description=__doc__))
+

@@ -1,0 +1,130 @@
+"""Simple preference optimisation (SimPO). Meng et al. 2024, arXiv:2405.14734, Eq. 6 (its β is our scale, its γ our target_margin).
+
+    L(θ) = −E_{(x, y_w, y_l)}[ log σ(scale·(ā_w − ā_l) − γ) ],      ā = log π_θ(y|x) / |y|
+
+Symbols  y_w → chosen, y_l → rejected, ā → *_logps (B,), log-probs averaged over the tokens, γ → target_margin.
+Idea     A sampler that writes token by token is ruled by the average log-prob, so let that be the reward: no ref is needed, and a long
+         answer is not better for being long. γ asks of every pair to be ordered by a margin, not just right.
+Differs  from dpo.py: averages in the place of log-ratios, no reference, a target margin. From orpo.py: no likelihood term.
+Details  Without a reference and without a likelihood nothing holds the policy but the learning rate (the paper's are 3e-7 to 1e-6) and the
+         number of steps; a learning rate of 1e-5 ruins a large model. The paper's ratio γ/β is target_margin / scale.
+Law      Preferences from Bradley-Terry on r, γ = 0: π ∝ e^{|y|·(r − c)/scale}, c such that it sums to 1; where training began is
+         forgotten. With γ > 0 there is no closed form.
+Checked  tests/methods/test_simpo.py (worked numbers, gradient, the law by enumeration, trl), toy/tiny_language.py (trained).
+
+    python -m minialign simpo                                                # built-in task, laptop CPU
+    python -m minialign simpo --pairs pairs.jsonl --policy runs/sft/final
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
+from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, split_scorable
+from minialign.evaluate import held_out_pairs
+from minialign.logps import mean_logps
+from minialign.run import Run
+
+
+@dataclass
+class Config:
+    scale: float = 2.0              # the paper's β: nats of reward for each nat of average log-prob
+    target_margin: float = 1.0      # γ: by how much the chosen reward should exceed the rejected one
+    policy: str = "builtin"         # start from: builtin, a folder, a hub name
+    pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
+    steps: int = 100                # optimizer steps
+    batch_size: int = 32            # pairs per step
+    micro_batch: int = 0            # pairs per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 6e-7)
+    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.1             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of the answers in samples.jsonl
+    held_out: float = 0.1           # the last share of the file, never trained on
+    seed: int = 0                   # data order
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 25             # steps between lines on the terminal
+    eval_every: int = 50            # steps between evaluations on the held-out pairs
+    save_every: int = 100           # steps between checkpoints
+    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
+    out: str = ""                   # run folder; default runs/simpo-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+
+def simpo_loss(chosen_logps, rejected_logps, *, scale, target_margin):
+    """Both inputs (B,): log-probs averaged over the tokens of each completion, in nats. Returns the scalar loss, stats."""
+    assert chosen_logps.dim() == 1 and chosen_logps.shape == rejected_logps.shape
+    chosen_reward = scale * chosen_logps  # (B,)
+    rejected_reward = scale * rejected_logps  # (B,)
+    margin = chosen_reward - rejected_reward  # (B,)
+    loss = F.softplus(target_margin - margin)
+    stats = {
+        "rewards/chosen": chosen_reward.mean(), "rewards/rejected": rejected_reward.mean(), "rewards/margins": margin.mean(),
+        "rewards/accuracies": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
+        "logps/chosen": chosen_logps.mean(), "logps/rejected": rejected_logps.mean(),
+    }
+    return loss.mean(), {name: value.detach() for name, value in stats.items()}
+
+
+def step(policy, ref, pairs, cfg):
+    """One batch of pairs to one loss: the only place where models meet the equation."""
+    chosen_logps = mean_logps(policy, pairs.chosen)  # (B,)
+    rejected_logps = mean_logps(policy, pairs.rejected)  # (B,)
+    return simpo_loss(chosen_logps, rejected_logps, scale=cfg.scale, target_margin=cfg.target_margin)
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("simpo", cfg)
+    cfg = run.cfg
+    policy, tokenizer = run.open_policy(cfg.policy)
+    run.same_input("data", cfg.pairs)
+    pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
+    rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+
+    def batch_of(source, picked):
+        return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
+
+    ref = None  # not needed: nothing to keep in memory
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, optimizer=optimizer)
+    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)
+
+    for k in run.steps(cfg.steps):
+        picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        optimizer.zero_grad()
+        total, stats = 0.0, Mean()
+        for micro in split_micro(picked, cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
+            share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+            (loss * share).backward()
+            total += loss.item() * share
+            stats.add(micro_stats, weight=share)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if run.finite(k, policy, picked, total, grad_norm):
+            optimizer.step()
+
+        metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        if run.due(k):
+            if held_out:
+                metrics |= held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg.batch_size)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
+            run.snapshot(k, policy, tokenizer)
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign simpo"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign simpo", description=__doc__))

@@ -1,0 +1,128 @@
+"""Sequence likelihood calibration with human feedback (SLiC-HF), direct variant. Zhao et al. 2023, arXiv:2305.10425, section 2.
+
+    L(θ) = E_{(x, y_w, y_l)}[ max(0, δ − log π_θ(y_w|x) + log π_θ(y_l|x)) − λ·log π_θ(y_ref|x) ]
+
+Symbols  y_w → chosen, y_l → rejected, y_ref → target, log π → *_logps (B,), δ → delta, λ → weight.
+Idea     Of two answers the chosen one should be likelier, by e^δ at least; beyond that a pair is done and says no more. The likelihood of
+         a good answer in a second term keeps the policy a language model.
+Differs  from dpo.py: no reference, and a hinge: its pressure does not fade, it stops. The lecture's "SLiC", a hinge on log-ratios to ref,
+         is gpo.py with f = hinge. From orpo.py: sums, not averages, so SFT's term is the larger one for long answers.
+Details  Log-probs are summed over the completion. y_ref is the chosen answer, as in the paper's direct variant; its other variant takes
+         y_ref from the SFT data and ranks samples of the SFT policy, which is this file on pairs made in that way.
+Law      Pairs drawn from μ, labelled with probability p; W(y) and L(y): how often y wins and loses. While no pair has reached δ:
+         π = W + (W − L)/λ, where that is positive. Once some have, there is no closed form. Never π*: ref and β do not occur.
+Checked  tests/methods/test_slic.py (worked numbers, gradient, the law and stationarity by enumeration), toy/tiny_language.py (trained).
+
+    python -m minialign slic                                                 # built-in task, laptop CPU
+    python -m minialign slic --pairs pairs.jsonl --policy runs/sft/final --delta 1 --weight 0.1
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+
+from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
+from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, split_scorable
+from minialign.evaluate import held_out_pairs
+from minialign.logps import seq_logps
+from minialign.run import Run
+
+
+@dataclass
+class Config:
+    delta: float = 1.0              # δ: nats by which the chosen answer should be likelier
+    weight: float = 0.1             # λ of the likelihood of the chosen answer
+    policy: str = "builtin"         # start from: builtin, a folder, a hub name
+    pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
+    steps: int = 100                # optimizer steps
+    batch_size: int = 32            # pairs per step
+    micro_batch: int = 0            # pairs per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
+    warmup: float = 0.1             # share of the steps over which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's
+    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
+    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
+    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
+    max_new: int = 64               # most tokens of the answers in samples.jsonl
+    held_out: float = 0.1           # the last share of the file, never trained on
+    seed: int = 0                   # data order
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16 or float64
+    log_every: int = 25             # steps between lines on the terminal
+    eval_every: int = 50            # steps between evaluations on the held-out pairs
+    save_every: int = 100           # steps between checkpoints
+    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
+    out: str = ""                   # run folder; default runs/slic-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+
+
+def slic_loss(chosen_logps, rejected_logps, target_logps, *, delta, weight):
+    """All inputs (B,): log-probs summed over each completion, in nats. Returns the scalar loss, stats."""
+    assert chosen_logps.dim() == 1 and chosen_logps.shape == rejected_logps.shape == target_logps.shape
+    margin = chosen_logps - rejected_logps  # (B,)
+    loss = F.relu(delta - margin) - weight * target_logps
+    stats = {
+        "rewards/margins": margin.mean(), "rewards/accuracies": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
+        "logps/chosen": chosen_logps.mean(), "logps/rejected": rejected_logps.mean(),
+    }
+    return loss.mean(), {name: value.detach() for name, value in stats.items()}
+
+
+def step(policy, ref, pairs, cfg):
+    """One batch of pairs to one loss: the only place where models meet the equation."""
+    chosen_logps = seq_logps(policy, pairs.chosen)  # (B,)
+    rejected_logps = seq_logps(policy, pairs.rejected)  # (B,)
+    return slic_loss(chosen_logps, rejected_logps, chosen_logps, delta=cfg.delta, weight=cfg.weight)
+
+
+def main(cfg):
+    """Run it; returns the run folder."""
+    run = Run("slic", cfg)
+    cfg = run.cfg
+    policy, tokenizer = run.open_policy(cfg.policy)
+    run.same_input("data", cfg.pairs)
+    pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
+    rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+
+    def batch_of(source, picked):
+        return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
+
+    ref = None  # not needed: nothing to keep in memory
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(policy=policy, optimizer=optimizer)
+    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)
+
+    for k in run.steps(cfg.steps):
+        picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        optimizer.zero_grad()
+        total, stats = 0.0, Mean()
+        for micro in split_micro(picked, cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
+            share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+            (loss * share).backward()
+            total += loss.item() * share
+            stats.add(micro_stats, weight=share)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if run.finite(k, policy, picked, total, grad_norm):
+            optimizer.step()
+
+        metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        if run.due(k):
+            if held_out:
+                metrics |= held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg.batch_size)
+            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
+            run.snapshot(k, policy, tokenizer)
+        run.log(k, **metrics)
+    return run.close(policy, tokenizer)
+
+
+if __name__ == "__main__":
+    import sys
+
+    with exit_codes("minialign slic"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign slic", description=__doc__))

@@ -17,8 +17,10 @@ from minialign import data
 from minialign.common import BadInput
 from minialign.data import (
     Demo,
+    Feedback,
     Pair,
     builtin_demos,
+    builtin_feedback,
     builtin_law,
     builtin_pairs,
     builtin_prompt,
@@ -28,21 +30,24 @@ from minialign.data import (
     demo_batch,
     encode_completion,
     encode_demos,
+    encode_feedback,
     encode_pairs,
     encode_prompt,
     encode_texts,
     gold_reward,
     pair_batch,
     read_demonstrations,
+    read_feedback,
     read_preferences,
     read_prompts,
     read_texts,
     split_held_out,
+    thumbs,
 )
 from minialign.tokenizer import CharTokenizer
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
-READERS = (read_demonstrations, read_preferences, read_prompts, read_texts)
+READERS = (read_demonstrations, read_preferences, read_feedback, read_prompts, read_texts)
 USER, REPLY, OTHER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 SYSTEM = {"role": "system", "content": "Be kind."}
 TEXT_OR_MESSAGES = "must be text or a list of {role, content}"
@@ -114,13 +119,59 @@ def test_demonstrations(write, name):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_preferences(write, name):
-    """The pair; as a demonstration its chosen answer; as prompts its prompt. Nothing of a transcript is lost or doubled."""
+    """The pair; as a demonstration its chosen answer; as feedback both; as prompts its prompt. Nothing is lost or doubled."""
     row, pair = PAIRS[name]
     assert read_preferences(write([row])) == [pair]
+    assert read_feedback(write([row])) == [Feedback(pair.prompt, pair.chosen, True), Feedback(pair.prompt, pair.rejected, False)]
     assert read_demonstrations(write([row])) == [Demo(pair.prompt, pair.chosen)]
     assert read_prompts(write([row])) == [pair.prompt]
     if isinstance(row["chosen"], str) and "prompt" not in row:
         assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (row["chosen"], row["rejected"])
+
+
+def test_feedback(write):
+    """Labelled answers as text and as messages, pairs among them, in the order of the file; other keys do not hurt."""
+    rows = [{"prompt": "p", "completion": "c", "label": True}, {"prompt": "p", "completion": "", "label": False, "id": 7},
+            {"prompt": [SYSTEM, USER], "completion": [REPLY], "label": False}, {"prompt": "p", "chosen": "c", "rejected": "r"},
+            {"prompt": None, "chosen": HH + " yes", "rejected": HH + " no"}]
+    assert read_feedback(write(rows)) == [
+        Feedback("p", "c", True), Feedback("p", "", False), Feedback([SYSTEM, USER], "yes", False),
+        Feedback("p", "c", True), Feedback("p", "r", False), Feedback(HH + " ", "yes", True), Feedback(HH + " ", "no", False)]
+    assert thumbs(Pair("p", "c", "r")) == [Feedback("p", "c", True), Feedback("p", "r", False)]
+
+
+@pytest.mark.parametrize("label", [1, 0, 1.0, "true", "false", None, [True], {}])
+def test_a_label_is_true_or_false(write, label):
+    """A number, a word or nothing is refused: 0 and "false" would be told apart by nobody."""
+    path = write([{"prompt": "p", "completion": "c", "label": True}, {"prompt": "p", "completion": "c", "label": label}])
+    with pytest.raises(BadInput) as error:
+        read_feedback(path)
+    assert str(error.value).startswith(f"{path}:2: 'label' must be true (desirable) or false, found {label!r}; mend the row")
+    assert read_feedback(path, skip_bad=True) == [Feedback("p", "c", True)]
+
+
+def test_an_answer_without_a_label_is_no_feedback(write):
+    expected = r"expected prompt \+ completion \+ label, or chosen \+ rejected with or without prompt"
+    for row in (GOOD, {"prompt": "p", "label": True}, {"completion": "c", "label": True}, {"messages": [USER, REPLY]}):
+        with pytest.raises(BadInput, match=rf":1: found the keys .*{expected}"):
+            read_feedback(write([row]))
+    with pytest.raises(BadInput, match=":1: 'completion' must be text"):
+        read_feedback(write([{"prompt": "p", "completion": 3, "label": True}]))
+    with pytest.raises(BadInput, match=":1: a completion given as messages must be exactly one message of the assistant"):
+        read_feedback(write([{"prompt": "p", "completion": [USER], "label": True}]))
+
+
+def test_a_disliked_answer_is_no_demonstration(write, capsys):
+    """Nor a text to train a base model on, for which it would have to be one; its prompt may be asked all the same."""
+    path = write([{"prompt": "p", "completion": "good", "label": True}, {"prompt": "q", "completion": "bad", "label": False}])
+    sentence = "'label' is false: an answer that somebody disliked is no demonstration (kto learns from both kinds)"
+    for reader, kept in ((read_demonstrations, [Demo("p", "good")]), (read_texts, ["pgood"])):
+        with pytest.raises(BadInput) as error:
+            reader(path)
+        assert str(error.value) == f"{path}:2: {sentence}; mend the row, or skip such rows with --skip_bad"
+        assert reader(path, skip_bad=True) == kept
+        assert capsys.readouterr().err == f"{path}: 1 bad rows skipped of 2; the first: {path}:2: {sentence}\n"
+    assert read_prompts(path) == ["p", "q"]
 
 
 def test_prompts_of_their_own(write):
@@ -232,7 +283,7 @@ def test_a_bad_row_is_named_by_its_line_and_can_be_skipped(write, capsys, name):
 def test_skip_bad_names_the_first_and_goes_on(write, capsys, reader):
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
     path = write(lines(row) + b"{torn\n" + lines(row, {"a": 1}, 5, row))
-    assert len(reader(path, skip_bad=True)) == (6 if reader is read_texts else 3)
+    assert len(reader(path, skip_bad=True)) == (6 if reader in (read_texts, read_feedback) else 3)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"3 bad rows skipped of 6; the first: {path}:2: not a line of JSON" in said
 
@@ -242,6 +293,7 @@ def test_each_reader_says_which_keys_it_accepts(write):
     for reader, accepted in (
         (read_demonstrations, re.escape(ACCEPTED)),
         (read_preferences, r"expected prompt \+ chosen \+ rejected, or chosen \+ rejected"),
+        (read_feedback, r"expected prompt \+ completion \+ label, or chosen \+ rejected with or without prompt"),
         (read_prompts, r"expected .*\bprompt\b(?! \+).* instruction \+ output"),
         (read_texts, r"expected .*\btext\b.* instruction \+ output"),
     ):
@@ -363,6 +415,7 @@ def mutate(rng, content):
 def fuzz(tmp_path, capsys, seed, rounds):
     rng = random.Random(seed)
     every = [row for row, _ in [*DEMOS.values(), *PAIRS.values()]] + [{"prompt": "p"}, {"text": "t"}]
+    every += [{"prompt": "p", "completion": "c", "label": label} for label in (True, False)]
     wholes = [lines(*every), lines(*ROWS, end="\r\n"), json.dumps(every).encode(), gzip.compress(lines(*every), mtime=0),
               codecs.BOM_UTF8 + "\n".join(json.dumps(row, ensure_ascii=False) for row in every).encode()]
     path, outcomes = tmp_path / "fuzzed", Counter()
@@ -380,19 +433,21 @@ def fuzz(tmp_path, capsys, seed, rounds):
                 outcomes["read"] += 1
                 said = capsys.readouterr().err
                 for row in rows:  # a prompt is text or messages, an answer text; all of it can be encoded
-                    prompt, *answers = vars(row).values() if isinstance(row, Demo | Pair) else [row]
+                    prompt, *answers = vars(row).values() if isinstance(row, Demo | Pair | Feedback) else [row]
+                    if isinstance(row, Feedback):
+                        assert isinstance(answers.pop(), bool)
                     assert isinstance(prompt, str | list) and all(isinstance(answer, str) for answer in answers)
                     json.dumps([prompt, answers], ensure_ascii=False).encode()
                 skipped = int(m.group(1)) if (m := re.search(r": (\d+) bad rows skipped of", said)) else 0
                 assert skip_bad or not skipped
                 plain = content[:2] != b"\x1f\x8b" and content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"["
-                if plain and reader is not read_texts:  # nothing is dropped silently
+                if plain and reader not in (read_texts, read_feedback):  # nothing is dropped silently
                     assert len(rows) + skipped == sum(bool(line.strip()) for line in content.split(b"\n"))
     return outcomes
 
 
 def test_damaged_files_are_refused_or_read_never_worse(tmp_path, capsys):
-    """600 damaged files, each read eight ways: BadInput that begins with the path, or rows of sound text that add up."""
+    """600 damaged files, each read ten ways: BadInput that begins with the path, or rows of sound text that add up."""
     outcomes = fuzz(tmp_path, capsys, seed=0, rounds=600)
     assert min(outcomes["refused"], outcomes["read"]) > 300
 
@@ -422,6 +477,7 @@ def test_hh_harmless_is_read_whole():
         assert pair.prompt.startswith("\n\nHuman: ") and pair.prompt.rstrip().endswith("\n\nAssistant:")
     assert read_demonstrations(path) == [Demo(pair.prompt, pair.chosen) for pair in pairs]
     assert read_prompts(path) == [pair.prompt for pair in pairs] and len(read_texts(path)) == 3600
+    assert read_feedback(path) == [row for pair in pairs for row in thumbs(pair)]
 
 
 def test_gsm8k_is_read_whole():
@@ -521,6 +577,13 @@ def test_batches_of_picked_rows():
     assert pairs.rejected.targets[0][pairs.rejected.mask[0]].tolist() == [3, 4]
 
 
+def test_feedback_is_encoded_as_demonstrations_are_and_keeps_its_label():
+    feedback = [Feedback("abc", "c", True), Feedback("a", "", False)]
+    assert encode_feedback(Spelled(), feedback, max_prompt=2) == [([90, 3], [3, 91], True), ([90, 1], [91], False)]
+    batch = demo_batch(encode_feedback(Spelled(), feedback), [1, 0], pad_id=92, max_len=10)
+    assert [row[mask].tolist() for row, mask in zip(batch.targets, batch.mask, strict=True)] == [[91], [3, 91]]
+
+
 def test_counts_agree_with_the_batches():
     """Rows of 2 + 3, 6 + 2 and 1 + 1 tokens at max_len 4: scored 2 + 0 + 1, two cut, one of them empty; the masks say the same."""
     rows = [([1, 1], [2, 2, 9]), ([1] * 6, [2, 9]), ([1], [9])]
@@ -607,6 +670,7 @@ def test_pairs_are_answers_of_rude_speakers_to_one_prompt():
 
 
 def test_the_task_repeats_and_its_seeds_differ():
+    assert builtin_feedback(50, seed=3) == [row for pair in builtin_pairs(50, seed=3) for row in thumbs(pair)]
     for make in (builtin_texts, builtin_demos, builtin_pairs):
         assert make(50, seed=3) == make(50, seed=3) != make(50, seed=4)
         assert make(20, seed=3) == make(50, seed=3)[:20]

@@ -392,3 +392,130 @@ def rest_law(ref, reward, threshold):
     KL(law‖ref) = −log P(r > threshold), because law/ref is constant where the law is not 0.
     """
     return normalise(np.where(np.asarray(reward) > threshold, ref, 0))
+
+
+# ------------------------------------------------------------------------------------------------------- from preferences
+#
+# Pairs: two completions drawn from μ, apart from each other; prefer[a, b] is the probability that a is chosen over b, 1 − prefer[b, a].
+# So (chosen a, rejected b) occurs with weight μ_a·μ_b·prefer[a, b]. ρ = log π/ref.
+
+
+def bradley_terry(reward):
+    """prefer[a, b] = σ(r_a − r_b), (C, C)."""
+    reward = np.asarray(reward, dtype=np.float64)
+    return np.exp(-np.logaddexp(0, reward[None, :] - reward[:, None]))
+
+
+def winners(mu, prefer):
+    """(W, L), each (C,) and summing to 1: how often a completion is the chosen one, and how often the rejected one."""
+    weight = np.outer(mu, mu) * prefer
+    return normalise(weight.sum(1)), normalise(weight.sum(0))
+
+
+# DPO and the lemma. Σ weight·log(1 + e^{−β(ρ_a − ρ_b)}) has, for each unordered pair, a coin whose probability is prefer[a, b] itself
+# (μ_a·μ_b is in both terms): β(ρ_a − ρ_b) = log prefer[a, b]/prefer[b, a] = r_a − r_b for Bradley-Terry. All pairs agree: ρ = r/β, the
+# law is tilt(ref, r, β), whatever μ is, so also for μ = π. Any f whose pair optimum is the logit does the same: for Savage's σ(−x)² the
+# slope of a pair is −2·p·σ(−x)²·σ(x) + 2·(1 − p)·σ(x)²·σ(−x) = 2·σ(x)·σ(−x)·(σ(x) − p), 0 at σ(x) = p. For e^−x it is
+# −p·e^−x + (1 − p)·e^x, 0 at half the logit: tilt(ref, r, 2β).
+
+
+def ipo_law(ref, prefer, beta, mu):
+    """IPO: ref·e^{g/β}, g(y) = E_{y'~μ} prefer[y, y'].
+
+    Each pair's part p·(Δ − c)² + (1 − p)·(Δ + c)², c = 1/(2β), is (Δ − c·(2p − 1))² plus a constant. The pair optima do not agree, so this
+    is least squares: Σ_b μ_b·(ρ_a − ρ_b − c·(2p_ab − 1)) = 0 for every a, i.e. ρ_a − E_μ ρ = c·(2g_a − 1), ρ = g/β up to a constant.
+    GPO's (β·Δ − 1)² = β²·(Δ − 1/β)² has c = 1/β: half the β here.
+    """
+    return tilt(ref, prefer @ normalise(mu), beta)
+
+
+def ipo_online_law(ref, prefer, beta):
+    """IPO on pairs of its own samples: the μ of ipo_law is the law itself. Found by going half of the way, in logs, until it stays."""
+    law = normalise(ref)
+    for _ in range(10_000):
+        moved = normalise(np.sqrt(law * ipo_law(ref, prefer, beta, law)))
+        if np.abs(moved - law).max() < 1e-16:
+            break
+        law = moved
+    return law
+
+
+def simpo_law(lengths, reward, scale):
+    """SimPO without a target margin: π ∝ e^{|y|(r − c)/scale} with Σ = 1, Bradley-Terry labels, any μ; no ref in it.
+
+    The lemma as for DPO, the score being scale·log π/|y|: it equals r − c. What is left is c, one number for all: Σ e^{|y|(r − c)/scale}
+    falls in c, so bisection finds it.
+    """
+    lengths, reward = np.asarray(lengths), np.asarray(reward, dtype=np.float64)
+
+    def policy_of(c):
+        return np.exp(np.minimum(lengths * (reward - c) / scale, 700))
+
+    high = reward.max() + scale * np.log(len(reward) + 1)  # every term below 1/(C + 1)
+    low = reward.max()  # the best one's term is 1
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if policy_of(middle).sum() > 1 else (low, middle)
+    return normalise(policy_of((low + high) / 2))
+
+
+def winners_law(mu, prefer, lengths):
+    """ORPO without its odds, the mean of log π/|y| over the chosen answers: π ∝ W/|y| (Σ W/|y|·log π is a cross-entropy)."""
+    return normalise(winners(mu, prefer)[0] / np.asarray(lengths))
+
+
+def slic_law(mu, prefer, weight):
+    """SLiC-HF while no pair has reached its margin: π = W + (W − L)/λ. Negative entries: no such rest.
+
+    There the hinge is δ − log π_w + log π_l, so the loss is const − Σ (W − L)·log π − λ·Σ W·log π: the cross-entropy of
+    q = W + (W − L)/λ, which sums to 1.
+    """
+    W, L = winners(mu, prefer)
+    return W + (W - L) / weight
+
+
+def hinge_corner(ref, prefer, beta, mu):
+    """GPO's hinge has no formula, but for three completions a corner: the policy with the smallest expected loss.
+
+    The loss is convex and linear between the lines β·(ρ_a − ρ_b) = ±1, of which two fix the policy; its minimum is at such a crossing.
+    All crossings are tried. A pair alone goes to β·Δ = 1 as soon as prefer > ½, however little: no pull from the preference's strength.
+    """
+    ref, mu, best = normalise(ref), np.asarray(mu), (np.inf, None)
+    weight = np.outer(mu, mu) * prefer
+    for (a, b), (c, d) in (((0, 1), (0, 2)), ((0, 1), (1, 2)), ((0, 2), (1, 2))):
+        for x in (-1, 1):
+            for y in (-1, 1):
+                equations = np.zeros((3, 3))
+                equations[0, [a, b]] = equations[1, [c, d]] = 1, -1
+                equations[2] = 1  # the constant does not matter
+                rho = np.linalg.solve(equations, [x / beta, y / beta, 0])
+                loss = (weight * np.maximum(0, 1 - beta * (rho[:, None] - rho[None, :]))).sum()
+                best = min(best, (loss, tuple(rho)))
+    return tilt(ref, best[1], 1.0)
+
+
+# Where a law is missing, what must hold at rest: the expected slope, in logits, written out.
+
+
+def pair_slope(slope, scores, prefer, mu):
+    """(C,) derivative of Σ weight·f(s_a − s_b) in the scores s; slope = f'. 0 at rest where the scores are free (GPO: s = βρ)."""
+    weight = np.outer(mu, mu) * prefer
+    pulls = weight * slope(scores[:, None] - scores[None, :])
+    return pulls.sum(1) - pulls.sum(0)
+
+
+def orpo_slope(policy, prefer, mu, weight):
+    """(C,) ORPO's expected slope in the logits, completions of one token: scores log π/(1 − π), whose slope in log π is 1/(1 − π)."""
+    odds = np.log(policy) - np.log1p(-policy)
+    pulls = 2 * pair_slope(lambda x: -1 / (1 + np.exp(x)), odds, prefer, mu)  # there the weights sum to ½
+    in_logs = -winners(mu, prefer)[0] + weight * pulls / (1 - policy)
+    return in_logs - policy * in_logs.sum()
+
+
+def kto_slope(policy, ref, desirable, undesirable, beta, seen):
+    """(C,) KTO's expected slope in the logits. desirable, undesirable: (C,) shares of the rows, times λ_D and λ_U; seen (C,): how often
+    each completion stands in a mismatched row, so z₀ = max(0, Σ seen·ρ), a constant."""
+    rho = np.log(policy) - np.log(ref)
+    gain = 1 / (1 + np.exp(-beta * (rho - max(0.0, seen @ rho))))
+    in_logs = -beta * (desirable - undesirable) * gain * (1 - gain)
+    return in_logs - policy * in_logs.sum()

@@ -22,13 +22,20 @@ import torch
 
 from minialign.common import BadInput, cli, exit_codes
 from minialign.methods.best_of_n import pick
+from minialign.methods.dpo import dpo_loss
+from minialign.methods.gpo import FUNCTIONS, gpo_loss, regularisation
 from minialign.methods.ift import ift_loss
+from minialign.methods.ipo import ipo_loss
 from minialign.methods.irft import irft_loss
 from minialign.methods.irl import irl_loss
+from minialign.methods.kto import kto_loss, mismatched_kl
+from minialign.methods.orpo import orpo_loss
 from minialign.methods.rest import keep
 from minialign.methods.reward_model import bradley_terry_loss
 from minialign.methods.rft import reward_alignment_loss
 from minialign.methods.sft import sft_loss
+from minialign.methods.simpo import simpo_loss
+from minialign.methods.slic import slic_loss
 from toy import closed_form
 
 
@@ -88,6 +95,23 @@ def expected_alignment(rewards, expert, policy, *, beta, loss, ridge):
 
 def expected_irl(rewards, base, expert, policy):
     return over_pairs(lambda a, b: irl_loss(rewards[a], rewards[b], base[a], base[b]), expert, policy)
+
+
+def expected_preference(loss_of, logits, ref, prefer, mu):
+    """Σ 2·μ_a·μ_b·prefer[a, b]·loss_of(log π(a), log π(b), log ref(a), log ref(b)): all (chosen a, rejected b) together have weight 1."""
+    logps, ref_logps = logits.log_softmax(0), ref.log()
+    a, b = torch.cartesian_prod(torch.arange(len(logits)), torch.arange(len(logits))).T  # (9,)
+    one = torch.func.vmap(lambda *four: loss_of(*[x[None] for x in four])[0])  # the losses take the mean of a batch: batches of one
+    return (2 * mu[a] * mu[b] * prefer[a, b] * one(logps[a], logps[b], ref_logps[a], ref_logps[b])).sum()
+
+
+def expected_kto(logits, ref, desirable, undesirable, kl, *, beta, desirable_weight):
+    """Σ_y desirable(y)·kto_loss(y, good) + undesirable(y)·kto_loss(y, bad)."""
+    logps, ref_logps = logits.log_softmax(0), ref.log()
+    return sum(
+        share[y] * kto_loss(logps[[y]], ref_logps[[y]], torch.tensor([good]), kl, beta=beta, desirable_weight=desirable_weight)[0]
+        for share, good in ((desirable, True), (undesirable, False)) for y in range(len(logits))
+    )
 
 
 def gradient(loss_of, logits):
@@ -219,7 +243,7 @@ class Check:
 
 def checks(cfg):
     """Yield every Check, family by family."""
-    for family in (explicit_checks, irl_checks, likelihood_checks, irft_checks):
+    for family in (explicit_checks, irl_checks, likelihood_checks, irft_checks, preference_checks):
         yield from family(cfg)
 
 
@@ -368,6 +392,84 @@ def irft_checks(cfg):
                 note = "π·(E/π)^{1/β}" if kind == "refreshed" else "ref·(E/π)^{1/β}"
                 yield Check(f"{name}, round 1, converged", learned[0], law[0], 1e-9, note)
                 yield Check(f"{name}, rounds 1 to {cfg.rounds}", learned, law, 1e-7, "every round on its law")
+
+
+def preference_checks(cfg):
+    """DPO and its siblings, on pairs that ref wrote, labelled by Bradley-Terry on r = log E/ref. (The expert is π* where β = 1.)"""
+    expert, ref, E, reference = setting(cfg)
+    beta, start, reward = cfg.beta, ref.log(), np.log(E / reference)
+    prefer = torch.tensor(closed_form.bradley_terry(reward))
+    p, mu = prefer.numpy(), reference
+
+    def learned(loss_of, prefer=prefer, **settings):
+        """The logits with the smallest expected loss. loss_of takes the four log-probs."""
+        return minimise(lambda z: expected_preference(lambda *logps: loss_of(*logps, **settings), z, ref, prefer, ref), start)
+
+    def rests(loss_of, **settings):
+        """Where the expected update of pairs drawn from the policy itself comes to rest."""
+
+        def expected(z):
+            return expected_preference(lambda *logps: loss_of(*logps, **settings), z, ref, prefer, z.detach().softmax(0))
+
+        return descend_to_rest(expected, start, 1 / max(pull, pull**2)).softmax(0).numpy()
+
+    pull = max(beta, 0.7)  # a policy that has all but left two of the three draws no pairs to go on with, and takes for ever
+    best = closed_form.tilt(reference, reward, beta)
+    yield Check("DPO", learned(dpo_loss, beta=beta).softmax(0).numpy(), best, 1e-8, "π* = ref·e^{r/β}, whoever wrote the pairs")
+    yield Check(f"DPO online, β = {pull:g}", rests(dpo_loss, beta=pull), closed_form.tilt(reference, reward, pull), 1e-8, "π* too")
+    law = closed_form.ipo_law(reference, p, beta, mu)
+    yield Check("IPO", learned(ipo_loss, beta=beta).softmax(0).numpy(), law, 1e-8, "ref·e^{g/β}, g = E_μ p(y ≻ y')")
+    policy = rests(lambda *logps: (pull**2 * ipo_loss(*logps, beta=pull)[0],))
+    yield Check(f"IPO online, β = {pull:g}", policy, closed_form.ipo_online_law(reference, p, pull), 1e-8, "the same with μ = π")
+    for f, law, note in (
+        ("savage", best, "π*"), ("exponential", closed_form.tilt(reference, reward, 2 * beta), "ref·e^{r/2β}: half the tilt"),
+        ("squared", closed_form.ipo_law(reference, p, beta / 2, mu), "IPO at half the β"),
+    ):
+        yield Check(f"GPO {f}", learned(gpo_loss, beta=beta, f=f).softmax(0).numpy(), law, 1e-8, note)
+
+    policy = learned(gpo_loss, beta=beta, f="truncated_quadratic").softmax(0).numpy()
+    slope = closed_form.pair_slope(lambda x: -2 * np.maximum(0, 1 - x), beta * np.log(policy / reference), p, mu)
+    yield Check("GPO truncated quadratic: slope at rest", slope, np.zeros(3), 1e-8, "no closed form")
+    corner = torch.tensor(closed_form.hinge_corner(reference, p, beta, mu))
+    directions = [torch.stack([a.cos(), a.sin(), -a.cos() - a.sin()]) for a in torch.linspace(0, 2 * np.pi, 361, dtype=torch.float64)]
+
+    def hinge(z):
+        return float(expected_preference(lambda *logps: gpo_loss(*logps, beta=beta, f="hinge"), z, ref, prefer, ref))
+
+    rise = min(hinge(corner.log() + 1e-4 * direction) for direction in directions) - hinge(corner.log())
+    yield Check("GPO hinge: the loss rises all around a corner", [min(rise, 0)], [0], 1e-12, "a corner β·Δ = ±1, no closed form")
+
+    tilts, laws = [], []
+    small = torch.tensor(closed_form.bradley_terry(1e-3 * reward))
+    for f in FUNCTIONS:
+        _, slope, curvature = regularisation(f)
+        if curvature:  # the hinge has none
+            policy = learned(gpo_loss, prefer=small, beta=beta, f=f)
+            tilts.append(beta * np.ptp((policy - start).numpy()) / np.ptp(1e-3 * reward))
+            laws.append(1 / (2 * abs(curvature / slope)))
+    yield Check("GPO, tilt per small reward, the five smooth f", tilts, laws, 1e-3, "1/(2·|f''(0)/f'(0)|): 1, ½, ½, ½, 1")
+
+    policy = learned(lambda w, l, *_: simpo_loss(w, l, scale=beta, target_margin=0.0)).softmax(0).numpy()
+    yield Check("SimPO, γ = 0", policy, closed_form.simpo_law(np.ones(3), reward, beta), 1e-8, "e^{|y|(r − c)/scale}; ref is forgotten")
+    policy = learned(lambda w, l, *_: orpo_loss(w, l, weight=0.0)).softmax(0).numpy()
+    yield Check("ORPO, λ = 0", policy, closed_form.winners_law(mu, p, np.ones(3)), 1e-8, "SFT on the winners")
+    policy = learned(lambda w, l, *_: orpo_loss(w, l, weight=0.25)).softmax(0).numpy()
+    yield Check("ORPO, λ = ¼: slope at rest", closed_form.orpo_slope(policy, p, mu, 0.25), np.zeros(3), 1e-8, "no closed form")
+    W, L = closed_form.winners(mu, p)
+    weight = 0.5 + 2 * max(0, ((L - W) / W).max())
+    law = closed_form.slic_law(mu, p, weight)
+    delta = 1 + np.ptp(np.log(law))
+    policy = learned(lambda w, l, *_: slic_loss(w, l, w, delta=delta, weight=weight)).softmax(0).numpy()
+    yield Check("SLiC-HF, δ beyond every margin", policy, law, 1e-8, "W + (W − L)/λ")
+
+    W, L = closed_form.winners(E, p)  # written by the expert: answers that ref would not have written put z₀ above 0
+    desirable_weight = 0.5 + 2 * float((L / W).max())  # so large that nothing is driven out
+    good, bad, logits = torch.tensor(W) / 2, torch.tensor(L) / 2, start
+    for _ in range(100):  # the reference point is a constant of each step
+        kl = mismatched_kl(((good + bad) * logits.log_softmax(0)).sum()[None], ((good + bad) * ref.log()).sum()[None])
+        logits = minimise(lambda z, kl=kl: expected_kto(z, ref, good, bad, kl, beta=beta, desirable_weight=desirable_weight), logits)
+    slope = closed_form.kto_slope(logits.softmax(0).numpy(), reference, desirable_weight * W / 2, L / 2, beta, (W + L) / 2)
+    yield Check(f"KTO, λ_D = {desirable_weight:.2g}·λ_U: slope at rest", slope, np.zeros(3), 1e-8, "no closed form")
 
 
 def converged_rounds(expert, ref, beta, n_rounds, ref_update):

@@ -103,7 +103,7 @@ def regularisation(f):
     value = FUNCTIONS[f](x)
     (slope,) = torch.autograd.grad(value, x, create_graph=True)
     (curvature,) = torch.autograd.grad(slope, x) if slope.requires_grad else (torch.zeros(()),)  # of the hinge it is a constant
-    return float(value), float(slope), float(curvature)
+    return value.item(), slope.item(), curvature.item()
 
 
 def step(policy, ref, pairs, cfg):

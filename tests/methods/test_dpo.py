@@ -10,12 +10,13 @@ from torch.autograd import gradcheck
 
 from minialign.batch import Pairs, collate
 from minialign.common import BadInput, batch_rows, read_rows
-from minialign.data import builtin_pairs, builtin_tokenizer, encode_pairs, pair_batch, read_preferences
+from minialign.data import builtin_pairs, builtin_tokenizer, encode_pairs, read_preferences
 from minialign.methods import dpo
 from minialign.methods.irft import irft_loss
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained, save_pretrained
 from tests.enumerable import EOS, LANGUAGE, expected, relative, tiny_gpt
+from tests.preferring import CHOSEN, REJECTED, check_preferences, f64, log_prob, pairs_of, random_pairs
 from toy import closed_form
 from toy.three_actions import minimise
 
@@ -23,10 +24,6 @@ from toy.three_actions import minimise
 @pytest.fixture
 def m():
     return dpo
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def one(m, chosen, rejected, ref_chosen, ref_rejected, **settings):
@@ -64,10 +61,6 @@ def test_gradient_by_finite_differences(m):
     tensors = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tensors = [row.requires_grad_() for row in tensors]
     assert gradcheck(lambda *x: m.dpo_loss(*x, beta=0.7, label_smoothing=0.2)[0], tensors)
-
-
-def random_pairs(seed=0, rows=20):
-    return torch.randn(4, rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 5
 
 
 def test_against_numpy_torch_and_irft(m):
@@ -112,18 +105,6 @@ def test_ranks_are_asserted(m):
 
 
 # ------------------------------------------------------------------------------------------------------------------- the step
-
-PROMPT, CHOSEN, REJECTED = [2, 0, 1], [[2, EOS], [0, 1, EOS], [3, 3, 1]], [[EOS], [2, 2, 2], [1, EOS]]
-
-
-def log_prob(model, completion):
-    """log π of one completion, alone and unpadded."""
-    logits = model(torch.tensor([PROMPT + completion]))[0, len(PROMPT) - 1 : -1].log_softmax(-1)
-    return sum(logits[t, token] for t, token in enumerate(completion))
-
-
-def pairs_of(chosen, rejected, pad_id=EOS):
-    return Pairs(*(collate([PROMPT] * len(rows), rows, pad_id=pad_id) for rows in (chosen, rejected)))
 
 
 def test_step_sums_the_completions_tokens(m):
@@ -210,6 +191,13 @@ def test_smoothed_labels_shrink_the_law(m, smoothing):
     assert (ratio[0] - ratio[1]).item() == pytest.approx(math.log(believed / (1 - believed)) / beta, abs=1e-8)
 
 
+# --------------------------------------------------------------------------------------------------------------------- online
+
+
+def test_preferences_are_drawn_from_the_rewards(m):
+    check_preferences(m)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- main
 
 
@@ -254,19 +242,6 @@ def test_main_is_its_account(small, smoothing, micro_batch):
     for name, parameter in policy.named_parameters():
         assert (parameter - exported[name]).abs().max() < 1e-10
     assert max(float((exported[name] - first[name]).detach().abs().max()) for name in first) > 1e-3
-
-
-def test_held_out_pairs_are_those_never_trained_on(small):
-    """eval/loss and eval/accuracy from the last five of twenty pairs, in batches of 2, with ref where the run began."""
-    module, cfg = small("dpo", held_out=0.25, batch_size=2, beta=0.3)
-    folder = module.main(cfg)
-    logged = read_rows(folder / "metrics.jsonl")[-1]
-    policy, ref, tokenizer = load_pretrained(folder / "final"), load_pretrained(cfg.policy), load_tokenizer(cfg.policy)
-    rows = encode_pairs(tokenizer, read_preferences(cfg.pairs))
-    with torch.no_grad():
-        loss, stats = dpo.step(policy, ref, pair_batch(rows, range(15, 20), pad_id=tokenizer.pad_id, max_len=64), cfg)
-    assert logged["eval/loss"] == pytest.approx(loss.item(), abs=1e-10)
-    assert logged["eval/accuracy"] == pytest.approx(stats["rewards/accuracies"].item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -244,7 +244,7 @@ DEMO_KEYS = "prompt + completion, messages, chosen + rejected, question + answer
 def _demo(row, other_keys=""):
     if {"prompt", "completion"} <= row.keys():
         _check(row, "prompt", "completion")
-        if row.get("label") is False:
+        if row.get("label", True) in (False, 0):
             raise BadRow("'label' is false: an answer that somebody disliked is no demonstration (kto learns from both kinds)")
         return Demo(row["prompt"], _answer(row["completion"]))
     if "messages" in row:

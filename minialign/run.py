@@ -239,9 +239,15 @@ class Run:
     def _say_folder(self):
         print(f"folder: {self.folder}" + (f", resuming after step {self.first_step}" if self.resuming else ""), flush=True)
 
-    def check_context(self, policy, rows):
-        """Refuse at second 0 prompts that leave no room for max_new sampled tokens, rather than at the step that meets the longest."""
+    def check_context(self, policy, rows, max_len=math.inf):
+        """Refuse at second 0 prompts that leave no room for max_new sampled tokens, rather than at the step that meets the longest.
+
+        max_len: of the rows, if answers that a reward judged whole would be cut to it.
+        """
         longest, context = max(len(row[0]) for row in rows), policy.config.max_len
+        if longest + self.cfg.max_new > max_len:
+            raise BadInput(f"the longest prompt has {longest} tokens: with --max_new {self.cfg.max_new} it exceeds --max_len {max_len}, so "
+                           f"answers would be cut after the reward has seen them; set --max_len {longest + self.cfg.max_new}")
         if longest + self.cfg.max_new - (self.method not in READS_ALL) > context:
             shorter = f"set --max_prompt {context - self.cfg.max_new}, or a smaller --max_new" if context > self.cfg.max_new else "lower it"
             raise BadInput(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from minialign import __main__ as front_door
 from minialign.common import field_comments
+from minialign.methods import sft
 from tests.conftest import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -98,10 +100,20 @@ def test_a_reward_model_writes_nothing(small, capsys):
     assert code == 2 and "is a reward model" in err
 
 
+@pytest.fixture(scope="session")
+def builtin_base(tmp_path_factory):
+    """runs/builtin-base, trained as the first run of a stranger does it."""
+    folder = tmp_path_factory.mktemp("base") / "runs" / "builtin-base"
+    sft.main(sft.builtin_base_config(str(folder)))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_with_no_flags(method, tmp_path):
-    """On the built-in task, from the front door, in a fresh folder: base model, run, export."""
+def test_every_method_runs_with_no_flags(method, builtin_base, tmp_path):
+    """On the built-in task, from the front door, in a folder that has the base model: run, export. SFT trains the base model first."""
+    if method != "sft":
+        shutil.copytree(builtin_base, tmp_path / "runs" / "builtin-base")
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
     command = [sys.executable, "-m", "minialign", method]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

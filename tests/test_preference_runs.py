@@ -114,7 +114,6 @@ def test_online_is_its_account(online, method):
     assert logged == pytest.approx([sum(batch) / 10 for batch in rewards], abs=1e-6) and len(asked()) == 4
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="of a prompt twice in a batch the second pair overwrites the first")
 def test_a_prompt_twice_in_a_batch_has_two_pairs_of_its_own(online):
     """Ten prompts, batches of twenty: each prompt twice, four answers, two pairs."""
     module, cfg, asked = online("dpo", steps=2, schedule="constant", warmup=0.0, batch_size=20)

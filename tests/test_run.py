@@ -229,8 +229,8 @@ def test_the_last_token_of_a_row_is_read_by_rewards_only(small, method, demos_fi
 
 @pytest.mark.parametrize("method", ["irft", *LEARNING])
 def test_an_answer_may_fill_the_context(small, method, tmp_path):
-    """Prompts of 20 tokens (an EOS leads) with 108 new ones fill 128 positions: the longest that a reward model can read. One more is refused where a
-    reward model reads it, and fits where only the sampler writes it."""
+    """Prompts of 20 tokens (an EOS leads) with 108 new ones fill 128 positions: the longest that a reward model can read. One more is
+    refused where a reward model reads it, and fits where only the sampler writes it."""
     file = tmp_path / "even.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"ask for {thing}: ".rjust(19, "a"), "completion": "tea now!"}) + "\n"
                             for thing in ("tea", "milk", "bread", "salt") * 4))

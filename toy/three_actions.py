@@ -14,6 +14,7 @@ The defaults avoid beta = 1 and a uniform reference on purpose: a lost 1/beta or
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -401,40 +402,40 @@ def preference_checks(cfg):
     prefer = torch.tensor(closed_form.bradley_terry(reward))
     p, mu = prefer.numpy(), reference
 
-    def learned(loss_of, prefer=prefer, **settings):
+    def learned(loss_of, prefer=prefer):
         """The logits with the smallest expected loss. loss_of takes the four log-probs."""
-        return minimise(lambda z: expected_preference(lambda *logps: loss_of(*logps, **settings), z, ref, prefer, ref), start)
+        return minimise(lambda z: expected_preference(loss_of, z, ref, prefer, ref), start)
 
-    def rests(loss_of, **settings):
+    def rests(loss_of):
         """Where the expected update of pairs drawn from the policy itself comes to rest."""
 
         def expected(z):
-            return expected_preference(lambda *logps: loss_of(*logps, **settings), z, ref, prefer, z.detach().softmax(0))
+            return expected_preference(loss_of, z, ref, prefer, z.detach().softmax(0))
 
         return descend_to_rest(expected, start, 1 / max(pull, pull**2)).softmax(0).numpy()
 
     pull = max(beta, 0.7)  # a policy that has all but left two of the three draws no pairs to go on with, and takes for ever
     best = closed_form.tilt(reference, reward, beta)
-    yield Check("DPO", learned(dpo_loss, beta=beta).softmax(0).numpy(), best, 1e-8, "π* = ref·e^{r/β}, whoever wrote the pairs")
-    yield Check(f"DPO online, β = {pull:g}", rests(dpo_loss, beta=pull), closed_form.tilt(reference, reward, pull), 1e-8, "π* too")
+    yield Check("DPO", learned(partial(dpo_loss, beta=beta)).softmax(0).numpy(), best, 1e-8, "π* = ref·e^{r/β}, whoever wrote the pairs")
+    yield Check(f"DPO online, β = {pull:g}", rests(partial(dpo_loss, beta=pull)), closed_form.tilt(reference, reward, pull), 1e-8, "π* too")
     law = closed_form.ipo_law(reference, p, beta, mu)
-    yield Check("IPO", learned(ipo_loss, beta=beta).softmax(0).numpy(), law, 1e-8, "ref·e^{g/β}, g = E_μ p(y ≻ y')")
+    yield Check("IPO", learned(partial(ipo_loss, beta=beta)).softmax(0).numpy(), law, 1e-8, "ref·e^{g/β}, g = E_μ p(y ≻ y')")
     policy = rests(lambda *logps: (pull**2 * ipo_loss(*logps, beta=pull)[0],))
     yield Check(f"IPO online, β = {pull:g}", policy, closed_form.ipo_online_law(reference, p, pull), 1e-8, "the same with μ = π")
     for f, law, note in (
         ("savage", best, "π*"), ("exponential", closed_form.tilt(reference, reward, 2 * beta), "ref·e^{r/2β}: half the tilt"),
         ("squared", closed_form.ipo_law(reference, p, beta / 2, mu), "IPO at half the β"),
     ):
-        yield Check(f"GPO {f}", learned(gpo_loss, beta=beta, f=f).softmax(0).numpy(), law, 1e-8, note)
+        yield Check(f"GPO {f}", learned(partial(gpo_loss, beta=beta, f=f)).softmax(0).numpy(), law, 1e-8, note)
 
-    policy = learned(gpo_loss, beta=beta, f="truncated_quadratic").softmax(0).numpy()
+    policy = learned(partial(gpo_loss, beta=beta, f="truncated_quadratic")).softmax(0).numpy()
     slope = closed_form.pair_slope(lambda x: -2 * np.maximum(0, 1 - x), beta * np.log(policy / reference), p, mu)
     yield Check("GPO truncated quadratic: slope at rest", slope, np.zeros(3), 1e-8, "no closed form")
     corner = torch.tensor(closed_form.hinge_corner(reference, p, beta, mu))
     directions = [torch.stack([a.cos(), a.sin(), -a.cos() - a.sin()]) for a in torch.linspace(0, 2 * np.pi, 361, dtype=torch.float64)]
 
     def hinge(z):
-        return float(expected_preference(lambda *logps: gpo_loss(*logps, beta=beta, f="hinge"), z, ref, prefer, ref))
+        return float(expected_preference(partial(gpo_loss, beta=beta, f="hinge"), z, ref, prefer, ref))
 
     rise = min(hinge(corner.log() + 1e-4 * direction) for direction in directions) - hinge(corner.log())
     yield Check("GPO hinge: the loss rises all around a corner", [min(rise, 0)], [0], 1e-12, "a corner β·Δ = ±1, no closed form")
@@ -444,7 +445,7 @@ def preference_checks(cfg):
     for f in FUNCTIONS:
         _, slope, curvature = regularisation(f)
         if curvature:  # the hinge has none
-            policy = learned(gpo_loss, prefer=small, beta=beta, f=f)
+            policy = learned(partial(gpo_loss, beta=beta, f=f), prefer=small)
             tilts.append(beta * np.ptp((policy - start).numpy()) / np.ptp(1e-3 * reward))
             laws.append(1 / (2 * abs(curvature / slope)))
     yield Check("GPO, tilt per small reward, the five smooth f", tilts, laws, 1e-3, "1/(2·|f''(0)/f'(0)|): 1, ½, ½, ½, 1")

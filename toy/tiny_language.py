@@ -12,8 +12,8 @@ Two proofs for each method, with its own functions from minialign/methods:
                main (Adam, no clipping of gradients, one learning rate): KL(π‖law), summed over all completions
 
 The laws are toy/closed_form.py's. REINFORCE, RLOO, PPO, REBEL have π* ∝ ref·e^{r/β}; RFT and IRL, which see only demonstrations of π*,
-must find it too. GRPO, IFT, RFT by Bradley-Terry and most of the preference losses have other laws, and must end nearer to those than to π*. Where there is
-no law, training must end where the expected slope is small beside ref's.
+must find it too, and so must DPO. GRPO, IFT, RFT by Bradley-Terry and most of DPO's siblings have other laws, and must end nearer to those
+than to π*. Where there is no law in closed form, training must end where the expected slope is small beside what it is at ref.
 
     python -m toy.tiny_language                                        # a table with PASS or FAIL per row, a figure; exit 1 on a miss
     python -m toy.tiny_language --methods rloo grpo --seeds 5
@@ -442,16 +442,20 @@ def irl_losses(policy, reward_model, ref, language, cfg, seed):
 # From preferences: pairs that ref writes (online: the policy itself), labelled by Bradley-Terry on the reward.
 
 
-def preference_row(name, method, law_of, gate, *, settings=None, online=False, average=False, elsewhere=True):
-    """law_of(language, ref (C,), reward (C,), prefer (C, C), beta) -> (C,), or None. settings(beta) -> the fields of the method's Config.
-    average: the loss takes log-probs averaged over the tokens, and no ref."""
-    settings = settings or (lambda beta: {"beta": beta})
-    module = {"dpo": dpo, "ipo": ipo, "gpo": gpo, "simpo": simpo, "orpo": orpo, "slic": slic}[method]
-    loss = getattr(module, f"{method}_loss")
+def from_pairs(law_of):
+    """law_of(ref (C,), reward (C,), prefer (C, C), beta, lengths (C,)) -> (C,), as the law of a row."""
 
     def law(language, ref, beta):
-        rows = zip(ref, language.rewards.numpy(), strict=True)
-        return np.stack([law_of(language, p, r, closed_form.bradley_terry(r), beta) for p, r in rows])
+        rows, lengths = zip(ref, language.rewards.numpy(), strict=True), language.lengths.numpy()
+        return np.stack([law_of(p, r, closed_form.bradley_terry(r), beta, lengths) for p, r in rows])
+
+    return law
+
+
+def preference_row(name, method, law, gate, *, settings=lambda beta: {"beta": beta}, online=False, average=False):
+    """settings(beta) -> the fields of the method's Config. average: the loss takes log-probs averaged over the tokens, and no ref."""
+    module = {"dpo": dpo, "ipo": ipo, "gpo": gpo, "simpo": simpo, "orpo": orpo, "slic": slic}[method]
+    loss = getattr(module, f"{method}_loss")
 
     def expected(logps, ref_logps, rewards, law, language, beta):
         given, mu = settings(beta), law if online else ref_logps.sum(1).exp()
@@ -478,7 +482,7 @@ def preference_row(name, method, law_of, gate, *, settings=None, online=False, a
             pairs = pair_batch(rows, range(len(rows)), pad_id=language.eos_id, max_len=1 + language.max_new)
             yield module.step(policy, ref, pairs, given)[0]
 
-    return Row(name, method, law if law_of else None, expected, losses, gate, elsewhere=elsewhere and law_of is not None)
+    return Row(name, method, law, expected, losses, gate, elsewhere=law not in (tilted, None))
 
 
 def expected_kto(logps, ref_logps, rewards, law, language, beta):
@@ -511,43 +515,6 @@ def kto_losses(policy, value_model, ref, language, cfg, seed):
         desirable = torch.tensor([label for *_, label in rows])
         kl = kto.reference_point(policy, ref, rows, batch_of, len(rows))
         yield kto.step(policy, ref, batch_of(rows, range(len(rows))), desirable, kl, settings)[0]
-
-
-def preference_rows():
-    def best(language, ref, reward, prefer, beta):
-        return closed_form.tilt(ref, reward, beta)
-
-    def ipo_law(language, ref, reward, prefer, beta):
-        return closed_form.ipo_law(ref, prefer, beta, ref)
-
-    def half(f):
-        return lambda beta: {"beta": beta, "f": f}
-
-    return [
-        preference_row("DPO", "dpo", best, 0.03, elsewhere=False),
-        preference_row("DPO, online", "dpo", best, 0.08, online=True, elsewhere=False),
-        preference_row("IPO", "ipo", ipo_law, 0.006),
-        preference_row("IPO, online", "ipo", lambda language, ref, reward, prefer, beta: closed_form.ipo_online_law(ref, prefer, beta),
-                       0.006, online=True),
-        preference_row("GPO, savage", "gpo", best, 0.08, settings=half("savage"), elsewhere=False),
-        preference_row("GPO, exponential", "gpo", lambda language, ref, reward, prefer, beta: closed_form.tilt(ref, reward, 2 * beta), 0.03,
-                       settings=half("exponential")),
-        preference_row("GPO, squared", "gpo", lambda language, ref, reward, prefer, beta: closed_form.ipo_law(ref, prefer, beta / 2, ref),
-                       0.03, settings=half("squared")),
-        preference_row("SimPO, γ = 0", "simpo",
-                       lambda language, ref, reward, prefer, beta: closed_form.simpo_law(language.lengths.numpy(), reward, 4 * beta), 0.05,
-                       settings=lambda beta: {"scale": 4 * beta, "target_margin": 0.0}, average=True),
-        preference_row("ORPO, λ = 0", "orpo",
-                       lambda language, ref, reward, prefer, beta: closed_form.winners_law(ref, prefer, language.lengths.numpy()), 0.03,
-                       settings=lambda beta: {"weight": 0.0}, average=True),
-        preference_row("SLiC-HF, δ beyond every margin", "slic",
-                       lambda language, ref, reward, prefer, beta: closed_form.slic_law(ref, prefer, 60.0), 0.03,
-                       settings=lambda beta: {"delta": 100.0, "weight": 60.0}),
-        preference_row("GPO, truncated quadratic", "gpo", None, 0.25, settings=half("truncated_quadratic")),
-        preference_row("GPO, hinge", "gpo", None, 0.25, settings=half("hinge")),
-        preference_row("ORPO, λ = ¼", "orpo", None, 0.25, settings=lambda beta: {"weight": 0.25}, average=True),
-        Row("KTO", "kto", None, expected_kto, kto_losses, 0.25),
-    ]
 
 
 # By selection, from ref's own completions: best of 4, and ReST with one Grow step of half as many samples as the others see, threshold 0.
@@ -614,7 +581,26 @@ ROWS = [
     rft_row("linear", tilted, 0.1, 0.08),
     rft_row("bt", mixture, 0.06, 0.08),
     Row("IRL, accumulate, 3 rounds, β = 1", "irl", tilted, expected_irl, irl_losses, 0.1, reward_gate=0.08),
-    *preference_rows(),
+    preference_row("DPO", "dpo", tilted, 0.03),
+    preference_row("DPO, online", "dpo", tilted, 0.08, online=True),
+    preference_row("IPO", "ipo", from_pairs(lambda ref, r, prefer, beta, _: closed_form.ipo_law(ref, prefer, beta, ref)), 0.006),
+    preference_row("IPO, online", "ipo", from_pairs(lambda ref, r, prefer, beta, _: closed_form.ipo_online_law(ref, prefer, beta)), 0.006,
+                   online=True),
+    preference_row("GPO, savage", "gpo", tilted, 0.08, settings=lambda beta: {"beta": beta, "f": "savage"}),
+    preference_row("GPO, exponential", "gpo", from_pairs(lambda ref, r, prefer, beta, _: closed_form.tilt(ref, r, 2 * beta)), 0.03,
+                   settings=lambda beta: {"beta": beta, "f": "exponential"}),
+    preference_row("GPO, squared", "gpo", from_pairs(lambda ref, r, prefer, beta, _: closed_form.ipo_law(ref, prefer, beta / 2, ref)), 0.03,
+                   settings=lambda beta: {"beta": beta, "f": "squared"}),
+    preference_row("SimPO, γ = 0, scale 4β", "simpo", from_pairs(lambda ref, r, prefer, beta, n: closed_form.simpo_law(n, r, 4 * beta)),
+                   0.1, settings=lambda beta: {"scale": 4 * beta, "target_margin": 0.0}, average=True),
+    preference_row("ORPO, λ = 0", "orpo", from_pairs(lambda ref, r, prefer, beta, n: closed_form.winners_law(ref, prefer, n)), 0.03,
+                   settings=lambda beta: {"weight": 0.0}, average=True),
+    preference_row("SLiC-HF, δ beyond every margin", "slic", from_pairs(lambda ref, r, prefer, *_: closed_form.slic_law(ref, prefer, 60.0)),
+                   0.03, settings=lambda beta: {"delta": 100.0, "weight": 60.0}),
+    preference_row("GPO, truncated quadratic", "gpo", None, 0.25, settings=lambda beta: {"beta": beta, "f": "truncated_quadratic"}),
+    preference_row("GPO, hinge", "gpo", None, 0.25, settings=lambda beta: {"beta": beta, "f": "hinge"}),
+    preference_row("ORPO, λ = ¼", "orpo", None, 0.25, settings=lambda beta: {"weight": 0.25}, average=True),
+    Row("KTO", "kto", None, expected_kto, kto_losses, 0.25),
 ]
 
 

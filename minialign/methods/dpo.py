@@ -120,7 +120,7 @@ def main(cfg):
         reward_fn = run.open_reward()
         prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt=cfg.max_prompt)
         prompts, _ = split_scorable(prompts, cfg.held_out, cfg.max_len)  # row for row those of `rows`
-        run.check_context(policy, prompts)
+        run.check_context(policy, prompts, max_len=cfg.max_len)
 
     def batch_of(source, picked):
         return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
@@ -132,6 +132,7 @@ def main(cfg):
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        batch = [rows[i] for i in picked]
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
@@ -144,11 +145,10 @@ def main(cfg):
             if rewards is None:
                 continue
             stats.add({"reward": rewards.mean()})
-            for i, pair in zip(picked, preferences(prompts_ids, answers, rewards, seed), strict=True):
-                rows[i] = pair  # drawn anew before it is used again
-        for micro in split_micro(picked, cfg.micro_batch):
-            loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
-            share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+            batch = preferences(prompts_ids, answers, rewards, seed)
+        for micro in split_micro(range(len(batch)), cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(batch, micro), cfg)
+            share = len(micro) / len(batch)  # the loss is a mean over pairs: a micro-batch counts by its pairs
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=share)

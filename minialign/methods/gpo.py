@@ -18,7 +18,7 @@ Details  Log-probs are summed over the completion, not averaged. The hinge has a
          The exponential weighs a misordered pair by e^{margin}: a few wrong labels can rule it.
 Law      Preferences from Bradley-Terry on r. logistic, savage: π* ∝ ref·e^{r/β}. exponential: ref·e^{r/2β}, half the tilt. squared: IPO's,
          ref·e^{2g/β}. hinge and truncated_quadratic have no closed form. For small r all but the hinge: ref·e^{r/(2β·|f''(0)/f'(0)|)}.
-Checked  tests/methods/test_gpo.py (table, gradients, laws and stationarity by enumeration, trl), toy/tiny_language.py (trained).
+Checked  tests/methods/test_gpo.py (table, gradients, laws, stationarity), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign gpo --f exponential                                  # built-in task, laptop CPU
     python -m minialign gpo --f savage --pairs pairs.jsonl --policy runs/sft/final
@@ -135,12 +135,13 @@ def main(cfg):
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        batch = [rows[i] for i in picked]
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
-        for micro in split_micro(picked, cfg.micro_batch):
-            loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
-            share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+        for micro in split_micro(range(len(batch)), cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(batch, micro), cfg)
+            share = len(micro) / len(batch)  # the loss is a mean over pairs: a micro-batch counts by its pairs
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=share)

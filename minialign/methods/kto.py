@@ -1,19 +1,19 @@
 """Kahneman-Tversky optimisation (KTO): thumbs up or down, one answer at a time. Ethayarajh et al. 2024, arXiv:2402.01306, section 4.
 
     L(θ) = E_{(x, y)}[ λ_D·(1 − σ(β·(ρ − z₀))) if y is desirable, else λ_U·(1 − σ(β·(z₀ − ρ))) ],   ρ = log π_θ(y|x)/π_ref(y|x)
-    z₀   = max(0, mean over a batch of log π_θ(y'|x)/π_ref(y'|x)),   y' the answer to another prompt of the batch; a constant
+    z₀   = max(0, mean over a batch of log π_θ(y'|x)/π_ref(y'|x)),   y' the answer of the row before in the batch; a constant
 
 Symbols  desirable (B,) bool, log π → *_logps (B,), z₀ → kl, λ_D → desirable_weight, λ_U → undesirable_weight.
 Idea     People feel gains and losses against a reference point, and less and less the larger they are. Here the reward of an answer is its
          log-ratio, the reference point how far the policy has moved on average: an answer must rise above that to be a gain.
 Differs  from dpo.py: no pairs. An answer needs no rival to the same prompt, and one kind may be far more frequent than the other.
-Details  Log-probs are summed over the completion. z₀ takes the answers of the step's batch, moved on by one row: no sampling, but two more
-         forward passes. It carries no gradient and is the same for all micro-batches of a step.
+Details  Log-probs are summed over the completion. z₀ takes the answers of the step's batch, moved on by one row, so mostly answers to
+         other prompts: no sampling, but two more forward passes. It carries no gradient and is one for all micro-batches of a step.
          λ_D·n_D / (λ_U·n_U) should lie in [1, 4/3], says the paper; the run prints what it is.
-Law      None. With a(y) how often y is desirable times λ_D, b(y) undesirable times λ_U, the loss is const − Σ (a − b)·σ(β·(ρ − z₀)): what
-         is more often disliked is driven to probability 0, slower and slower, and the values of a and b hardly matter. Answers with a > b
-         share the rest so that (a − b)·σ'(β·(ρ − z₀))/π is the same for all of them.
-Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity by enumeration, trl).
+Law      None in closed form. With a(y) how often y is desirable times λ_D, b(y) undesirable times λ_U, the loss is
+         const − Σ (a − b)·σ(β·(ρ − z₀)). What is more often disliked is driven to probability 0, slower and slower, however little more.
+         What has a > b shares the rest so that (a − b)·σ'(β·(ρ − z₀))/π is the same for all of it: π ∝ a − b while β is small, without ref.
+Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity by enumeration), test_against_trl.py.
 
     python -m minialign kto                                                  # built-in task, laptop CPU
     python -m minialign kto --feedback feedback.jsonl --policy runs/sft/final
@@ -70,8 +70,8 @@ def kto_loss(logps, ref_logps, desirable, kl, *, beta, desirable_weight=1.0, und
     assert logps.dim() == 1 and logps.shape == ref_logps.shape == desirable.shape
     logratio = logps - ref_logps  # (B,)
     gain = torch.where(desirable, logratio - kl, kl - logratio)  # (B,) nats above the reference point, or below where that is good
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(logps)
-    loss = weight * (1 - torch.sigmoid(beta * gain))
+    lost = 1 - torch.sigmoid(beta * gain)
+    loss = torch.where(desirable, desirable_weight * lost, undesirable_weight * lost)
     stats = {}
     for kind, rows in (("chosen", desirable), ("rejected", ~desirable)):
         if rows.any():
@@ -164,7 +164,8 @@ def main(cfg):
 @torch.no_grad()
 def held_out_feedback(policy, ref, rows, batch_of, labels_of, cfg):
     """Loss and share of answers on the right side of the reference point (their own) over all held-out rows, as metrics."""
-    mean, kl = Mean(), reference_point(policy, ref, rows, batch_of, cfg.batch_size)
+    mixed = [rows[i] for i in batch_rows(len(rows), len(rows), 0, cfg.seed)]  # in a file the row before often has the same prompt
+    mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, cfg.batch_size)
     for start in range(0, len(rows), cfg.batch_size):
         picked = range(start, min(start + cfg.batch_size, len(rows)))
         loss, stats = step(policy, ref, batch_of(rows, picked), labels_of(rows, picked), kl, cfg)

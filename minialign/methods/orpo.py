@@ -11,7 +11,7 @@ Details  P(y|x) in the paper's odds is the average's e^ā, as its code has it: e
          prompt tokens into the likelihood unless told not to.
 Law      λ = 0, pairs drawn from μ, labelled with probability p(y ≻ y'): SFT on the winners, a short one counting more: π ∝ W(y)/|y|,
          W(y) = μ(y)·E_{y'~μ} p(y ≻ y'). With λ > 0 there is no closed form. Never π*: ref and β do not occur.
-Checked  tests/methods/test_orpo.py (worked numbers, gradient, stability, the limit and stationarity by enumeration, trl).
+Checked  tests/methods/test_orpo.py (worked numbers, gradient, stability, the limit and stationarity by enumeration), test_against_trl.py.
 
     python -m minialign orpo                                                 # built-in task, laptop CPU
     python -m minialign orpo --pairs pairs.jsonl --policy runs/base/final --weight 0.25
@@ -60,11 +60,9 @@ class Config:
 
 
 def log_odds(mean_logps):
-    """log(P / (1 − P)) of P = e^ā, ā (B,) ≤ 0, exact near both ends: 1 − e^ā is −expm1(ā) for ā near 0, where e^ā is near 1."""
+    """log(P / (1 − P)) of P = e^ā, ā (B,) ≤ 0. 1 − e^ā is −expm1(ā): exact for ā near 0 too, where e^ā is rounded to 1."""
     a = mean_logps.clamp(max=-1e-7)  # at 0 the odds are infinite
-    near_1 = a > -0.693  # each form is differentiated only where it is used: the other's slope may be infinite
-    log_rest = torch.where(near_1, torch.log(-torch.expm1(a.clamp(min=-0.7))), torch.log1p(-torch.exp(a.clamp(max=-0.6))))
-    return a - log_rest
+    return a - torch.log(-torch.expm1(a))
 
 
 def orpo_loss(chosen_logps, rejected_logps, *, weight):
@@ -108,12 +106,13 @@ def main(cfg):
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        batch = [rows[i] for i in picked]
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
-        for micro in split_micro(picked, cfg.micro_batch):
-            loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
-            share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+        for micro in split_micro(range(len(batch)), cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(batch, micro), cfg)
+            share = len(micro) / len(batch)  # the loss is a mean over pairs: a micro-batch counts by its pairs
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=share)

@@ -10,7 +10,7 @@ Details  Without a reference and without a likelihood nothing holds the policy b
          number of steps; a learning rate of 1e-5 ruins a large model. The paper's ratio γ/β is target_margin / scale.
 Law      Preferences from Bradley-Terry on r, γ = 0: π ∝ e^{|y|·(r − c)/scale}, c such that it sums to 1; where training began is
          forgotten. With γ > 0 there is no closed form.
-Checked  tests/methods/test_simpo.py (worked numbers, gradient, the law by enumeration, trl), toy/tiny_language.py (trained).
+Checked  tests/methods/test_simpo.py (worked numbers, gradient, the law by enumeration), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign simpo                                                # built-in task, laptop CPU
     python -m minialign simpo --pairs pairs.jsonl --policy runs/sft/final
@@ -100,12 +100,13 @@ def main(cfg):
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        batch = [rows[i] for i in picked]
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
-        for micro in split_micro(picked, cfg.micro_batch):
-            loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
-            share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+        for micro in split_micro(range(len(batch)), cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(batch, micro), cfg)
+            share = len(micro) / len(batch)  # the loss is a mean over pairs: a micro-batch counts by its pairs
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=share)

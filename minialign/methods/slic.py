@@ -11,7 +11,7 @@ Details  Log-probs are summed over the completion. y_ref is the chosen answer, a
          y_ref from the SFT data and ranks samples of the SFT policy, which is this file on pairs made in that way.
 Law      Pairs drawn from μ, labelled with probability p; W(y) and L(y): how often y wins and loses. While no pair has reached δ:
          π = W + (W − L)/λ, where that is positive. Once some have, there is no closed form. Never π*: ref and β do not occur.
-Checked  tests/methods/test_slic.py (worked numbers, gradient, the law and stationarity by enumeration), toy/tiny_language.py (trained).
+Checked  tests/methods/test_slic.py (worked numbers, gradient, law, stationarity), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign slic                                                 # built-in task, laptop CPU
     python -m minialign slic --pairs pairs.jsonl --policy runs/sft/final --delta 1 --weight 0.1
@@ -98,12 +98,13 @@ def main(cfg):
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        batch = [rows[i] for i in picked]
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
-        for micro in split_micro(picked, cfg.micro_batch):
-            loss, micro_stats = step(policy, ref, batch_of(rows, micro), cfg)
-            share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+        for micro in split_micro(range(len(batch)), cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(batch, micro), cfg)
+            share = len(micro) / len(batch)  # the loss is a mean over pairs: a micro-batch counts by its pairs
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=share)

@@ -83,3 +83,106 @@ def test_sft_flow():
         d += dt * 3 / (2 + np.exp(half))
     assert law.sft_flow(2.0) == pytest.approx(np.exp(d) / (2 + np.exp(d)), abs=1e-8)
     assert law.sft_flow(0.0) == pytest.approx(1 / 3)
+
+
+# ------------------------------------------------------------------------------------------------------- from preferences
+
+
+def pair_loss(scores, f, mu, prefer):
+    """Σ μ_a·μ_b·prefer[a, b]·f(s_a − s_b), in loops."""
+    return sum(mu[a] * mu[b] * prefer[a, b] * f(scores[a] - scores[b]) for a in range(len(mu)) for b in range(len(mu)))
+
+
+def random_pairs(seed, n=4):
+    rng = np.random.default_rng(seed)
+    return rng, rng.dirichlet(np.ones(n)), rng.dirichlet(np.ones(n)), rng.normal(size=n)
+
+
+def test_bradley_terry_and_winners_by_hand():
+    """r = (0, log 3): the second is preferred with probability 3/4. μ = (½, ½): of the four draws the second one wins ⅛ + ¼·¾·2 = ½ of
+    the ¼s: W = (3/8, 5/8), L the other way round."""
+    prefer = law.bradley_terry([0, np.log(3)])
+    assert prefer == pytest.approx(np.array([[0.5, 0.25], [0.75, 0.5]]))
+    won, lost = law.winners([0.5, 0.5], prefer)
+    assert won == pytest.approx([3 / 8, 5 / 8]) and lost == pytest.approx([5 / 8, 3 / 8])
+    assert law.bradley_terry([0, 1000.0])[0, 1] == 0 and law.bradley_terry([0, 1000.0])[1, 0] == 1  # no overflow
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_laws_of_preferences_are_minima(seed):
+    """No perturbed policy has a smaller expected loss: DPO, Savage, exponential, IPO, GPO's square, SimPO, ORPO without odds, SLiC."""
+    rng, mu, ref, reward = random_pairs(seed)
+    prefer, beta, lengths = law.bradley_terry(reward), 0.7, np.array([1, 2, 3, 2])
+    won, lost = law.winners(mu, prefer)
+    weight = 3 + 2 * max(0, ((lost - won) / won).max())
+
+    def log_ratio(f):
+        return lambda policy: pair_loss(beta * np.log(policy / ref), f, mu, prefer)
+
+    cases = [
+        (law.tilt(ref, reward, beta), log_ratio(lambda x: np.log1p(np.exp(-x)))),
+        (law.tilt(ref, reward, beta), log_ratio(lambda x: 1 / (1 + np.exp(x)) ** 2)),
+        (law.tilt(ref, reward, 2 * beta), log_ratio(lambda x: np.exp(-x))),
+        (law.ipo_law(ref, prefer, beta, mu), log_ratio(lambda x: (x / beta - 1 / (2 * beta)) ** 2)),
+        (law.ipo_law(ref, prefer, beta / 2, mu), log_ratio(lambda x: (x - 1) ** 2)),
+        (law.simpo_law(lengths, reward, beta), lambda p: pair_loss(beta * np.log(p) / lengths, lambda x: np.log1p(np.exp(-x)), mu, prefer)),
+        (law.winners_law(mu, prefer, lengths), lambda p: -(won * np.log(p) / lengths).sum()),
+        (law.slic_law(mu, prefer, weight),
+         lambda p: 2 * pair_loss(np.log(p), lambda x: np.maximum(0, 50 - x), mu, prefer) - weight * (won * np.log(p)).sum()),
+    ]
+    for policy, loss in cases:
+        assert policy.sum() == pytest.approx(1, abs=1e-12) and policy.min() > 0
+        best = loss(policy)
+        for _ in range(60):
+            assert loss(law.normalise(policy * np.exp(rng.normal(size=4) * rng.choice([0.01, 0.1])))) > best - 1e-13
+
+
+def test_ipo_needs_no_bradley_terry():
+    """Labels that never contradict each other, three completions in a row: g = (μ₁/2, μ₁ + μ₂/2, …), finite log-ratios; and the online law
+    is the fixed law of its own μ."""
+    prefer = np.array([[0.5, 0, 0], [1, 0.5, 0], [1, 1, 0.5]])
+    policy = law.ipo_law(REF, prefer, 0.5, UNIFORM)
+    assert np.log(policy[1:] / REF[1:]) - np.log(policy[:-1] / REF[:-1]) == pytest.approx([2 / 3, 2 / 3])
+    online = law.ipo_online_law(REF, prefer, 0.5)
+    assert law.ipo_law(REF, prefer, 0.5, online) == pytest.approx(online, abs=1e-14)
+    assert np.abs(online - law.ipo_law(REF, prefer, 0.5, REF)).max() > 1e-3
+
+
+def test_the_hinge_corner_is_the_best_of_a_grid():
+    for seed in range(3):
+        _, mu, ref, reward = random_pairs(seed, 3)
+        prefer, beta = law.bradley_terry(2 * reward), 0.7
+        best = beta * np.log(law.hinge_corner(ref, prefer, beta, mu) / ref)
+        smallest = pair_loss(best, lambda x: max(0, 1 - x), mu, prefer)
+        grid = np.linspace(-3, 3, 61)  # it holds every corner, up to rounding
+        others = min(pair_loss(np.array([0, a, b]), lambda x: max(0, 1 - x), mu, prefer) for a in grid for b in grid)
+        assert smallest == pytest.approx(others, abs=1e-12)
+
+
+def test_the_slopes_are_derivatives():
+    """pair_slope, orpo_slope, kto_slope against central differences of the losses in loops."""
+    _, mu, ref, reward = random_pairs(7)
+    prefer, beta, logits, step = law.bradley_terry(reward), 0.7, np.log(ref) + np.array([0.3, -0.2, 0.5, 0]), 1e-6
+    won, lost = law.winners(mu, prefer)
+
+    def difference(loss):
+        return np.array([(loss(logits + step * e) - loss(logits - step * e)) / (2 * step) for e in np.eye(4)])
+
+    def policy_of(z):
+        return law.normalise(np.exp(z))
+
+    def orpo(z):
+        p = policy_of(z)
+        odds = pair_loss(np.log(p / (1 - p)), lambda x: np.log1p(np.exp(-x)), mu, prefer)
+        return -(won * np.log(p)).sum() + 0.3 * 2 * odds
+
+    z0 = max(0.0, mu @ np.log(policy_of(logits) / ref))
+
+    def kto(z):
+        gain = 1 / (1 + np.exp(-beta * (np.log(policy_of(z) / ref) - z0)))
+        return (2 * won * (1 - gain) + lost * gain).sum()
+
+    quadratic = difference(lambda z: pair_loss(beta * z, lambda x: np.maximum(0, 1 - x) ** 2, mu, prefer))
+    assert beta * law.pair_slope(lambda x: -2 * np.maximum(0, 1 - x), beta * logits, prefer, mu) == pytest.approx(quadratic, abs=1e-8)
+    assert law.orpo_slope(policy_of(logits), prefer, mu, 0.3) == pytest.approx(difference(orpo), abs=1e-8)
+    assert law.kto_slope(policy_of(logits), ref, 2 * won, lost, beta, mu) == pytest.approx(difference(kto), abs=1e-8)

@@ -191,7 +191,9 @@ def test_three_failures_in_a_row_end_the_run_and_lose_nothing(online, method):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"reward": ["builtin"]}, "--reward builtin scores the built-in task, not .*: name a reward"),
     ({"reward": ["nonsense"]}, "--reward nonsense: expected builtin"), ({"reward_limit": 0.0}, "--reward_limit 0.0: must be above 0"),
-    ({"max_new": 120}, "exceeds the policy's context of 128"), ({"beta": 0.0}, "--beta 0.0: must be above 0"),
+    ({"max_new": 120}, "exceeds --max_len 64, so answers would be cut after the reward has seen them; set --max_len"),
+    ({"max_new": 120, "max_len": 128}, "exceeds"), ({"max_new": 60, "max_len": 80, "online": False}, "labels only what --online draws"),
+    ({"beta": 0.0}, "--beta 0.0: must be above 0"),
 ])
 def test_online_refusals_before_step_1(online, method, changes, message):
     module, cfg, asked = online(method, **changes)

@@ -29,8 +29,9 @@ SUMMED = "torch.where(batch.mask, numbers[:, 1:], 0)"
 EXCHANGED = [("(policy, pairs.chosen)", "(policy, pairs.other)"), ("(policy, pairs.rejected)", "(policy, pairs.chosen)"),
              ("(policy, pairs.other)", "(policy, pairs.rejected)")]
 REFS_EXCHANGED = [(old.replace("policy", "ref"), new.replace("policy", "ref")) for old, new in EXCHANGED]
+WEIGHED = "desirable_weight * lost, undesirable_weight * lost"
 SIGMA = "torch.sigmoid(rewards[::2] - rewards[1::2])"
-STABLE = "torch.where(near_1, torch.log(-torch.expm1(a.clamp(min=-0.7))), torch.log1p(-torch.exp(a.clamp(max=-0.6))))"
+STABLE = "torch.log(-torch.expm1(a))"
 BOUNDED = "config.reward_bound * torch.sigmoid(rewards) if config.reward_bound else rewards"
 
 # method, what is wrong, [(text in the file, what stands there instead)]
@@ -262,8 +263,8 @@ VARIANTS = [
     ("simpo", "rejected answer's gradient lost", [("scale * rejected_logps", "scale * rejected_logps.detach()")]),
     # ORPO
     ("orpo", "sums instead of averages", [("import mean_logps", "import seq_logps as mean_logps")]),
-    ("orpo", "log-probs instead of log odds", [("return a - log_rest", "return a")]),
-    ("orpo", "1 − P added", [("return a - log_rest", "return a + log_rest")]),
+    ("orpo", "log-probs instead of log odds", [("return a - torch.log(-torch.expm1(a))", "return a")]),
+    ("orpo", "1 − P added", [("return a - torch.log(-torch.expm1(a))", "return a + torch.log(-torch.expm1(a))")]),
     ("orpo", "sign of the likelihood", [("loss = -chosen_logps +", "loss = chosen_logps +")]),
     ("orpo", "likelihood of the rejected answer", [("loss = -chosen_logps +", "loss = -rejected_logps +")]),
     ("orpo", "likelihood lost", [("loss = -chosen_logps + weight", "loss = weight")]),
@@ -271,8 +272,6 @@ VARIANTS = [
     ("orpo", "odds ratio subtracted", [("+ weight * F.softplus(-margin)", "- weight * F.softplus(-margin)")]),
     ("orpo", "weight on both terms", [("-chosen_logps + weight * F.softplus(-margin)", "weight * (-chosen_logps + F.softplus(-margin))")]),
     ("orpo", "log(1 − e^a) by subtraction", [(STABLE, "torch.log(1 - torch.exp(a))")]),
-    ("orpo", "the two forms exchanged", [("a > -0.693", "a < -0.693"), ("a.clamp(min=-0.7)", "a"), ("a.clamp(max=-0.6)", "a")]),
-    ("orpo", "both forms differentiated everywhere", [("a.clamp(max=-0.6)", "a"), ("mean_logps.clamp(max=-1e-7)", "mean_logps")]),
     ("orpo", "no clamp at P = 1", [("mean_logps.clamp(max=-1e-7)", "mean_logps")]),
     ("orpo", "a clamp that bites", [("mean_logps.clamp(max=-1e-7)", "mean_logps.clamp(max=-1e-3)")]),
     ("orpo", "odds of the logistic", [("loss = -chosen_logps + weight * F.softplus(-margin)", "loss = -chosen_logps - weight * margin")]),
@@ -301,14 +300,13 @@ VARIANTS = [
     ("kto", "z₀ lost", [("logratio - kl, kl - logratio", "logratio, -logratio")]),
     ("kto", "z₀ for liked answers only", [("logratio - kl, kl - logratio", "logratio - kl, -logratio")]),
     ("kto", "labels exchanged", [("logratio - kl, kl - logratio", "kl - logratio, logratio - kl")]),
-    ("kto", "λ_D and λ_U exchanged", [("torch.where(desirable, desirable_weight, undesirable_weight)",
-                                       "torch.where(desirable, undesirable_weight, desirable_weight)")]),
+    ("kto", "λ_D and λ_U exchanged", [(WEIGHED, "undesirable_weight * lost, desirable_weight * lost")]),
     ("kto", "λ exchanged in step", [("desirable_weight=cfg.desirable_weight, undesirable_weight=cfg.undesirable_weight",
                                      "desirable_weight=cfg.undesirable_weight, undesirable_weight=cfg.desirable_weight")]),
     ("kto", "step forgets λ", [(", desirable_weight=cfg.desirable_weight, undesirable_weight=cfg.undesirable_weight", "")]),
-    ("kto", "weights lost", [("weight * (1 - torch.sigmoid", "(1 - torch.sigmoid")]),
+    ("kto", "weights lost", [(WEIGHED, "lost, lost")]),
     ("kto", "σ of the other sign", [("1 - torch.sigmoid(beta * gain)", "torch.sigmoid(beta * gain)")]),
-    ("kto", "log σ: no saturation", [("(1 - torch.sigmoid(beta * gain))", "-torch.sigmoid(beta * gain).log()")]),
+    ("kto", "log σ: no saturation", [("lost = 1 - torch.sigmoid(beta * gain)", "lost = -torch.sigmoid(beta * gain).log()")]),
     ("kto", "1/β instead of β", [("torch.sigmoid(beta * gain)", "torch.sigmoid(gain / beta)")]),
     ("kto", "β on the log-ratio only", [("gain = torch.where(desirable, logratio - kl, kl - logratio)",
                                          "gain = torch.where(desirable, beta * logratio - kl, kl - beta * logratio)"),

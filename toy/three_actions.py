@@ -106,11 +106,11 @@ def expected_preference(loss_of, logits, ref, prefer, mu):
     return (2 * mu[a] * mu[b] * prefer[a, b] * one(logps[a], logps[b], ref_logps[a], ref_logps[b])).sum()
 
 
-def expected_kto(logits, ref, desirable, undesirable, kl, *, beta, desirable_weight):
+def expected_kto(logits, *, ref, desirable, undesirable, kl, beta, weight):
     """Σ_y desirable(y)·kto_loss(y, good) + undesirable(y)·kto_loss(y, bad)."""
     logps, ref_logps = logits.log_softmax(0), ref.log()
     return sum(
-        share[y] * kto_loss(logps[[y]], ref_logps[[y]], torch.tensor([good]), kl, beta=beta, desirable_weight=desirable_weight)[0]
+        share[y] * kto_loss(logps[[y]], ref_logps[[y]], torch.tensor([good]), kl, beta=beta, desirable_weight=weight)[0]
         for share, good in ((desirable, True), (undesirable, False)) for y in range(len(logits))
     )
 
@@ -406,21 +406,22 @@ def preference_checks(cfg):
         """The logits with the smallest expected loss. loss_of takes the four log-probs."""
         return minimise(lambda z: expected_preference(loss_of, z, ref, prefer, ref), start)
 
-    def rests(loss_of):
-        """Where the expected update of pairs drawn from the policy itself comes to rest."""
+    def rests(loss_of, curvature):
+        """Where the expected update of pairs drawn from the policy itself comes to rest. curvature: the largest of loss_of in log π."""
 
         def expected(z):
             return expected_preference(loss_of, z, ref, prefer, z.detach().softmax(0))
 
-        return descend_to_rest(expected, start, 1 / max(pull, pull**2)).softmax(0).numpy()
+        return descend_to_rest(expected, start, 1 / curvature).softmax(0).numpy()
 
     pull = max(beta, 0.7)  # a policy that has all but left two of the three draws no pairs to go on with, and takes for ever
     best = closed_form.tilt(reference, reward, beta)
     yield Check("DPO", learned(partial(dpo_loss, beta=beta)).softmax(0).numpy(), best, 1e-8, "π* = ref·e^{r/β}, whoever wrote the pairs")
-    yield Check(f"DPO online, β = {pull:g}", rests(partial(dpo_loss, beta=pull)), closed_form.tilt(reference, reward, pull), 1e-8, "π* too")
+    policy = rests(partial(dpo_loss, beta=pull), pull**2 / 4)
+    yield Check(f"DPO online, β = {pull:g}", policy, closed_form.tilt(reference, reward, pull), 1e-8, "π* too")
     law = closed_form.ipo_law(reference, p, beta, mu)
     yield Check("IPO", learned(partial(ipo_loss, beta=beta)).softmax(0).numpy(), law, 1e-8, "ref·e^{g/β}, g = E_μ p(y ≻ y')")
-    policy = rests(lambda *logps: (pull**2 * ipo_loss(*logps, beta=pull)[0],))
+    policy = rests(partial(ipo_loss, beta=pull), 2)
     yield Check(f"IPO online, β = {pull:g}", policy, closed_form.ipo_online_law(reference, p, pull), 1e-8, "the same with μ = π")
     for f, law, note in (
         ("savage", best, "π*"), ("exponential", closed_form.tilt(reference, reward, 2 * beta), "ref·e^{r/2β}: half the tilt"),
@@ -465,12 +466,18 @@ def preference_checks(cfg):
 
     W, L = closed_form.winners(E, p)  # written by the expert: answers that ref would not have written put z₀ above 0
     desirable_weight = 0.5 + 2 * float((L / W).max())  # so large that nothing is driven out
-    good, bad, logits = torch.tensor(W) / 2, torch.tensor(L) / 2, start
-    for _ in range(100):  # the reference point is a constant of each step
-        kl = mismatched_kl(((good + bad) * logits.log_softmax(0)).sum()[None], ((good + bad) * ref.log()).sum()[None])
-        logits = minimise(lambda z, kl=kl: expected_kto(z, ref, good, bad, kl, beta=beta, desirable_weight=desirable_weight), logits)
-    slope = closed_form.kto_slope(logits.softmax(0).numpy(), reference, desirable_weight * W / 2, L / 2, beta, (W + L) / 2)
-    yield Check(f"KTO, λ_D = {desirable_weight:.2g}·λ_U: slope at rest", slope, np.zeros(3), 1e-8, "no closed form")
+    for own, name in ((beta / 10, f"KTO, β = {beta / 10:g}: slope at rest"), (1e-6, "KTO, β → 0")):
+        good, bad, logits = torch.tensor(W) / 2, torch.tensor(L) / 2, start
+        for _ in range(30):  # the reference point is a constant of each step
+            kl = mismatched_kl(((good + bad) * logits.log_softmax(0)).sum()[None], ((good + bad) * ref.log()).sum()[None])
+            loss_of = partial(expected_kto, ref=ref, desirable=good, undesirable=bad, kl=kl, beta=own, weight=desirable_weight)
+            logits = minimise(loss_of, logits)
+        policy = logits.softmax(0).numpy()
+        if own == 1e-6:
+            yield Check(name, policy, closed_form.normalise(desirable_weight * W - L), 1e-5, "λ_D·W − L: how often liked − how often not")
+        else:
+            slope = closed_form.kto_slope(policy, reference, desirable_weight * W / 2, L / 2, own, (W + L) / 2)
+            yield Check(name, slope, np.zeros(3), 1e-8, f"no closed form; z₀ = {float(kl):.3f}")
 
 
 def converged_rounds(expert, ref, beta, n_rounds, ref_update):
@@ -511,13 +518,16 @@ def draw(results, cfg):
     import matplotlib.pyplot as plt
 
     expert, ref = closed_form.normalise(cfg.expert), closed_form.normalise(cfg.ref)
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), constrained_layout=True)
+    figure, (first, names, *others) = plt.subplots(1, 4, figsize=(19, 5), width_ratios=[1, 0.75, 1, 1], constrained_layout=True)
+    axes = [first, *others]
     axes[0].plot([0, 1], [0, 1], color="0.8", zorder=0)
-    for index, check in enumerate(c for c in results if np.min(c.learned) >= 0 and np.max(c.learned) <= 1):
+    policies = [c for c in results if np.min(c.learned) >= 0 and np.allclose(np.atleast_2d(c.law).sum(1), 1)]
+    for index, check in enumerate(policies):
         marker = "os^vDP*X"[index % 8]
         axes[0].plot(np.ravel(check.law), np.ravel(check.learned), marker, ms=6, alpha=0.7, label=check.name.strip())
     axes[0].set(xlabel="closed form", ylabel="learned", title="Each method on its own law")
-    axes[0].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    names.axis("off")
+    names.legend(*axes[0].get_legend_handles_labels(), fontsize=6.5, loc="center", ncols=2, frameon=False)
 
     for beta, color in ((0.45, "C3"), (1.0, "C1"), (cfg.beta, "C0")):
         for update, style in ((True, "-"), (False, "--")):

@@ -11,7 +11,7 @@ from toy import three_actions
 def test_every_row_meets_its_law(tmp_path, capsys):
     assert three_actions.main(three_actions.Config(out=str(tmp_path / "figure.png")))
     out = capsys.readouterr().out
-    assert "FAIL" not in out and out.count("PASS") >= 17
+    assert "FAIL" not in out and out.count("PASS") >= 44
     assert (tmp_path / "figure.png").stat().st_size > 20_000
 
 
@@ -27,8 +27,9 @@ def test_other_settings(settings, tmp_path):
 
 def failures(monkeypatch, wrong, loss="irft_loss"):
     monkeypatch.setattr(three_actions, loss, wrong)
-    families = {"irft_loss": three_actions.irft_checks, "irl_loss": three_actions.irl_checks}
-    family = families.get(loss, three_actions.explicit_checks)
+    families = {"irft_loss": three_actions.irft_checks, "irl_loss": three_actions.irl_checks,
+                "reward_alignment_loss": three_actions.explicit_checks}
+    family = families.get(loss, three_actions.preference_checks)
     return (check.name for check in family(three_actions.Config(rounds=2)) if not check.passed)  # as they come
 
 
@@ -75,6 +76,21 @@ def test_wrong_reward_losses_miss_a_law(monkeypatch, loss, wrong, caught_by):
 
 def test_the_right_reward_losses_in_other_words_miss_none(monkeypatch):
     assert list(failures(monkeypatch, alignment, "reward_alignment_loss")) == []
+
+
+@pytest.mark.parametrize(("loss", "wrong", "caught_by"), [
+    ("dpo_loss", lambda w, l, rw, rl, *, beta: (F.softplus(-(w - l - rw + rl)).mean(), {}), "DPO"),  # β lost
+    ("dpo_loss", lambda w, l, rw, rl, *, beta: (F.softplus(-beta * (w - l)).mean(), {}), "DPO"),  # ref lost
+    ("ipo_loss", lambda w, l, rw, rl, *, beta: ((w - l - rw + rl - 1 / beta) ** 2, {}), "IPO"),  # the table's target
+    ("gpo_loss", lambda w, l, rw, rl, *, beta, f: (F.softplus(-beta * (w - l - rw + rl)).mean(), {}), "GPO exponential"),  # all f alike
+    ("simpo_loss", lambda w, l, *, scale, target_margin: (F.softplus(-(w - l)).mean(), {}), "SimPO"),  # the scale lost
+    ("orpo_loss", lambda w, l, *, weight: ((-w + weight * F.softplus(l - w)).mean(), {}), "ORPO, λ = ¼"),  # log-probs for odds
+    ("slic_loss", lambda w, l, t, *, delta, weight: ((F.relu(delta - w + l) - weight * l).mean(), {}), "SLiC"),  # NLL of the loser
+    ("kto_loss", lambda y, r, good, kl, *, beta, desirable_weight: (
+        (desirable_weight * good + ~good) * (1 - (beta * (y - r) * (2 * good.double() - 1)).sigmoid()).mean(), {}), "KTO"),  # z₀ lost
+])
+def test_wrong_preference_losses_miss_a_law(monkeypatch, loss, wrong, caught_by):
+    assert any(caught_by in name for name in failures(monkeypatch, wrong, loss))
 
 
 def test_rft_without_the_bound_misses(monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from minialign import run
 from minialign.common import BadInput
 from minialign.methods import rloo
-from tests.conftest import EACH_LOOP, LEARNING, METHODS
+from tests.conftest import EACH_LOOP, LEARNING, LOOPS, METHODS
 from tests.killing import result_of
 
 ROOT = Path(__file__).parent.parent
@@ -134,7 +134,7 @@ def check(outcomes, trials):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("method", "trials"), [
     ("sft", 12),
-    *[pytest.param(method, 20 if method in ("irft", "reward_model", "ppo") else 8, marks=pytest.mark.slow)
+    *[pytest.param(method, 20 if method in ("irft", "reward_model", "ppo") else 8 if method in LOOPS else 4, marks=pytest.mark.slow)
       for method in METHODS if method != "sft"],
     pytest.param("sft", 100, marks=pytest.mark.slow),
 ])

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 09 · DPO and friends: the policy is its own reward model
 #
-# **You will hold** the losses of eight methods that learn from preferences, one line each, proved equal to the project's; for each of them
-# the policy it ends at, computed beforehand wherever it has one; and an answer to the question that everybody asks about DPO: why do *both*
-# log-probabilities fall?
+# **You will hold** the losses of eight methods that learn from preferences, one line each, proved equal to the project's; for each of
+# them the policy it ends at, computed beforehand wherever it has one; and an answer to the question that everybody asks about DPO: why do
+# *both* log-probabilities fall?
 #
 # **Minutes:** 60 to read, about 40 seconds of CPU to run. **You need:** tutorial 05 (from a reward to a policy, and back), Bradley-Terry
 # from tutorial 06, and what a KL divergence is.
@@ -66,8 +66,8 @@ def assert_law(policy, law, atol=1e-8):
 # $$\pi^*(y) = \frac{\mathrm{ref}(y)\, e^{r(y)/\beta}}{Z}
 #   \quad\Longrightarrow\quad r(y) = \beta \rho(y) + \beta \log Z, \qquad \rho(y) = \log \frac{\pi^*(y)}{\mathrm{ref}(y)} .$$
 #
-# $\rho$ is the **log-ratio**. $Z$ belongs to the prompt; it is a sum over all completions, and nobody can compute it. Bradley-Terry looks at
-# differences of rewards. Put the one into the other:
+# $\rho$ is the **log-ratio**. $Z$ belongs to the prompt; it is a sum over all completions, and nobody can compute it. Bradley-Terry looks
+# at differences of rewards. Put the one into the other:
 #
 # $$P(y_w \text{ beats } y_l) = \sigma\big(r(y_w) - r(y_l)\big) = \sigma(\beta\Delta), \qquad \Delta = \rho(y_w) - \rho(y_l) .$$
 #
@@ -125,7 +125,8 @@ torch.testing.assert_close(mine, as_reward_model)
 
 # %% [markdown]
 # It is the reward model's loss, to the last digit, with another score. Everything that tutorial 06 says of Bradley-Terry is true here:
-# only differences count; labels that never contradict each other have no finite optimum; equal answers teach nothing. We will meet all three.
+# only differences count; labels that never contradict each other have no finite optimum; equal answers teach nothing. We will meet all
+# three.
 #
 # ### The gradient
 #
@@ -149,9 +150,9 @@ for margin in (-4.0, 0.0, 2.0, 6.0):
 # ### Where it lands
 #
 # Sums over all nine pairs replace sampling. `mu` is the law of whoever wrote the answers. A pair $(a, b)$ occurs with probability
-# $\mu_a \mu_b$; the judge, who follows $r$, then chooses $a$ with probability $\sigma(r_a - r_b)$. So the coin of each pair is the judge's own,
-# whatever $\mu$ is, and all coins agree on $\beta\rho = r + \mathrm{const}$. Hence DPO must land on $\pi^*$, *whoever wrote the
-# pairs*.
+# $\mu_a \mu_b$; the judge, who follows $r$, then chooses $a$ with probability $\sigma(r_a - r_b)$. So the coin of each pair is the
+# judge's own, whatever $\mu$ is, and all coins agree on $\beta\rho = r + \mathrm{const}$. Hence DPO must land on $\pi^*$, *whoever wrote
+# the pairs*.
 
 # %%
 LENGTHS = torch.tensor([1.0, 2.0, 4.0])  # tokens of the three completions: for the siblings that divide by them
@@ -288,8 +289,8 @@ for name, sibling in (("ipo_loss", ipo.ipo_loss), ("gpo_loss", gpo.gpo_loss), ("
 # ### IPO: a target
 #
 # The square pulls $\Delta$ to $\frac{1}{2\beta}$, from both sides. For a pair that is chosen with probability $p$ the two labels pull to
-# $+\frac{1}{2\beta}$ and $-\frac{1}{2\beta}$; the mean target is $\frac{2p - 1}{2\beta}$. DPO's is $\frac1\beta \log\frac{p}{1-p}$, which is
-# infinite at $p = 1$. Three such targets do not fit each other ($\Delta_{31} = \Delta_{32} + \Delta_{21}$, but the probabilities do
+# $+\frac{1}{2\beta}$ and $-\frac{1}{2\beta}$; the mean target is $\frac{2p - 1}{2\beta}$. DPO's is $\frac1\beta \log\frac{p}{1-p}$, which
+# is infinite at $p = 1$. Three such targets do not fit each other ($\Delta_{31} = \Delta_{32} + \Delta_{21}$, but the probabilities do
 # not add up), so IPO is a least-squares compromise, and *how often each pair occurs* counts:
 #
 # $$\pi \propto \mathrm{ref} \cdot e^{g/\beta}, \qquad g(y) = \mathbb{E}_{y' \sim \mu}\; P(y \text{ beats } y') .$$
@@ -306,15 +307,16 @@ for name, mu in writers.items():
 assert all((end - best).abs().max() > 0.2 for end in ends) and (ends[0] - ends[2]).abs().max() > 1e-3
 
 # %% [markdown]
-# So IPO's law depends on $\mu$, here only a little, and it is far from $\pi^*$: it maximises the probability of *being preferred*, which is at most 1,
-# not the reward behind it. And the same $\beta$ is not the same pull. For weak preferences $2p - 1 \approx \frac12 (r_w - r_l)$, so the
-# target is $\frac{1}{4\beta}(r_w - r_l)$: IPO at $\beta$ pulls like DPO at $4\beta$. Compare methods at equal KL, not at equal $\beta$.
+# So IPO's law depends on $\mu$, here only a little, and it is far from $\pi^*$: it maximises the probability of *being preferred*, which
+# is at most 1, not the reward behind it. And the same $\beta$ is not the same pull. For weak preferences
+# $2p - 1 \approx \frac12 (r_w - r_l)$, so the target is $\frac{1}{4\beta}(r_w - r_l)$: IPO at $\beta$ pulls like DPO at $4\beta$. Compare
+# methods at equal KL, not at equal $\beta$.
 #
 # ### GPO: what |f''(0)/f'(0)| means
 #
-# DPO's $\log(1 + e^{-x})$ is one way to punish a misordered pair. Tang et al. put six functions of $x = \beta\Delta$ beside each other. Expand
-# the loss at $\Delta = 0$: to first order a preference pushes with $f'(0)$, to second order $f''(0)$ pulls back to ref. Their balance, for a small
-# reward, is $\pi \propto \mathrm{ref} \cdot e^{t\, r/\beta}$ with
+# DPO's $\log(1 + e^{-x})$ is one way to punish a misordered pair. Tang et al. put six functions of $x = \beta\Delta$ beside each other.
+# Expand the loss at $\Delta = 0$: to first order a preference pushes with $f'(0)$, to second order $f''(0)$ pulls back to ref. Their
+# balance, for a small reward, is $\pi \propto \mathrm{ref} \cdot e^{t\, r/\beta}$ with
 #
 # $$t = \frac{1}{2\,|f''(0)/f'(0)|} .$$
 #
@@ -334,17 +336,21 @@ for f in MY_F:
     predicted = 1 / (2 * abs(curvature / slope))
     print(f"{f:20} {slope:7.2f}  {curvature:7.3f}   {abs(curvature / slope):8.2f}   {predicted:11.2f}   {measured:10.4f}")
     assert abs(measured - predicted) < 1e-3
+tilt = (land(lambda w, l, ref_w, ref_l, *_: my_ipo(w, l, ref_w, ref_l, BETA), prefer=small) / ref).log() * BETA
+measured = ((tilt[2] - tilt[0]) / (1e-3 * (r[2] - r[0]))).item()
+print(f"IPO itself, for comparison {'a quarter, as said above':>41}   {measured:10.4f}")
+assert abs(measured - 0.25) < 1e-3
 
 # %% [markdown]
-# The hinge has no curvature at 0. A pair that is chosen with $p > \frac12$, however little, goes all the way to $\beta\Delta = 1$; then it stops
-# dead. Its optimum is a corner of the loss. For large rewards there are laws, too: Savage lands on $\pi^*$, the exponential at half the tilt, the
-# square at IPO's law with half the $\beta$. They are in the table of the last section.
+# The hinge has no curvature at 0. A pair that is chosen with $p > \frac12$, however little, goes all the way to $\beta\Delta = 1$; then
+# it stops dead. Its optimum is a corner of the loss. For large rewards there are laws, too: Savage lands on $\pi^*$, the exponential at
+# half the tilt, the square at IPO's law with half the $\beta$. They are in the table of the last section.
 #
 # ### SLiC-HF, SimPO, ORPO: without a reference
 #
-# No ref in the loss means: it may start anywhere, and it forgets where it started. Their laws contain no $\mathrm{ref}$, except as the writer
-# of the pairs. From here on lengths count; our completions have 1, 2 and 4 tokens. Let $W(y)$ and $L(y)$ be the shares with which $y$
-# is the chosen and the rejected answer.
+# No ref in the loss means: it may start anywhere, and it forgets where it started. Their laws contain no $\mathrm{ref}$, except as the
+# writer of the pairs. From here on lengths count; our completions have 1, 2 and 4 tokens. Let $W(y)$ and $L(y)$ be the shares with which
+# $y$ is the chosen and the rejected answer.
 #
 # $$\begin{array}{lll}
 # \text{SLiC-HF} & \pi = W + (W - L)/\lambda & \text{while no pair has reached its margin } \delta \\
@@ -367,8 +373,8 @@ for name, (end, law) in laws.items():
     assert_law(end, law)
 
 # %% [markdown]
-# The lengths show. SimPO multiplies the reward by the length: with an average as the score, a long answer must be *much* less likely to look
-# a little worse. So it amplifies what long answers win or lose by. ORPO divides by the length: a short chosen answer gets a larger
+# The lengths show. SimPO multiplies the reward by the length: with an average as the score, a long answer must be *much* less likely to
+# look a little worse. So it amplifies what long answers win or lose by. ORPO divides by the length: a short chosen answer gets a larger
 # pull per answer.
 #
 # What does SimPO's $\gamma$ do? A pair is asked to be in order by a margin. Raise it:
@@ -383,26 +389,27 @@ for gamma in (0.0, 0.5, 1.0, 1.5, 2.0):  # each from the end of the one before: 
 assert abs(spread[0] - (r[2] - r[0]).item()) < 1e-8 and spread == sorted(spread)
 
 # %% [markdown]
-# At $\gamma = 0$ the margins are the judge's, as in DPO. With $\gamma$ they exceed them, more and more like a hinge: a preference of 80 % is trained as if
-# it were a nearly certain one. (Exercise 3 computes a single pair.) We come back to what it is good for.
+# At $\gamma = 0$ the margins are the judge's, as in DPO. With $\gamma$ they exceed them, more and more like a hinge: a preference of 80 %
+# is trained as if it were a nearly certain one. (Exercise 3 computes a single pair.) We come back to what it is good for.
 #
 # ORPO and SLiC-HF with the weights that are in use ($\lambda = 0.1$ of the one term, $0.1$ of the other) have no closed form.
 #
 # ### KTO: thumbs
 #
-# KTO needs no rivals: an answer has a thumb up or down. Its $z_0$ is a *reference point*: an answer counts as a gain if its log-ratio lies
-# above. It is estimated from answers to other prompts of the batch: the mean of their log-ratio, clipped at 0, no gradient.
+# KTO needs no rivals: an answer has a thumb up or down. Its $z_0$ is a *reference point*: an answer counts as a gain if its log-ratio
+# lies above. It is estimated from answers to other prompts of the batch: the mean of their log-ratio, clipped at 0, no gradient.
 #
-# Two facts. First, if ref wrote those answers, then the mean is $\mathbb{E}_\mathrm{ref} \log\frac{\pi}{\mathrm{ref}} = -\mathrm{KL}(\mathrm{ref}\|\pi)$, which is never positive.
-# On one prompt $z_0$ is then exactly 0, whatever the policy does.
+# Two facts. First, if ref wrote those answers, then the mean is $-\mathrm{KL}(\mathrm{ref}\|\pi)$, which is never positive. With one
+# prompt and many answers $z_0$ is then 0, whatever the policy does.
 #
 # Second, where it goes. The loss is bounded, and saturates in both directions. So it does not fit frequencies, it collects *majorities*:
 # what is more often down than up is driven out, slower and slower, never to a rest.
 
 # %%
 z0 = (ref * (best / ref).log()).sum()
-print(f"mean log-ratio of ref's answers at π*: {z0:.4f} = −KL(ref ‖ π*); so z0 = {kto.mismatched_kl(best[None, 2].log() * 0 + z0, torch.zeros(1)):.0f}")
 torch.testing.assert_close(z0.item(), -closed_form.kl(ref.numpy(), best.numpy()))
+clipped = kto.mismatched_kl(z0[None], torch.zeros(1))
+print(f"mean log-ratio of ref's answers at π*: {z0:.4f} = −KL(ref ‖ π*); so z0 = {clipped:.0f}")
 
 
 def expected_kto(logits):
@@ -435,9 +442,10 @@ assert abs(lost - math.log(10) / BETA) < 0.1 and (kto_ends[20_000] - kto_ends[20
 # Now the premise that is never true. A real data set has *one* pair per prompt with *one* label. On the training set every preference is
 # certain: $p = 1$. What do the methods do then?
 #
-# Take our three completions and one pair, over and over: $y_3$ chosen, $y_1$ rejected, never the other way round; nobody ever shows $y_2$. In the
-# logits DPO's bracket is $+1$ for $y_3$ and $-1$ for $y_1$, nothing else (the softmax's own part cancels). So $\Delta$ grows by
-# $2\eta\beta\,\sigma(-\beta\Delta)$ at each step of size $\eta$. In the limit of small steps, with $u = \beta\Delta$ and after $t$ steps,
+# Take our three completions and one pair, over and over: $y_3$ chosen, $y_1$ rejected, never the other way round; nobody ever shows
+# $y_2$. In the logits DPO's bracket is $+1$ for $y_3$ and $-1$ for $y_1$, nothing else (the softmax's own part cancels). So $\Delta$
+# grows by $2\eta\beta\,\sigma(-\beta\Delta)$ at each step of size $\eta$. In the limit of small steps, with $u = \beta\Delta$ and after
+# $t$ steps,
 #
 # $$u + e^u = 1 + 2 \eta \beta^2 t \qquad\Longrightarrow\qquad
 #   \Delta \approx \frac{1}{\beta} \log(2 \eta \beta^2 t) :$$
@@ -482,7 +490,8 @@ torch.testing.assert_close(descend_for_real(lambda *logps: my_dpo(*logps, BETA, 
 
 print("steps        " + "".join(f"{10**k:>12}" for k in range(6)))
 for beta, path in dpo_paths.items():
-    print(f"DPO, β = {beta:3.1f}  " + "".join(f"{path[10**k]:12.3f}" for k in range(6)) + f"   a factor 10 adds {path[-1] - path[10**4]:.3f}")
+    print(f"DPO, β = {beta:3.1f}  " + "".join(f"{path[10**k]:12.3f}" for k in range(6))
+          + f"   the last factor 10 adds {path[-1] - path[10**4]:.3f}")
     u = beta * path[-1]
     torch.testing.assert_close(u + u.exp(), torch.tensor(1 + 2 * 0.1 * beta**2 * 100_000), rtol=2e-3, atol=0)  # the flow
     assert abs(path[-1] - path[10**4] - math.log(10) / beta) < 0.02 / beta  # log 10 / β
@@ -497,11 +506,12 @@ print("rejected answer y1 after 100 000 steps:", "   ".join(
 assert all(policies_of(path[-1])[0] < 1e-3 for path in dpo_paths.values()) and policies_of(ipo_path[-1])[0] > 0.3
 
 # %% [markdown]
-# **IPO** stops at its target. **cDPO** stops, too: it pretends that a share $\varepsilon$ of the labels is wrong, so no pair is certain, and the
-# optimum is $\beta\Delta = \log\frac{1-\varepsilon}{\varepsilon}$. DPO ends where somebody stops it, and the smaller $\beta$, the *further* it has
-# got: $\beta$ is a pull to ref only for labels that contradict each other in the right proportion.
+# **IPO** stops at its target. **cDPO** stops, too: it pretends that a share $\varepsilon$ of the labels is wrong, so no pair is certain,
+# and the optimum is $\beta\Delta = \log\frac{1-\varepsilon}{\varepsilon}$. DPO ends where somebody stops it, and the smaller $\beta$, the
+# *further* it has got: $\beta$ is a pull to ref only for labels that contradict each other in the right proportion.
 #
-# The same for all three pairs at once, certain by the order $y_3 > y_2 > y_1$. IPO's law takes a matrix of zeros and ones without complaint.
+# The same for all three pairs at once, certain by the order $y_3 > y_2 > y_1$. IPO's law takes a matrix of zeros and ones without
+# complaint.
 
 # %%
 certain = (r[:, None] > r).double() + 0.5 * torch.eye(3)
@@ -545,17 +555,21 @@ plt.close(figure)
 print("figure:", figure_path)
 
 # %% [markdown]
-# A straight line over a logarithmic axis: DPO grows like the logarithm of the steps, with slope $1/\beta$. Early on the *largest* $\beta$ is
-# ahead (its gradient is larger), in the long run the smallest.
+# A straight line over a logarithmic axis: DPO grows like the logarithm of the steps, with slope $1/\beta$. Early on the *largest* $\beta$
+# is ahead (its gradient is larger), in the long run the smallest.
 #
 # ## Why do both log-probabilities fall?
 #
-# The most frequent question about DPO. One looks at the log, and `logps/chosen` sinks, although it is the *chosen* answer. Is the
-# sign wrong? No. The loss sees $\Delta$ only; what becomes of the two single numbers is decided by three other things.
+# The most frequent question about DPO. One looks at the log, and `logps/chosen` sinks, although it is the *chosen* answer. Is the sign
+# wrong? No. The loss sees $\Delta$ only; what becomes of the two single numbers is decided by three other things.
 #
-# **1. The softmax.** First what is *not* the reason. For one pair and a table of logits a small step $s$ changes the log-probabilities by
+# **1. The softmax.** First what is *not* the reason. For one pair and a table of logits a small step $s$ adds
 #
-# $$d\log\pi(y_w) = s\,(1 - \pi_w + \pi_l), \qquad d\log\pi(y_l) = -s\,(1 + \pi_w - \pi_l), \qquad d\log\pi(\text{other}) = s\,(\pi_l - \pi_w) .$$
+# $$\begin{array}{ll}
+# \log\pi(y_w) & +s\,(1 - \pi_w + \pi_l) \\
+# \log\pi(y_l) & -s\,(1 + \pi_w - \pi_l) \\
+# \log\pi(\text{all others}) & +s\,(\pi_l - \pi_w)
+# \end{array}$$
 #
 # The first is never negative. A pair *alone*, in a table, never lowers its own chosen answer. But look at the third: all other answers
 # move as well, because everything must sum to 1.
@@ -568,14 +582,15 @@ for name, at in (("at ref", ref), ("at π*", best)):
     torch.testing.assert_close(step / 1e-6, predicted, atol=1e-5, rtol=0)
 
 # %% [markdown]
-# Early on the rejected answer is likely, its mass goes to *everybody*, to $y_2$ too, which nobody judged. Later the chosen one takes
-# from everybody. So an answer that won one pair loses by all the pairs in which better answers win. At the law itself,
+# Early on the rejected answer is likely, its mass goes to *everybody*, to $y_2$ too, which nobody judged. Later the chosen one takes from
+# everybody. So an answer that won one pair loses by all the pairs in which better answers win. At the law itself,
 #
-# $$\rho(y) = \frac{r(y)}{\beta} - \log Z \qquad\text{so}\qquad \log\pi^*(y) < \log\mathrm{ref}(y) \iff r(y) < \beta \log Z = \beta \log \mathbb{E}_\mathrm{ref}\, e^{r/\beta} .$$
+# $$\log\frac{\pi^*(y)}{\mathrm{ref}(y)} = \frac{r(y)}{\beta} - \log Z \;<\; 0
+#   \quad\iff\quad r(y) < \beta \log Z = \beta \log \mathbb{E}_\mathrm{ref}\, e^{r/\beta} .$$
 #
-# The line on the right is a soft maximum: near the mean of $r$ for a large $\beta$, near the *best* reward for a small one. Chosen answers below it
-# fall. PPO, which has the same $\pi^*$, lowers them just as much; it only has no log column that shows it. Count them, in a language
-# of 341 completions a prompt (tutorial 06's, one token longer; the judges care twice as much):
+# The line on the right is a soft maximum: near the mean of $r$ for a large $\beta$, near the *best* reward for a small one. Chosen
+# answers below it fall. PPO, which has the same $\pi^*$, lowers them just as much; it only has no log column that shows it. Count them,
+# in a language of 341 completions a prompt (tutorial 06's, one token longer; the judges care twice as much):
 
 # %%
 language = Language(n_content=4, max_new=4, n_prompts=2)
@@ -604,8 +619,8 @@ assert falls == sorted(falls) and falls[-1] > 0.9 and of_chosen < 0
 
 # %% [markdown]
 # **2. SFT came first.** The usual recipe fits ref to the chosen answers, then runs DPO on the same pairs. But the mean of
-# $\log\pi(\text{chosen})$ is highest where SFT puts it (tutorial 04). From a maximum every way leads down. DPO must lower the chosen answers
-# on average, or not move.
+# $\log\pi(\text{chosen})$ is highest where SFT puts it (tutorial 04). From a maximum every way leads down. DPO must lower the chosen
+# answers on average, or not move.
 
 # %%
 sft_ref = W  # what SFT on the winners converges to
@@ -631,18 +646,21 @@ while len(pairs) < 100:
 N, CHOSEN, REJECTED = torch.tensor(pairs).T  # watch: N, CHOSEN, REJECTED (100,)
 in_data = torch.zeros(2, C, dtype=torch.bool)
 in_data[N, CHOSEN] = in_data[N, REJECTED] = True
-print(f"{in_data.sum()} of {2 * C} completions occur; ref's mass on the others: {(ref_law * ~in_data).sum(1).mean():.3f}")
+contradicted = sum((n, l, w) in pairs for n, w, l in pairs)
+print(f"{in_data.sum()} of {2 * C} completions occur; ref's mass on the others: {(ref_law * ~in_data).sum(1).mean():.3f}; "
+      f"pairs that also occur the other way round: {contradicted}")
+assert contradicted < 10
 
 # %% [markdown]
 # Three policies, all of which begin exactly at ref: the GPT; a table with one logit for each prefix and token; a table with one logit for
-# each whole answer. The same loss on the same pairs, and we look when the mean $\Delta$ reaches 5, and 20. The two log-probabilities
-# must be $\Delta$ apart then, but where?
+# each whole answer. The same loss on the same pairs, and we look when the mean $\Delta$ reaches 5, and 20. The two log-probabilities must
+# be $\Delta$ apart then, but where?
 
 
 # %%
-def until(logps_of, parameters, lr, beta=0.1, marks=(5, 20)):
-    """Adam on DPO over all pairs. At each mark of the mean Δ: (change of log π(chosen), of log π(rejected), mass in no pair)."""
-    optimizer, found = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99)), []
+def until(marks, logps_of, optimizer, beta=0.1):
+    """DPO on all pairs at every step. When the mean Δ reaches each mark: (change of log π(chosen), of log π(rejected), mass in no pair)."""
+    found = []
     while len(found) < len(marks):
         logps = logps_of()  # watch: logps (2, C)
         w, l = logps[N, CHOSEN], logps[N, REJECTED]
@@ -656,27 +674,40 @@ def until(logps_of, parameters, lr, beta=0.1, marks=(5, 20)):
     return found
 
 
-gpt, tables, answers = copy.deepcopy(start), [TabularPolicy(language, law) for law in ref_law], ref_logps.clone().requires_grad_()
-reached = {
-    "GPT": until(lambda: language.token_logps(gpt).sum(-1), gpt.parameters(), 1e-3),
-    "table of tokens": until(lambda: torch.stack([t.token_logps().sum(-1) for t in tables]), [t.logits for t in tables], 5e-2),
-    "table of answers": until(lambda: answers.log_softmax(1), [answers], 5e-2),
-}
-print(f"{'':18}Δ    change of log π(chosen)   of log π(rejected)   mass in no pair")
-for name, found in reached.items():
-    for mark, (of_chosen, of_rejected, elsewhere) in zip((5, 20), found, strict=True):
-        print(f"{name:17}{mark:2}{of_chosen:24.2f}{of_rejected:23.2f}{elsewhere:18.3f}")
-assert reached["GPT"][0][0] < -2 and all(reached[name][0][0] > -1 for name in reached if name != "GPT")
-assert all(found[1][0] < -5 for found in reached.values())
-assert reached["GPT"][0][2] > 2 * max(reached[name][0][2] for name in reached if name != "GPT")
+def three_policies():
+    """{name: (its log-probs (2, C), its parameters)}, all at ref."""
+    gpt, tables, answers = copy.deepcopy(start), [TabularPolicy(language, law) for law in ref_law], ref_logps.clone().requires_grad_()
+    return {
+        "GPT": (lambda: language.token_logps(gpt).sum(-1), list(gpt.parameters())),
+        "table of tokens": (lambda: torch.stack([table.token_logps().sum(-1) for table in tables]), [table.logits for table in tables]),
+        "table of answers": (lambda: answers.log_softmax(1), [answers]),
+    }
+
+
+reached = {}
+print(f"{'':31}{'Δ':>3}   change of log π(chosen)   of log π(rejected)   mass in no pair")
+for name, (logps_of, parameters) in three_policies().items():
+    optimizer = torch.optim.Adam(parameters, lr=1e-3 if name == "GPT" else 5e-2, betas=(0.9, 0.99))
+    reached[name, "Adam"] = until((5, 20), logps_of, optimizer)
+for name, (logps_of, parameters) in three_policies().items():
+    reached[name, "plain descent"] = until((5,), logps_of, torch.optim.SGD(parameters, lr=0.3 if name == "GPT" else 100.0))
+for (name, by), found in reached.items():
+    for mark, (of_chosen, of_rejected, elsewhere) in zip((5, 20), found, strict=False):
+        print(f"{name + ', ' + by:31}{mark:3}{of_chosen:26.2f}{of_rejected:21.2f}{elsewhere:18.3f}")
+for by in ("Adam", "plain descent"):
+    of_chosen, _, elsewhere = zip(*(reached[name, by][0] for name in ("GPT", "table of tokens", "table of answers")), strict=True)
+    assert of_chosen[0] < of_chosen[1] - 0.5 < of_chosen[2] and elsewhere[0] > elsewhere[1] > elsewhere[2]
+assert all(reached[name, "Adam"][1][0] < -5 for name, _ in reached)
 
 # %% [markdown]
-# At $\Delta = 5$ the tables have lowered the rejected answers and left the chosen ones where they were. The GPT has lowered both, and a third of its
-# mass is on answers that occur in no pair. At $\Delta = 20$ all three have lowered both.
+# At $\Delta = 20$ all have lowered both. So the late fall needs no network. It is number 1, on labels that hardly ever contradict each
+# other: the answers of a prompt are put into an order, and the top of it takes everything.
 #
-# So the late fall needs no network: it is number 1, with labels that never contradict each other. All answers of a prompt are put into an order, and the top
-# of it takes everything. The early fall is the network's. To push one answer down it changes tokens and prefixes that others
-# share, and the mass lands where the pairs say nothing.
+# At $\Delta = 5$ it depends on what is shared. The table of answers shares nothing and has hardly lowered the chosen ones; the table of
+# tokens shares prefixes; the GPT shares everything and has lowered both most. (Adam's steps, which are of one size for all logits, make
+# the gap wider than plain descent does.) It cannot raise sixty answers one by one. It looks for tokens and prefixes that tell most
+# winners from most losers, and the mass goes to whatever completions have them, whether anybody judged those or not: more than a third of
+# it lies outside the data still, where the table of answers has emptied the place.
 #
 # One often hears that *within* a pair the rejected answer drags the chosen one down, because the two share tokens. A first step on one
 # pair changes $\log\pi(y_w)$ by $|\nabla_w|^2 - \nabla_w\!\cdot\nabla_l$. That may be negative. Here it never is:
@@ -692,13 +723,14 @@ print(f"pairs whose own first step lowers their chosen answer: {sum(change < 0 f
 assert min(own) > 0
 
 # %% [markdown]
-# It is the other 99 pairs that lower it. (In large models with very similar answers it has been observed within a pair. Not in this language.)
+# It is the other 99 pairs that lower it. (Papers report it within a pair, for large models and answers that are nearly alike. Not in this
+# language.)
 #
 # ## One data set, seven runs
 #
-# Now train the GPT on those 100 pairs, all of them at every step, with the project's own `step` functions and their defaults ($\beta = 0.1$ for DPO, IPO, KTO;
-# SLiC-HF $\delta = 1$, $\lambda = 0.1$; SimPO $s = 2$, with $\gamma = 0$ and with its $\gamma = 1$; ORPO $\lambda = 0.1$). KTO gets the same answers as thumbs. Every probability of every completion is
-# known at every step.
+# Now train the GPT on those 100 pairs, all of them at every step, with the project's own `step` functions and their defaults
+# ($\beta = 0.1$ for DPO, IPO, KTO; SLiC-HF $\delta = 1$, $\lambda = 0.1$; SimPO $s = 2$, with $\gamma = 0$ and with its $\gamma = 1$;
+# ORPO $\lambda = 0.1$). KTO gets the same answers as thumbs. Every probability of every completion is known at every step.
 
 # %%
 rows = [(language.prompts[n], list(language.completions[a]), list(language.completions[b])) for n, a, b in pairs]
@@ -761,16 +793,16 @@ for ax, name in zip(axes.flat, RUNS, strict=False):
     ax.plot(rejected[name], color=RED, linewidth=2)
     ax.axhline(chosen["before"][0], color=DARK, linewidth=0.8, linestyle=(0, (4, 3)))
     ax.set_title(name, color=DARK, loc="left", fontsize=12)
-    ax.set_ylim(-50, 0)
-axes[0, 0].text(195, chosen["DPO"][-1] + 3, "chosen", color=BLUE, ha="right", weight="bold")
-axes[0, 0].text(120, rejected["DPO"][120] - 7, "rejected", color=RED, ha="right", weight="bold")
-axes[0, 0].text(195, chosen["before"][0] + 0.8, "both, before", color=DARK, ha="right", fontsize=9)
-last = axes[1, 3]
-heights = {"DPO": 24, "KTO": 20, "SimPO, γ = 1": 15.2, "SimPO, γ = 0": 11.2, "ORPO": 8, "IPO": 5, "SLiC-HF": 2}
-colors = dict(zip(RUNS, (RED, BLUE, GREEN, ORANGE, GREY, GREY, DARK), strict=True))
-for name in RUNS:
+    ax.set_ylim(-42, 0)
+axes[0, 0].text(60, chosen["DPO"][60] + 2.5, "chosen", color=BLUE, weight="bold")
+axes[0, 0].text(75, rejected["DPO"][75] - 9, "rejected", color=RED, ha="right", weight="bold")
+axes[0, 0].text(195, chosen["before"][0] + 0.8, "chosen, before", color=DARK, ha="right", fontsize=9)
+last, height = axes[1, 3], -2.0
+colors = {"DPO": RED, "IPO": BLUE, "KTO": GREEN, "SLiC-HF": ORANGE, "SimPO, γ = 0": GREY, "SimPO, γ = 1": GREY, "ORPO": DARK}
+for name in sorted(RUNS, key=lambda name: deltas[name][-1]):
+    height = max(deltas[name][-1].item(), height + 1.6)  # names do not overlap
     last.plot(deltas[name], color=colors[name], linewidth=1.6, linestyle="--" if name == "SimPO, γ = 0" else "-")
-    last.text(205, heights[name], name, color=colors[name], va="center", fontsize=9)
+    last.text(205, height, name, color=colors[name], va="center", fontsize=9)
 last.axhline(5, color=BLUE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
 last.set_title("Δ; dashed blue: IPO's 1/(2β)", color=DARK, loc="left", fontsize=12)
 for ax in axes.flat:
@@ -787,3 +819,333 @@ if IN_NOTEBOOK:
     plt.show()
 plt.close(figure)
 print("figure:", figure_path)
+
+# %% [markdown]
+# What is in the figure and the table:
+#
+# - **DPO** lowers both and does not stop. The chosen answers lose 14 nats, the rejected ones 34. And the judge's reward, which no method
+#   saw, *rose* from 0.01 to 1.57. Falling log-probabilities are not a sign that something is broken. But the law at $\beta = 0.1$ has
+#   $\Delta = 10$ (the last line of the count above: 25.5 − 15.6), and this run is twice as far out, on five answers, with nothing to stop
+#   it.
+# - **IPO** holds the *margin* near its target of 5, not the level: both log-probabilities drift down together, four nats and more. A pair
+#   whose $\Delta$ is right says nothing about its two ends.
+# - **KTO** falls like DPO; then the chosen ones come back a little, since every thumb up pulls on its own.
+# - **SLiC-HF** stops near its hinge. **ORPO** is the only one that raises the chosen answers. Both have an SFT term. ORPO's price is in
+#   the column "in no pair": it memorises the data, as SFT does.
+# - **SimPO** has nothing that holds it, neither ref nor SFT. Only the steps and the learning rate do, hence the tiny learning rates in
+#   its paper.
+#
+# Do not read the last column as a ranking. One data set, one seed, the defaults of each file. With two other seeds (of the net and of the
+# pairs) the log-probabilities moved in the same directions, but the order by reward changed, and with one of them SimPO ended *below* the
+# start.
+#
+# The same on a real run: `python -m minialign dpo` writes `logps/chosen`, `logps/rejected` and `rewards/margins` into `metrics.jsonl`,
+# and `python -m minialign plot` draws them.
+#
+# ### What SimPO's margin is for
+#
+# With a reference every pair starts at $\Delta = 0$ with weight $\sigma(0) = \frac12$. Without one, a pair starts wherever the policy
+# happens to be. If it is in order by chance, there is little to do, and its weight is small. $\gamma$ gives it back.
+
+# %%
+margins = 2 * (ref_logps[N, CHOSEN] / language.lengths[CHOSEN] - ref_logps[N, REJECTED] / language.lengths[REJECTED])  # (100,) at the start
+in_order = margins > 0
+print(f"in order before training: {in_order.sum()} of 100 pairs. Mean weight of a pair:")
+for gamma in (0.0, 1.0):
+    weights = (gamma - margins).sigmoid()
+    print(f"γ = {gamma:.0f}   in order {weights[in_order].mean():.2f}, the others {weights[~in_order].mean():.2f}")
+    assert (weights[in_order].mean() < 0.5) == (gamma == 0.0)
+print(f"Δ after 200 steps: γ = 0 {deltas['SimPO, γ = 0'][-1]:.2f}, γ = 1 {deltas['SimPO, γ = 1'][-1]:.2f}")
+assert deltas["SimPO, γ = 1"][-1] > deltas["SimPO, γ = 0"][-1]
+
+# %% [markdown]
+# That is what shows here: more pressure, larger margins. That the policies are *better* for it, as the paper reports of large models,
+# does not show in our numbers: in the last column of the table $\gamma = 1$ is below $\gamma = 0$, and of the two other seeds it was
+# above in one.
+#
+# ## REBEL: the same regression, another target
+#
+# REBEL draws two answers of the present policy $\pi_t$, asks a reward for both, and fits the difference of log-ratios to the difference
+# of rewards:
+#
+# $$L = \mathbb{E}\Big[\big(\tfrac1\eta \Delta - (R - R')\big)^2\Big], \qquad
+#   \Delta = \log\frac{\pi(y)}{\pi_t(y)} - \log\frac{\pi(y')}{\pi_t(y')} .$$
+#
+# It is least squares, and we have seen that already. Call the chosen answer's reward 1 and the rejected one's 0:
+
+
+# %%
+def my_rebel(delta, reward_difference, eta):
+    return (delta / eta - reward_difference) ** 2
+
+
+w, l, ref_w, ref_l = (-4 * torch.rand(4, 16, generator=generator)).unbind()
+one, none = torch.ones(16), torch.zeros(16)
+torch.testing.assert_close(my_rebel((w - ref_w) - (l - ref_l), w - l, 0.7).mean(), rebel_loss(w - ref_w, l - ref_l, w, l, eta=0.7)[0])
+ipo_value, _ = ipo.ipo_loss(w, l, ref_w, ref_l, beta=BETA)
+as_rebel, _ = rebel_loss(w - ref_w, l - ref_l, one / (2 * BETA), none, eta=1.0)
+print(f"IPO                        {ipo_value:.12f}   REBEL, R − R' = 1/(2β), η = 1   {as_rebel:.12f}")
+torch.testing.assert_close(ipo_value, as_rebel)
+gpo_value, _ = gpo.gpo_loss(w, l, ref_w, ref_l, beta=BETA, f="squared")
+as_rebel, _ = rebel_loss(w - ref_w, l - ref_l, one, none, eta=1 / BETA)
+print(f"GPO, squared               {gpo_value:.12f}   REBEL, R − R' = 1, η = 1/β      {as_rebel:.12f}")
+torch.testing.assert_close(gpo_value, as_rebel)
+
+# %% [markdown]
+# So IPO regresses on *who won*, REBEL on *by how much*. A label is a noisy reward difference. Average it, and a square becomes a square
+# around the average plus a constant. The three targets of a pair side by side ($p$ the probability that $y_w$ is chosen):
+#
+# $$\begin{array}{ll}
+# \text{DPO} & \frac1\beta \log\frac{p}{1-p} = \frac1\beta (r_w - r_l) \\
+# \text{IPO} & \frac{1}{2\beta} (2p - 1) \\
+# \text{REBEL} & \eta\, (r_w - r_l)
+# \end{array}$$
+#
+# With $\eta = 1/\beta$ REBEL's target is DPO's. So one regression from ref lands on $\pi^*$, too.
+
+# %%
+rebel_end = land(lambda w, l, ref_w, ref_l, *_: my_rebel((w - ref_w) - (l - ref_l), r[A] - r[B], 1 / BETA))
+print("REBEL, one regression, η = 1/β:", show(rebel_end, 6))
+assert_law(rebel_end, best)
+assert_law(rebel_end, closed_form.rebel_law(ref.numpy(), r.numpy(), 0.0, 1 / BETA, 1))
+
+print("pair        p       DPO     IPO   REBEL: targets of Δ")
+for a, b in ((1, 0), (2, 1), (2, 0)):
+    p, d = prefer[a, b], r[a] - r[b]
+    print(f"y{a + 1} over y{b + 1}  {p:.3f} {(p / (1 - p)).log() / BETA:7.3f} {(2 * p - 1) / (2 * BETA):7.3f} {d / BETA:7.3f}")
+    torch.testing.assert_close((p / (1 - p)).log(), d)
+gaps = []
+for _ in range(5):  # IPO on labels against a regression on their mean: the same up to a constant, whatever the policy
+    logits = torch.randn(3, generator=generator)
+    on_labels = expected(lambda w, l, ref_w, ref_l, *_: my_ipo(w, l, ref_w, ref_l, BETA), logits)
+    on_means = expected(lambda w, l, ref_w, ref_l, *_: my_rebel((w - ref_w) - (l - ref_l), (2 * prefer[A, B] - 1) / (2 * BETA), 1.0),
+                        logits, prefer=torch.full((3, 3), 0.5))
+    gaps.append((on_labels - on_means).item())
+print("IPO on labels minus least squares on their means, five policies:", [round(gap, 9) for gap in gaps])
+assert max(gaps) - min(gaps) < 1e-12
+
+# %% [markdown]
+# (REBEL goes on after that: new answers, new regression. With the KL to ref inside $R$ it tends to $\pi^*$ for every
+# $0 < \eta\beta < 2$.)
+#
+# ## One table
+#
+# The same three completions, every method, this time with the project's own functions: where it ends, how far that is from its law, and
+# how far from $\pi^*$. Where there is no closed form: the largest entry of the expected slope at the end, from an independent formula.
+
+
+# %%
+def theirs(loss):
+    """A project's loss, which takes the mean of a batch, as one number per pair: batches of one."""
+    return torch.func.vmap(lambda *pair: loss(*[x[None] for x in pair])[0])
+
+
+def averaged(loss, **settings):
+    return theirs(lambda w, l, _, __, tokens_w, tokens_l: loss(w / tokens_w, l / tokens_l, **settings))
+
+
+def with_ref(loss, **settings):
+    return theirs(lambda w, l, ref_w, ref_l, *_: loss(w, l, ref_w, ref_l, **settings))
+
+
+R, P, numbers, tokens = ref.numpy(), prefer.numpy(), r.numpy(), LENGTHS.numpy()
+
+
+def slope_at(end, slope, scores, per_nat):
+    """(3,) expected slope in the logits of losses f(s_a − s_b); slope: f'; scores rise by per_nat for each nat of log π."""
+    in_logs = per_nat * closed_form.pair_slope(slope, scores.numpy(), P, R)
+    return in_logs - end.numpy() * in_logs.sum()
+
+
+table = []  # (name, where it ends, its law or the slope there)
+fitted = minimise(lambda x: expected(theirs(lambda w, l, *_: bradley_terry_loss(w, l)), x), torch.zeros(3))  # a constant does not matter
+table.append(("reward model, then ref·exp(r/β)", (ref.log() + fitted / BETA).softmax(0), best, None))
+table.append(("DPO", land(with_ref(dpo.dpo_loss, beta=BETA)), best, None))
+end = land(with_ref(dpo.dpo_loss, beta=BETA, label_smoothing=EPS))
+slope = slope_at(end, lambda x: (EPS * math.e**x - (1 - EPS)) / (1 + math.e**x), BETA * (end / ref).log(), BETA)
+table.append(("cDPO, ε = 0.1", end, None, slope))
+table.append(("IPO", land(with_ref(ipo.ipo_loss, beta=BETA)), closed_form.ipo_law(R, P, BETA, R), None))
+half_tilt, half_beta = closed_form.tilt(R, numbers, 2 * BETA), closed_form.ipo_law(R, P, BETA / 2, R)
+for f, law in (("savage", best), ("exponential", half_tilt), ("squared", half_beta)):
+    table.append((f"GPO, {f}", land(with_ref(gpo.gpo_loss, beta=BETA, f=f)), law, None))
+end = land(with_ref(gpo.gpo_loss, beta=BETA, f="truncated_quadratic"))
+table.append(("GPO, truncated quadratic", end, None, slope_at(end, lambda x: -2 * (1 - x).clip(0), BETA * (end / ref).log(), BETA)))
+end = land(theirs(lambda w, l, *_: slic.slic_loss(w, l, w, delta=10.0, weight=2.0)))
+table.append(("SLiC-HF, δ = 10, λ = 2", end, closed_form.slic_law(R, P, 2.0), None))
+end = land(averaged(simpo.simpo_loss, scale=BETA, target_margin=0.0))
+table.append(("SimPO, s = β, γ = 0", end, closed_form.simpo_law(tokens, numbers, BETA), None))
+end = land(averaged(simpo.simpo_loss, scale=BETA, target_margin=0.5), start=end)
+slope = slope_at(end, lambda x: -1 / (1 + math.e ** (x - 0.5)), BETA * end.log() / LENGTHS, BETA / tokens)
+table.append(("SimPO, s = β, γ = ½", end, None, slope))
+end = land(averaged(orpo.orpo_loss, weight=0.0))
+table.append(("ORPO, λ = 0", end, closed_form.winners_law(R, P, tokens), None))
+end = land(theirs(lambda w, l, *_: orpo.orpo_loss(w, l, weight=0.25)))
+table.append(("ORPO, λ = ¼, all of one token", end, None, closed_form.orpo_slope(end.numpy(), P, R, 0.25)))
+one_regression = theirs(lambda logratio, other, reward, other_reward: rebel_loss(logratio, other, reward, other_reward, eta=1 / BETA))
+end = land(lambda w, l, ref_w, ref_l, *_: one_regression(w - ref_w, l - ref_l, r[A], r[B]))
+table.append(("REBEL, one regression, η = 1/β", end, best, None))
+
+print(f"{'':33}{'ends at':25}from its law    KL(π ‖ π*)")
+for name, end, law, slope in table:
+    error = abs(slope).max() if law is None else (end - torch.as_tensor(law)).abs().max().item()
+    shown = f"{'slope ' if law is None else ''}{error:.0e}"
+    print(f"{name:33}{show(end)} {shown:>12}   {abs(closed_form.kl(end.numpy(), best.numpy())):10.4f}")
+    assert error < 1e-8, name
+end = kto_ends[20_000]
+left = [abs(closed_form.kto_slope(at.numpy(), R, W.numpy() / 2, L.numpy() / 2, BETA, R)).max() for at in (end, ref)]
+print(f"{'KTO after 20 000 steps, no rest':33}{show(end)} {f'slope {left[0]:.0e}':>12}   {closed_form.kl(end.numpy(), best.numpy()):10.4f}")
+assert left[0] < 0.01 * left[1]
+on_star = [name for name, end, *_ in table if (end - best).abs().max() < 1e-8]
+print("on π*:", ", ".join(on_star))
+assert on_star == ["reward model, then ref·exp(r/β)", "DPO", "GPO, savage", "REBEL, one regression, η = 1/β"]
+
+# %% [markdown]
+# (GPO's hinge is missing: its end is a corner, which Newton's method cannot find. `closed_form.hinge_corner` tries all of them.)
+#
+# Four of the rows reach $\pi^*$. The others are not failures, they minimise something else. IPO stays close to ref because of its weaker
+# pull, not because it is worse. That KTO comes so near $\pi^*$ is chance: it has thrown $y_1$ out, and what $y_2$ and $y_3$ share depends
+# on its own balance. Judge a method by its own law, and a law by whether you want it.
+#
+# ## Break it on purpose: four slips that every accuracy forgives
+#
+# 1. Averages in the place of sums (in DPO). 2. No reference. 3. IPO's target $1/\beta$ instead of $1/(2\beta)$. 4. Prompt tokens scored
+# as well.
+#
+# Each has a law of its own. Averages: $\rho/|y| = (r - c)/\beta$, so $\pi \propto \mathrm{ref} \cdot e^{|y|\,(r - c)/\beta}$. No
+# reference: $e^{r/\beta}$.
+
+
+# %%
+def averaged_dpo_law(beta=BETA):
+    """ref·e^{|y|(r − c)/β}, c by bisection."""
+    low, high = r.min().item() - 10, r.max().item() + 10
+    for _ in range(200):
+        c = (low + high) / 2
+        low, high = (c, high) if (ref * (LENGTHS * (r - c) / beta).exp()).sum() > 1 else (low, c)
+    return ref * (LENGTHS * (r - c) / beta).exp()
+
+
+def mean_dpo(w, l, ref_w, ref_l, tokens_w, tokens_l):
+    return my_dpo(w / tokens_w, l / tokens_l, ref_w / tokens_w, ref_l / tokens_l, BETA)
+
+
+def ratio(end):
+    return (end / ref).log()
+
+
+ipo_right, ipo_wrong = (closed_form.ipo_law(R, P, beta, R) for beta in (BETA, BETA / 2))
+slips = {  # where it ends, its law, and the score by which its own run would count rewards/accuracies
+    "DPO, right": (land(with_ref(dpo.dpo_loss, beta=BETA)), best, ratio),
+    "1. averages": (land(mean_dpo), averaged_dpo_law(), lambda end: ratio(end) / LENGTHS),
+    "2. no reference": (land(lambda w, l, *_: my_dpo(w, l, 0, 0, BETA)), (r / BETA).softmax(0), torch.log),
+    "IPO, right": (land(with_ref(ipo.ipo_loss, beta=BETA)), ipo_right, ratio),
+    "3. 1/β": (land(lambda w, l, ref_w, ref_l, *_: ((w - ref_w) - (l - ref_l) - 1 / BETA) ** 2), ipo_wrong, ratio),
+}
+for name, (end, law, score) in slips.items():
+    accuracy = (score(end)[:, None] > score(end))[r[:, None] > r].double().mean()
+    print(f"{name:16} {show(end)}   its law {show(law)}   accuracy by its own score {accuracy:.2f}")
+    assert_law(end, law)
+    assert accuracy == 1
+even = torch.ones(3) / 3
+assert_law(land(lambda w, l, *_: my_dpo(w, l, 0, 0, BETA), ref=even), land(with_ref(dpo.dpo_loss, beta=BETA), ref=even))
+print("with a uniform reference, the second slip changes nothing")
+
+w, l, ref_w, ref_l = (-4 * torch.rand(4, 16, generator=generator)).unbind()
+prompt, ref_prompt = -9 * torch.rand(2, 16, generator=generator)
+torch.testing.assert_close(my_dpo(w + prompt, l + prompt, ref_w + ref_prompt, ref_l + ref_prompt, BETA), my_dpo(w, l, ref_w, ref_l, BETA))
+simpo_value, simpo_wrong = (simpo.simpo_loss(*both, scale=2.0, target_margin=1.0)[0].item()
+                            for both in ((w / 3, l / 5), ((w + prompt) / 6, (l + prompt) / 8)))
+print(f"prompt tokens scored: DPO as before, to the last digit; SimPO {simpo_value:.4f} becomes {simpo_wrong:.4f}")
+assert abs(simpo_value - simpo_wrong) > 0.01
+
+# %% [markdown]
+# Every run would log a perfect `rewards/accuracies` and a loss that falls. The policies are different ones. With averages, $y_2$ has
+# become rarer than $y_1$, which the judge likes less. Without a reference, what ref thought of the answers is lost. The fourth slip is
+# the meanest: in DPO and IPO the prompt is in both halves and cancels, so nobody notices until the same code is used for SimPO or ORPO,
+# where it does not. Test the log-probabilities themselves (tutorial 03), not the loss.
+#
+# ## What to remember
+#
+# - DPO is the reward model's loss with $\beta\log\pi/\mathrm{ref}$ as the reward. With Bradley-Terry labels it lands on $\pi^*$, whoever
+#   wrote the pairs.
+# - With labels that never contradict each other it lands nowhere: $\Delta$ grows like the logarithm of the steps, for every $\beta$. IPO
+#   and cDPO have a finite end. So does stopping early.
+# - Both log-probabilities may fall, and for a small $\beta$ most chosen answers do so at $\pi^*$ itself. Watch the judge and the mass,
+#   not the sign.
+# - Every sibling has a law of its own, and the same $\beta$ is not the same pull.
+# - An SFT term (ORPO, SLiC-HF) holds the level, a target (IPO) or doubt about the labels (cDPO) the margin. A reference alone holds
+#   neither.
+#
+# ## Where to read on
+#
+# - `minialign/methods/dpo.py`: the loss, `step`, `main`, and `--online`. Then `diff minialign/methods/dpo.py minialign/methods/ipo.py`,
+#   and the siblings in the same way: `gpo.py`, `slic.py`, `simpo.py`, `orpo.py`, `kto.py`. `rebel.py` looks like `rloo.py`, for it
+#   samples.
+# - `toy/closed_form.py`, "from preferences": the laws with their derivations. `python -m toy.three_actions` holds every loss to them, and
+#   `python -m toy.tiny_language --methods dpo ipo gpo simpo orpo slic kto` trains a GPT to them, on pairs without end.
+# - `tests/methods/test_dpo.py` and its siblings: worked numbers, gradients, laws by enumeration.
+# - `docs/METRICS.md`: what each logged number means and what going wrong looks like.
+# - Tutorial 10 leaves the three actions: bytes, kernels, and models of real size.
+#
+# ## Exercises
+#
+# **Exercise 1** (★☆☆, 5 minutes). One pair that never contradicts itself. For which $\varepsilon$ does cDPO stop exactly where IPO stops?
+# Does it depend on $\beta$?
+#
+# **Exercise 2** (★★☆, 15 minutes). A judge in a circle: $y_1$ beats $y_2$, $y_2$ beats $y_3$, $y_3$ beats $y_1$, three times out of four
+# each. Where do DPO and IPO land if a uniform writer wrote the pairs? And if ref wrote them? Which premise of "whoever wrote the pairs"
+# is broken?
+#
+# **Exercise 3** (★★★, 20 minutes). One pair, chosen with probability $p$. Which margin $m = s\,(\bar a_w - \bar a_l)$ is best for SimPO
+# with $\gamma$? Show that it is $\log\frac{p}{1-p}$ at $\gamma = 0$ and about $\gamma + \log\frac{2p-1}{1-p}$ for a large $\gamma$ if
+# $p > \frac12$.
+#
+# ---
+#
+# ## Solutions
+#
+# **Solution 1.** cDPO stops at $\Delta = \frac1\beta \log\frac{1-\varepsilon}{\varepsilon}$, IPO at $\frac{1}{2\beta}$. So
+# $\varepsilon = \frac{1}{1 + \sqrt e} = 0.378$, for every $\beta$. IPO is as careful as if more than a third of the labels were wrong.
+
+# %%
+eps = 1 / (1 + math.sqrt(math.e))
+for beta in (0.3, 0.6, 1.2):
+    end = follow_pair(lambda d, beta=beta: beta * (eps - 1 / (1 + math.exp(beta * d))), steps=20_000)[-1].item()
+    print(f"β = {beta}: cDPO with ε = {eps:.4f} stops at Δ = {end:.6f}, IPO at {1 / (2 * beta):.6f}")
+    torch.testing.assert_close(end, 1 / (2 * beta))
+
+# %% [markdown]
+# **Solution 2.** No reward makes a circle, so Bradley-Terry is wrong, and the coins of the three pairs do not agree on any $\rho$. A
+# uniform writer treats the three alike: both methods stay at ref. With ref as the writer it counts who is compared with whom. $y_3$ beats
+# $y_1$, which ref writes most often, so $y_3$ gains; $y_2$ loses to it. Now DPO's law depends on $\mu$ as well. For IPO it is $g$, as
+# always.
+
+# %%
+circle = torch.tensor([[0.5, 0.75, 0.25], [0.25, 0.5, 0.75], [0.75, 0.25, 0.5]])
+for name, mu in (("uniform", even), ("ref", ref)):
+    by_dpo, by_ipo = (land(with_ref(loss, beta=BETA), prefer=circle, mu=mu) for loss in (dpo.dpo_loss, ipo.ipo_loss))
+    print(f"written by {name:8} DPO {show(by_dpo)}   IPO {show(by_ipo)}   log-ratios of DPO {show((by_dpo / ref).log(), 3)}")
+    assert_law(by_ipo, closed_form.ipo_law(R, circle.numpy(), BETA, mu.numpy()))
+    assert ((by_dpo - ref).abs().max() < 1e-8) == (name == "uniform")
+
+# %% [markdown]
+# **Solution 3.** The expected loss is $p \log(1 + e^{\gamma - m}) + (1 - p) \log(1 + e^{\gamma + m})$. Set the slope to zero, with
+# $x = e^m$ and $a = e^\gamma$: $p \frac{a}{a + x} = (1 - p) \frac{a x}{1 + a x}$, that is $(1 - p)\,x^2 - (2p - 1)\,a\,x - p = 0$, so
+#
+# $$x = \frac{(2p - 1)\,a + \sqrt{(2p - 1)^2 a^2 + 4p(1 - p)}}{2(1 - p)} .$$
+#
+# At $a = 1$ the root is $\sqrt{1} = 1$ and $x = \frac{p}{1 - p}$. For a large $a$ the second term under it vanishes.
+
+# %%
+print("   p     γ   best margin   logit(p)   γ + log((2p − 1)/(1 − p))")
+for p in (0.6, 0.8):
+    for gamma in (0.0, 1.0, 4.0):
+        a = math.exp(gamma)
+        m = math.log(((2 * p - 1) * a + math.sqrt((2 * p - 1) ** 2 * a**2 + 4 * p * (1 - p))) / (2 * (1 - p)))
+        at = torch.tensor([m]).requires_grad_()
+        loss = p * my_simpo(at, torch.zeros(1), 1.0, gamma) + (1 - p) * my_simpo(-at, torch.zeros(1), 1.0, gamma)
+        (slope,) = torch.autograd.grad(loss.sum(), at)
+        print(f"{p:4.1f}  {gamma:4.1f}   {m:11.4f}   {math.log(p / (1 - p)):8.4f}   {gamma + math.log((2 * p - 1) / (1 - p)):11.4f}")
+        assert abs(slope) < 1e-12
+        assert gamma or abs(m - math.log(p / (1 - p))) < 1e-12
+assert abs(m - (gamma + math.log((2 * p - 1) / (1 - p)))) < 0.01

@@ -676,7 +676,8 @@ def draw(results, cfg):
         axis.semilogy(*zip(*path, strict=True), lw=1.2, label=row.name)
     axis.set(xlabel="updates", ylabel="KL(π‖its law)")
     axis.set_title("On the way", fontsize=9)
-    axis.legend(fontsize=6.5, ncols=2, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False).set_in_layout(False)  # over the empty panel
+    names = axis.legend(fontsize=6.5, ncols=2, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
+    names.set_in_layout(False)  # over the empty panels
     figure.savefig(cfg.out, dpi=130)
     plt.close(figure)
 

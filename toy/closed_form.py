@@ -396,7 +396,7 @@ def rest_law(ref, reward, threshold):
 
 # ------------------------------------------------------------------------------------------------------- from preferences
 #
-# Pairs: two completions drawn from μ, apart from each other; prefer[a, b] is the probability that a is chosen over b, 1 − prefer[b, a].
+# Pairs: two completions drawn from μ independently; prefer[a, b] is the probability that a is chosen over b, 1 − prefer[b, a].
 # So (chosen a, rejected b) occurs with weight μ_a·μ_b·prefer[a, b]. ρ = log π/ref.
 
 
@@ -412,10 +412,10 @@ def winners(mu, prefer):
     return normalise(weight.sum(1)), normalise(weight.sum(0))
 
 
-# DPO and the lemma. Σ weight·log(1 + e^{−β(ρ_a − ρ_b)}) has, for each unordered pair, a coin whose probability is prefer[a, b] itself
-# (μ_a·μ_b is in both terms): β(ρ_a − ρ_b) = log prefer[a, b]/prefer[b, a] = r_a − r_b for Bradley-Terry. All pairs agree: ρ = r/β, the
-# law is tilt(ref, r, β), whatever μ is, so also for μ = π. Any f whose pair optimum is the logit does the same: for Savage's σ(−x)² the
-# slope of a pair is −2·p·σ(−x)²·σ(x) + 2·(1 − p)·σ(x)²·σ(−x) = 2·σ(x)·σ(−x)·(σ(x) − p), 0 at σ(x) = p. For e^−x it is
+# DPO and the lemma. Σ weight·log(1 + e^{−β(ρ_a − ρ_b)}) has two terms for each unordered pair, of which the first has the share
+# prefer[a, b], whatever μ_a·μ_b is: β(ρ_a − ρ_b) = log prefer[a, b]/prefer[b, a] = r_a − r_b for Bradley-Terry. All pairs agree: ρ = r/β,
+# the law is tilt(ref, r, β), whatever μ is, so also for μ = π. Any f whose pair optimum is the logit does the same: for Savage's σ(−x)²
+# the slope of a pair is −2·p·σ(−x)²·σ(x) + 2·(1 − p)·σ(x)²·σ(−x) = 2·σ(x)·σ(−x)·(σ(x) − p), 0 at σ(x) = p. For e^−x it is
 # −p·e^−x + (1 − p)·e^x, 0 at half the logit: tilt(ref, r, 2β).
 
 

@@ -396,7 +396,8 @@ def irft_checks(cfg):
 
 
 def preference_checks(cfg):
-    """DPO and its siblings, on pairs that ref wrote, labelled by Bradley-Terry on r = log E/ref. (The expert is π* where β = 1.)"""
+    """DPO and its siblings, on pairs that ref wrote, labelled by Bradley-Terry on r = log E/ref: the expert is π* where β = 1.
+    (The pairs of the online rows are the policy's own, KTO's answers are the expert's.)"""
     expert, ref, E, reference = setting(cfg)
     beta, start, reward = cfg.beta, ref.log(), np.log(E / reference)
     prefer = torch.tensor(closed_form.bradley_terry(reward))
@@ -427,11 +428,11 @@ def preference_checks(cfg):
         ("savage", best, "π*"), ("exponential", closed_form.tilt(reference, reward, 2 * beta), "ref·e^{r/2β}: half the tilt"),
         ("squared", closed_form.ipo_law(reference, p, beta / 2, mu), "IPO at half the β"),
     ):
-        yield Check(f"GPO {f}", learned(partial(gpo_loss, beta=beta, f=f)).softmax(0).numpy(), law, 1e-8, note)
+        yield Check(f"GPO, {f}", learned(partial(gpo_loss, beta=beta, f=f)).softmax(0).numpy(), law, 1e-8, note)
 
     policy = learned(partial(gpo_loss, beta=beta, f="truncated_quadratic")).softmax(0).numpy()
     slope = closed_form.pair_slope(lambda x: -2 * np.maximum(0, 1 - x), beta * np.log(policy / reference), p, mu)
-    yield Check("GPO truncated quadratic: slope at rest", slope, np.zeros(3), 1e-8, "no closed form")
+    yield Check("GPO, truncated quadratic: slope at rest", slope, np.zeros(3), 1e-8, "IPO's at β/2 while no g differ by more than ½")
     corner = torch.tensor(closed_form.hinge_corner(reference, p, beta, mu))
     directions = [torch.stack([a.cos(), a.sin(), -a.cos() - a.sin()]) for a in torch.linspace(0, 2 * np.pi, 361, dtype=torch.float64)]
 
@@ -439,7 +440,7 @@ def preference_checks(cfg):
         return float(expected_preference(partial(gpo_loss, beta=beta, f="hinge"), z, ref, prefer, ref))
 
     rise = min(hinge(corner.log() + 1e-4 * direction) for direction in directions) - hinge(corner.log())
-    yield Check("GPO hinge: the loss rises all around a corner", [min(rise, 0)], [0], 1e-12, "a corner β·Δ = ±1, no closed form")
+    yield Check("GPO, hinge: the loss rises all around a corner", [min(rise, 0)], [0], 1e-12, "a corner β·Δ = ±1, no closed form")
 
     tilts, laws = [], []
     small = torch.tensor(closed_form.bradley_terry(1e-3 * reward))
@@ -449,7 +450,7 @@ def preference_checks(cfg):
             policy = learned(partial(gpo_loss, beta=beta, f=f), prefer=small)
             tilts.append(beta * np.ptp((policy - start).numpy()) / np.ptp(1e-3 * reward))
             laws.append(1 / (2 * abs(curvature / slope)))
-    yield Check("GPO, tilt per small reward, the five smooth f", tilts, laws, 1e-3, "1/(2·|f''(0)/f'(0)|): 1, ½, ½, ½, 1")
+    yield Check("GPO, tilt per small reward, five of the f", tilts, laws, 1e-3, "1/(2·|f''(0)/f'(0)|): 1, ½, ½, ½, 1")
 
     policy = learned(lambda w, l, *_: simpo_loss(w, l, scale=beta, target_margin=0.0)).softmax(0).numpy()
     yield Check("SimPO, γ = 0", policy, closed_form.simpo_law(np.ones(3), reward, beta), 1e-8, "e^{|y|(r − c)/scale}; ref is forgotten")

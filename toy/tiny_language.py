@@ -11,9 +11,10 @@ Two proofs for each method, with its own functions from minialign/methods:
     trained    the GPT of minialign/model.py, trained by sampling, with the method's own rollout, advantages and step in the order of its
                main (Adam, no clipping of gradients, one learning rate): KL(π‖law), summed over all completions
 
-The laws are toy/closed_form.py's. REINFORCE, RLOO, PPO, REBEL have π* ∝ ref·e^{r/β}; RFT and IRL, which see only demonstrations of π*,
-must find it too, and so must DPO. GRPO, IFT, RFT by Bradley-Terry and most of DPO's siblings have other laws, and must end nearer to those
-than to π*. Where there is no law in closed form, training must end where the expected slope is small beside what it is at ref.
+The laws are toy/closed_form.py's. REINFORCE, RLOO, PPO, REBEL have π* ∝ ref·e^{r/β}; RFT and IRL, which see only demonstrations of π*, must
+find it too, and so must DPO and GPO with Savage's f. GRPO, IFT, RFT by Bradley-Terry and most of DPO's siblings have other laws, and must
+end nearer to those than to π*. Where there is no law in closed form, training must end where the expected slope is small beside what it is
+at ref.
 
     python -m toy.tiny_language                                        # a table with PASS or FAIL per row, a figure; exit 1 on a miss
     python -m toy.tiny_language --methods rloo grpo --seeds 5
@@ -513,7 +514,7 @@ def kto_losses(policy, value_model, ref, language, cfg, seed):
         pairs = dpo.preferences(prompts_ids, answers, rewards, derive_seed(seed, k))
         rows = [(x, chosen, True) for x, chosen, _ in pairs] + [(x, rejected, False) for x, _, rejected in pairs]
         desirable = torch.tensor([label for *_, label in rows])
-        kl = kto.reference_point(policy, ref, rows, batch_of, len(rows))
+        kl = kto.reference_point(policy, ref, rows, batch_of, len(rows))  # rows come prompt by prompt: of the same prompt, as above
         yield kto.step(policy, ref, batch_of(rows, range(len(rows))), desirable, kl, settings)[0]
 
 
@@ -591,12 +592,14 @@ ROWS = [
                    settings=lambda beta: {"beta": beta, "f": "exponential"}),
     preference_row("GPO, squared", "gpo", from_pairs(lambda ref, r, prefer, beta, _: closed_form.ipo_law(ref, prefer, beta / 2, ref)), 0.03,
                    settings=lambda beta: {"beta": beta, "f": "squared"}),
+    # Lengths multiply r/scale: with scale β the law would be too sharp to be trained to in 600 updates.
     preference_row("SimPO, γ = 0, scale 4β", "simpo", from_pairs(lambda ref, r, prefer, beta, n: closed_form.simpo_law(n, r, 4 * beta)),
                    0.1, settings=lambda beta: {"scale": 4 * beta, "target_margin": 0.0}, average=True),
     preference_row("ORPO, λ = 0", "orpo", from_pairs(lambda ref, r, prefer, beta, n: closed_form.winners_law(ref, prefer, n)), 0.03,
                    settings=lambda beta: {"weight": 0.0}, average=True),
-    preference_row("SLiC-HF, δ beyond every margin", "slic", from_pairs(lambda ref, r, prefer, *_: closed_form.slic_law(ref, prefer, 60.0)),
-                   0.03, settings=lambda beta: {"delta": 100.0, "weight": 60.0}),
+    # λ so large that the law is nowhere negative. It is then nearly the winners': of the hinge only "at rest" has anything to say.
+    preference_row("SLiC-HF, λ = 60, δ = 100", "slic", from_pairs(lambda ref, r, prefer, *_: closed_form.slic_law(ref, prefer, 60.0)),
+                   0.01, settings=lambda beta: {"delta": 100.0, "weight": 60.0}),
     preference_row("GPO, truncated quadratic", "gpo", None, 0.25, settings=lambda beta: {"beta": beta, "f": "truncated_quadratic"}),
     preference_row("GPO, hinge", "gpo", None, 0.25, settings=lambda beta: {"beta": beta, "f": "hinge"}),
     preference_row("ORPO, λ = ¼", "orpo", None, 0.25, settings=lambda beta: {"weight": 0.25}, average=True),

@@ -178,8 +178,9 @@ for name, mu in writers.items():
     assert_law(end, best)
 
 # %% [markdown]
-# No reward model, no sampling, no critic, and the same $\pi^*$ that PPO reached in tutorial 08. The last row means that it also holds for
-# *online* DPO, where the policy writes the pairs itself (`--online`). Who writes them matters for noise, not for the limit.
+# No reward model, no sampling, no critic, and the same $\pi^*$ that PPO reached in tutorial 08. It holds for every writer, so it holds when
+# the policy writes the pairs itself: *online* DPO (`--online`), whose rest is the last row. Who writes them matters for noise, not for the
+# limit.
 #
 # Two premises carry this: the judge follows Bradley-Terry, and *every* pair has been judged so often that its frequencies are right. The
 # first is a matter of taste. The second is never true. Most of what follows is about it.
@@ -353,7 +354,7 @@ assert abs(measured - 0.25) < 1e-3
 # $y$ is the chosen and the rejected answer.
 #
 # $$\begin{array}{lll}
-# \text{SLiC-HF} & \pi = W + (W - L)/\lambda & \text{while no pair has reached its margin } \delta \\
+# \text{SLiC-HF} & \pi = W + (W - L)/\lambda & \text{while it is nowhere negative and no pair has reached } \delta \\
 # \text{SimPO, } \gamma = 0 & \pi \propto e^{|y|\,(r - c)/s} & c \text{ such that it sums to 1} \\
 # \text{ORPO, } \lambda = 0 & \pi \propto W / |y| & \text{SFT on the winners, a short one counting more}
 # \end{array}$$
@@ -373,9 +374,9 @@ for name, (end, law) in laws.items():
     assert_law(end, law)
 
 # %% [markdown]
-# The lengths show. SimPO multiplies the reward by the length: with an average as the score, a long answer must be *much* less likely to
-# look a little worse. So it amplifies what long answers win or lose by. ORPO divides by the length: a short chosen answer gets a larger
-# pull per answer.
+# The lengths show. SimPO multiplies the reward by the length: to raise a long answer's average by one nat its
+# log-probability must rise by $|y|$ nats. So it amplifies what long answers win or lose by. ORPO divides by the length: a short chosen
+# answer is pulled harder.
 #
 # What does SimPO's $\gamma$ do? A pair is asked to be in order by a margin. Raise it:
 
@@ -389,18 +390,20 @@ for gamma in (0.0, 0.5, 1.0, 1.5, 2.0):  # each from the end of the one before: 
 assert abs(spread[0] - (r[2] - r[0]).item()) < 1e-8 and spread == sorted(spread)
 
 # %% [markdown]
-# At $\gamma = 0$ the margins are the judge's, as in DPO. With $\gamma$ they exceed them, more and more like a hinge: a preference of 80 %
-# is trained as if it were a nearly certain one. (Exercise 3 computes a single pair.) We come back to what it is good for.
+# At $\gamma = 0$ the margins are the judge's, as in DPO. With $\gamma$ they exceed them, more and more like a hinge: at $\gamma = 1$ a
+# preference of 80 % is trained as if it were one of 90 %, at $\gamma = 4$ of 99 %. (Exercise 3 computes a single pair.) We come back to
+# what it is good for.
 #
-# ORPO and SLiC-HF with the weights that are in use ($\lambda = 0.1$ of the one term, $0.1$ of the other) have no closed form.
+# With the weights in use ($\lambda = 0.1$ in both) ORPO and SLiC-HF have no closed form.
 #
 # ### KTO: thumbs
 #
 # KTO needs no rivals: an answer has a thumb up or down. Its $z_0$ is a *reference point*: an answer counts as a gain if its log-ratio
-# lies above. It is estimated from answers to other prompts of the batch: the mean of their log-ratio, clipped at 0, no gradient.
+# lies above. It is estimated from the answers of the batch moved on by one row, so mostly under other prompts: the mean of their
+# log-ratio, clipped at 0, no gradient.
 #
-# Two facts. First, if ref wrote those answers, then the mean is $-\mathrm{KL}(\mathrm{ref}\|\pi)$, which is never positive. With one
-# prompt and many answers $z_0$ is then 0, whatever the policy does.
+# Two facts. First, with one prompt whose answers ref wrote, the mean is $-\mathrm{KL}(\mathrm{ref}\|\pi)$, never positive: $z_0$ is then
+# 0, whatever the policy does. (With answers to other prompts it may be positive.)
 #
 # Second, where it goes. The loss is bounded, and saturates in both directions. So it does not fit frequencies, it collects *majorities*:
 # what is more often down than up is driven out, slower and slower, never to a rest.
@@ -508,7 +511,7 @@ assert all(policies_of(path[-1])[0] < 1e-3 for path in dpo_paths.values()) and p
 # %% [markdown]
 # **IPO** stops at its target. **cDPO** stops, too: it pretends that a share $\varepsilon$ of the labels is wrong, so no pair is certain,
 # and the optimum is $\beta\Delta = \log\frac{1-\varepsilon}{\varepsilon}$. DPO ends where somebody stops it, and the smaller $\beta$, the
-# *further* it has got: $\beta$ is a pull to ref only for labels that contradict each other in the right proportion.
+# *further* it has got: $\beta$ is a pull to ref only where labels contradict each other as often as Bradley-Terry says.
 #
 # The same for all three pairs at once, certain by the order $y_3 > y_2 > y_1$. IPO's law takes a matrix of zeros and ones without
 # complaint.
@@ -539,7 +542,7 @@ for path, color, label, width in curves:
     right.plot(steps, policies_of(path[steps])[:, 0], color=color, linewidth=width)
     right.text(1.3e5, policies_of(path[-1])[0], label, color=color, va="center", weight=weight)
 left.set(xscale="log", xlabel="steps", ylabel="Δ, nats", xlim=(1, 1e5))
-left.set_title("The margin of a pair that never contradicts itself", color=DARK, loc="left", fontsize=12)
+left.set_title("Δ of a pair that never contradicts itself", color=DARK, loc="left", fontsize=12)
 right.set(xscale="log", yscale="log", xlabel="steps", ylabel="π(y1), the rejected answer", xlim=(1, 1e5))
 right.set_title("DPO drives the rejected answer to 0 for every β", color=DARK, loc="left", fontsize=12)
 for ax in (left, right):
@@ -710,7 +713,7 @@ assert all(reached[name, "Adam"][1][0] < -5 for name, _ in reached)
 # it lies outside the data still, where the table of answers has emptied the place.
 #
 # One often hears that *within* a pair the rejected answer drags the chosen one down, because the two share tokens. A first step on one
-# pair changes $\log\pi(y_w)$ by $|\nabla_w|^2 - \nabla_w\!\cdot\nabla_l$. That may be negative. Here it never is:
+# pair changes $\log\pi(y_w)$ by $|\nabla_w|^2 - \nabla_w\!\cdot\nabla_l$. That may be negative. At the start it never is:
 
 # %%
 own = []
@@ -723,8 +726,8 @@ print(f"pairs whose own first step lowers their chosen answer: {sum(change < 0 f
 assert min(own) > 0
 
 # %% [markdown]
-# It is the other 99 pairs that lower it. (Papers report it within a pair, for large models and answers that are nearly alike. Not in this
-# language.)
+# At the start it is the other 99 pairs that lower it. (Papers report it within a pair, for large models and answers that are nearly alike.
+# Not in this language.)
 #
 # ## One data set, seven runs
 #
@@ -827,11 +830,11 @@ print("figure:", figure_path)
 #   saw, *rose* from 0.01 to 1.57. Falling log-probabilities are not a sign that something is broken. But the law at $\beta = 0.1$ has
 #   $\Delta = 10$ (the last line of the count above: 25.5 − 15.6), and this run is twice as far out, on five answers, with nothing to stop
 #   it.
-# - **IPO** holds the *margin* near its target of 5, not the level: both log-probabilities drift down together, four nats and more. A pair
+# - **IPO** holds $\Delta$ near its target of 5, not the level: both log-probabilities drift down together, four nats and more. A pair
 #   whose $\Delta$ is right says nothing about its two ends.
-# - **KTO** falls like DPO; then the chosen ones come back a little, since every thumb up pulls on its own.
-# - **SLiC-HF** stops near its hinge. **ORPO** is the only one that raises the chosen answers. Both have an SFT term. ORPO's price is in
-#   the column "in no pair": it memorises the data, as SFT does.
+# - **KTO** falls like DPO at first; then the chosen ones come back a little, since every thumb up pulls on its own.
+# - **SLiC-HF** stops once most pairs are past their hinge. **ORPO** is the only one that raises the chosen answers. Both have an SFT term.
+#   ORPO's price is in the column "in no pair": it memorises the data, as SFT does.
 # - **SimPO** has nothing that holds it, neither ref nor SFT. Only the steps and the learning rate do, hence the tiny learning rates in
 #   its paper.
 #
@@ -1002,8 +1005,9 @@ assert on_star == ["reward model, then ref·exp(r/β)", "DPO", "GPO, savage", "R
 # %% [markdown]
 # (GPO's hinge is missing: its end is a corner, which Newton's method cannot find. `closed_form.hinge_corner` tries all of them.)
 #
-# Four of the rows reach $\pi^*$. The others are not failures, they minimise something else. IPO stays close to ref because of its weaker
-# pull, not because it is worse. That KTO comes so near $\pi^*$ is chance: it has thrown $y_1$ out, and what $y_2$ and $y_3$ share depends
+# Four of the rows reach $\pi^*$. The others are not failures, they minimise something else. The truncated quadratic ends where the
+# square does: no pair gets past $\beta\Delta = 1$. IPO stays close to ref because at the same $\beta$ its pull is about four times DPO's,
+# not because it is worse. That KTO comes so near $\pi^*$ is chance: it has thrown $y_1$ out, and what $y_2$ and $y_3$ share depends
 # on its own balance. Judge a method by its own law, and a law by whether you want it.
 #
 # ## Break it on purpose: four slips that every accuracy forgives
@@ -1011,7 +1015,7 @@ assert on_star == ["reward model, then ref·exp(r/β)", "DPO", "GPO, savage", "R
 # 1. Averages in the place of sums (in DPO). 2. No reference. 3. IPO's target $1/\beta$ instead of $1/(2\beta)$. 4. Prompt tokens scored
 # as well.
 #
-# Each has a law of its own. Averages: $\rho/|y| = (r - c)/\beta$, so $\pi \propto \mathrm{ref} \cdot e^{|y|\,(r - c)/\beta}$. No
+# Each has a law of its own. Averages: $\rho/|y| = (r - c)/\beta$, so $\pi = \mathrm{ref} \cdot e^{|y|\,(r - c)/\beta}$. No
 # reference: $e^{r/\beta}$.
 
 
@@ -1059,10 +1063,10 @@ print(f"prompt tokens scored: DPO as before, to the last digit; SimPO {simpo_val
 assert abs(simpo_value - simpo_wrong) > 0.01
 
 # %% [markdown]
-# Every run would log a perfect `rewards/accuracies` and a loss that falls. The policies are different ones. With averages, $y_2$ has
-# become rarer than $y_1$, which the judge likes less. Without a reference, what ref thought of the answers is lost. The fourth slip is
-# the meanest: in DPO and IPO the prompt is in both halves and cancels, so nobody notices until the same code is used for SimPO or ORPO,
-# where it does not. Test the log-probabilities themselves (tutorial 03), not the loss.
+# Every run would log a perfect `rewards/accuracies` and a loss that falls. The policies are different ones. With averages, $y_2$ has become
+# rarer than $y_1$, although the judge prefers $y_2$. Without a reference, what ref thought of the answers is lost. The fourth slip is the
+# meanest: in DPO and IPO the prompt is in both halves and cancels, so nobody notices until the same code is used for SimPO or ORPO, where
+# it does not. Test the log-probabilities themselves (tutorial 03), not the loss.
 #
 # ## What to remember
 #
@@ -1085,7 +1089,6 @@ assert abs(simpo_value - simpo_wrong) > 0.01
 #   `python -m toy.tiny_language --methods dpo ipo gpo simpo orpo slic kto` trains a GPT to them, on pairs without end.
 # - `tests/methods/test_dpo.py` and its siblings: worked numbers, gradients, laws by enumeration.
 # - `docs/METRICS.md`: what each logged number means and what going wrong looks like.
-# - Tutorial 10 leaves the three actions: bytes, kernels, and models of real size.
 #
 # ## Exercises
 #
@@ -1117,7 +1120,7 @@ for beta in (0.3, 0.6, 1.2):
 # %% [markdown]
 # **Solution 2.** No reward makes a circle, so Bradley-Terry is wrong, and the coins of the three pairs do not agree on any $\rho$. A
 # uniform writer treats the three alike: both methods stay at ref. With ref as the writer it counts who is compared with whom. $y_3$ beats
-# $y_1$, which ref writes most often, so $y_3$ gains; $y_2$ loses to it. Now DPO's law depends on $\mu$ as well. For IPO it is $g$, as
+# $y_1$, which ref writes most often, so $y_3$ gains; $y_2$ loses to $y_1$. Now DPO's law depends on $\mu$ as well. For IPO it is $g$, as
 # always.
 
 # %%

@@ -9,8 +9,8 @@ Differs  from reward_model.py: the reward is the policy's own log-ratio. From ir
 Details  Log-probs are summed over the completion, not averaged. label_smoothing is cDPO: a share ε of the labels is flipped.
          Only Δ is trained: both log-probs may fall together, as long as the rejected one falls faster (`logps/chosen` shows it).
          --online: the pairs are two fresh answers of the policy, labelled by a reward with the Bradley-Terry probability σ(r₁ − r₂).
-Law      Preferences from Bradley-Terry on r, any full-support sampling of the pairs, so online as well: π* ∝ ref·e^{r/β}. With labels that
-         never contradict each other Δ grows without end: nothing in the loss stops it.
+Law      ε = 0, preferences from Bradley-Terry on r, any full-support sampling of the pairs, so online as well: π* ∝ ref·e^{r/β}. With
+         labels that never contradict each other Δ grows without end: nothing in the loss stops it.
 Checked  tests/methods/test_dpo.py (worked numbers, gradient, shifts, the law by enumeration, trl), toy/tiny_language.py (trained).
 
     python -m minialign dpo                                                  # built-in task, laptop CPU

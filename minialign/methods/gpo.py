@@ -15,9 +15,10 @@ Idea     Learning which of two answers is better is a binary classification with
          here. To first order in Δ all do the same; the second order is a pull back to ref, so |f''(0)/f'(0)| tells how strong β is.
 Differs  from dpo.py: f is chosen. From ipo.py: β scales the margin, not the target.
 Details  Log-probs are summed over the completion, not averaged. The hinge has a reference here, the original SLiC (slic.py) has none.
-         The exponential weighs a misordered pair by e^{margin}: a few wrong labels can rule it.
+         The exponential weighs a pair by e^{−margin}: a few wrong labels can rule it.
 Law      Preferences from Bradley-Terry on r. logistic, savage: π* ∝ ref·e^{r/β}. exponential: ref·e^{r/2β}, half the tilt. squared: IPO's,
-         ref·e^{2g/β}. hinge and truncated_quadratic have no closed form. For small r all but the hinge: ref·e^{r/(2β·|f''(0)/f'(0)|)}.
+         ref·e^{2g/β}. truncated_quadratic: the same while no two g differ by more than ½, else no closed form; hinge: none. For small r all
+         but the hinge: ref·e^{r/(2β·|f''(0)/f'(0)|)}.
 Checked  tests/methods/test_gpo.py (table, gradients, laws, stationarity), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign gpo --f exponential                                  # built-in task, laptop CPU

@@ -4,7 +4,7 @@
 
 Symbols  y_w → chosen, y_l → rejected, log π → *_logps (B,), the paper's τ → beta.
 Idea     Bradley-Terry turns a preference that is always the same into an infinite difference of rewards, and DPO follows it there, past any
-         pull to ref. IPO maximises not that logit but the probability of being preferred, which is at most 1: the margin has a target.
+         pull to ref. IPO maximises not that logit but the probability of being preferred, which is at most 1: Δ has a target.
 Differs  from dpo.py: a square around 1/(2β) in the place of −log σ: a pair beyond its target is pulled back.
 Details  Log-probs are summed over the completion, as the paper's are. Averages per token, which some libraries take, are another method:
          its targets grow with the length of the answers.
@@ -35,7 +35,7 @@ from minialign.sample import sample
 
 @dataclass
 class Config:
-    beta: float = 0.1               # β: the pull to ref; the margin of log-ratios is driven to 1/(2β) nats
+    beta: float = 0.1               # β: the pull to ref; the target of Δ is 1/(2β) nats
     policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
     online: bool = False            # both answers drawn from the policy, --reward chooses; of the pairs only the prompts are trained on

@@ -9,12 +9,13 @@ Idea     People feel gains and losses against a reference point, and less and le
 Differs  from dpo.py: no pairs. An answer needs no rival to the same prompt, and one kind may be far more frequent than the other.
 Details  Log-probs are summed over the completion. z₀ takes the answers of the step's batch, moved on by one row, so mostly answers to
          other prompts: no sampling, but two more forward passes. It carries no gradient and is one for all micro-batches of a step.
-         If ref wrote the answers, the mean is −KL(ref‖π), so z₀ is 0: it counts only where they are unlike ref's own.
+         With one prompt whose answers ref wrote the mean is −KL(ref‖π), so z₀ is 0; with answers to other prompts it may have either sign.
          λ_D·n_D / (λ_U·n_U) should lie in [1, 4/3], says the paper; the run prints what it is.
 Law      None in closed form. With a(y) how often y is desirable times λ_D, b(y) undesirable times λ_U, the loss is
-         const − Σ (a − b)·σ(β·(ρ − z₀)). What is more often disliked is driven to probability 0, slower and slower, however little more.
-         What has a > b shares the rest so that (a − b)·σ'(β·(ρ − z₀))/π is the same for all of it: π ∝ a − b while β is small, without ref.
-Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity by enumeration), test_against_trl.py.
+         const − Σ (a − b)·σ(β·(ρ − z₀)). If anything has a > b, all else, also what nobody labelled, is driven to probability 0, slower and
+         slower, however small the difference. What has a > b shares the rest so that (a − b)·σ'(β·(ρ − z₀))/π is the same for all of it:
+         π ∝ a − b while β is small, without ref.
+Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity by enumeration), test_against_trl.py, toy/three_actions.py.
 
     python -m minialign kto                                                  # built-in task, laptop CPU
     python -m minialign kto --feedback feedback.jsonl --policy runs/sft/final

@@ -7,11 +7,12 @@ Idea     SFT raises the likelihood of the chosen answer and of whatever resemble
          and without a reference, pushes the rejected one down: alignment in one stage instead of two.
 Differs  from sft.py: a second term. From simpo.py: odds in the place of the likelihood itself, and SFT's term holds the policy.
 Details  P(y|x) in the paper's odds is the average's e^ā, as its code has it: e to the sum would make 1 − P equal 1 for any real answer.
-         log(1 − e^ā) is taken without cancellation, ā clamped below −1e-7. Only completions are scored: the released code and others put
+         log(1 − e^ā) is taken without cancellation, ā kept at −1e-7 or below. Only completions are scored: the released code and others put
          prompt tokens into the likelihood unless told not to.
 Law      λ = 0, pairs drawn from μ, labelled with probability p(y ≻ y'): SFT on the winners, a short one counting more: π ∝ W(y)/|y|,
-         W(y) = μ(y)·E_{y'~μ} p(y ≻ y'). With λ > 0 there is no closed form. Never π*: ref and β do not occur.
-Checked  tests/methods/test_orpo.py (worked numbers, gradient, stability, the limit and stationarity by enumeration), test_against_trl.py.
+         W(y) = 2·μ(y)·E_{y'~μ} p(y ≻ y'). With λ > 0 there is no closed form. Never π*: ref and β do not occur.
+Checked  tests/methods/test_orpo.py (worked numbers, gradient, stability, the limit and stationarity by enumeration), test_against_trl.py,
+         toy/tiny_language.py.
 
     python -m minialign orpo                                                 # built-in task, laptop CPU
     python -m minialign orpo --pairs pairs.jsonl --policy runs/base/final --weight 0.25

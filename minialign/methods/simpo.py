@@ -3,7 +3,7 @@
     L(θ) = −E_{(x, y_w, y_l)}[ log σ(scale·(ā_w − ā_l) − γ) ],      ā = log π_θ(y|x) / |y|
 
 Symbols  y_w → chosen, y_l → rejected, ā → *_logps (B,), log-probs averaged over the tokens, γ → target_margin.
-Idea     A sampler that writes token by token is ruled by the average log-prob, so let that be the reward: no ref is needed, and a long
+Idea     Answers are often ranked by their average log-prob when they are decoded, so let that be the reward: no ref is needed, and a long
          answer is not better for being long. γ asks of every pair to be ordered by a margin, not just right.
 Differs  from dpo.py: averages in the place of log-ratios, no reference, a target margin. From orpo.py: no likelihood term.
 Details  Without a reference and without a likelihood nothing holds the policy but the learning rate (the paper's are 3e-7 to 1e-6) and the

@@ -6,11 +6,12 @@ Symbols  y_w → chosen, y_l → rejected, y_ref → target, log π → *_logps 
 Idea     Of two answers the chosen one should be likelier, by e^δ at least; beyond that a pair is done and says no more. The likelihood of
          a good answer in a second term keeps the policy a language model.
 Differs  from dpo.py: no reference, and a hinge: its pressure does not fade, it stops. The lecture's "SLiC", a hinge on log-ratios to ref,
-         is gpo.py with f = hinge. From orpo.py: sums, not averages, so SFT's term is the larger one for long answers.
-Details  Log-probs are summed over the completion. y_ref is the chosen answer, as in the paper's direct variant; its other variant takes
-         y_ref from the SFT data and ranks samples of the SFT policy, which is this file on pairs made in that way.
-Law      Pairs drawn from μ, labelled with probability p; W(y) and L(y): how often y wins and loses. While no pair has reached δ:
-         π = W + (W − L)/λ, where that is positive. Once some have, there is no closed form. Never π*: ref and β do not occur.
+         is gpo.py with f = hinge. From orpo.py: sums, not averages: a long answer weighs more in both terms.
+Details  Log-probs are summed over the completion. y_ref is the chosen answer here; it may be any good one. The paper's other variant ranks
+         samples of the SFT policy, which is this file on pairs made in that way.
+Law      Pairs drawn from μ, labelled with probability p; W(y) and L(y): the shares with which y is the chosen and the rejected one. If
+         π = W + (W − L)/λ is nowhere negative and no pair of it has reached δ, it is that. Else, and at the default λ nearly always, there
+         is no closed form. Never π*: ref and β do not occur.
 Checked  tests/methods/test_slic.py (worked numbers, gradient, law, stationarity), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign slic                                                 # built-in task, laptop CPU

@@ -82,7 +82,7 @@ def test_the_right_reward_losses_in_other_words_miss_none(monkeypatch):
     ("dpo_loss", lambda w, l, rw, rl, *, beta: (F.softplus(-(w - l - rw + rl)).mean(), {}), "DPO"),  # β lost
     ("dpo_loss", lambda w, l, rw, rl, *, beta: (F.softplus(-beta * (w - l)).mean(), {}), "DPO"),  # ref lost
     ("ipo_loss", lambda w, l, rw, rl, *, beta: ((w - l - rw + rl - 1 / beta) ** 2, {}), "IPO"),  # the table's target
-    ("gpo_loss", lambda w, l, rw, rl, *, beta, f: (F.softplus(-beta * (w - l - rw + rl)).mean(), {}), "GPO exponential"),  # all f alike
+    ("gpo_loss", lambda w, l, rw, rl, *, beta, f: (F.softplus(-beta * (w - l - rw + rl)).mean(), {}), "GPO, exponential"),  # all f alike
     ("simpo_loss", lambda w, l, *, scale, target_margin: (F.softplus(-(w - l)).mean(), {}), "SimPO"),  # the scale lost
     ("orpo_loss", lambda w, l, *, weight: ((-w + weight * F.softplus(l - w)).mean(), {}), "ORPO, λ = ¼"),  # log-probs for odds
     ("slic_loss", lambda w, l, t, *, delta, weight: ((F.relu(delta - w + l) - weight * l).mean(), {}), "SLiC"),  # NLL of the loser

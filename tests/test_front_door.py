@@ -114,7 +114,7 @@ def test_every_method_runs_with_no_flags(method, builtin_base, tmp_path):
     """On the built-in task, from the front door, in a folder that has the base model: run, export. SFT trains the base model first."""
     if method != "sft":
         shutil.copytree(builtin_base, tmp_path / "runs" / "builtin-base")
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}  # cores are shared with other tests
     command = [sys.executable, "-m", "minialign", method]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -5,7 +5,6 @@ torch's) own.
 """
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,29 +88,6 @@ def winners(wins, mu):
     """(W, L): how often each answer wins and loses; two laws."""
     wins, mu = np.asarray(wins), np.asarray(mu)
     return 2 * mu * (wins @ mu), 2 * mu * (wins.T @ mu)
-
-
-# --------------------------------------------------------------------------------------------------- labels of --online's pairs
-
-
-def check_preferences(m):
-    """Of 4000 pairs with one difference of rewards the first answer is chosen σ(r₁ − r₂) of the time, within 4 standard errors: σ(1.2) is
-    .768525. Equal rewards are a fair coin, rewards far apart no coin at all. What belongs together stays together; the seed decides."""
-    n = 4000
-    prompts = [[b] for b in range(n)]
-    answers = SimpleNamespace(completions=[[b, side] for b in range(n) for side in (0, 1)])
-    for first, second, p in ((0.7, -0.5, 0.768525), (-0.5, 0.7, 0.231475), (3.0, 3.0, 0.5), (50.0, -50.0, 1.0), (-1e4, 1e4, 0.0)):
-        rows = m.preferences(prompts, answers, torch.tensor([first, second]).repeat(n), 7)
-        assert [(x, sorted([chosen, rejected])) for x, chosen, rejected in rows] == [([b], [[b, 0], [b, 1]]) for b in range(n)]
-        share = sum(chosen[1] == 0 for _, chosen, _ in rows) / n
-        assert abs(share - p) <= 4 * (p * (1 - p) / n) ** 0.5
-    rewards = torch.randn(2 * n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows = m.preferences(prompts, answers, rewards, 7)
-    assert rows == m.preferences(prompts, answers, rewards, 7) != m.preferences(prompts, answers, rewards, 8)
-    won = torch.tensor([chosen[1] == 0 for _, chosen, _ in rows]).double()  # Σ (won − p)·d over its own spread: a standard normal
-    d = rewards[::2] - rewards[1::2]
-    p = torch.sigmoid(d)
-    assert abs(((won - p) * d).sum() / (p * (1 - p) * d**2).sum().sqrt()) < 4
 
 
 # --------------------------------------------------------------------------------------------------------- a run written out again

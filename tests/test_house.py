@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import METHODS
+from tests.conftest import METHODS, PREFERRING
 
 ROOT = Path(__file__).parent.parent
 TRACKED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout.split()
@@ -98,24 +98,22 @@ def test_a_method_file_has_its_rooms_in_order(method):
 
 
 SIBLINGS = ("dpo", "ipo", "gpo", "simpo", "orpo")
-# Lines that a sibling may have otherwise: what a step takes to its loss, and whether there is a reference.
-NAMED = ("chosen_logps = ", "rejected_logps = ", "with torch.no_grad():", "ref_chosen_logps = ", "ref_rejected_logps = ", "ref = ")
+# Lines of step that a sibling may have otherwise: what it takes to its loss.
+NAMED = ("chosen_logps = ", "rejected_logps = ", "with torch.no_grad():", "ref_chosen_logps = ", "ref_rejected_logps = ")
 
 
 def lesson(method):
-    """What is left of a sibling without its lesson: docstring, imports, Config, loss (and what only the loss uses), the named lines, the
-    call of the loss, and what --online adds. Its own name is replaced by METHOD."""
+    """What is left of a sibling without its lesson: docstring, imports, Config, loss (and what only the loss uses), the reference, the
+    named lines of step and its call of the loss. Its own name is replaced by METHOD."""
     source = (ROOT / f"minialign/methods/{method}.py").read_text(encoding="utf-8")
     tree, dropped = ast.parse(source), set()
-    allowed = {f"{method}_loss", "Config", "rollout", "preferences", "regularisation", "log_odds", "FUNCTIONS"}
+    allowed = {f"{method}_loss", "Config", "reference", "regularisation", "log_odds", "FUNCTIONS"}
     for node in tree.body:
         name = getattr(node, "name", "") or (node.targets[0].id if isinstance(node, ast.Assign) else "")
         if name in allowed or isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom)):
             dropped |= set(range(node.lineno - len(getattr(node, "decorator_list", [])), node.end_lineno + 1))
     for node in ast.walk(tree):
-        online = isinstance(node, ast.If) and ast.unparse(node.test) == "cfg.online"
-        call = isinstance(node, ast.Return) and ast.unparse(node.value).startswith(f"{method}_loss(")
-        if online or call:
+        if isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value).startswith(f"{method}_loss("):
             dropped |= set(range(node.lineno, node.end_lineno + 1))
     lines = [line for number, line in enumerate(source.splitlines(), 1) if number not in dropped]
     lines = [line for line in lines if line.strip() and not line.strip().startswith(NAMED)]
@@ -124,23 +122,20 @@ def lesson(method):
 
 @pytest.mark.parametrize("method", SIBLINGS[1:])
 def test_the_diff_of_two_siblings_is_their_lesson(method):
-    """`diff dpo.py ipo.py` touches docstring, imports, Config, the loss and the named lines, and of those only as many as it needs."""
-    assert len(lesson("dpo")) > 40 and lesson(method) == lesson("dpo")
+    """`diff dpo.py ipo.py` touches docstring, imports, Config, the loss, the reference and the named lines of step."""
+    assert len(lesson("dpo")) > 38 and lesson(method) == lesson("dpo")
 
 
 def test_siblings_share_their_config_but_for_what_names_their_lesson():
-    """All fields that two siblings share have one type, one default (but for beta's comment) and one place; the rest comes first, or is
-    that of --online."""
+    """A sibling's own fields, two at most, come first; from `policy` on all have the same ones, with the same types and defaults."""
     import dataclasses
 
-    online = ["online", "reward", "combine", "reward_limit", "tau"]
-    shared = None
+    shared = []
     for method in SIBLINGS:
         fields = dataclasses.fields(importlib.import_module(f"minialign.methods.{method}").Config)
-        names = [field.name for field in fields]
-        rest = [(f.name, f.type, f.default) for f in fields[names.index("policy"):] if f.name not in online]
-        assert len(names) - len(rest) <= 2 + len(online) and (shared is None or rest == shared), method
-        shared = rest
+        own = [field.name for field in fields].index("policy")
+        shared.append([(f.name, f.type, f.default) for f in fields[own:]])
+        assert own <= 2 and shared[-1] == shared[0], method
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -160,7 +155,7 @@ def test_metrics_page_is_complete_in_both_directions(small):
                   for method in (METHODS if methods.strip() == "all" else [m.strip() for m in methods.split(",")])}
     logged = set()
     online = dict(online=True, reward=["length:9"])
-    for method, changes in [*((method, {}) for method in METHODS), ("dpo", online), ("ipo", online)]:
+    for method, changes in [*((method, {}) for method in METHODS), *((method, online) for method in PREFERRING)]:
         module, cfg = small(method, held_out=0.2, **changes)
         logged |= {(method, name) for row in read_rows(module.main(cfg) / "metrics.jsonl") for name in row}
     assert documented == logged, (documented - logged, logged - documented)

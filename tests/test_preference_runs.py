@@ -71,7 +71,8 @@ def online(small, tmp_path):
         program.write_text("import json\ncalls = 0\ndef reward(prompts, completions):\n    global calls\n    calls += 1\n"
                            f"    with open({str(told)!r}, 'a') as file:\n        file.write(json.dumps([prompts, completions]) + '\\n')\n"
                            f"    return {body}\n")
-        fixed = dict(online=True, pairs=str(pairs), reward=[f"{program}:reward"], batch_size=5, held_out=0.0, beta=0.3)
+        fixed = dict(online=True, pairs=str(pairs), reward=[f"{program}:reward"], batch_size=5, held_out=0.0)
+        fixed |= {"beta": 0.3} if method in ("dpo", "ipo", "gpo") else {}
         return *small(method, **{**fixed, **settings}), lambda: read_rows(told)
 
     return make
@@ -121,7 +122,7 @@ def test_a_prompt_twice_in_a_batch_has_two_pairs_of_its_own(online):
     replay(module.main(cfg), cfg, THINGS, online_account("dpo", cfg, asked()))
 
 
-@BOTH
+@pytest.mark.parametrize("method", ["dpo", *[pytest.param(method, marks=pytest.mark.slow) for method in PREFERRING if method != "dpo"]])
 def test_online_resumed_after_sigterm_is_bitwise(online, method, monkeypatch):
     """Stopped after steps 1, 4 and 5 of 7: the pieces draw the answers, and the labels, of the unbroken run."""
     settings = dict(steps=7, micro_batch=2, eval_every=3, held_out=0.2)

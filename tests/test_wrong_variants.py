@@ -206,16 +206,14 @@ VARIANTS = [
                                           ("seq_logps(ref, pairs.rejected)", "seq_logps(policy, pairs.rejected).detach()")]),
     ("dpo", "ref trained along", [("torch.no_grad():  # ref is", "torch.enable_grad():  # ref is")]),
     # online pairs
-    *[(method, wrong, exchanges) for method in ("dpo", "ipo") for wrong, exchanges in [
-        ("labels reversed", [(".manual_seed(seed)) >= first", ".manual_seed(seed)) < first")]),
-        ("a coin instead of σ", [(SIGMA, "torch.full_like(rewards[::2], 0.5)")]),
-        ("the larger reward always chosen", [(SIGMA, "(rewards[::2] > rewards[1::2]).double()")]),
-        ("σ of half the difference", [(SIGMA, SIGMA.replace("rewards", "0.5 * rewards"))]),
-        ("answers of two prompts as a pair", [("zip(answers.completions[::2], answers.completions[1::2]",
-                                               "zip(answers.completions[: len(first)], answers.completions[len(first) :]")]),
-        ("one answer twice", [("(x, pair[c], pair[1 - c])", "(x, pair[c], pair[c])")]),
-        ("labels from no seed", [("generator=torch.Generator().manual_seed(seed)", "generator=None")]),
-    ]],
+    ("pairs", "labels reversed", [(".manual_seed(seed)) >= first", ".manual_seed(seed)) < first")]),
+    ("pairs", "a coin instead of σ", [(SIGMA, "torch.full_like(rewards[::2], 0.5)")]),
+    ("pairs", "the larger reward always chosen", [(SIGMA, "(rewards[::2] > rewards[1::2]).double()")]),
+    ("pairs", "σ of half the difference", [(SIGMA, SIGMA.replace("rewards", "0.5 * rewards"))]),
+    ("pairs", "answers of two prompts as a pair", [("zip(completions[::2], completions[1::2]",
+                                               "zip(completions[: len(first)], completions[len(first) :]")]),
+    ("pairs", "one answer twice", [("(x, pair[c], pair[1 - c])", "(x, pair[c], pair[c])")]),
+    ("pairs", "labels from no seed", [("generator=torch.Generator().manual_seed(seed)", "generator=None")]),
     # IPO
     *[(method, wrong, exchanges) for method in ("ipo", "gpo") for wrong, exchanges in [
         ("ref lost", [(CHOSEN, "beta * chosen_logps"), (REJECTED, "beta * rejected_logps")]),

@@ -42,7 +42,9 @@ from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_
 from minialign.data import demo_batch, pair_batch
 from minialign.methods import best_of_n, dpo, gpo, grpo, ift, ipo, irl, kto, orpo, ppo, rebel, reinforce, rest, rft, rloo, simpo, slic
 from minialign.model import GPT, GPTConfig
+from minialign.pairs import label
 from minialign.rewards import score
+from minialign.sample import sample
 from toy import closed_form
 
 
@@ -475,11 +477,11 @@ def preference_row(name, method, law, gate, *, settings=lambda beta: {"beta": be
         generator, written = torch.Generator().manual_seed(seed), language.law_of(ref)
         for k in range(cfg.steps):
             if online:
-                answers = module.rollout(policy, prompts_ids, given, language.eos_id, (seed, k))
+                answers = sample(policy, prompts_ids, max_new=language.max_new, n=2, eos_id=language.eos_id, seed=(seed, k))
             else:
                 answers = language.draw(written, 4 * cfg.samples, generator)
             rewards = language.scores([x for x in prompts_ids for _ in range(2)], answers)
-            rows = dpo.preferences(prompts_ids, answers, rewards, derive_seed(seed, k))
+            rows = label(prompts_ids, answers.completions, rewards, derive_seed(seed, k))
             pairs = pair_batch(rows, range(len(rows)), pad_id=language.eos_id, max_len=1 + language.max_new)
             yield module.step(policy, ref, pairs, given)[0]
 
@@ -511,7 +513,7 @@ def kto_losses(policy, value_model, ref, language, cfg, seed):
     for k in range(cfg.steps):
         answers = language.draw(written, 4 * cfg.samples, generator)
         rewards = language.scores([x for x in prompts_ids for _ in range(2)], answers)
-        pairs = dpo.preferences(prompts_ids, answers, rewards, derive_seed(seed, k))
+        pairs = label(prompts_ids, answers.completions, rewards, derive_seed(seed, k))
         rows = [(x, chosen, True) for x, chosen, _ in pairs] + [(x, rejected, False) for x, _, rejected in pairs]
         desirable = torch.tensor([label for *_, label in rows])
         kl = kto.reference_point(policy, ref, rows, batch_of, len(rows))  # rows come prompt by prompt: of the same prompt, as above

@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.common import Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr, split_micro
-from minialign.data import builtin_pairs, encode_pairs, encode_prompts, pair_batch, read_preferences, split_scorable
+from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
+from minialign.data import pair_batch
 from minialign.evaluate import held_out_pairs
 from minialign.logps import seq_logps
+from minialign.pairs import open_pairs
 from minialign.run import Run
-from minialign.sample import sample
 
 
 @dataclass
@@ -83,17 +83,9 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return loss.mean(), {name: value.detach() for name, value in stats.items()}
 
 
-def rollout(policy, prompts_ids, cfg, eos_id, seed):
-    """--online: two fresh answers to each prompt, those of one prompt adjacent. Autograd stops here: they are data."""
-    return sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=2, eos_id=eos_id, seed=seed)
-
-
-def preferences(prompts_ids, answers, rewards, seed):
-    """[(prompt ids, chosen ids, rejected ids)]: the first of two answers is chosen with the Bradley-Terry probability σ(r₁ − r₂)."""
-    first = torch.sigmoid(rewards[::2] - rewards[1::2]).cpu()  # (B,)
-    chosen = torch.rand(len(first), generator=torch.Generator().manual_seed(seed)) >= first  # (B,) 0: the first, 1: the second
-    both = zip(answers.completions[::2], answers.completions[1::2], strict=True)
-    return [(x, pair[c], pair[1 - c]) for x, pair, c in zip(prompts_ids, both, chosen.int().tolist(), strict=True)]
+def reference(policy):
+    """ref: what the policy is held to, itself before training."""
+    return copy.deepcopy(policy).requires_grad_(False)
 
 
 def step(policy, ref, pairs, cfg):
@@ -113,39 +105,24 @@ def main(cfg):
     run = Run("dpo", cfg)
     cfg = run.cfg
     policy, tokenizer = run.open_policy(cfg.policy)
-    run.same_input("data", cfg.pairs)
-    pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
-    rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
-    if cfg.online:
-        reward_fn = run.open_reward()
-        prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt=cfg.max_prompt)
-        prompts, _ = split_scorable(prompts, cfg.held_out, cfg.max_len)  # row for row those of `rows`
-        run.check_context(policy, prompts, max_len=cfg.max_len)
+    rows, held_out, draw = open_pairs(run, policy, tokenizer)
 
     def batch_of(source, picked):
         return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
 
-    ref = copy.deepcopy(policy).requires_grad_(False)
+    ref = reference(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     run.track(policy=policy, optimizer=optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
-        batch = [rows[i] for i in picked]
+        batch, metrics = draw(k, picked)
+        if batch is None:  # online, and the reward failed
+            continue
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
-        if cfg.online:
-            prompts_ids, asked = zip(*[prompts[i] for i in picked], strict=True)
-            seed = derive_seed("dpo", cfg.seed, k)
-            answers = rollout(policy, prompts_ids, cfg, tokenizer.eos_id, seed)
-            said = [tokenizer.decode(ids) for ids in answers.completions]
-            rewards = run.ask(k, reward_fn, [prompt for prompt in asked for _ in range(2)], said)  # (2·B,)
-            if rewards is None:
-                continue
-            stats.add({"reward": rewards.mean()})
-            batch = preferences(prompts_ids, answers, rewards, seed)
         for micro in split_micro(range(len(batch)), cfg.micro_batch):
             loss, micro_stats = step(policy, ref, batch_of(batch, micro), cfg)
             share = len(micro) / len(batch)  # the loss is a mean over pairs: a micro-batch counts by its pairs
@@ -156,7 +133,7 @@ def main(cfg):
         if run.finite(k, policy, picked, total, grad_norm):
             optimizer.step()
 
-        metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         if run.due(k):
             if held_out:
                 metrics |= held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg.batch_size)

@@ -8,6 +8,7 @@ Idea     Answers are often ranked by their average log-prob when they are decode
 Differs  from dpo.py: averages in the place of log-ratios, no reference, a target margin. From orpo.py: no likelihood term.
 Details  Without a reference and without a likelihood nothing holds the policy but the learning rate (the paper's are 3e-7 to 1e-6) and the
          number of steps; a learning rate of 1e-5 ruins a large model. The paper's ratio γ/β is target_margin / scale.
+         --online: the policy draws the pairs and a reward labels them, as in dpo.py.
 Law      Preferences from Bradley-Terry on r, γ = 0: π ∝ e^{|y|·(r − c)/scale}, c such that it sums to 1; where training began is
          forgotten. With γ > 0 there is no closed form.
 Checked  tests/methods/test_simpo.py (worked numbers, gradient, the law by enumeration), test_against_trl.py, toy/tiny_language.py.
@@ -16,16 +17,17 @@ Checked  tests/methods/test_simpo.py (worked numbers, gradient, the law by enume
     python -m minialign simpo --pairs pairs.jsonl --policy runs/sft/final
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
-from minialign.data import builtin_pairs, encode_pairs, pair_batch, read_preferences, split_scorable
+from minialign.data import pair_batch
 from minialign.evaluate import held_out_pairs
 from minialign.logps import mean_logps
+from minialign.pairs import open_pairs
 from minialign.run import Run
 
 
@@ -35,6 +37,11 @@ class Config:
     target_margin: float = 1.0      # γ: by how much the chosen reward should exceed the rejected one
     policy: str = "builtin"         # start from: builtin, a folder, a hub name
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
+    online: bool = False            # both answers drawn from the policy, --reward chooses; of the pairs only the prompts are trained on
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # with online: FILE.py:FUNCTION, a reward model, …: docs/DATA.md
+    combine: str = "mean"           # with online: of several rewards mean, min, or warm (one reward model of averaged weights)
+    reward_limit: float = 60.0      # with online: seconds that the reward may take for one batch
+    tau: float = 1.0                # with online: sampling temperature
     steps: int = 100                # optimizer steps
     batch_size: int = 32            # pairs per step
     micro_batch: int = 0            # pairs per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
@@ -45,9 +52,9 @@ class Config:
     max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
     max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
     max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of the answers in samples.jsonl
+    max_new: int = 64               # most tokens of an answer: those of samples.jsonl, and those that online draws
     held_out: float = 0.1           # the last share of the file, never trained on
-    seed: int = 0                   # data order
+    seed: int = 0                   # data order, online's answers and their labels
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
     log_every: int = 25             # steps between lines on the terminal
@@ -74,6 +81,11 @@ def simpo_loss(chosen_logps, rejected_logps, *, scale, target_margin):
     return loss.mean(), {name: value.detach() for name, value in stats.items()}
 
 
+def reference(policy):
+    """No ref: the loss has none, and no second model lies in memory."""
+    return None
+
+
 def step(policy, ref, pairs, cfg):
     """One batch of pairs to one loss: the only place where models meet the equation."""
     chosen_logps = mean_logps(policy, pairs.chosen)  # (B,)
@@ -86,21 +98,21 @@ def main(cfg):
     run = Run("simpo", cfg)
     cfg = run.cfg
     policy, tokenizer = run.open_policy(cfg.policy)
-    run.same_input("data", cfg.pairs)
-    pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
-    rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+    rows, held_out, draw = open_pairs(run, policy, tokenizer)
 
     def batch_of(source, picked):
         return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
 
-    ref = None  # not needed: nothing to keep in memory
+    ref = reference(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     run.track(policy=policy, optimizer=optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
-        batch = [rows[i] for i in picked]
+        batch, metrics = draw(k, picked)
+        if batch is None:  # online, and the reward failed
+            continue
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
@@ -114,7 +126,7 @@ def main(cfg):
         if run.finite(k, policy, picked, total, grad_norm):
             optimizer.step()
 
-        metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         if run.due(k):
             if held_out:
                 metrics |= held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg.batch_size)

@@ -16,7 +16,7 @@ from minialign.methods.irft import irft_loss
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained, save_pretrained
 from tests.enumerable import EOS, LANGUAGE, expected, relative, tiny_gpt
-from tests.preferring import CHOSEN, REJECTED, check_preferences, f64, log_prob, pairs_of, random_pairs
+from tests.preferring import CHOSEN, REJECTED, f64, log_prob, pairs_of, random_pairs
 from toy import closed_form
 from toy.three_actions import minimise
 
@@ -189,13 +189,6 @@ def test_smoothed_labels_shrink_the_law(m, smoothing):
     ratio = minimise(loss, f64(0, 0)).log_softmax(0) - ref_logps
     believed = p * (1 - smoothing) + (1 - p) * smoothing
     assert (ratio[0] - ratio[1]).item() == pytest.approx(math.log(believed / (1 - believed)) / beta, abs=1e-8)
-
-
-# --------------------------------------------------------------------------------------------------------------------- online
-
-
-def test_preferences_are_drawn_from_the_rewards(m):
-    check_preferences(m)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- main

@@ -14,7 +14,6 @@ from tests.preferring import (
     any_preferences,
     bradley_terry,
     check_main,
-    check_preferences,
     f64,
     gradient,
     log_prob,
@@ -190,13 +189,6 @@ def test_online_the_law_is_its_own_opponent(m):
 
     assert slope(law) < 1e-12 < 1e-3 < slope(torch.tensor(closed_form.tilt(ref.numpy(), (wins @ ref).numpy(), beta)))
     assert np.abs(winners(wins, law)[0] - winners(wins, ref)[0]).max() > 0.01
-
-
-# --------------------------------------------------------------------------------------------------------------------- online
-
-
-def test_preferences_are_drawn_from_the_rewards(m):
-    check_preferences(m)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- main

@@ -47,7 +47,6 @@ ROOT = Path(__file__).parent.parent
 SFT, IFT, SPIN, RFT, IRL, BEST = "SFT", "IFT", "SPIN (IRFT, T = 1)", "RFT", "IRL", "best of 4 by RFT's r"
 ROUNDS = (1, 2, 5)  # T of IRFT
 COLUMNS = ("gold reward", "wins over SFT", "gap", "implicit", "KL(expert‖π)", "KL(π‖base)")
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, n − 1 degrees, 97.5 %
 
 
 @dataclass
@@ -227,15 +226,6 @@ def claims(table, accuracy):
     ]
 
 
-def verdict(differences):
-    """(mean, half-width of the 95 % interval, seeds in favour, verdict) of paired differences, one per seed."""
-    n, mean, favour = len(differences), statistics.mean(differences), sum(d > 0 for d in differences)
-    if n < 2:
-        return mean, math.nan, favour, "not separable"
-    half = T95.get(n, 2.23) * statistics.stdev(differences) / math.sqrt(n)
-    return mean, half, favour, "holds" if mean - half > 0 else "does not hold" if mean + half < 0 else "not separable"
-
-
 def spread(values):
     return f"{statistics.mean(values):7.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:7.3f}        "
 
@@ -253,7 +243,7 @@ def report(table, answers, exact, judged, cfg):
         print(f"  {name:24} " + "   ".join(f"{builtin_prompt(thing)}⟦{text}⟧" for thing, text in zip(THINGS[:2], samples, strict=False)))
     print("\nwhat the papers claim, in these runs (difference ± 95 % interval; seeds in favour):")
     for source, claim, differences in judged:
-        mean, half, favour, word = verdict(differences)
+        mean, half, favour, word = evaluate.verdict(differences)
         print(f"  {source:18} {claim:44} {mean:+7.3f} ± {half:5.3f}   {favour}/{len(differences)}   {word}")
 
 
@@ -378,7 +368,7 @@ def main(cfg):
     judged = claims(table, [[point["accuracy"] for point in run] for run in accuracy])
     exact = exact_rows()
     report(table, {name: of[name, 0]["answers"] for name in order}, exact, judged, cfg)
-    verdicts = [{"source": source, "claim": claim, "differences": differences, "verdict": verdict(differences)[3]}
+    verdicts = [{"source": source, "claim": claim, "differences": differences, "verdict": evaluate.verdict(differences)[3]}
                 for source, claim, differences in judged]
     for runs in paths.values():
         for point in (point for run in runs for point in run):

@@ -23,6 +23,7 @@ stands beside it. Reward over √KL (--figure) is the frontier: what a policy pa
 
 import json
 import math
+import statistics
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,6 +89,18 @@ def share_interval(successes, n):
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return p, centre - half, centre + half
+
+
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, n − 1 degrees, 97.5 %
+
+
+def verdict(differences):
+    """(mean, half-width of the 95 % interval, seeds in favour, verdict) of paired differences, one per seed."""
+    n, mean, favour = len(differences), statistics.mean(differences), sum(d > 0 for d in differences)
+    if n < 2:
+        return mean, math.nan, favour, "not separable"
+    half = T95.get(n, 2.23) * statistics.stdev(differences) / math.sqrt(n)
+    return mean, half, favour, "holds" if mean - half > 0 else "does not hold" if mean + half < 0 else "not separable"
 
 
 def wins(left, right):

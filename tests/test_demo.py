@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minialign import demo
+from minialign import demo, evaluate
 from minialign.common import BadInput
 from minialign.data import EXPERT, builtin_law, builtin_pairs, builtin_prompt
 from minialign.tokenizer import load_tokenizer
@@ -51,10 +51,10 @@ def test_exact_rows():
 
 def test_verdict():
     """[1, 2, 3]: mean 2, deviation 1, half-width 4.30/√3 = 2.482606, so 0 lies inside. [2, 2.1, 2.2]: deviation .1, half .248261, holds."""
-    assert demo.verdict([1.0, 2, 3]) == (2.0, pytest.approx(2.482606, abs=1e-5), 3, "not separable")
-    assert demo.verdict([2.0, 2.1, 2.2]) == (pytest.approx(2.1), pytest.approx(0.248261, abs=1e-5), 3, "holds")
-    assert demo.verdict([-2.0, -2.1, -2.2])[2:] == (0, "does not hold")
-    assert demo.verdict([5.0])[2:] == (1, "not separable")  # one seed has no interval
+    assert evaluate.verdict([1.0, 2, 3]) == (2.0, pytest.approx(2.482606, abs=1e-5), 3, "not separable")
+    assert evaluate.verdict([2.0, 2.1, 2.2]) == (pytest.approx(2.1), pytest.approx(0.248261, abs=1e-5), 3, "holds")
+    assert evaluate.verdict([-2.0, -2.1, -2.2])[2:] == (0, "does not hold")
+    assert evaluate.verdict([5.0])[2:] == (1, "not separable")  # one seed has no interval
 
 
 NAMES = ("base", demo.SFT, demo.IFT, *(demo.irft_name(T) for T in demo.ROUNDS), demo.RFT, demo.IRL, demo.BEST)
@@ -82,10 +82,10 @@ def test_every_claim_is_a_difference_of_these_runs():
         ("best-of-n", "a learned reward lifts it above SFT"): 10 * (best - sft),
     }.items():
         assert found[source, claim][0] == pytest.approx(value), claim
-    assert demo.verdict(found["RFT/IRFT, Fig. 2", "RFT's reward is above SFT's"])[3] == "holds"
+    assert evaluate.verdict(found["RFT/IRFT, Fig. 2", "RFT's reward is above SFT's"])[3] == "holds"
     table[demo.RFT], table[demo.SFT] = table[demo.SFT], table[demo.RFT]
     turned = {(source, claim): differences for source, claim, differences in demo.claims(table, accuracy)}
-    assert demo.verdict(turned["RFT/IRFT, Fig. 2", "RFT's reward is above SFT's"])[3] == "does not hold"
+    assert evaluate.verdict(turned["RFT/IRFT, Fig. 2", "RFT's reward is above SFT's"])[3] == "does not hold"
 
 
 def test_wins_are_over_sft_of_the_same_seed():
@@ -125,7 +125,7 @@ def test_the_demo(tmp_path):
     for figure in ("demo.png", "three_actions.png"):
         assert (tmp_path / "runs/demo" / figure).stat().st_size > 20_000
     for claim in content["claims"]:  # each verdict is that of its own numbers, and stands in the output
-        assert claim["verdict"] == demo.verdict(claim["differences"])[3] and claim["claim"] in result.stdout
+        assert claim["verdict"] == evaluate.verdict(claim["differences"])[3] and claim["claim"] in result.stdout
     # What holds in this setting on every seed, and does so by a wide margin:
     base, sft, spin, rft = (content["table"][name] for name in ("base", demo.SFT, demo.SPIN, demo.RFT))
     assert min(sft["gold reward"]) > max(base["gold reward"]) + 0.5 and max(sft["KL(expert‖π)"]) < min(base["KL(expert‖π)"])

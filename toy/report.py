@@ -33,7 +33,7 @@ class Report:
         """Print PASS if no entry of `measured` is farther than `tolerance` from `expected` (numbers or arrays; a NaN passes nothing)."""
         error = float(np.abs(np.asarray(measured, dtype=float) - np.asarray(expected, dtype=float)).max())
         shown = " ".join(f"{value:.6g}" for value in np.ravel(measured)[:4]) + (" …" if np.size(measured) > 4 else "")
-        self._gated(name, error <= tolerance, f"{shown:36} off by {error:.1e} (≤ {tolerance:g})", note)
+        self._gated(name, bool(error <= tolerance), f"{shown:36} off by {error:.1e} (≤ {tolerance:g})", note)
 
     def gate(self, name, passed, measured, note=""):
         """The same where what is known is an inequality. measured: the numbers, in words."""
@@ -55,10 +55,10 @@ class Report:
         self.claims.append({"source": source, "claim": claim, "measured": measured, "verdict": word})
         print(f"      {source}: {claim}\n        {measured}  →  {word}", flush=True)
 
-    def close(self, **numbers):
-        """Write the JSON, print the last line; returns True if nothing that is gated was missed. numbers: what the figure shows."""
+    def close(self, numbers):
+        """Write the JSON, print the last line; returns True if nothing that is gated was missed. numbers: {name: what the figure shows}."""
         passed, path = sum(check["passed"] for check in self.checks), Path(self.cfg.out).with_suffix(".json")
-        content = {"config": dataclasses.asdict(self.cfg), "commit": commit(), "checks": self.checks, "claims": self.claims, **numbers}
+        content = {"config": dataclasses.asdict(self.cfg), "commit": commit(), "checks": self.checks, "claims": self.claims} | numbers
         write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         seconds = time.monotonic() - self.started
         print(f"{passed} of {len(self.checks)} checks passed in {seconds:.0f} s; figure: {self.cfg.out}, numbers: {path}")

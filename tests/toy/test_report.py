@@ -25,7 +25,7 @@ def test_checks_are_gated_and_claims_are_not(tmp_path, capsys):
     report.claim("a paper", "it moves", "", [1.0, -1.1, 0.4])
     report.claim("a paper", "it is exact", "1 = 1", holds=True)
     report.claim("a paper", "it is not", "1 ≠ 2", holds=False)
-    assert report.close(curve=[1, 2])
+    assert report.close({"curve": [1, 2]})
     content = json.loads((tmp_path / "new" / "figure.json").read_text())
     assert [claim["verdict"] for claim in content["claims"]] == ["holds", "does not hold", "not separable", "holds", "does not hold"]
     assert {claim["verdict"] for claim in content["claims"]} == {*VERDICTS}
@@ -42,7 +42,7 @@ def test_one_miss_fails_the_toy(tmp_path, capsys, miss):
     report = Report(Config(str(tmp_path / "figure.png")))
     report.check("on", 1.0, 1.0, 0.0)
     miss(report)
-    assert not report.close()
+    assert not report.close({})
     assert "FAIL" in capsys.readouterr().out
 
 

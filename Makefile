@@ -30,9 +30,11 @@ test-slow: $(VENV)/installed-dev ## the rest: demo, tutorials, kill loops, long 
 lint: $(VENV)/installed-dev      ## ruff
 	$(BIN)/ruff check .
 
-figures: $(VENV)/installed       ## the pictures of README
+figures: $(VENV)/installed       ## the pictures of README and docs, and the numbers behind them
 	$(BIN)/python -m toy.three_actions --out docs/three_actions.png
-	$(BIN)/python -m toy.tiny_language --out docs/tiny_language.png
+	$(BIN)/python -m toy.tiny_language --full --out docs/tiny_language.png
+	$(BIN)/python -m toy.plot --numbers docs --out docs/laws.png
+	for toy in frozen_lake overoptimization theory; do $(BIN)/python -m toy.$$toy --out docs/$$toy.png || exit 1; done
 	rm -rf runs/figures
 	$(BIN)/python -m minialign demo --no-toy --out runs/figures && cp runs/figures/demo.png docs/demo.png && cp runs/figures/table.json docs/demo.json
 

@@ -10,7 +10,8 @@ five rounds and with fresh samples at every step are trained on them for the sam
     KL(E‖π)   the distance to the expert
     implicit  share of the pairs with log π/base (better) > log π/base (worse)
 
-    python -m toy.few_demos                                        # ten seeds; PASS or FAIL per ordering; a figure; exit 1 on a miss
+    python -m toy.few_demos                                        # five seeds; PASS or FAIL per ordering; a figure; exit 1 on a miss
+    python -m toy.few_demos --full                                 # ten seeds
     python -m toy.few_demos --contamination 0                      # clean demonstrations: the orderings need not hold there
 
 What is gated is what follows from the law of one stale round, base·(E_mix/base)^{1/β}: with β far below 1 it extrapolates past the mixture
@@ -24,7 +25,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ class Config:
     steps: int = 60                 # updates of each method
     batch_size: int = 32            # demonstrations per update
     lr: float = 1e-3                # of Adam
-    seeds: int = 10                 # runs; seeds 0 to 4 have a base model each, 5 to 9 the same again
+    seeds: int = 5                  # runs; seeds 0 to 4 have a base model each, 5 to 9 the same again
+    full: bool = False              # twice the seeds
     out: str = "runs/few_demos.png"  # the figure
 
 
@@ -163,6 +165,7 @@ def main(cfg):
         raise BadInput("--beta, --pull and --lr must be above 0, --kappa at least 0, --contamination between 0 and 1")
     if min(cfg.demos, cfg.steps, cfg.batch_size, cfg.seeds) < 1:
         raise BadInput("--demos, --steps, --batch_size and --seeds must be at least 1")
+    cfg = replace(cfg, seeds=2 * cfg.seeds) if cfg.full else cfg
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     language, started, judges, table = Language(n_prompts=4), time.monotonic(), {}, {}
     for seed in range(cfg.seeds):

@@ -11,9 +11,10 @@ minialign/methods; the laws are toy/closed_form.py's, which knows nothing of the
 The defaults avoid beta = 1 and a uniform reference on purpose: a lost 1/beta or a lost "− log ref" would change nothing there.
 """
 
+import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minialign.common import BadInput, cli, exit_codes
+from minialign.common import BadInput, cli, exit_codes, write_atomic
 from minialign.methods.best_of_n import pick
 from minialign.methods.dpo import dpo_loss
 from minialign.methods.gpo import FUNCTIONS, gpo_loss, regularisation
@@ -37,6 +38,7 @@ from minialign.methods.rft import reward_alignment_loss
 from minialign.methods.sft import sft_loss
 from minialign.methods.simpo import simpo_loss
 from minialign.methods.slic import slic_loss
+from minialign.run import commit
 from toy import closed_form
 
 
@@ -50,7 +52,15 @@ class Config:
     resampling: str = "both"        # samples of IRFT: fresh at every step, stale for a round, or both
     rounds: int = 6                 # rounds of stale sampling
     seed: int = 0                   # of the one sampled row
+    full: bool = False              # also under eight other settings, from a far-off reference to a pull of 5
     out: str = "runs/three_actions.png"  # the figure
+
+
+OTHERS = [
+    dict(beta=0.4, R=1.0, ref=[0.2, 0.3, 0.5]), dict(beta=0.7, R=2.0, expert=[0.02, 0.28, 0.7], ref=[0.1, 0.1, 0.8]),
+    dict(beta=5.0, R=20.0), dict(beta=1.0, R=1.0, ref=[1.0, 1.0, 1.0]), dict(beta=0.1), dict(beta=0.3), dict(R=3000.0),
+    dict(expert=[0.01, 0.01, 0.98], ref=[0.98, 0.01, 0.01]),
+]
 
 
 # ---------------------------------------------------------------------------------------------------- losses as expectations
@@ -240,6 +250,11 @@ class Check:
     @property
     def passed(self):
         return self.error <= self.tolerance  # a NaN passes nothing
+
+    @property
+    def is_policy(self):
+        """Whether it is about probabilities (others compare slopes, rewards or losses)."""
+        return np.min(self.learned) >= 0 and np.allclose(np.atleast_2d(self.law).sum(1), 1)
 
 
 def checks(cfg):
@@ -522,8 +537,7 @@ def draw(results, cfg):
     figure, (first, names, *others) = plt.subplots(1, 4, figsize=(19, 5), width_ratios=[1, 0.75, 1, 1], constrained_layout=True)
     axes = [first, *others]
     axes[0].plot([0, 1], [0, 1], color="0.8", zorder=0)
-    policies = [c for c in results if np.min(c.learned) >= 0 and np.allclose(np.atleast_2d(c.law).sum(1), 1)]
-    for index, check in enumerate(policies):
+    for index, check in enumerate(check for check in results if check.is_policy):
         marker = "os^vDP*X"[index % 8]
         axes[0].plot(np.ravel(check.law), np.ravel(check.learned), marker, ms=6, alpha=0.7, label=check.name.strip())
     axes[0].set(xlabel="closed form", ylabel="learned", title="Each method on its own law")
@@ -584,6 +598,16 @@ def main(cfg):
         verdict = "PASS" if check.passed else "FAIL"
         print(f"{verdict}  {check.name:45} {shown:28} off by {check.error:7.1e} (≤ {check.tolerance:.0e})  {check.note}", flush=True)
     draw(results, cfg)
+    laws = {check.name.strip(): {"law": np.atleast_2d(check.law).tolist(), "learned": np.atleast_2d(check.learned).tolist()}
+            for check in results if check.is_policy}
+    content = {"config": asdict(cfg), "commit": commit(), "laws": laws}
+    write_atomic(Path(cfg.out).with_suffix(".json"), json.dumps(content, ensure_ascii=False) + "\n")
+    for settings in OTHERS if cfg.full else ():
+        print(f"with {settings}")
+        for check in checks(replace(Config(), **settings)):
+            results.append(check)
+            if not check.passed:
+                print(f"FAIL  {check.name:45} off by {check.error:7.1e} (≤ {check.tolerance:.0e})", flush=True)
     missed = sum(not check.passed for check in results)
     print(f"{len(results) - missed} of {len(results)} on their law in {time.monotonic() - started:.0f} s; figure: {cfg.out}")
     return not missed

@@ -2,9 +2,10 @@
 # # 06 · Rewards: from comparisons to a number, from a number to a policy
 #
 # **You will hold** the Bradley-Terry loss and the reading of a reward model, best-of-n and ReST, each in a few lines and proved equal to
-# the project's; a picture of what a reward buys per nat of KL; and half a dozen mistakes, most of them silent.
+# the project's; a picture of what a reward buys per nat of KL, and one of a policy that finds the place where its reward is wrong; and
+# half a dozen mistakes, most of them silent.
 #
-# **Minutes:** 45 to read, about 15 seconds of CPU to run. **You need:** tutorial 03 (`log π(y|x)`, `mask`), the loss of tutorial 04, and
+# **Minutes:** 60 to read, about 30 seconds of CPU to run. **You need:** tutorial 03 (`log π(y|x)`, `mask`), the loss of tutorial 04, and
 # what a KL divergence is.
 #
 # Lines marked `# watch: name (shape)` are good places for a breakpoint. `B` completions, `N` prompts, `n` draws for each winner, `C`
@@ -28,9 +29,9 @@ from torch.nn.functional import softplus
 from minialign.batch import Batch, collate
 from minialign.logps import token_logps
 from minialign.methods import best_of_n, rest, reward_model
-from minialign.rewards import score
+from minialign.rewards import score, weight_average
 from minialign.sample import sample
-from toy import closed_form
+from toy import closed_form, overoptimization
 from toy.tiny_language import Language, tiny_gpt
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
@@ -48,6 +49,7 @@ torch.set_default_dtype(torch.float64)  # so that "equal" can mean twelve digits
 #
 # 1. How do comparisons become a number $r(y)$ for each answer?
 # 2. How does a number become a better policy, if we may look at it but not differentiate through it?
+# 3. What happens when the number is wrong somewhere, and the policy is good at finding it?
 #
 # ## The equation
 #
@@ -695,6 +697,192 @@ assert 0 <= min(lost) and max(lost) < 0.05 and lost[0] < lost[4]
 # %% [markdown]
 # Little is lost, and no judge was asked again. More is lost at larger $n$: the harder one selects, the more it matters how the
 # model orders the few completions at the top, which were rare among the pairs.
+
+# %% [markdown]
+# ## When the reward is wrong in one place
+#
+# This learned reward was wrong by a little, everywhere. Real ones are also wrong *somewhere*, and always to the same side: judges like
+# long answers, a program tests what is easy to test. What happens if one presses on? Gao et al. (2022) put a large reward model, **gold**,
+# in the judges' place, fitted small ones, **proxies**, to its choices, and then optimised a proxy while watching gold.
+#
+# `toy/overoptimization.py` does so where everything can be summed. Its language has six letters, up to four tokens, three prompts, 1555
+# completions each. Gold gives .5 for a letter like the prompt's, −.5 for the disliked one, .3 for EOS, and −.7 · repeats². The proxy is
+# linear in *how often each token occurs*, counted from the prompt's letter on. Order is hidden from it, and so are repeats.
+
+# %%
+setting = overoptimization.Setting()
+blind, seeing, gold = setting.blind, setting.seeing, setting.gold  # watch: blind (3, 1555, 7), seeing (3, 1555, 8): one more, repeats²
+END, place_of = setting.language.eos_id, setting.language.index
+print("answer to prompt 0    how often 0 1 2 3 4 5 EOS   gold")
+for y in ((0, 1, 0, END), (0, 0, 1, END), (0, 0, 0, 0)):
+    print(f"{' '.join('EOS' if token == END else str(token) for token in y):22}"
+          f"{' ' * 10}{' '.join(f'{count:.0f}' for count in blind[0, place_of[y]])}   {gold[0, place_of[y]]:6.1f}")
+apart, together = place_of[0, 1, 0, END], place_of[0, 0, 1, END]
+assert torch.equal(blind[0, apart], blind[0, together]) and abs(gold[0, apart] - gold[0, together] - 0.7) < 1e-9
+
+# %% [markdown]
+# The first two rows are one row to the proxy. Now fit it to 1000 comparisons of ref's own completions, labelled by Bradley-Terry on gold.
+# The model is seven weights; a small ridge keeps them finite, and descent takes care of the rest.
+
+
+# %%
+def my_linear_fit(seen, compared, ridge=1.0, steps=1500, lr=1.0):
+    """seen (N, C, F), compared (B, 3) of prompt, chosen, rejected -> the weights (F,) of the best linear reward."""
+    prompt, chosen, rejected = compared.T
+    weights = torch.zeros(seen.shape[-1], requires_grad=True)
+    for _ in range(steps):
+        loss, _ = reward_model.bradley_terry_loss(seen[prompt, chosen] @ weights, seen[prompt, rejected] @ weights)
+        loss = loss + ridge / (2 * len(compared)) * (weights**2).sum()
+        (slope,) = torch.autograd.grad(loss, weights)
+        weights = (weights - lr * slope).detach().requires_grad_()
+    return weights.detach()
+
+
+def accuracy(numbers, pairs):
+    """The loss's own statistic: the share of pairs with the chosen one higher, a tie counting half. numbers (N, C)."""
+    prompt, chosen, rejected = pairs.T
+    numbers = torch.as_tensor(numbers)
+    return reward_model.bradley_terry_loss(numbers[prompt, chosen], numbers[prompt, rejected])[1]["rewards/accuracies"].item()
+
+
+compared, fresh = setting.compare(1000, seed=0), setting.compare(1000, seed=1)  # watch: compared (1000, 3)
+proxies = {}
+for name, seen in (("blind", blind), ("seeing", seeing)):
+    weights, fitted = my_linear_fit(seen, compared), overoptimization.fit(seen, compared, 1.0)
+    torch.testing.assert_close(weights, fitted.weight[0].detach(), atol=1e-5, rtol=0)  # checkpoint: theirs is L-BFGS, to the end
+    proxies[name] = overoptimization.scores(fitted, seen)  # (3, 1555)
+    print(f"{name:6} weights {weights.numpy().round(2)}")
+right = {name: accuracy(numbers, fresh) for name, numbers in {**proxies, "gold": gold}.items()}
+print("of 1000 fresh pairs rightly ordered:", ", ".join(f"{name} {100 * share:.1f} %" for name, share in right.items()))
+assert 0.6 < right["blind"] < right["gold"] < right["blind"] + 0.06
+
+# %% [markdown]
+# Look at the accuracies. Gold itself is right about two pairs of three only, as the judges toss loaded coins. The blind proxy is hardly
+# worse: repeats are rare where the pairs come from, and what they cost is partly charged to the letters, .4 where gold pays .5. A test on
+# ref's pairs does not warn you.
+#
+# Now turn it up, by best-of-n and by the tilt $\mathrm{ref} \cdot e^{\text{proxy}/\beta}$, where RL ends. Gao's axis is
+# $d = \sqrt{\mathrm{KL}}$. A curve is rows of ($d$, proxy, gold), all exact, means over the prompts.
+
+# %%
+D, PROXY, GOLD = overoptimization.D, overoptimization.PROXY, overoptimization.GOLD
+THE_REF, MANY = setting.ref, [2**k for k in range(15)]
+curve = {name: overoptimization.curves(THE_REF, proxy, gold, MANY) for name, proxy in proxies.items()}
+of_blind = curve["blind"]
+
+mine = torch.stack([my_best_of_n_law(*map(torch.tensor, (THE_REF[x], proxies["blind"][x])), 64) for x in range(3)])
+mine = [math.sqrt(kl(mine, torch.tensor(THE_REF)).mean()), *((mine.numpy() * of).sum(1).mean() for of in (proxies["blind"], gold))]
+torch.testing.assert_close(torch.tensor(mine), torch.tensor(of_blind["best-of-n"][6]))  # checkpoint: a point of the curve, by our own law
+
+print("    n      d   proxy    gold   proxy, gold of the tilt at this d")
+for n, best in zip(MANY, of_blind["best-of-n"], strict=True):
+    tilted = overoptimization.tilt_like(THE_REF, proxies["blind"], gold, best, D)
+    if n in (1, 4, 16, 64, 256, 1024, 16384):
+        print(f"{n:5}  {best[D]:5.2f}  {best[PROXY]:6.2f}  {best[GOLD]:6.2f}  {tilted[PROXY]:6.2f}  {tilted[GOLD]:6.2f}")
+    assert best[D] ** 2 <= best_of_n.kl_bound(n) + 1e-9 and tilted[PROXY] >= best[PROXY] - 1e-6  # the bound; nobody has more proxy
+    assert n < 16 or tilted[GOLD] < best[GOLD]
+
+drops = {name: {method: overoptimization.fall(of[method]) for method in of} for name, of in curve.items()}
+for method, of in of_blind.items():
+    peak = of[of[:, GOLD].argmax()]
+    print(f"{method:9} gold {of[0, GOLD]:.2f} at the start, {peak[GOLD]:.2f} at d = {peak[D]:.2f}, in the end {of[-1, GOLD]:.2f}")
+    assert peak[GOLD] > of[0, GOLD] + 0.1 and drops["blind"][method] > 1 and (of[1:, PROXY] > of[:-1, PROXY]).all()
+
+# %% [markdown]
+# The proxy rises all the way. Gold rises with it, stands still, and falls far below ref. Watching the reward of the run, you would see
+# nothing but success. That is **over-optimisation**.
+#
+# The tilt has more proxy at every KL, as it must, and *less gold* once it has begun to fall: the better optimiser finds the hole sooner.
+# `0 0 0 0` is rare under ref; best of $n$ can hardly pick what does not occur among $n$ draws, but $e^{\text{proxy}/\beta}$ lifts it
+# however rare it is.
+#
+# ### Why a parabola
+#
+# Let the proxy $x$ be Gaussian under ref, in units of its standard deviation, and gold on average $a x - b x^2$ where the proxy is $x$.
+#
+# 1. $e^{s x}$ times a Gaussian is a Gaussian again, moved by $s$: the tilt with $\beta = 1/s$ is $N(s, 1)$.
+# 2. Its KL is $s^2/2$, so $s = \sqrt{2}\,d$.
+# 3. $\mathbb{E}[x] = s$ and $\mathbb{E}[x^2] = 1 + s^2$, so gold gains $a s - b s^2 = d\,(\sqrt{2}\,a - 2b\,d)$.
+#
+# Up in proportion to $d$, down with its square. Gao et al. fitted this form, $d(\alpha - \beta d)$, to best-of-n, and $d(\alpha - \beta
+# \log d)$ to RL. `gao` fits both by least squares and says how much of the variance each explains, $R^2$.
+
+# %%
+x, a, b = torch.linspace(-12, 12, 2401), 0.8, 0.3
+bell = closed_form.normalise(torch.exp(-(x**2) / 2).numpy())[None]
+ideal = overoptimization.curves(bell, x[None].numpy(), (a * x - b * x**2)[None].numpy(), [1])["RL"]
+d = ideal[ideal[:, D] < 4, D]  # further out the grid ends
+torch.testing.assert_close(torch.tensor(ideal[: len(d), GOLD] + b), torch.tensor(d * (math.sqrt(2) * a - 2 * b * d)))  # ref has −b
+
+explained = {}
+for method, of in of_blind.items():
+    for form, written in (("best-of-n", "d(α − β·d)    "), ("RL", "d(α − β·log d)")):
+        (alpha, down), explained[method, form] = overoptimization.gao(of, form)
+        print(f"{method:9} {written}  α = {alpha:.2f}, β = {down:.2f}, R² = {explained[method, form]:.3f}")
+assert explained["RL", "best-of-n"] > 0.98 and all(explained[m, "best-of-n"] > explained[m, "RL"] for m in of_blind)
+
+# %% [markdown]
+# So the parabola that theory gives to the *tilt* describes the tilt here, better than Gao's logarithm does. For best-of-n it is the
+# better of the two as well, but a poor one: the curve stays up for long and then breaks off. Two things to take home. A form that
+# fits describes a curve and does not say why. And it depends on ref and on the draw of the comparisons: among the runs of
+# `toy/overoptimization.py` there are some where the logarithm fits the tilt better.
+#
+# ## Break it on purpose, 4: mend it in the wrong place
+#
+# Is it noise in the labels? Then several proxies should help, each fitted to its own bootstrap sample: their mean, their minimum (the most
+# sceptical rules), or one model with averaged weights. Or is it blindness? Then the missing feature should help.
+
+# %%
+samples = [overoptimization.bootstrap(compared, seed) for seed in range(5)]
+members = [overoptimization.fit(blind, sample, 1.0) for sample in samples]
+columns = [overoptimization.scores(member, blind) for member in members]
+for how in ("mean", "min"):
+    curve[how] = overoptimization.curves(THE_REF, overoptimization.combine(columns, how), gold, MANY)
+curve["weights"] = overoptimization.curves(THE_REF, overoptimization.scores(weight_average(members), blind), gold, MANY)
+drops = {name: [overoptimization.fall(of[method]) for method in of] for name, of in curve.items()}
+for name in ("blind", "mean", "min", "weights", "seeing"):
+    print(f"{name:8} gold falls by {drops[name][0]:.2f} (best-of-n), {drops[name][1]:.2f} (tilt)")
+assert all(min(drops[name]) > 1 for name in ("blind", "mean", "min", "weights")) and max(drops["seeing"]) < 0.1
+assert abs(drops["mean"][1] - drops["weights"][1]) < 1e-3  # for a linear reward these are one and the same
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), dpi=150)
+colors = {"best-of-n": BLUE, "RL": RED}
+for method, color in colors.items():
+    of, name = of_blind[method], "tilt" if method == "RL" else method
+    axes[0].plot(of[:, D], of[:, GOLD] - of_blind["best-of-n"][0, GOLD], ".-", color=color, linewidth=1.6, label=f"gold, {name}")
+    axes[0].plot(of[:, D], of[:, PROXY] - of_blind["best-of-n"][0, PROXY], "--", color=color, linewidth=1.2, label=f"proxy, {name}")
+    axes[1].plot(of[:, D], of[:, GOLD] - of[0, GOLD], ".", color=color, label=f"gold, {name}")
+    d = torch.linspace(0.1, of[-1, D], 100).numpy()
+    for form, style, written in (("best-of-n", "-", "d(α − βd)"), ("RL", ":", "d(α − β log d)")):
+        line = overoptimization.FORMS[form](d) @ overoptimization.gao(of, form)[0]
+        axes[1].plot(d, line, style, color=color, linewidth=1.2, label=f"{written}, R² {explained[method, form]:.3f}")
+shown = {"blind": ("one blind proxy", DARK, "-"), "mean": ("mean of five, or averaged weights", RED, "-"),
+         "min": ("min of five", BLUE, (0, (4, 3))), "seeing": ("one that sees repeats", GREY, "-")}
+for name, (text, color, style) in shown.items():
+    of = curve[name]["RL"]
+    axes[2].plot(of[:, D], of[:, GOLD] - of[0, GOLD], color=color, linestyle=style, linewidth=1.6, label=text)
+for ax, title in zip(axes, ("The proxy rises, gold falls", "Gao's two forms", "Gold of the tilt, four proxies"), strict=True):
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.set(xlabel="d = √KL(π ‖ ref)", ylabel="gained over ref", ylim=(-4.3, 2.3))
+    ax.set_title(title, color=DARK, loc="left", fontsize=12)
+    ax.legend(frameon=False, loc="lower left", fontsize=8, labelcolor=DARK)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(colors=DARK)
+figure.tight_layout(w_pad=2)
+figure_path = Path("runs/tutorials/06_overoptimization.png")
+figure.savefig(figure_path)
+if IN_NOTEBOOK:
+    plt.show()
+plt.close(figure)
+print("figure:", figure_path)
+
+# %% [markdown]
+# Averaging removes what differs between the members. All five are blind to the same thing, so they rise and turn together. (The mean ends
+# higher here because its favourite has one repeat less: exercise 4. Over ten draws in the toy, neither mean nor min is reliably better
+# than one proxy.) One more feature, and gold rises all the way. An ensemble can help against noise, but not against what no member can
+# see. Seeing helps: a reward model that can tell, and comparisons of what the *policy* now writes, where the hole is common. Or stop in
+# time (exercise 6).
 #
 # ## Where to read on
 #
@@ -703,6 +891,10 @@ assert 0 <= min(lost) and max(lost) < 0.05 and lost[0] < lost[4]
 # - `minialign/methods/best_of_n.py` and `rest.py`: selection, then the SFT above. Several rounds or Grow steps are an option of each.
 # - `toy/closed_form.py`: `best_of_n_law`, `rest_law`, `tilt`, the lemma with its proof; `tests/methods/test_reward_model.py`,
 #   `test_best_of_n.py`, `test_rest.py`.
+# - `toy/overoptimization.py`: the last section over ten draws of the comparisons and other references, with neural reward models, and the
+#   claims of the papers judged one by one. `minialign/rewards.py`: `ensemble`, `weight_average`.
+# - Gao et al. 2022, arXiv:2210.10760; on ensembles Coste et al. 2023, arXiv:2310.02743, Eisenstein et al. 2023, arXiv:2312.09244, and on
+#   averaged weights Ramé et al. 2024, arXiv:2401.12187.
 # - Tutorial 07 uses the reward without throwing any completion away.
 #
 # ## Exercises
@@ -715,6 +907,15 @@ assert 0 <= min(lost) and max(lost) < 0.05 and lost[0] < lost[4]
 #
 # **Exercise 3** (★★★, 20 minutes). Let $u$ be spread evenly over $[0, 1]$ and be the reward. Compare best-of-n with a threshold: the
 # mean reward at equal KL, and at equal draws per kept completion. Which is better at what? Check with 3000 completions.
+#
+# **Exercise 4** (★☆☆, 10 minutes). Where does gold end as $\beta \to 0$? Say it from the proxy's scores, without a curve. Then take another
+# reference, `overoptimization.Setting(5)`: why does gold fall less there?
+#
+# **Exercise 5** (★★☆, 15 minutes). Split 100 comparisons into five parts and fit one *blind* proxy to each. Does the minimum of these five
+# fall as deep as a single proxy of all 100? As their mean? Why, if all five are blind? Try several draws of the comparisons.
+#
+# **Exercise 6** (★★☆, 15 minutes). Gold costs money, so it was measured once: on the first draw of the comparisons the tilt's gold peaks at
+# some $d$. Stop at this $d$ on five other draws, with the tilt and with best-of-n. What is lost against their own peaks?
 #
 # ---
 #
@@ -761,3 +962,52 @@ for n in (4, 16):
     torch.testing.assert_close((best @ u).item(), n / (n + 1), atol=1e-3, rtol=0)
     torch.testing.assert_close((same_kl @ u).item(), 1 - 1 / (2 * per_kept), atol=1e-3, rtol=0)
     assert abs(kl(best, even) - kl(same_kl, even)) < 2e-3 and same_kl @ u < best @ u < same_draws @ u
+
+# %% [markdown]
+# **Solution 4.** The tilt ends on the proxy's favourite, whatever its probability under ref, so gold ends at the favourite's gold. With
+# reference 0 the favourite is four letters like the prompt's, three repeats: $4 \cdot .5 - .7 \cdot 9 = -4.3$. With reference 5 the
+# comparisons make EOS worth more than a fourth letter. The favourite has two repeats and EOS: $3 \cdot .5 + .3 - .7 \cdot 4 = -1$. So how
+# deep gold falls can hang on two weights that are nearly equal.
+
+# %%
+for seed in (0, 5):
+    other = setting if not seed else overoptimization.Setting(seed)
+    proxy = overoptimization.scores(overoptimization.fit(other.blind, other.compare(1000, seed), 1.0), other.blind)
+    favourites = proxy.argmax(1)
+    end = overoptimization.point(other.ref, overoptimization.tilted(other.ref, proxy, 1e-3), proxy, other.gold)
+    print(f"ref {seed}: favourite of prompt 0 {other.language.completions[favourites[0]]}, gold in the end {end[GOLD]:.3f}")
+    assert abs(end[GOLD] - other.gold[range(3), favourites].mean()) < 1e-3 and abs(end[GOLD] - (-1.0 if seed else -4.3)) < 1e-3
+
+# %% [markdown]
+# **Solution 5.** The minimum falls much less, on most draws. Twenty comparisons leave a lot of noise, so the five disagree, and most about
+# answers far from the common ones: a weight that is off by $\epsilon$ moves `0 0 0 0` by $4\epsilon$. The minimum counts disagreement as
+# a cost, which holds the policy back where comparisons were few: noise acts as pessimism. The mean does not ask who disagrees. Give the
+# members 1000 comparisons, as in the section or in fifths, and they agree on the same error: the fall is back, on most draws. More labels
+# and less safety: a lucky side effect, no cure.
+
+# %%
+rows = []
+for seed in range(6):
+    few = overoptimization.compare(setting.language, setting.law, 100, seed)
+    parts = few[torch.randperm(100, generator=torch.Generator().manual_seed(seed))].view(5, 20, 3)
+    columns = [overoptimization.scores(overoptimization.fit(blind, part, 1.0), blind) for part in (few, *parts)]
+    tried = (columns[0], overoptimization.combine(columns[1:], "mean"), overoptimization.combine(columns[1:], "min"))
+    rows.append([overoptimization.mean_fall(overoptimization.curves(THE_REF, proxy, gold, MANY[::2])) for proxy in tried])
+    print(f"draw {seed}: gold falls by {rows[-1][0]:.2f} (one), {rows[-1][1]:.2f} (mean of five), {rows[-1][2]:.2f} (min of five)")
+rows = torch.tensor(rows)
+assert rows[:, 2].mean() < rows[:, 0].mean() / 2 and rows[:, 1].mean() > 1
+
+# %% [markdown]
+# **Solution 6.** With the tilt almost nothing is lost: the peak's place belongs to what the proxy cannot see, hardly to the draw. With
+# best-of-n the same budget stops too early, as it reaches the repeats later and may go further. A KL budget belongs to its method.
+
+# %%
+peak_of = {method: of[of[:, GOLD].argmax()] for method, of in of_blind.items()}
+budget, lost = peak_of["RL"][D], {"RL": [], "best-of-n": []}
+for seed in range(1, 6):
+    proxy = overoptimization.scores(overoptimization.fit(blind, setting.compare(1000, seed), 1.0), blind)
+    for method, of in overoptimization.curves(THE_REF, proxy, gold, MANY).items():
+        at_budget = torch.tensor(of[:, D] <= budget + 1e-9).nonzero().max()  # the last point within it
+        lost[method].append(round(float(of[:, GOLD].max() - of[at_budget, GOLD]), 3))
+print(f"budget d = {budget:.2f}; gold lost with the tilt {lost['RL']}, with best-of-n {lost['best-of-n']}")
+assert max(lost["RL"]) < 0.1 < min(lost["best-of-n"])

@@ -648,7 +648,7 @@ for include_me in (False, True):
 #   Tutorial 08 is about them.
 # - `minialign/kl.py`: the three estimators, safe at large log-ratios.
 # - `tests/methods/test_reinforce.py`, `test_rloo.py`, `test_grpo.py`: the enumerations above, with GPTs.
-# - `python -m toy.tiny_language` trains all of them on 1555 completions and measures how far each ends from its own law.
+# - `python -m toy.tiny_language --full` trains all of them on 1555 completions and measures how far each ends from its own law.
 #
 # ## Exercises
 #

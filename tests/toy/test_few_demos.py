@@ -74,6 +74,6 @@ def test_bad_arguments(tmp_path):
 def test_ten_seeds(tmp_path, capsys):
     """The gate of the setting: SPIN's gap above 0 and above SFT's, its reward above SFT's, its distance to the expert larger, in 9 of 10
     seeds; SFT's gap below 0 in 8."""
-    assert few_demos.main(few_demos.Config(out=str(tmp_path / "few.png")))
+    assert few_demos.main(few_demos.Config(full=True, out=str(tmp_path / "few.png")))
     out = capsys.readouterr().out
     assert out.count("PASS") == 5 and out.count("not gated") == 4 and (tmp_path / "few.png").stat().st_size > 10_000

@@ -16,11 +16,7 @@ def test_every_row_meets_its_law(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [
-    dict(beta=0.4, R=1.0, ref=[0.2, 0.3, 0.5]), dict(beta=0.7, R=2.0, expert=[0.02, 0.28, 0.7], ref=[0.1, 0.1, 0.8]),
-    dict(beta=5.0, R=20.0), dict(beta=1.0, R=1.0, ref=[1.0, 1.0, 1.0]), dict(beta=0.1), dict(beta=0.3), dict(R=3000.0),
-    dict(expert=[0.01, 0.01, 0.98], ref=[0.98, 0.01, 0.01]),
-])
+@pytest.mark.parametrize("settings", three_actions.OTHERS)
 def test_other_settings(settings, tmp_path):
     assert three_actions.main(three_actions.Config(**settings, out=str(tmp_path / "figure.png")))
 

@@ -1,0 +1,51 @@
+"""Every toy, one after the other, and a scoreboard. Exit code 1 if one of them misses anything.
+
+    python -m toy               # five minutes
+    python -m toy --full        # more seeds, more settings, the larger language
+
+Checked by tests/toy/test_scoreboard.py.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from minialign.common import cli, exit_codes
+
+TOYS = ("three_actions", "tiny_language", "few_demos", "grid_world", "frozen_lake", "overoptimization", "theory")
+
+
+@dataclass
+class Config:
+    full: bool = False              # more seeds, more settings, the larger language: an hour instead of five minutes
+    out: str = "runs/toy"           # folder of the figures and the numbers behind them
+
+
+def run(name, cfg):
+    """Run one toy, its lines printed as they come; returns (exit code, last line, seconds)."""
+    command = [sys.executable, "-m", f"toy.{name}", "--out", f"{cfg.out}/{name}.png", *(["--full"] if cfg.full else [])]
+    print(f"\n── {name} " + "─" * (118 - len(name)), flush=True)
+    begun, last = time.monotonic(), ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    return process.returncode, last, time.monotonic() - begun
+
+
+def main(cfg):
+    """Returns True if every toy passed."""
+    results = {name: run(name, cfg) for name in TOYS}
+    print("\n── scoreboard " + "─" * 108)
+    for name, (code, last, seconds) in results.items():
+        said = last.split(" in ")[0] if code in (0, 1) else f"exit code {code}"
+        print(f"{'FAIL' if code else 'PASS'}  {name:18} {said:44} {seconds:5.0f} s")
+    passed = sum(code == 0 for code, *_ in results.values())
+    print(f"{passed} of {len(results)} toys passed; figures and numbers: {cfg.out}")
+    return passed == len(results)
+
+
+if __name__ == "__main__":
+    with exit_codes("toy"):
+        sys.exit(0 if main(cli(Config, sys.argv[1:], prog="python -m toy", description=__doc__)) else 1)

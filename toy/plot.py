@@ -64,7 +64,7 @@ def draw(found, out):
             law, learned, started = found[label]
             axis.plot(law, started, ".", color="0.85", ms=3, zorder=0)
             axis.plot(law, learned, MARKERS[index], color=f"C{index}", ms=4.5, alpha=0.7, mew=0, label=label, zorder=2)
-        axis.set(xscale="log", yscale="log", xlim=(1e-5, 1.3), ylim=(1e-5, 1.3), xlabel="probability, closed form", aspect="equal")
+        axis.set(xscale="log", yscale="log", xlim=(1e-6, 1.3), ylim=(1e-6, 1.3), xlabel="probability, closed form", aspect="equal")
         axis.set_title(f"from {family}", fontsize=11)
         axis.legend(fontsize=8, loc="upper left", frameon=False, handletextpad=0.1)
     axes[0].set_ylabel("probability, learned (grey: before)")

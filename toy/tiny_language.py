@@ -694,8 +694,8 @@ def draw(results, cfg):
 
 
 def dots(ref, law, learned, n=15):
-    """[(ref, law, learned)] probabilities of n completions of each prompt, evenly from the likeliest to the least likely of the law."""
-    chosen = [np.argsort(-p)[np.linspace(0, (p > 0).sum() - 1, n).astype(int)] for p in law]
+    """[(ref, law, learned)] probabilities of n completions of each prompt, of the law's ranks 1, …, last that are evenly spaced in their log."""
+    chosen = [np.argsort(-p)[np.geomspace(1, (p > 0).sum(), n).round().astype(int) - 1] for p in law]
     prompts = zip(zip(ref, law, learned, strict=True), chosen, strict=True)
     return [[float(f"{p[c]:.5g}") for p in laws] for laws, places in prompts for c in places]
 

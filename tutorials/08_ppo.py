@@ -2,13 +2,14 @@
 # # 08 · PPO: a value for every prefix, and several updates from one rollout
 #
 # **You will hold** the five functions of PPO (token rewards, advantages, whitening, two losses), proved equal to the project's; a critic
-# whose opinion of every prefix you can compare with the truth; and a training run that reaches a policy known in advance.
+# whose opinion of every prefix you can compare with the truth; and a training run that reaches a policy known in advance. Then the same
+# functions play Frozen Lake, a game whose every value, best move and chance you compute yourself, and a reward comes back from games alone.
 #
-# **Minutes:** 45 to read, about 25 seconds of CPU to run. **You need:** tutorial 07 (policy gradient, baseline, the KL in the detached
-# reward).
+# **Minutes:** 65 to read, about 50 seconds of CPU to run. **You need:** tutorial 07 (policy gradient, baseline, the KL in the detached
+# reward); for the reward from games a look at tutorial 05.
 #
 # Lines marked `# watch: name (shape)` are good places for a breakpoint. `B` completions, `T` tokens, `C` completions that exist at
-# all, `P` parameters.
+# all, `P` parameters; on the lake `S` fields and `A` moves.
 
 # %%
 import copy
@@ -20,13 +21,15 @@ ROOT = next(folder for folder in Path(globals().get("__file__", "here")).resolve
 sys.path.insert(0, str(ROOT))
 
 import matplotlib
+import numpy as np
 import torch
 
 from minialign.batch import whiten
 from minialign.logps import token_logps
 from minialign.methods import ppo, rloo
 from minialign.sample import sample
-from toy import closed_form
+from toy import closed_form, frozen_lake
+from toy.frozen_lake import FOUR, Lake
 from toy.tiny_language import Language, tiny_gpt
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
@@ -629,14 +632,210 @@ assert (mean_gradient(unsafe) - true_gradient).norm() > 0.1 * true_gradient.norm
 # With $\lambda = 1$ it is exactly the gradient for another reward: the critic's word about the padding is paid as a *bonus for stopping
 # early*. And the critic is never corrected, for nothing is learned on padding. Policies that fall silent, or never stop, are the
 # symptom; the project's `gae` starts from the last real token of each row.
+
+# %% [markdown]
+# ## Frozen Lake: the same functions play a game
+#
+# Nothing in `gae`, `policy_loss` and `value_loss` knows what a token is. Give them gymnasium's Frozen Lake: a state is one of 16 fields,
+# an action one of four moves, and the game is over in a hole or at the gift. Only the gift pays, 1. On the *slippery* lake a move
+# succeeds one time in three, and else one slides to its left or its right: dice that are not the policy's, which no completion has.
+#
+# Who goes where is a table, so every number is known before anything learns. *Value iteration* says 0 everywhere, and then lets each
+# field repeat what its best move promises, until nothing changes:
+#
+# $$Q(s, a) = \sum_{s'} P(s'|s, a)\,\big(r(s') + \gamma V(s')\big), \qquad V(s) = \max_a Q(s, a) .$$
+
+# %%
+GAMMA, PULL = 0.99, 0.1  # PULL: the β of the lake
+lake, slippery = Lake(FOUR), Lake(FOUR, slippery=True)  # .P (S, A, S) from gymnasium, 0 where the game is over; .goal (S,) 1 at the gift
+
+
+def my_value_iteration(lake, gamma, sweeps=1000):
+    V = np.zeros(16)
+    for _ in range(sweeps):
+        Q = lake.P @ (lake.goal + gamma * V)  # watch: Q (S, A)
+        V = Q.max(1)
+    return V, Q
+
+
+for ice, share in ((lake, 1), (slippery, 14 / 17)):
+    best_V, best_Q = my_value_iteration(ice, GAMMA)
+    their_V, their_Q, best_moves = frozen_lake.value_iteration(ice, ice.goal, GAMMA)
+    arrive = frozen_lake.success(ice, best_moves)  # no sampling: the same recursion, with the policy's mean in the place of the max
+    print(f"{'slippery' if ice is slippery else 'dry'}: V(start) = {best_V[0]:.6f}, the best moves arrive in {arrive:.6f} of the games")
+    for letters, numbers in zip(ice.letters.reshape(4, 4), best_V.reshape(4, 4).round(3), strict=True):
+        print("  ", *letters, "  ", numbers)
+    np.testing.assert_allclose([*best_V, *best_Q.ravel(), arrive], [*their_V, *their_Q.ravel(), share], atol=1e-12)
+np.testing.assert_allclose(my_value_iteration(lake, GAMMA)[0][0], GAMMA**5)
+
+# %% [markdown]
+# Six moves lead to the gift and the sixth is paid at once: $V(\mathrm{start}) = \gamma^5$. On slippery ice the best that anyone can do is
+# 14 games in 17.
+#
+# ### The closed form again
+#
+# Now pay $-\beta k_1$ for every move, with $\mathrm{ref}$ uniform, as for every token above. The max becomes a soft one, and the policy is
+# the tilt of tutorial 05, once in every field, with $Q$ for the reward:
+#
+# $$V(s) = \beta \log \sum_a \mathrm{ref}(a|s)\, e^{Q(s, a)/\beta}, \qquad \pi^*(a|s) \propto \mathrm{ref}(a|s)\, e^{Q(s, a)/\beta} .$$
+#
+# A popular alternative is a *bonus* for entropy, $+\beta H(\pi)$. Since $H(\pi) = \log 4 - \mathrm{KL}(\pi\|\mathrm{uniform})$, it is the
+# same thing but for a constant, $\beta\log 4$. Only, the constant is paid for every move.
+
+
+# %%
+def my_soft_value_iteration(lake, gamma, beta, bonus=0.0, sweeps=3000):
+    """bonus: added to every move. Returns V (S,), π (S, A)."""
+    V = np.zeros(16)
+    for _ in range(sweeps):
+        Q = lake.P @ (lake.goal + gamma * V) + bonus
+        V = np.where(lake.over, 0, beta * np.log(np.exp(Q / beta).mean(1)))
+    return V, np.stack([closed_form.tilt(np.full(4, 0.25), q, beta) for q in Q])  # the very function that made π* above
+
+
+soft_V, soft_star = my_soft_value_iteration(lake, GAMMA, PULL)
+trap_V, trapped = my_soft_value_iteration(lake, GAMMA, PULL, bonus=PULL * np.log(4))
+for mine, entropy in (((soft_V, soft_star), False), ((trap_V, trapped), True)):
+    theirs = frozen_lake.soft_value_iteration(lake, lake.goal, GAMMA, PULL, entropy=entropy)
+    np.testing.assert_allclose(mine[0], theirs[0], atol=1e-9)
+    np.testing.assert_allclose(mine[1][lake.live], theirs[1][lake.live], atol=1e-7)
+print(f"pull to uniform: V(start) {soft_V[0]:6.3f}   arrives within 100 moves: {frozen_lake.success(lake, soft_star, 100):.4f}")
+print(f"entropy bonus:   V(start) {trap_V[0]:6.3f}   arrives within 100 moves: {frozen_lake.success(lake, trapped, 100):.0e}")
+assert frozen_lake.success(lake, trapped, 100) < 1e-9 < 0.99 < frozen_lake.success(lake, soft_star, 100)
+
+# %% [markdown]
+# The gift is worth 1, once. To walk about for ever is worth up to $\beta\log 4\,/\,(1 - \gamma) = 13.9$. So the second agent takes care
+# never to arrive. It is not broken, it is paid that way. A bonus per *token* asks a language model not to stop, in the same manner.
+#
+# ### PPO on the lake
+#
+# A table of logits is the policy, a table of values the critic, both 0 at first: uniform moves, of 72 games one arrives. Everything else
+# is `train_ppo` once more, with the project's functions. Games are stopped after 30 moves. Each seed must end at the closed form.
+
+
+# %%
+def play_ppo(ice, seed, beta=PULL, gamma=GAMMA, n=64, limit=30):
+    """Returns π (S, A), V (S,) and the exact chances of the gift, before and after each rollout."""
+    generator, path = torch.Generator().manual_seed(seed), []
+    logits, values = (torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in ((16, 4), (16,)))
+    optimizer = torch.optim.Adam([logits, values], lr=0.1)
+    for k in range(ROLLOUTS + 1):
+        old = logits.detach().log_softmax(-1)
+        path.append(frozen_lake.success(ice, old.exp().numpy()))
+        if k == ROLLOUTS:
+            return old.exp().numpy(), values.detach().numpy(), path
+        states, moves, arrivals, playing = (x[0] for x in frozen_lake.play(ice, old[None], n, generator, limit))  # watch: states (n, T)
+        old_logps, old_values = old[states, moves], values.detach()[states]
+        move_rewards = torch.where(playing, torch.tensor(ice.goal)[arrivals] - beta * (old_logps - np.log(1 / 4)), 0)
+        advantages, returns = ppo.gae(move_rewards, old_values, playing, gamma=gamma, lam=LAM)
+        advantages = whiten(advantages, playing)
+        for _ in range(EPOCHS):
+            policy_part, _ = ppo.policy_loss(logits.log_softmax(-1)[states, moves], old_logps, advantages, playing, eps=EPS)
+            value_part, _ = ppo.value_loss(values[states], old_values, returns, playing, eps=EPS)
+            update(optimizer, policy_part + value_part, k)
+
+
+played = [play_ppo(lake, seed) for seed in SEEDS]
+arrive_star = frozen_lake.success(lake, soft_star)
+print(f"chance of the gift after so many games; the closed form arrives in {arrive_star:.4f}, V(start) = {soft_V[0]:.3f}")
+for seed, (moved, critic, path) in zip(SEEDS, played, strict=True):
+    off = frozen_lake.distance(lake, soft_star, moved, GAMMA)  # total variation, where π* spends its time
+    print(f"seed {seed}: " + "  ".join(f"{64 * k}: {path[k]:.3f}" for k in (0, 5, 10, 20, 70))
+          + f"   distance to π* {off:.4f}   critic V(start) {critic[0]:.3f}")
+    assert abs(path[-1] - arrive_star) < 0.01 and off < 0.02 and abs(critic[0] - soft_V[0]) < 0.02
+
+# %%
+figure, axes = plt.subplots(1, 4, figsize=(14, 3.7), dpi=150, width_ratios=(1, 1, 1, 1.35))
+frozen_lake.arrows(axes[0], lake, np.full((16, 4), 0.25), f"before: {played[0][2][0]:.3f} arrive", np.zeros(16))
+frozen_lake.arrows(axes[1], lake, played[0][0], f"PPO, {64 * ROLLOUTS} games: {played[0][2][-1]:.3f}", played[0][1])
+frozen_lake.arrows(axes[2], lake, soft_star, f"closed form: {arrive_star:.3f}", soft_V)
+games = [64 * k for k in range(ROLLOUTS + 1)]
+axes[3].axhline(arrive_star, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+axes[3].text(games[-1], arrive_star + 0.02, "π*, computed", color=GREY, ha="right", va="bottom", fontsize=9)
+axes[3].plot(games, np.transpose([path for _, _, path in played]), color=BLUE, linewidth=1.4, alpha=0.8)
+axes[3].text(900, 0.6, "PPO, three seeds", color=BLUE, fontsize=9)
+axes[3].set(xlabel="games played", ylabel="chance of the gift, exact", xlim=(0, games[-1]), ylim=(0, 1.12), yticks=(0, 0.25, 0.5, 0.75, 1))
+axes[3].spines[["top", "right"]].set_visible(False)
+axes[3].tick_params(colors=DARK)
+figure.tight_layout(w_pad=2)
+figure.savefig(FIGURES / "08_ppo_frozen_lake.png")
+if IN_NOTEBOOK:
+    plt.show()
+plt.close(figure)
+print("figure:", FIGURES / "08_ppo_frozen_lake.png")
+
+# %% [markdown]
+# An arrow is as long as its move is likely; the small numbers are values, the critic's in the second picture. PPO has found the closed
+# form in every field that matters. Its critic is still up to .02 low: it can only follow.
+#
+# ### Demonstrations carry a reward
+#
+# Let somebody play by $\pi^*$, and forget the gift. What is left are **visits**, $D(s) = \sum_t \gamma^t P(s_{t+1} = s)$. Tutorial 05 went
+# from demonstrations back to a reward; here is the same gradient in a table. Up where the expert goes, down where the own policy goes:
+
+# %%
+expert_visits, _ = frozen_lake.visits(lake, soft_star, GAMMA)
+my_reward = np.zeros(16)
+for _ in range(1000):
+    _, own = frozen_lake.soft_policy_iteration(lake, my_reward, GAMMA, PULL)  # the policy that this reward asks for
+    my_reward += 0.02 * (expert_visits - frozen_lake.visits(lake, own, GAMMA)[0])
+learned, taught = frozen_lake.learn_reward(lake, expert_visits, GAMMA, PULL)  # the same ascent with a line search, to the very top
+compared = frozen_lake.same_reward(lake, learned, lake.goal, GAMMA)
+print(learned.reshape(4, 4).round(3), compared.reshape(4, 4).round(3) + 0.0, sep="\n\n")
+print(f"distance of policies to the expert's: a thousand steps {frozen_lake.distance(lake, soft_star, own, GAMMA):.4f}, "
+      f"at the top {frozen_lake.distance(lake, soft_star, taught, GAMMA):.0e}")
+assert frozen_lake.distance(lake, taught, own, GAMMA) < 2e-3
+np.testing.assert_allclose(compared, lake.goal, atol=1e-3)
+
+# %% [markdown]
+# The learned reward pays .8 for the gift, fines every hole with .2 and each other step with .002. It looks like another opinion and is
+# not: take $c = .2$ from what every end pays and $(1 - \gamma)\,c$ from every other arrival, and each game loses exactly $c$, however it
+# goes. No policy can show the difference. Put it back, and the gift alone remains.
+#
+# That was with all the visits there are. From five games, beside SFT (a table of the moves that were seen):
+
+# %%
+few = {}
+for name, ice, beta in (("dry", lake, PULL), ("slippery", slippery, 0.005)):  # exercise 6 says why so small a pull
+    _, expert = frozen_lake.soft_value_iteration(ice, ice.goal, GAMMA, beta)
+    few[name] = np.mean([frozen_lake.from_few(ice, expert, 5, GAMMA, beta, np.random.default_rng(seed)) for seed in range(5)], axis=0)
+    print(f"{name:9} distance to the expert:" + "".join(f"   {way} {off:.3f}" for way, off in zip(frozen_lake.FEW, few[name], strict=True)))
+assert few["dry"][0] < few["dry"][2] and few["slippery"][0] > 3 * few["slippery"][1]
+
+# %% [markdown]
+# On dry ice a move says where one arrives, visits and moves are the same data, and the reward beats SFT: one number for the gift says what
+# to do on fields that nobody showed. On slippery ice visits are mostly the ice's doing. A reward fitted to them pays for luck, and is far
+# worse than SFT. Fitted to the *moves*, it is not.
+#
+# ### What an error of parameters is worth
+#
+# The paper on IFT compares methods on Frozen Lake by the squared distance of their *parameters* to those of a best policy. Fit a net of
+# two layers to $\pi^*$, then put its hidden units in another order and turn the signs of some, before and after the tanh:
+
+# %%
+first = frozen_lake.first_weights(16, 32, seeds=1)
+cross_entropy = frozen_lake.each(lambda net: -(torch.tensor(soft_star) * frozen_lake.log_policy(net))[lake.live].sum(1).mean())
+fitted = frozen_lake.fit(first, cross_entropy, 600, torch.optim.Adam, 1e-2)
+shuffled = frozen_lake.shuffled_units(fitted, torch.Generator().manual_seed(0))
+for name, net in (("fitted to π*", fitted), ("its units shuffled", shuffled), ("first weights", first)):
+    (away,), (moved,) = frozen_lake.parameter_error(net, fitted), frozen_lake.policies_of(net)
+    print(f"{name:20} error of parameters {away:.3f}   distance to π* {frozen_lake.distance(lake, soft_star, moved, GAMMA):.4f}")
+assert frozen_lake.parameter_error(shuffled, fitted) > 2 * frozen_lake.parameter_error(first, fitted)
+np.testing.assert_allclose(frozen_lake.policies_of(shuffled), frozen_lake.policies_of(fitted), atol=1e-12)
+
+# %% [markdown]
+# The same policy, to the last digit, is further away than a net that has learned nothing. Compare policies: what they do, and how often
+# they arrive. `toy/frozen_lake.py` has the whole experiment, and a setting in which the net that is nearest in parameters plays worst.
 #
 # ## Where to read on
 #
 # - `minialign/methods/ppo.py`: the functions above, then `rollout`, `step` with its assertion that the first ratio is 1, `main` with the
 #   two optimizers. `explained_variance` is the number to watch: how much of the returns the critic foresees.
 # - `minialign/methods/rloo.py` and `grpo.py`: the same clip, on whole completions and on tokens, without a critic.
-# - `tests/methods/test_ppo.py`: the enumerations above. `python -m toy.tiny_language --methods ppo` trains on 1555 completions of three
-#   prompts.
+# - `tests/methods/test_ppo.py`: the enumerations above. `python -m toy.tiny_language --full --methods ppo` trains on 1555 completions of
+#   three prompts.
+# - `toy/frozen_lake.py`: PPO and seven other methods on the lake, with nets; what inverse RL makes of one, five and twenty games.
+#   `tests/toy/test_frozen_lake.py` has the 14/17 in fractions.
 # - `python -m minialign ppo` runs it on the built-in task, with `--reward` and `--value` on your reward model.
 #
 # ## Exercises
@@ -649,6 +848,16 @@ assert (mean_gradient(unsafe) - true_gradient).norm() > 0.1 * true_gradient.norm
 #
 # **Exercise 3** (★★★, 20 minutes). At $\pi^*$ show that $V(s) = \beta \log \mathbb{E}_\mathrm{ref}[e^{r/\beta} \mid s]$ for every prefix
 # $s$, and that each single $\delta_t$ vanishes. Check both by enumeration. What does whitening make of such advantages?
+#
+# **Exercise 4** (★☆☆, 5 minutes). On the dry lake, what become of $\pi^*$ and of its chance of the gift for $\beta \to \infty$, for
+# $\beta \to 0$? Say it first, then run soft value iteration.
+#
+# **Exercise 5** (★★☆, 15 minutes). Let $\gamma = 1$ on the dry lake. What are the values now, and does a player arrive who always takes
+# the *first* of the best moves, in the order left, down, right, up? With the pull, show that a game is one long completion: $\pi^*$
+# arrives with $p\,e^{1/\beta} / (1 - p + p\,e^{1/\beta})$, where $p$ is the uniform player's chance. Does PPO?
+#
+# **Exercise 6** (★★★, 20 minutes). Let PPO play the slippery lake with $\beta = 0.1$. It hardly ever arrives. Is it broken? Compute what
+# the best player would pay. Then try $\beta = 0.005$ with games of up to 100 moves. What is still in the way, and what helps?
 #
 # ---
 #
@@ -699,3 +908,53 @@ delta, _ = ppo.gae(star_rewards, star_V, mask, gamma=1.0, lam=0.0)  # λ = 0: th
 print(f"largest |V − β log E_ref[exp(r/β) | s]|: {(star_V - soft).abs().max():.1e};   largest |δ|: {delta.abs().max():.1e}")
 torch.testing.assert_close(star_V, soft)
 assert delta.abs().max() < 1e-9
+
+# %% [markdown]
+# **Solution 4.** $\beta \to \infty$: nothing is worth leaving ref for, and 1 game in 72 arrives. $\beta \to 0$: the best moves alone, and
+# all arrive. In between the tilt makes a gift about $e^{1/\beta}$ times as likely as a failure, against what it was. It takes a factor
+# of 72 to get half of the games there, so the change comes near $\beta = 1/\log 72 = 0.23$. (Exercise 5 makes this exact.)
+
+# %%
+for beta in (10, 1, 0.3, 0.1, 0.03, 0.01):
+    _, moved = frozen_lake.soft_value_iteration(lake, lake.goal, GAMMA, beta)
+    print(f"β = {beta:5}: start {moved[0].round(3)} in the order LDRU   arrive {frozen_lake.success(lake, moved):.4f}")
+    assert beta < 10 or abs(frozen_lake.success(lake, moved) - played[0][2][0]) < 0.002
+assert frozen_lake.success(lake, moved) > 1 - 1e-6
+
+# %% [markdown]
+# **Solution 5.** Every live field is worth 1, for the gift can wait. So every move is a best one that does not fall into a hole. Who takes
+# the first of them walks left into the border, for ever: values that do not say *when* do not make a plan. The pull keeps the player
+# random, so nobody gets stuck. Without dice and discount the objective of a game is
+# $r - \beta\log\pi(\text{game})/\mathrm{ref}(\text{game})$, exactly that of a completion. So $\pi^* \propto \mathrm{ref}\,e^{r/\beta}$
+# over whole games, and all that arrive are made likelier by the same factor.
+
+# %%
+patient_V, patient_Q = my_value_iteration(lake, 1.0)
+first_best = np.eye(4)[patient_Q.argmax(1)]
+_, patient = my_soft_value_iteration(lake, 1.0, PULL)
+p = frozen_lake.success(lake, np.full((16, 4), 0.25))
+game_law = closed_form.tilt([1 - p, p], np.array([0.0, 1.0]), PULL)
+_, _, path = play_ppo(lake, 0, gamma=1.0)
+arrive = frozen_lake.success(lake, first_best, 1000)
+print(f"V of the live fields: {np.unique(patient_V[lake.live])}   who takes the first of the best moves arrives in {arrive} of the games")
+print(f"pull: tilt of games {game_law[1]:.6f}   soft value iteration {frozen_lake.success(lake, patient):.6f}   PPO {path[-1]:.3f}")
+assert (patient_V[lake.live] == 1).all() and arrive == 0
+np.testing.assert_allclose(frozen_lake.success(lake, patient), game_law[1], atol=1e-9)
+assert abs(path[-1] - game_law[1]) < 0.01
+
+# %% [markdown]
+# **Solution 6.** It is right. The best player needs 35 moves (discounted), and where only one move is best it pays $\beta\log 4$ for it:
+# 4.8 in all, to earn .54. So the maximiser stays near the uniform player, and the closed form arrives in 3 games of 100. With
+# $\beta = 0.005$ the price is .24, and $\pi^*$ arrives in three games of four. Now noise is in the way: 64 games hold one gift at first,
+# and the ice's dice are in every return. Four times as many games in a rollout, and PPO nearly arrives at $\pi^*$.
+
+# %%
+_, _, best_moves = frozen_lake.value_iteration(slippery, slippery.goal, GAMMA)
+_, spent = frozen_lake.visits(slippery, best_moves, GAMMA)
+for beta, n, limit in ((0.1, 64, 30), (0.005, 64, 100), (0.005, 256, 100)):
+    price = beta * (spent * (best_moves * np.log(4 * np.maximum(best_moves, 1e-9))).sum(1))[lake.live].sum()
+    _, expert = frozen_lake.soft_value_iteration(slippery, slippery.goal, GAMMA, beta)
+    arrived = [play_ppo(slippery, seed, beta=beta, n=n, limit=limit)[2][-1] for seed in (0, 1)]
+    print(f"β = {beta:5}, {n:3} games a rollout: the best player would pay {price:.2f}; "
+          f"closed form {frozen_lake.success(slippery, expert):.3f}, PPO {arrived[0]:.3f}, {arrived[1]:.3f}")
+    assert n == 64 and beta < 0.1 or abs(np.mean(arrived) - frozen_lake.success(slippery, expert)) < 0.1

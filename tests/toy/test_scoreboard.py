@@ -67,6 +67,6 @@ def test_a_missing_method_or_file_is_one_sentence(tmp_path):
 
 
 def test_dots_of_a_law_by_hand():
-    """Five completions, one of them impossible: three dots are the likeliest, the second (places 0, 1.5 → 1, 3) and the least likely."""
+    """Five completions, one of them impossible: of ranks 1 to 4 three that are even in their log, 1, 2 and 4."""
     law = np.array([[0.1, 0.4, 0.0, 0.2, 0.3]])
     assert tiny_language.dots(law + 1, law, law + 2, n=3) == [[1.4, 0.4, 2.4], [1.3, 0.3, 2.3], [1.1, 0.1, 2.1]]

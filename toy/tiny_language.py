@@ -694,7 +694,7 @@ def draw(results, cfg):
 
 
 def dots(ref, law, learned, n=15):
-    """[(ref, law, learned)] probabilities of n completions of each prompt, of the law's ranks 1, …, last that are evenly spaced in their log."""
+    """[(ref, law, learned)] of n completions of each prompt: the ranks in the law, from first to last, are evenly spaced in their log."""
     chosen = [np.argsort(-p)[np.geomspace(1, (p > 0).sum(), n).round().astype(int) - 1] for p in law]
     prompts = zip(zip(ref, law, learned, strict=True), chosen, strict=True)
     return [[float(f"{p[c]:.5g}") for p in laws] for laws, places in prompts for c in places]

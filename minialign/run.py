@@ -27,8 +27,9 @@ from minialign import __version__, checkpoint
 from minialign.batch import Batch
 from minialign.common import BadInput, append_row, check_config, find_folder, pick_device, pick_dtype, read_json, read_rows, write_atomic
 from minialign.data import builtin_prompts, counts, encode_prompts, read_prompts, split_held_out
+from minialign.kernels.linear_logprob import SLICE_BYTES
 from minialign.kl import k1
-from minialign.logps import token_logps
+from minialign.logps import best_body, token_logps
 from minialign.rewards import BadReward, ask, open_reward, reward_folders
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
@@ -231,7 +232,9 @@ class Run:
         """Print device, dtype and parameters; returns the peak memory in MB, with a word if that is more than there is."""
         needed = peak_memory(self, models, positions, sampled)
         sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
-        print(f"{self.method}: {describe_device(self.device)}, {self.cfg.dtype}, parameters: {sizes}")
+        head = next(iter(models.values())).config
+        body = f", log-probs {best_body(rows_at_once(self.cfg) * positions, head.vocab_size)}" if head.head == "lm" else ""
+        print(f"{self.method}: {describe_device(self.device)}, {self.cfg.dtype}, parameters: {sizes}{body}")
         if self.device.type == "cuda" and needed * 2**20 > torch.cuda.mem_get_info(self.device)[0]:
             print("note: the peak is above what the GPU has free; a smaller --micro_batch or shorter rows need less", file=sys.stderr)
         return needed
@@ -449,16 +452,26 @@ def describe_device(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
 
 
+def rows_at_once(cfg):
+    """Rows of a forward pass: a micro-batch."""
+    return min(cfg.micro_batch or cfg.batch_size, cfg.batch_size)
+
+
 def peak_memory(run, models, positions, sampled=0):
     """MB, roughly: trained weights with gradients and two AdamW moments, frozen ones once, the activations of one micro-batch of rows of
-    `positions` tokens, and the key-value cache of `sampled` such rows, which are drawn together whatever the micro-batch."""
+    `positions` tokens, their logits or what logps.py's chunked body holds of them, and the key-value cache of `sampled` such rows, which
+    are drawn together whatever the micro-batch."""
     size = torch.tensor([], dtype=run.dtype).element_size()
     total = 0
     for name, model in models.items():
         total += sum(p.numel() for p in model.parameters()) * size * (4 if name in ("policy", "reward_model", "value_model") else 1)
     config = next(iter(models.values())).config
-    rows = min(run.cfg.micro_batch or run.cfg.batch_size, run.cfg.batch_size)
-    per_position = config.n_layer * (8 * config.n_embd + 3 * config.ffn_dim) * size + (12 * config.vocab_size if config.head == "lm" else 0)
+    rows = rows_at_once(run.cfg)
+    per_position = config.n_layer * (8 * config.n_embd + 3 * config.ffn_dim) * size
+    if config.head == "lm" and best_body(rows * positions, config.vocab_size) == "naive":
+        total += 12 * config.vocab_size * rows * positions
+    elif config.head == "lm":
+        total += 4 * SLICE_BYTES
     cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * size + 16  # and what is known of each drawn token
     return (total + positions * (rows * per_position + sampled * cache)) / 2**20
 

@@ -12,10 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 from minialign import logps as module
 from minialign.batch import collate
-from minialign.logps import linear_logps, seq_logps, token_logps
+from minialign.kernels import linear_logprob as kernel
+from minialign.logps import best_body, linear_logps, seq_logps, token_logps
 from tests.enumerable import EOS, MAX_NEW, N_CONTENT, PROMPTS, all_completions, tiny_gpt
 
 BODIES = ("naive", "chunked")
+
+
+def narrow(monkeypatch, width, rows=2):
+    """Slices of so few tokens of the vocabulary, blocks of so few rows."""
+    monkeypatch.setattr(kernel, "slices", lambda n, v: [slice(start, min(start + width, v)) for start in range(0, v, width)])
+    monkeypatch.setattr(kernel, "BLOCK_ROWS", rows)
 
 
 def problem(n, *, c=5, v=11, dtype=torch.float64, seed=0):
@@ -113,11 +120,11 @@ UPSTREAM = {"logps": (1, 0), "entropy": (0, 1), "both": (1, 1)}
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 5, 8, 13])
-@pytest.mark.parametrize("chunk", [1, 4, 1024])
+@pytest.mark.parametrize("width", [1, 4, 1024])
 @pytest.mark.parametrize("upstream", UPSTREAM)
-def test_chunked_equals_naive_forward_and_backward(monkeypatch, n, chunk, upstream):
+def test_chunked_equals_naive_forward_and_backward(monkeypatch, n, width, upstream):
     """Values and gradients in hidden and weight, with a different upstream gradient for every token, for one output or both."""
-    monkeypatch.setattr(module, "CHUNK_ROWS", chunk)
+    narrow(monkeypatch, width, rows=4)
     results = {}
     for body in BODIES:
         hidden, weight, targets = problem(n)
@@ -133,7 +140,7 @@ def test_chunked_equals_naive_forward_and_backward(monkeypatch, n, chunk, upstre
 
 @pytest.mark.parametrize("body", BODIES)
 def test_without_entropy_the_logps_and_their_gradients_are_the_same(body, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ROWS", 4)
+    narrow(monkeypatch, 4)
     grads = []
     for entropy in (True, False):
         hidden, weight, targets = problem(7)
@@ -147,7 +154,7 @@ def test_without_entropy_the_logps_and_their_gradients_are_the_same(body, monkey
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_chunked_with_one_input_frozen(monkeypatch, frozen):
     """A frozen head (LoRA) or a frozen trunk: the other gradient is that of the naive body, the frozen one stays None."""
-    monkeypatch.setattr(module, "CHUNK_ROWS", 4)
+    narrow(monkeypatch, 4)
     grads = []
     for body in BODIES:
         hidden, weight, targets = problem(7)
@@ -162,7 +169,7 @@ def test_chunked_with_one_input_frozen(monkeypatch, frozen):
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("tau", [1.0, 0.7])
 def test_gradients_by_finite_differences(monkeypatch, body, tau):
-    monkeypatch.setattr(module, "CHUNK_ROWS", 2)
+    narrow(monkeypatch, 3)
     hidden, weight, targets = problem(5, c=3, v=4)
     assert gradcheck(lambda h, w: linear_logps(h, w, targets, tau=tau, body=body), (hidden, weight))
 
@@ -172,7 +179,7 @@ def test_the_body_is_chosen_by_size(monkeypatch):
     monkeypatch.setattr(module, "NAIVE_BYTES", 4 * 11 * 6)
     for n, chunked in ((6, False), (7, True)):
         logps, _ = linear_logps(*problem(n))
-        assert ("ChunkedLogps" in logps.grad_fn.name()) == chunked
+        assert ("LinearLogps" in logps.grad_fn.name()) == chunked and best_body(n, 11) == ("chunked" if chunked else "naive")
 
 
 class Largest(TorchDispatchMode):
@@ -194,11 +201,16 @@ def largest(body, n, c, v):
     return seen.numel
 
 
-def test_the_chunked_body_never_makes_more_than_a_chunk_of_logits(monkeypatch):
-    """N = 100, V = 300, chunks of 16: no tensor of forward or backward exceeds 16·300 elements; the naive body makes 100·300."""
-    monkeypatch.setattr(module, "CHUNK_ROWS", 16)
-    assert largest("chunked", n=100, c=8, v=300) == 16 * 300
+def test_the_chunked_body_never_makes_more_than_a_slice_of_logits(monkeypatch):
+    """N = 100, V = 300, slices of 16: no tensor of forward or backward exceeds the weight's own 300·8; the naive body makes 100·300."""
+    narrow(monkeypatch, 16, rows=32)
+    assert largest("chunked", n=100, c=8, v=300) == 300 * 8
     assert largest("naive", n=100, c=8, v=300) == 100 * 300  # the recorder sees what it should
+
+
+def test_an_unknown_body_is_refused():
+    with pytest.raises(ValueError, match="use naive, chunked"):
+        linear_logps(*problem(3), body="fast")
 
 
 # ------------------------------------------------------------------------------------------------------------------- dtypes
@@ -207,7 +219,7 @@ def test_the_chunked_body_never_makes_more_than_a_chunk_of_logits(monkeypatch):
 @pytest.mark.parametrize("body", BODIES)
 def test_bfloat16_inputs_give_float32_statistics(monkeypatch, body):
     """No worse than 1e-5 against float64 arithmetic on the same bfloat16 numbers; logits rounded to bfloat16 would be off by 1e-2."""
-    monkeypatch.setattr(module, "CHUNK_ROWS", 16)
+    narrow(monkeypatch, 16, rows=16)
     hidden, weight, targets = problem(50, c=32, v=100, dtype=torch.bfloat16)
     logps, entropy = linear_logps(hidden, weight, targets, tau=0.7, body=body)
     assert logps.dtype == entropy.dtype == torch.float32
@@ -222,7 +234,7 @@ def test_bfloat16_inputs_give_float32_statistics(monkeypatch, body):
 
 def test_bfloat16_gradients_of_the_two_bodies_agree(monkeypatch):
     """The weight's gradient is summed in float32 and rounded once: within one bfloat16 rounding, 2^-8, of the naive body's."""
-    monkeypatch.setattr(module, "CHUNK_ROWS", 16)
+    narrow(monkeypatch, 16, rows=16)
     grads = []
     for body in BODIES:
         hidden, weight, targets = problem(50, c=32, v=100, dtype=torch.bfloat16)
@@ -275,7 +287,7 @@ def test_probabilities_of_all_completions_sum_to_one(prompt, seed):
 
 def test_probabilities_sum_to_one_through_the_chunked_body(monkeypatch):
     monkeypatch.setattr(module, "NAIVE_BYTES", 0)
-    monkeypatch.setattr(module, "CHUNK_ROWS", 7)
+    narrow(monkeypatch, 3, rows=7)
     assert abs(total(tiny_gpt(), every_completion(PROMPTS[-1])) - 1) < 1e-12
 
 

@@ -498,9 +498,13 @@ for naive, chunked in zip(results["naive"], results["chunked"], strict=True):  #
     torch.testing.assert_close(naive, chunked, atol=1e-3, rtol=1e-4)
 
 # %% [markdown]
-# Your forward pass is the project's. Autograd would still keep every chunk for the backward pass, so the project's version writes the
-# backward pass out, $g\,(\mathrm{onehot} - p)$, and makes each chunk a second time there: two matrix products instead of one, against
-# a matrix that is never stored.
+# Autograd would still keep every chunk for the backward pass, so the project's version writes the backward pass out,
+# $g\,(\mathrm{onehot} - p)$, and makes each chunk a second time there: one matrix product more, against a matrix that is never stored.
+#
+# It also cuts the other way: slices of the *vocabulary*, with all rows. A row's maximum and its sum of exponentials are carried from
+# slice to slice, and the sum is rescaled when the maximum moves ($\sum e^{z - m} \to e^{m - m'}\sum e^{z - m}$). Why? A slice of the
+# vocabulary is a few rows of the head, and their gradient is finished by one product over all tokens. Chunks of tokens would each add
+# to the gradient of the whole head.
 #
 # ## bfloat16: keep the statistics wide
 #
@@ -534,8 +538,9 @@ assert 0.01 < off["bfloat16 logits"] < 0.04  # two percent of noise on every rat
 # ## Where to read on
 #
 # - `minialign/batch.py`: `collate`, the one place that shifts.
-# - `minialign/logps.py`: `token_logps`, `seq_logps` and both bodies, with the backward pass written out. It differs from yours in one
-#   thing: it computes logits for the scored positions only, so a prompt token costs nothing at the head.
+# - `minialign/logps.py`: `token_logps`, `seq_logps`, and the choice between the two bodies. It differs from yours in one thing: it
+#   computes logits for the scored positions only, so a prompt token costs nothing at the head.
+# - `minialign/kernels/linear_logprob.py`: the chunked body, with the backward pass written out.
 # - `tests/test_logps.py`: the sum over a larger language, finite differences, and a recorder that proves that the chunked body never
 #   makes the matrix.
 # - Next tutorial, `04_sft.py`: the first loss made of this number.

@@ -1,0 +1,129 @@
+"""Hidden states and head in, log-prob and entropy out, and never more than a slice of the (N, V) logits between them.
+
+    z = h Wᵀ / tau (N, V)     lse = log Σ_v e^{z_v}     logp = z_y − lse     S = −Σ_v p_v log p_v,  p_v = e^{z_v − lse}
+    dz_v = g (1[v = y] − p_v) − e p_v (log p_v + S)     dh = Σ_v dz_v W_v / tau     dW_v = Σ_n dz_v h_n / tau
+
+Bytes, float32, N rows: naive autograd holds z, log p, their gradients (4 N V each; entropy adds two more), and dW (4 V C). Here dW, dh
+and one slice: z is cut over the *vocabulary*, not over the rows. So
+
+    forward    a slice is folded into three numbers a row (max, Σ e^{z − max}, Σ e^{z − max}·(z − max)) and forgotten:   2 N V C flops
+    backward   a slice is made again, turned into dz in its own memory, and finishes its part of dW by one product:     6 N V C flops
+               dW[slice] = dzᵀ h, written once. Only dh adds up, (N, C) in float32.
+
+Cut over rows instead (torch's, Liger's and TRL's linear losses), dW is the sum over the chunks: V x C more numbers in float32, and
+rounded in between when it is not. `keep_bytes` of slices may stay for backward: 6 N V C flops in the place of 8 for what is kept.
+
+Each row of a slice is worked on `BLOCK_ROWS` at a time, so that its temporaries stay in cache.
+
+Checked by tests/kernels/test_linear_logprob.py and tests/test_logps.py: against log_softmax in float64, finite differences, memory.
+"""
+
+import torch
+
+SLICE_BYTES = 8 * 2**20  # of float32 logits: the width of a slice is what N rows leave of it
+BLOCK_ROWS = 128
+
+
+def slices(n, vocab_size):
+    """The vocabulary cut into [start, end) of equal width: a multiple of 128, at least 256, SLICE_BYTES of float32 for n rows."""
+    width = max(256, SLICE_BYTES // (4 * max(n, 1)) // 128 * 128)
+    return [slice(start, min(start + width, vocab_size)) for start in range(0, vocab_size, width)]
+
+
+def logits_of(hidden, weight, tau):
+    """(N, C) @ (C, V) / tau, accumulated and kept in float32 at least."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(wide) @ weight.to(wide).T
+    return logits if tau == 1.0 else logits.div_(tau)
+
+
+class LinearLogps(torch.autograd.Function):
+    """hidden (N, C), weight (V, C), targets (N,) -> logps (N,), entropies (N,; zeros unless asked for), float32 or wider.
+
+    Kept for backward: the inputs, lse, entropies, and as many slices of logits as keep_bytes allows; those serve the first backward and are
+    made anew in any later one, so retain_graph is exact. A frozen hidden or weight costs nothing: its product is skipped.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, tau, entropy, keep_bytes):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        target_logits, top, total, weighted = (torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(4))  # (N,)
+        kept = {}
+        for part in slices(len(hidden), len(weight)):
+            logits = logits_of(hidden, weight[part], tau)  # (N, width)
+            within = (part.start <= targets) & (targets < part.stop)
+            place = torch.where(within, targets - part.start, 0)  # (N,) of the target in this slice
+            target_logits = torch.where(within, logits.gather(1, place[:, None])[:, 0], target_logits)
+            for rows in blocks(len(hidden)):
+                fold(logits[rows], top[rows], total[rows], weighted[rows] if entropy else None, first=part.start == 0)
+            if logits.nbytes <= keep_bytes:
+                kept[part.start], keep_bytes = logits, keep_bytes - logits.nbytes
+        lse = top + total.log()
+        entropies = total.log() - weighted / total if entropy else torch.zeros_like(lse)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropies)
+        ctx.tau, ctx.kept = tau, kept
+        ctx.set_materialize_grads(False)
+        return target_logits - lse, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, e):
+        if g is None and e is None:
+            return None, None, None, None, None, None
+        hidden, weight, targets, lse, entropies = ctx.saved_tensors
+        d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for part in slices(len(hidden), len(weight)):
+            logits = ctx.kept.pop(part.start, None)
+            logits = logits_of(hidden, weight[part], ctx.tau) if logits is None else logits  # (N, width)
+            within = ((part.start <= targets) & (targets < part.stop)).nonzero()[:, 0]
+            for rows in blocks(len(hidden)):
+                to_gradient(logits[rows], lse[rows], entropies[rows], None if g is None else g[rows], None if e is None else e[rows])
+            if g is not None:
+                logits[within, targets[within] - part.start] += g[within]
+            if ctx.tau != 1.0:
+                logits /= ctx.tau
+            if d_hidden is not None:
+                d_hidden.addmm_(logits, weight[part].to(logits.dtype))
+            if d_weight is not None and d_weight.dtype == logits.dtype:
+                torch.mm(logits.T, hidden, out=d_weight[part])  # into its place, and final
+            elif d_weight is not None:
+                d_weight[part] = logits.T @ hidden.to(logits.dtype)  # summed in float32, rounded once
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None
+
+
+def blocks(n):
+    return [slice(start, start + BLOCK_ROWS) for start in range(0, n, BLOCK_ROWS)]
+
+
+def fold(logits, top, total, weighted, *, first):
+    """Take a block of logits (rows, width) into the running max, Σ e^{z − max} and Σ e^{z − max}·(z − max), each (rows,), in place.
+
+    When the max moves up by δ, the first sum is scaled by e^{−δ}, and the second, whose terms all fell by δ, loses δ times the first.
+    """
+    highest = logits.amax(1)
+    if first:
+        top.copy_(highest)
+    highest = torch.maximum(top, highest)
+    if weighted is not None:
+        weighted.sub_((highest - top) * total).mul_((top - highest).exp())
+    total.mul_((top - highest).exp())
+    top.copy_(highest)
+    shifted = logits - top[:, None]
+    p = shifted.exp()
+    total += p.sum(1)
+    if weighted is not None:
+        weighted += p.mul_(shifted).sum(1)
+
+
+def to_gradient(logits, lse, entropies, g, e):
+    """A block of logits (rows, width) becomes −g p − e p (log p + S), in place."""
+    log_p = logits.sub_(lse[:, None])
+    if e is None:
+        log_p.exp_().mul_(-g[:, None])
+        return
+    p = log_p.exp()
+    log_p.add_(entropies[:, None]).mul_(e[:, None])
+    if g is not None:
+        log_p.add_(g[:, None])
+    log_p.mul_(p.neg_())

@@ -20,7 +20,7 @@ import torch
 from minialign.kernels.linear_logprob import LinearLogps, logits_of
 
 CHUNK_ROWS = 1024  # rows whose logits over the whole vocabulary may be alive at once where they are needed (IFT's greedy guesses)
-NAIVE_BYTES = 16 * 2**20  # below this many bytes of float32 logits the naive body is chosen
+NAIVE_BYTES = 32 * 2**20  # below this many bytes of float32 logits the naive body is chosen
 
 
 def token_logps(policy, batch, *, tau=1.0, entropy=False, embeds=None):

@@ -471,7 +471,7 @@ def peak_memory(run, models, positions, sampled=0):
     if config.head == "lm" and best_body(rows * positions, config.vocab_size) == "naive":
         total += 12 * config.vocab_size * rows * positions
     elif config.head == "lm":
-        total += 4 * SLICE_BYTES
+        total += 4 * SLICE_BYTES.get(run.device.type, 2**26)
     cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * size + 16  # and what is known of each drawn token
     return (total + positions * (rows * per_position + sampled * cache)) / 2**20
 

@@ -21,8 +21,8 @@ BODIES = ("naive", "chunked")
 
 def narrow(monkeypatch, width, rows=2):
     """Slices of so few tokens of the vocabulary, blocks of so few rows."""
-    monkeypatch.setattr(kernel, "slices", lambda n, v: [slice(start, min(start + width, v)) for start in range(0, v, width)])
-    monkeypatch.setattr(kernel, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(kernel, "slices", lambda n, v, device: [slice(start, min(start + width, v)) for start in range(0, v, width)])
+    monkeypatch.setattr(kernel, "BLOCK_ROWS", {"cpu": rows})
 
 
 def problem(n, *, c=5, v=11, dtype=torch.float64, seed=0):

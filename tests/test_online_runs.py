@@ -145,7 +145,7 @@ def test_the_memory_estimate_knows_the_cache_and_the_length(small, policy_folder
 
     policy, needed = load_pretrained(policy_folder), []
     for batch_size, max_new in ((8, 12), (800, 12), (800, 100)):
-        run = SimpleNamespace(cfg=rloo.Config(batch_size=batch_size, micro_batch=1), dtype=torch.float32)
+        run = SimpleNamespace(cfg=rloo.Config(batch_size=batch_size, micro_batch=1), dtype=torch.float32, device=torch.device("cpu"))
         needed.append(peak_memory(run, {"policy": policy}, 17 + max_new, sampled=batch_size))
     assert needed[0] < needed[1] < needed[2]
     module, cfg = small("reinforce", steps=1)

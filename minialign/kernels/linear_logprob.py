@@ -13,21 +13,26 @@ and one slice: z is cut over the *vocabulary*, not over the rows. So
 Cut over rows instead (torch's, Liger's and TRL's linear losses), dW is the sum over the chunks: V x C more numbers in float32, and
 rounded in between when it is not. `keep_bytes` of slices may stay for backward: 6 N V C flops in the place of 8 for what is kept.
 
-Each row of a slice is worked on `BLOCK_ROWS` at a time, so that its temporaries stay in cache.
+On a CPU a slice is small and worked on BLOCK_ROWS at a time, so that its temporaries stay in cache; a GPU wants long products.
 
 Checked by tests/kernels/test_linear_logprob.py and tests/test_logps.py: against log_softmax in float64, finite differences, memory.
 """
 
 import torch
 
-SLICE_BYTES = 8 * 2**20  # of float32 logits: the width of a slice is what N rows leave of it
-BLOCK_ROWS = 128
+SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}  # of float32 logits: the width of a slice is what N rows leave of it
+BLOCK_ROWS = {"cpu": 128}  # elsewhere all
 
 
-def slices(n, vocab_size):
+def slices(n, vocab_size, device):
     """The vocabulary cut into [start, end) of equal width: a multiple of 128, at least 256, SLICE_BYTES of float32 for n rows."""
-    width = max(256, SLICE_BYTES // (4 * max(n, 1)) // 128 * 128)
+    width = max(256, SLICE_BYTES.get(device.type, 2**26) // (4 * max(n, 1)) // 128 * 128)
     return [slice(start, min(start + width, vocab_size)) for start in range(0, vocab_size, width)]
+
+
+def blocks(n, device):
+    size = BLOCK_ROWS.get(device.type, n) or 1
+    return [slice(start, start + size) for start in range(0, n, size)]
 
 
 def logits_of(hidden, weight, tau):
@@ -49,12 +54,12 @@ class LinearLogps(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         target_logits, top, total, weighted = (torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(4))  # (N,)
         kept = {}
-        for part in slices(len(hidden), len(weight)):
+        for part in slices(len(hidden), len(weight), hidden.device):
             logits = logits_of(hidden, weight[part], tau)  # (N, width)
             within = (part.start <= targets) & (targets < part.stop)
             place = torch.where(within, targets - part.start, 0)  # (N,) of the target in this slice
             target_logits = torch.where(within, logits.gather(1, place[:, None])[:, 0], target_logits)
-            for rows in blocks(len(hidden)):
+            for rows in blocks(len(hidden), hidden.device):
                 fold(logits[rows], top[rows], total[rows], weighted[rows] if entropy else None, first=part.start == 0)
             if logits.nbytes <= keep_bytes:
                 kept[part.start], keep_bytes = logits, keep_bytes - logits.nbytes
@@ -73,11 +78,11 @@ class LinearLogps(torch.autograd.Function):
         hidden, weight, targets, lse, entropies = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for part in slices(len(hidden), len(weight)):
+        for part in slices(len(hidden), len(weight), hidden.device):
             logits = ctx.kept.pop(part.start, None)
             logits = logits_of(hidden, weight[part], ctx.tau) if logits is None else logits  # (N, width)
             within = ((part.start <= targets) & (targets < part.stop)).nonzero()[:, 0]
-            for rows in blocks(len(hidden)):
+            for rows in blocks(len(hidden), hidden.device):
                 to_gradient(logits[rows], lse[rows], entropies[rows], None if g is None else g[rows], None if e is None else e[rows])
             if g is not None:
                 logits[within, targets[within] - part.start] += g[within]
@@ -90,10 +95,6 @@ class LinearLogps(torch.autograd.Function):
             elif d_weight is not None:
                 d_weight[part] = logits.T @ hidden.to(logits.dtype)  # summed in float32, rounded once
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None
-
-
-def blocks(n):
-    return [slice(start, start + BLOCK_ROWS) for start in range(0, n, BLOCK_ROWS)]
 
 
 def fold(logits, top, total, weighted, *, first):

@@ -14,11 +14,11 @@ from tests.test_logps import narrow, problem
 @pytest.mark.parametrize(("n", "v"), [(1, 11), (1, 50257), (100, 50304), (2048, 50304), (100_000, 32000), (0, 5)])
 def test_slices_are_a_partition_of_the_vocabulary(n, v):
     """In order, no gap, no overlap; all but the last equally wide, a multiple of 128; of n rows about SLICE_BYTES, or 256 wide."""
-    parts = slices(n, v)
+    parts = slices(n, v, torch.device("cpu"))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(v))
     widths = {part.stop - part.start for part in parts[:-1]}
     assert len(widths) <= 1 and all(width % 128 == 0 for width in widths)
-    assert all(4 * n * width <= max(linear_logprob.SLICE_BYTES, 4 * n * 256) for width in widths)
+    assert all(4 * n * width <= max(linear_logprob.SLICE_BYTES["cpu"], 4 * n * 256) for width in widths)
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -141,7 +141,7 @@ def overview():
         print(f"  {name:19} {line}")
     print("\ntoys        python -m toy.<name>; each prints PASS or FAIL per law, exit code 1 on a miss; python -m toy runs them all")
     for name in names_in("toy"):
-        if '__name__ == "__main__"' in (ROOT / "toy" / f"{name}.py").read_text(encoding="utf-8"):
+        if name != "plot" and '__name__ == "__main__"' in (ROOT / "toy" / f"{name}.py").read_text(encoding="utf-8"):
             print(f"  {name:19} {first_line(ROOT / 'toy' / f'{name}.py')}")
     print("\ntutorials   python tutorials/<name>.py, or open it as cells")
     for path in sorted((ROOT / "tutorials").glob("*.py")):

@@ -18,13 +18,13 @@ TOYS = ("three_actions", "tiny_language", "few_demos", "grid_world", "frozen_lak
 
 @dataclass
 class Config:
-    full: bool = False              # more seeds, more settings, the larger language: an hour instead of five minutes
+    full: bool = False              # more seeds, more settings, the larger language: half an hour instead of five minutes
     out: str = "runs/toy"           # folder of the figures and the numbers behind them
 
 
 def run(name, cfg):
     """Run one toy, its lines printed as they come; returns (exit code, last line, seconds)."""
-    command = [sys.executable, "-m", f"toy.{name}", "--out", f"{cfg.out}/{name}.png", *(["--full"] if cfg.full else [])]
+    command = [sys.executable, "-u", "-m", f"toy.{name}", "--out", f"{cfg.out}/{name}.png", *(["--full"] if cfg.full else [])]
     print(f"\n── {name} " + "─" * (118 - len(name)), flush=True)
     begun, last = time.monotonic(), ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
@@ -39,7 +39,7 @@ def main(cfg):
     results = {name: run(name, cfg) for name in TOYS}
     print("\n── scoreboard " + "─" * 108)
     for name, (code, last, seconds) in results.items():
-        said = last.split(" in ")[0] if code in (0, 1) else f"exit code {code}"
+        said = last.split(" in ")[0] if " in " in last and code in (0, 1) else f"exit code {code}"
         print(f"{'FAIL' if code else 'PASS'}  {name:18} {said:44} {seconds:5.0f} s")
     passed = sum(code == 0 for code, *_ in results.values())
     print(f"{passed} of {len(results)} toys passed; figures and numbers: {cfg.out}")

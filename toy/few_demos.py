@@ -1,6 +1,6 @@
 """Two hundred demonstrations, 30 % of them bad: the one setting in which the papers' orderings can be tested exactly, and what they cost.
 
-The language of tiny_language.py with four prompts. The base model likes what the reward dislikes (ref·e^{−κr}); the expert is
+The larger language of tiny_language.py, with four prompts. The base model likes what the reward dislikes (ref·e^{−κr}); the expert is
 E ∝ base·e^{r/β}; of the demonstrations most come from E and a share from the base model itself. SFT, SPIN (IRFT with one round), IRFT with
 five rounds and with fresh samples at every step are trained on them for the same number of steps. Then, exactly, by summing over all
 1555 completions of each prompt:
@@ -166,7 +166,10 @@ def main(cfg):
     if min(cfg.demos, cfg.steps, cfg.batch_size, cfg.seeds) < 1:
         raise BadInput("--demos, --steps, --batch_size and --seeds must be at least 1")
     cfg = replace(cfg, seeds=2 * cfg.seeds) if cfg.full else cfg
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {cfg.out}: cannot be written ({error.strerror})") from None
     language, started, judges, table = Language(n_prompts=4), time.monotonic(), {}, {}
     for seed in range(cfg.seeds):
         if seed % 5 not in judges:

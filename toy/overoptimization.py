@@ -1,7 +1,7 @@
 """A proxy that is blind to one thing the true reward sees: pushed too far, by best-of-n or by RL, the true reward falls, and exactly so.
 
-The language of tiny_language.py, with a gold reward that punishes adjacent repeats by −.7·repeats²: two repeats cost more than two liked
-tokens bring. Comparisons of ref's own completions are labelled by Bradley-Terry on gold. A proxy is the Bradley-Terry optimum that is
+The larger language of tiny_language.py, with a gold reward that punishes adjacent repeats by −.7·repeats²: two repeats cost more than two
+liked tokens bring. Comparisons of ref's own completions are labelled by Bradley-Terry on gold. A proxy is the Bradley-Terry optimum that is
 linear in token counts (counted from the prompt's token, so that one weight serves all prompts): it cannot see repeats. The control is the
 same with one more feature, repeats², and can be gold itself. Policies are not trained but known:
 

@@ -1,7 +1,8 @@
 """The picture of the front page: what every method learned against the closed form of what it should learn, dots on the diagonal.
 
-Each dot is one completion. From three_actions all probabilities of all methods, and from tiny_language a GPT's, fifteen completions of each
-prompt for every method, from the likeliest to the least likely; grey where they were before training. Methods without a closed form (KTO,
+Each dot is one action or completion: from three_actions the probabilities of every row that is named for its method; from tiny_language a
+GPT's, fifteen completions of each prompt, from the likeliest to the least likely, grey where they were before training. What is below 1e-6
+is cut off. Methods without a closed form (KTO,
 ORPO with λ > 0, the hinge and the truncated quadratic) have no dots: their toys test that the update is at rest.
 
     python -m toy.plot --numbers docs --out docs/laws.png              # what `make figures` does with the numbers that it has written

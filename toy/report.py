@@ -46,6 +46,7 @@ class Report:
     def claim(self, source, claim, measured, differences=None, *, holds=None):
         """Print a claim, what was measured (in words) and the verdict: of `differences`, one per seed and above 0 in favour, or, of
         something that is exact, `holds`."""
+        assert (differences is None) != (holds is None), "one of the two says what is true"
         if differences is not None:
             mean, half, favour, word = verdict(differences)
             measured = f"{measured}: {mean:+.3g} ± {half:.2g}, {favour}/{len(differences)} seeds" if measured else (

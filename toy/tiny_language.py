@@ -600,7 +600,7 @@ ROWS = [
                    settings=lambda beta: {"beta": beta, "f": "exponential"}),
     preference_row("GPO, squared", "gpo", from_pairs(lambda ref, r, prefer, beta, _: closed_form.ipo_law(ref, prefer, beta / 2, ref)), 0.03,
                    settings=lambda beta: {"beta": beta, "f": "squared"}),
-    # Lengths multiply r/scale: with scale β the law would be too sharp to be trained to in 600 updates.
+    # Lengths multiply r/scale: with scale β the law would be too sharp to be trained to in 300 or 600 updates.
     preference_row("SimPO, γ = 0, scale 4β", "simpo", from_pairs(lambda ref, r, prefer, beta, n: closed_form.simpo_law(n, r, 4 * beta)),
                    0.1, settings=lambda beta: {"scale": 4 * beta, "target_margin": 0.0}, average=True),
     preference_row("ORPO, λ = 0", "orpo", from_pairs(lambda ref, r, prefer, beta, n: closed_form.winners_law(ref, prefer, n)), 0.03,

@@ -825,7 +825,8 @@ np.testing.assert_allclose(frozen_lake.policies_of(shuffled), frozen_lake.polici
 
 # %% [markdown]
 # The same policy, to the last digit, is further away than a net that has learned nothing. Compare policies: what they do, and how often
-# they arrive. `toy/frozen_lake.py` has the whole experiment, and a setting in which the net that is nearest in parameters plays worst.
+# they arrive. `toy/frozen_lake.py` has the whole experiment, and a setting in which the paper's order holds: towards a θ* that itself
+# seldom arrives.
 #
 # ## Where to read on
 #

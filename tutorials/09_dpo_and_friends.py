@@ -1086,7 +1086,7 @@ assert abs(simpo_value - simpo_wrong) > 0.01
 #   and the siblings in the same way: `gpo.py`, `slic.py`, `simpo.py`, `orpo.py`, `kto.py`. `rebel.py` looks like `rloo.py`, for it
 #   samples.
 # - `toy/closed_form.py`, "from preferences": the laws with their derivations. `python -m toy.three_actions` holds every loss to them, and
-#   `python -m toy.tiny_language --methods dpo ipo gpo simpo orpo slic kto` trains a GPT to them, on pairs without end.
+#   `python -m toy.tiny_language --full --methods dpo ipo gpo simpo orpo slic kto` trains a GPT to them, on pairs without end.
 # - `tests/methods/test_dpo.py` and its siblings: worked numbers, gradients, laws by enumeration.
 # - `docs/METRICS.md`: what each logged number means and what going wrong looks like.
 #

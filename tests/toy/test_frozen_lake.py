@@ -338,5 +338,5 @@ def test_bad_arguments_are_one_sentence(changes, tmp_path):
 def test_the_whole_toy(tmp_path, capsys):
     assert frozen_lake.main(Config(out=str(tmp_path / "lake.png")))
     out = capsys.readouterr().out
-    assert "FAIL" not in out and out.count("PASS") == 27 and (tmp_path / "lake.png").stat().st_size > 50_000
+    assert "FAIL" not in out and out.count("PASS") == 28 and (tmp_path / "lake.png").stat().st_size > 50_000
     assert "found by search: parameters' error of DPO < IFT < ORPO and SFT" in out and (tmp_path / "lake.json").exists()

@@ -43,8 +43,8 @@ class Config:
 
 def log_prob_bodies(entropy):
     """{name: function of hidden, weight, targets -> logps, entropy or None}; the first is what the others are divided by."""
-    def ours(body, **settings):
-        return lambda h, w, y: linear_logps(h, w, y, entropy=entropy, body=body, **settings)
+    def ours(body, keep_bytes=0):
+        return lambda h, w, y: linear_logps(h, w, y, entropy=entropy, body=body, keep_bytes=keep_bytes)
 
     bodies = {"naive: log_softmax of all logits": ours("naive"), "minialign, chunked": ours("chunked"),
               "minialign, chunked, logits kept": ours("chunked", keep_bytes=2**62)}

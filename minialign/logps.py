@@ -70,6 +70,7 @@ def best_body(n, vocab_size):
 
 
 def naive_logps(hidden, weight, targets, tau, entropy):
-    all_logps = logits_of(hidden, weight, tau).log_softmax(-1)  # (N, V)
+    logits = logits_of(hidden, weight)
+    all_logps = (logits if tau == 1.0 else logits / tau).log_softmax(-1)  # (N, V)
     logps = all_logps.gather(1, targets[:, None]).squeeze(1)  # (N,)
     return logps, -(all_logps.exp() * all_logps).sum(-1) if entropy else None

@@ -59,7 +59,8 @@ def test_nothing_heavy_or_foreign_is_imported_by_a_run(small):
 
 def test_imports_run_one_way():
     leaves = {"common": set(), "batch": {"common"}, "kl": set(), "model": {"common"}, "tokenizer": {"common"}, "checkpoint": {"common"},
-              "logps": {"kernels"}, "kernels/linear_logprob": set(), "data": {"batch", "common", "tokenizer"},
+              "logps": {"kernels"}, "kernels/linear_logprob": {"kernels"}, "kernels/logprob": {"kernels"}, "kernels/logprob_triton": set(),
+              "data": {"batch", "common", "tokenizer"},
               "rewards": {"batch", "common", "data", "kl", "tokenizer", "weights"}, "sample": {"batch", "common", "model"},
               "weights": {"common", "model", "tokenizer"}}
     for name, allowed in leaves.items():

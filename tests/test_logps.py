@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from minialign import logps as module
 from minialign.batch import collate
 from minialign.kernels import linear_logprob as kernel
+from minialign.kernels import logprob
 from minialign.logps import best_body, linear_logps, seq_logps, token_logps
 from tests.enumerable import EOS, MAX_NEW, N_CONTENT, PROMPTS, all_completions, tiny_gpt
 
@@ -22,7 +23,7 @@ BODIES = ("naive", "chunked")
 def narrow(monkeypatch, width, rows=2):
     """Slices of so few tokens of the vocabulary, blocks of so few rows."""
     monkeypatch.setattr(kernel, "slices", lambda n, v, device: [slice(start, min(start + width, v)) for start in range(0, v, width)])
-    monkeypatch.setattr(kernel, "BLOCK_ROWS", {"cpu": rows})
+    monkeypatch.setattr(logprob, "BLOCK_ROWS", {"cpu": rows})
 
 
 def problem(n, *, c=5, v=11, dtype=torch.float64, seed=0):

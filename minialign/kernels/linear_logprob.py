@@ -13,15 +13,17 @@ and one slice: z is cut over the *vocabulary*, not over the rows. So
 Cut over rows instead (torch's, Liger's and TRL's linear losses), dW is the sum over the chunks: V x C more numbers in float32, and
 rounded in between when it is not. `keep_bytes` of slices may stay for backward: 6 N V C flops in the place of 8 for what is kept.
 
-On a CPU a slice is small and worked on BLOCK_ROWS at a time, so that its temporaries stay in cache; a GPU wants long products.
+The two passes over a slice are logprob.py's fold and to_gradient. On a CPU a slice is small, so that it stays in cache; a GPU wants long
+products.
 
 Checked by tests/kernels/test_linear_logprob.py and tests/test_logps.py: against log_softmax in float64, finite differences, memory.
 """
 
 import torch
 
+from minialign.kernels.logprob import Statistics, fold, to_gradient
+
 SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}  # of float32 logits: the width of a slice is what N rows leave of it
-BLOCK_ROWS = {"cpu": 128}  # elsewhere all
 
 
 def slices(n, vocab_size, device):
@@ -30,16 +32,10 @@ def slices(n, vocab_size, device):
     return [slice(start, min(start + width, vocab_size)) for start in range(0, vocab_size, width)]
 
 
-def blocks(n, device):
-    size = BLOCK_ROWS.get(device.type, n) or 1
-    return [slice(start, start + size) for start in range(0, n, size)]
-
-
-def logits_of(hidden, weight, tau):
-    """(N, C) @ (C, V) / tau, accumulated and kept in float32 at least."""
+def logits_of(hidden, weight):
+    """(N, C) @ (C, V), accumulated and kept in float32 at least."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(wide) @ weight.to(wide).T
-    return logits if tau == 1.0 else logits.div_(tau)
+    return hidden.to(wide) @ weight.to(wide).T
 
 
 class LinearLogps(torch.autograd.Function):
@@ -51,24 +47,18 @@ class LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, tau, entropy, keep_bytes):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        target_logits, top, total, weighted = (torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(4))  # (N,)
-        kept = {}
+        statistics, kept = Statistics.empty(len(hidden), torch.promote_types(hidden.dtype, torch.float32), hidden.device), {}
         for part in slices(len(hidden), len(weight), hidden.device):
-            logits = logits_of(hidden, weight[part], tau)  # (N, width)
-            within = (part.start <= targets) & (targets < part.stop)
-            place = torch.where(within, targets - part.start, 0)  # (N,) of the target in this slice
-            target_logits = torch.where(within, logits.gather(1, place[:, None])[:, 0], target_logits)
-            for rows in blocks(len(hidden), hidden.device):
-                fold(logits[rows], top[rows], total[rows], weighted[rows] if entropy else None, first=part.start == 0)
+            logits = logits_of(hidden, weight[part])  # (N, width)
+            fold(logits, targets - part.start, statistics, tau, entropy=entropy)
             if logits.nbytes <= keep_bytes:
                 kept[part.start], keep_bytes = logits, keep_bytes - logits.nbytes
-        lse = top + total.log()
-        entropies = total.log() - weighted / total if entropy else torch.zeros_like(lse)
+        lse = statistics.lse()
+        entropies = statistics.entropy() if entropy else torch.zeros_like(lse)
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)
         ctx.tau, ctx.kept = tau, kept
         ctx.set_materialize_grads(False)
-        return target_logits - lse, entropies
+        return statistics.target - lse, entropies
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -80,14 +70,8 @@ class LinearLogps(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for part in slices(len(hidden), len(weight), hidden.device):
             logits = ctx.kept.pop(part.start, None)
-            logits = logits_of(hidden, weight[part], ctx.tau) if logits is None else logits  # (N, width)
-            within = ((part.start <= targets) & (targets < part.stop)).nonzero()[:, 0]
-            for rows in blocks(len(hidden), hidden.device):
-                to_gradient(logits[rows], lse[rows], entropies[rows], None if g is None else g[rows], None if e is None else e[rows])
-            if g is not None:
-                logits[within, targets[within] - part.start] += g[within]
-            if ctx.tau != 1.0:
-                logits /= ctx.tau
+            logits = logits_of(hidden, weight[part]) if logits is None else logits  # (N, width)
+            to_gradient(logits, targets - part.start, lse, entropies, g, e, ctx.tau)
             if d_hidden is not None:
                 d_hidden.addmm_(logits, weight[part].to(logits.dtype))
             if d_weight is not None and d_weight.dtype == logits.dtype:
@@ -95,36 +79,3 @@ class LinearLogps(torch.autograd.Function):
             elif d_weight is not None:
                 d_weight[part] = logits.T @ hidden.to(logits.dtype)  # summed in float32, rounded once
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None
-
-
-def fold(logits, top, total, weighted, *, first):
-    """Take a block of logits (rows, width) into the running max, Σ e^{z − max} and Σ e^{z − max}·(z − max), each (rows,), in place.
-
-    When the max moves up by δ, the first sum is scaled by e^{−δ}, and the second, whose terms all fell by δ, loses δ times the first.
-    """
-    highest = logits.amax(1)
-    if first:
-        top.copy_(highest)
-    highest = torch.maximum(top, highest)
-    if weighted is not None:
-        weighted.sub_((highest - top) * total).mul_((top - highest).exp())
-    total.mul_((top - highest).exp())
-    top.copy_(highest)
-    shifted = logits - top[:, None]
-    p = shifted.exp()
-    total += p.sum(1)
-    if weighted is not None:
-        weighted += p.mul_(shifted).sum(1)
-
-
-def to_gradient(logits, lse, entropies, g, e):
-    """A block of logits (rows, width) becomes −g p − e p (log p + S), in place."""
-    log_p = logits.sub_(lse[:, None])
-    if e is None:
-        log_p.exp_().mul_(-g[:, None])
-        return
-    p = log_p.exp()
-    log_p.add_(entropies[:, None]).mul_(e[:, None])
-    if g is not None:
-        log_p.add_(g[:, None])
-    log_p.mul_(p.neg_())

@@ -103,7 +103,7 @@ def lookahead_embeds(policy, batch, *, mix):
         return embeds
     with torch.no_grad():
         hidden, head = policy.hidden(batch.inputs)[batch.mask], policy.head_weight[: policy.config.n_tokens]  # (scored, C), (V, C)
-        guesses = torch.cat([logits_of(rows, head, 1.0).argmax(-1) for rows in hidden.split(CHUNK_ROWS)])  # (scored,)
+        guesses = torch.cat([logits_of(rows, head).argmax(-1) for rows in hidden.split(CHUNK_ROWS)])  # (scored,)
         further = batch.targets.masked_scatter(batch.mask, guesses)  # (B, T)
         further = torch.cat([batch.inputs[:, :1], further[:, :-1]], dim=1)  # target t − 1 is input t
     return embeds + mix * (policy.embed(further) - embeds)  # a prompt token is its own guess, and stays what it is

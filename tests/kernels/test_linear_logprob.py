@@ -1,4 +1,4 @@
-"""Slices of the vocabulary: the fold by the definition, kept and made again alike, what they hold in memory. (Values: test_logps.py.)"""
+"""Slices of the vocabulary: kept and made again alike, targets at their edges, what they hold in memory. (Values: test_logps.py.)"""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minialign.kernels import linear_logprob
-from minialign.kernels.linear_logprob import LinearLogps, fold, slices, to_gradient
+from minialign.kernels.linear_logprob import LinearLogps, slices
 from tests.test_logps import narrow, problem
 
 
@@ -19,31 +19,6 @@ def test_slices_are_a_partition_of_the_vocabulary(n, v):
     widths = {part.stop - part.start for part in parts[:-1]}
     assert len(widths) <= 1 and all(width % 128 == 0 for width in widths)
     assert all(4 * n * width <= max(linear_logprob.SLICE_BYTES["cpu"], 4 * n * 256) for width in widths)
-
-
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("width", [1, 3, 100])
-def test_the_fold_by_the_definition(order, width):
-    """Whether the largest logit comes first or last, with offsets of ±1000: max, Σ e^{z − max} and Σ e^{z − max}·(z − max)."""
-    z = torch.randn(6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(5).sort(1).values
-    z = (z if order > 0 else z.flip(1)) + torch.tensor([0.0, 1000, -1000, 3, -3, 50])[:, None]
-    top, total, weighted = torch.zeros(3, 6, dtype=torch.float64)
-    for start in range(0, 40, width):
-        fold(z[:, start : start + width], top, total, weighted, first=start == 0)
-    shifted = z - z.amax(1, keepdim=True)
-    assert torch.equal(top, z.amax(1)) and torch.allclose(total, shifted.exp().sum(1), atol=1e-12)
-    assert torch.allclose(weighted, (shifted.exp() * shifted).sum(1), atol=1e-12)
-
-
-@pytest.mark.parametrize("which", ["g", "e", "both"])
-def test_a_block_becomes_its_gradient(which):
-    z = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    g, e = torch.tensor([1.0, -2, 0, 3]).double(), torch.tensor([0.5, 1, -1, 0]).double()
-    p, lse = z.softmax(1), z.logsumexp(1)
-    entropy = -(p * p.log()).sum(1)
-    expected = (0 if which == "e" else -g[:, None] * p) + (0 if which == "g" else -e[:, None] * p * (p.log() + entropy[:, None]))
-    to_gradient(z, lse, entropy, None if which == "e" else g, None if which == "g" else e)
-    assert torch.allclose(z, expected, atol=1e-14)
 
 
 def gradients(keep_bytes, times=1, **changes):

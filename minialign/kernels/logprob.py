@@ -1,0 +1,155 @@
+"""Logits in, three numbers a row out: log-prob of the target, entropy, log-sum-exp; and the gradient written over the logits.
+
+    z_v = logit_v / tau     lse = log Σ_v e^{z_v}     logp = z_y − lse     p_v = e^{z_v − lse}     S = −Σ_v p_v log p_v
+    dlogit_v = (g (1[v = y] − p_v) − e p_v (log p_v + S)) / tau      for upstream gradients g of logp and e of S, any per row
+
+The naive body, and the bytes that each line moves per logit; bfloat16 logits, float32 in between:
+
+    wide = logits.float() / tau                             # read 2, write 4, read 4, write 4
+    log_p = wide.log_softmax(-1)                            # read 4, write 4 (and once more to find the max)
+    logps = log_p.gather(1, targets[:, None])               # nothing: one number a row
+    entropies = -(log_p.exp() * log_p).sum(-1)              # read 4, write 4, read 8, write 4, read 4
+                                                            # about 50; backward as much again, and three (N, V) float32 tensors alive
+
+`fold` reads each logit once; `to_gradient` reads and writes it once, in place: 2 and 4 bytes in bfloat16. At 4.3 TB/s, V = 128256 and
+N = 8192 rows that is .49 and .98 ms: the bound is memory (some ten flops a byte), so what counts is one pass and wide loads. One pass is
+possible because max, sum and weighted sum can be carried along and rescaled when the max moves (online softmax: Milakov and Gimelshein
+2018, arXiv:1805.02867). And what is carried along may come from another slice of the vocabulary: linear_logprob.py has it slice by slice.
+
+Two bodies each: torch, which is the specification and what a CPU runs, and Triton, where there is a GPU.
+
+Checked by tests/kernels/test_logprob.py: both bodies by the definition and against float64, Triton's under its interpreter; compiled ahead
+of time for sm_80 and sm_90, no byte of stack.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+BLOCK_ROWS = {"cpu": 128}  # a CPU works on so many rows at a time, so that its temporaries stay in cache; elsewhere all at once
+
+
+@dataclass
+class Statistics:
+    """What is known of each row after some of its logits: all (N,), float32 or wider, of z = logit / tau."""
+    top: torch.Tensor  # max z
+    total: torch.Tensor  # Σ e^{z − top}
+    weighted: torch.Tensor  # Σ e^{z − top}·(z − top)
+    target: torch.Tensor  # z of the target, if it was among them
+
+    @classmethod
+    def empty(cls, n, dtype, device):
+        zeros = functools.partial(torch.zeros, n, dtype=dtype, device=device)
+        return cls(torch.full((n,), -torch.inf, dtype=dtype, device=device), zeros(), zeros(), zeros())
+
+    def lse(self):
+        return self.top + self.total.log()
+
+    def entropy(self):
+        """S = lse − Σ p z = log total − weighted / total: no difference of large numbers."""
+        return self.total.log() - self.weighted / self.total
+
+
+def fused(device):
+    """Whether the Triton bodies run there: on CUDA with Triton installed, or under its interpreter, as the tests do."""
+    return device.type == "cuda" and kernels() is not None
+
+
+@functools.cache
+def kernels():
+    """The module of the Triton bodies, or None where there is no Triton. Imported when first needed: it costs a second."""
+    try:
+        from minialign.kernels import logprob_triton
+    except ImportError:  # macOS, Windows
+        return None
+    return logprob_triton
+
+
+def fold(logits, places, statistics, tau=1.0, *, entropy=True):
+    """Take logits (N, W), W any slice of the vocabulary, into the Statistics, in place. places (N,): of the targets in the slice.
+
+    When the max moves up by δ, total is scaled by e^{−δ}; weighted, whose terms all fell by δ, loses δ·total before.
+    A place outside of 0 … W − 1 is no target here. Without entropy `weighted` stays as it is.
+    """
+    if fused(logits.device):
+        return kernels().fold(logits, places, statistics, tau, entropy)
+    within = (0 <= places) & (places < logits.shape[1])
+    found = logits.gather(1, torch.where(within, places, 0)[:, None])[:, 0].to(statistics.top.dtype) / tau
+    statistics.target.copy_(torch.where(within, found, statistics.target))
+    for rows in blocks(len(logits), logits.device):
+        z = logits[rows].to(statistics.top.dtype)
+        z = z if tau == 1.0 else z / tau
+        top, total, weighted = statistics.top[rows], statistics.total[rows], statistics.weighted[rows]
+        highest = torch.maximum(top, z.amax(1))
+        if entropy:
+            weighted.sub_(torch.where(total > 0, (highest - top) * total, 0)).mul_((top - highest).exp())  # (no −∞·0 in the first slice)
+        total.mul_((top - highest).exp())
+        top.copy_(highest)
+        shifted = z - top[:, None]
+        p = shifted.exp()
+        total += p.sum(1)
+        if entropy:
+            weighted += p.mul_(shifted).sum(1)
+
+
+def to_gradient(logits, places, lse, entropies, g, e, tau=1.0):
+    """Logits (N, W) become d loss / d logit, in place. g, e (N,): upstream gradients of log-prob and entropy; one may be None."""
+    if fused(logits.device):
+        return kernels().to_gradient(logits, places, lse, entropies, g, e, tau)
+    within = ((0 <= places) & (places < logits.shape[1])).nonzero()[:, 0]
+    for rows in blocks(len(logits), logits.device):
+        z = logits[rows].to(lse.dtype)
+        log_p = (z if tau == 1.0 else z.div_(tau)).sub_(lse[rows, None])
+        if e is None:
+            d = log_p.exp_().mul_(-g[rows, None])
+        else:
+            p = log_p.exp()
+            d = log_p.add_(entropies[rows, None]).mul_(e[rows, None])
+            d = (d if g is None else d.add_(g[rows, None])).mul_(p.neg_())  # −p (g + e (log p + S))
+        logits[rows] = d if tau == 1.0 else d.div_(tau)
+    if g is not None:
+        logits[within, places[within]] += (g[within] / tau).to(logits.dtype)
+
+
+def blocks(n, device):
+    size = BLOCK_ROWS.get(device.type, n) or 1
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+
+class LogProb(torch.autograd.Function):
+    """logits (N, V), targets (N,) -> logps, entropies (zeros unless asked for), lse, each (N,). For backward: logits, lse, entropies.
+
+    inplace: the gradient takes the memory of the logits, which nobody may need any more; a second backward is refused.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, tau, entropy, inplace):
+        statistics = Statistics.empty(len(logits), torch.promote_types(logits.dtype, torch.float32), logits.device)
+        fold(logits, targets, statistics, tau, entropy=entropy)
+        lse = statistics.lse()
+        entropies = statistics.entropy() if entropy else torch.zeros_like(lse)
+        ctx.save_for_backward(logits, targets, lse, entropies)
+        ctx.tau, ctx.inplace, ctx.used = tau, inplace, False
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse)
+        return statistics.target - lse, entropies, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, e, _):
+        if g is None and e is None:
+            return None, None, None, None, None
+        if ctx.used:
+            raise RuntimeError("the gradient was written over the logits: a second backward needs inplace=False")
+        logits, targets, lse, entropies = ctx.saved_tensors
+        ctx.used, d_logits = ctx.inplace, logits.detach() if ctx.inplace else logits.detach().clone()
+        to_gradient(d_logits, targets, lse, entropies, g, e, ctx.tau)
+        return d_logits, None, None, None, None
+
+
+def logprob(logits, targets, *, tau=1.0, entropy=True, inplace=False):
+    """Log-probs of the targets, entropies and log-sum-exps of softmax(logits / tau): (N,) each, float32 or wider; the first two
+    differentiable in the logits (N, V). Every target is a token: rows that are not scored do not come here."""
+    assert logits.dim() == 2 and targets.shape == logits.shape[:1], (logits.shape, targets.shape)
+    return LogProb.apply(logits, targets, tau, entropy, inplace)

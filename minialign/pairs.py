@@ -1,10 +1,14 @@
-"""Where the pairs of a step come from: the file of --pairs, or, with --online, the policy itself.
+"""What all methods that learn from pairs share: the pairs of a step, and the reference.
+
+The pairs come from the file of --pairs, or, with --online, from the policy itself.
 
 Online (Guo et al. 2024, arXiv:2402.04792): of a pair only the prompt is used. The policy of the day draws two answers to it, and a reward
 labels them: the first is the chosen one with the Bradley-Terry probability σ(r₁ − r₂). Autograd sees nothing of that: the answers are data.
 
 Checked by tests/test_pairs.py and tests/test_preference_runs.py.
 """
+
+import copy
 
 import torch
 
@@ -39,6 +43,11 @@ def open_pairs(run, policy, tokenizer):
         return (None, None) if rewards is None else (label(prompts_ids, answers.completions, rewards, seed), {"reward": rewards.mean()})
 
     return rows, held_out, draw
+
+
+def reference(policy, cfg):
+    """ref: what the policy is held to, itself before training; None, and no second model in memory, where the loss has no β to pull it."""
+    return copy.deepcopy(policy).requires_grad_(False) if hasattr(cfg, "beta") else None
 
 
 def label(prompts_ids, completions, rewards, seed):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from minialign import pairs
+from minialign.methods import dpo, gpo, ipo, orpo, simpo, slic
+from tests.enumerable import tiny_gpt
 
 
 @pytest.fixture
@@ -29,3 +31,18 @@ def test_pairs_are_labelled_by_their_rewards(m):
     d = rewards[::2] - rewards[1::2]
     p = torch.sigmoid(d)
     assert abs(((won - p) * d).sum() / (p * (1 - p) * d**2).sum().sqrt()) < 4
+
+
+@pytest.mark.parametrize(("method", "held"), [(dpo, True), (ipo, True), (gpo, True), (simpo, False), (orpo, False), (slic, False)])
+def test_ref_is_the_policy_as_it_was_and_only_where_beta_pulls_to_it(m, method, held):
+    """It has memory of its own: what is added to the policy afterwards does not reach it; and no gradient does."""
+    policy = tiny_gpt()
+    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+    ref = m.reference(policy, method.Config())
+    assert (ref is not None) == held
+    if held:
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.add_(1)
+        assert all(torch.equal(weight, before[name]) and not weight.requires_grad for name, weight in ref.named_parameters())
+        assert all(weight.requires_grad for weight in policy.parameters())

@@ -18,7 +18,7 @@ TOYS = ("three_actions", "tiny_language", "few_demos", "grid_world", "frozen_lak
 
 @dataclass
 class Config:
-    full: bool = False              # more seeds, more settings, the larger language: half an hour instead of five minutes
+    full: bool = False              # more seeds, more settings, the larger language: twenty minutes instead of five
     out: str = "runs/toy"           # folder of the figures and the numbers behind them
 
 

@@ -26,7 +26,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -34,6 +33,7 @@ from minialign.batch import collate
 from minialign.common import BadInput, batch_rows, cli, exit_codes
 from minialign.methods import irft, sft
 from toy import closed_form
+from toy.report import make_folder
 from toy.tiny_language import Language, tiny_gpt
 
 
@@ -166,10 +166,7 @@ def main(cfg):
     if min(cfg.demos, cfg.steps, cfg.batch_size, cfg.seeds) < 1:
         raise BadInput("--demos, --steps, --batch_size and --seeds must be at least 1")
     cfg = replace(cfg, seeds=2 * cfg.seeds) if cfg.full else cfg
-    try:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {cfg.out}: cannot be written ({error.strerror})") from None
+    make_folder(cfg.out)
     language, started, judges, table = Language(n_prompts=4), time.monotonic(), {}, {}
     for seed in range(cfg.seeds):
         if seed % 5 not in judges:

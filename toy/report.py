@@ -16,7 +16,13 @@ from minialign.common import BadInput, write_atomic
 from minialign.evaluate import verdict
 from minialign.run import commit
 
-VERDICTS = ("holds", "does not hold", "not separable")
+
+def make_folder(out):
+    """The folder of a figure. Raises BadInput where there can be none."""
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
 class Report:
@@ -24,10 +30,7 @@ class Report:
 
     def __init__(self, cfg):
         self.cfg, self.started, self.checks, self.claims = cfg, time.monotonic(), [], []
-        try:
-            Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"--out {cfg.out}: cannot be written ({error.strerror})") from None
+        make_folder(cfg.out)
 
     def check(self, name, measured, expected, tolerance, note=""):
         """Print PASS if no entry of `measured` is farther than `tolerance` from `expected` (numbers or arrays; a NaN passes nothing)."""

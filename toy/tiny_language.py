@@ -49,6 +49,7 @@ from minialign.rewards import score
 from minialign.run import commit
 from minialign.sample import sample
 from toy import closed_form
+from toy.report import make_folder
 
 
 @dataclass
@@ -708,10 +709,7 @@ def main(cfg):
     chosen = known if "all" in cfg.methods or cfg.full and not cfg.methods else cfg.methods or FEW
     if not (cfg.beta > 0 and cfg.lr > 0) or cfg.seeds < 1 or cfg.steps < 20 or cfg.samples < 4 or cfg.samples % 4:
         raise BadInput("--beta and --lr must be above 0, --seeds at least 1, --steps 20, --samples a multiple of 4 (RLOO's groups)")
-    try:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {cfg.out}: cannot be written ({error.strerror})") from None
+    make_folder(cfg.out)
     language = Language() if cfg.full else Language(n_content=4, max_new=3, n_prompts=2)
     cfg = replace(cfg, steps=2 * cfg.steps) if cfg.full else cfg
     started, results, judged = time.monotonic(), [], []

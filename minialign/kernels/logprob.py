@@ -51,9 +51,9 @@ class Statistics:
         return self.total.log() - self.weighted / self.total
 
 
-def fused(device):
-    """Whether the Triton bodies run there: on CUDA with Triton installed, or under its interpreter, as the tests do."""
-    return device.type == "cuda" and kernels() is not None
+def fused(logits):
+    """Whether the Triton bodies take these logits: on CUDA with Triton installed, and not in float64, for they count in float32."""
+    return logits.is_cuda and logits.dtype != torch.float64 and kernels() is not None
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def fold(logits, places, statistics, tau=1.0, *, entropy=True):
     When the max moves up by δ, total is scaled by e^{−δ}; weighted, whose terms all fell by δ, loses δ·total before.
     A place outside of 0 … W − 1 is no target here. Without entropy `weighted` stays as it is.
     """
-    if fused(logits.device):
+    if fused(logits):
         return kernels().fold(logits, places, statistics, tau, entropy)
     within = (0 <= places) & (places < logits.shape[1])
     found = logits.gather(1, torch.where(within, places, 0)[:, None])[:, 0].to(statistics.top.dtype) / tau
@@ -95,7 +95,7 @@ def fold(logits, places, statistics, tau=1.0, *, entropy=True):
 
 def to_gradient(logits, places, lse, entropies, g, e, tau=1.0):
     """Logits (N, W) become d loss / d logit, in place. g, e (N,): upstream gradients of log-prob and entropy; one may be None."""
-    if fused(logits.device):
+    if fused(logits):
         return kernels().to_gradient(logits, places, lse, entropies, g, e, tau)
     within = ((0 <= places) & (places < logits.shape[1])).nonzero()[:, 0]
     for rows in blocks(len(logits), logits.device):

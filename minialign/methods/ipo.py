@@ -19,7 +19,6 @@ Checked  tests/methods/test_ipo.py (worked numbers, gradient, the laws by enumer
     python -m minialign ipo --online --reward runs/rm/final --pairs pairs.jsonl --policy runs/sft/final
 """
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +28,7 @@ from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, s
 from minialign.data import pair_batch
 from minialign.evaluate import held_out_pairs
 from minialign.logps import seq_logps
-from minialign.pairs import open_pairs
+from minialign.pairs import open_pairs, reference
 from minialign.run import Run
 
 
@@ -82,11 +81,6 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return loss.mean(), {name: value.detach() for name, value in stats.items()}
 
 
-def reference(policy):
-    """ref: what the policy is held to, itself before training."""
-    return copy.deepcopy(policy).requires_grad_(False)
-
-
 def step(policy, ref, pairs, cfg):
     """One batch of pairs to one loss: the only place where models meet the equation."""
     chosen_logps = seq_logps(policy, pairs.chosen)  # (B,)
@@ -107,7 +101,7 @@ def main(cfg):
     def batch_of(source, picked):
         return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
 
-    ref = reference(policy)
+    ref = reference(policy, cfg)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     run.track(policy=policy, optimizer=optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)

@@ -27,7 +27,7 @@ from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, s
 from minialign.data import pair_batch
 from minialign.evaluate import held_out_pairs
 from minialign.logps import mean_logps
-from minialign.pairs import open_pairs
+from minialign.pairs import open_pairs, reference
 from minialign.run import Run
 
 
@@ -81,11 +81,6 @@ def simpo_loss(chosen_logps, rejected_logps, *, scale, target_margin):
     return loss.mean(), {name: value.detach() for name, value in stats.items()}
 
 
-def reference(policy):
-    """No ref: the loss has none, and no second model lies in memory."""
-    return None
-
-
 def step(policy, ref, pairs, cfg):
     """One batch of pairs to one loss: the only place where models meet the equation."""
     chosen_logps = mean_logps(policy, pairs.chosen)  # (B,)
@@ -103,7 +98,7 @@ def main(cfg):
     def batch_of(source, picked):
         return pair_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
 
-    ref = reference(policy)
+    ref = reference(policy, cfg)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     run.track(policy=policy, optimizer=optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)

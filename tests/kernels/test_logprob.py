@@ -27,7 +27,7 @@ def body(request, monkeypatch):
     """Which body runs; on a CPU the Triton one is interpreted."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton is not installed")
-    monkeypatch.setattr(logprob, "fused", lambda device: request.param == "triton")
+    monkeypatch.setattr(logprob, "fused", lambda logits: request.param == "triton")
     return request.param
 
 
@@ -165,7 +165,7 @@ def test_from_hidden_states_the_bodies_agree(monkeypatch, keep_bytes):
     narrow(monkeypatch, 40, rows=4)
     results = []
     for fused in (False, True):
-        monkeypatch.setattr(logprob, "fused", lambda device, fused=fused: fused)
+        monkeypatch.setattr(logprob, "fused", lambda logits, fused=fused: fused)
         hidden, weight, targets = (x.detach().to(DEVICE) for x in problem(13, c=8, v=150, dtype=torch.float32))
         hidden.requires_grad_(), weight.requires_grad_()
         logps, entropies = LinearLogps.apply(hidden, weight, targets, 0.7, True, keep_bytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from minialign.common import BadInput
-from toy.report import VERDICTS, Report
+from toy.report import Report
 
 
 @dataclass
@@ -28,7 +28,6 @@ def test_checks_are_gated_and_claims_are_not(tmp_path, capsys):
     assert report.close({"curve": [1, 2]})
     content = json.loads((tmp_path / "new" / "figure.json").read_text())
     assert [claim["verdict"] for claim in content["claims"]] == ["holds", "does not hold", "not separable", "holds", "does not hold"]
-    assert {claim["verdict"] for claim in content["claims"]} == {*VERDICTS}
     assert content["curve"] == [1, 2] and content["config"]["seeds"] == 3 and [c["passed"] for c in content["checks"]] == [True, True]
     out = capsys.readouterr().out
     assert out.count("PASS") == 2 and "FAIL" not in out and "2 of 2 checks passed" in out and "a paper: it rises" in out

@@ -6,8 +6,8 @@ hidden h (N, C) and head W (V, C) go in; two numbers a token come out. The (N, V
 most training steps, so there are two bodies that agree to rounding:
 
     naive     makes it, in float32, and lets autograd keep it: simplest, and fastest while it is small
-    chunked   makes a slice of the vocabulary of it at a time, and again in the backward pass (kernels/linear_logprob.py): faster from
-              some megabytes on, because what it works on stays in cache, and nothing of the size of the logits is ever there
+    chunked   makes a slice of the vocabulary of it at a time, and again in the backward pass (kernels/linear_logprob.py): nothing of the
+              size of the logits is ever there, and once they are large it is faster, because a slice stays in cache
 
 Statistics are float32 even when h and W are bfloat16: logits rounded to bfloat16 would put 1.5 to 6 % noise on every ratio.
 Only scored positions enter: a prompt token costs nothing here.

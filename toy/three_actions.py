@@ -40,6 +40,7 @@ from minialign.methods.simpo import simpo_loss
 from minialign.methods.slic import slic_loss
 from minialign.run import commit
 from toy import closed_form
+from toy.report import make_folder
 
 
 @dataclass
@@ -572,7 +573,6 @@ def draw(results, cfg):
     axes[2].axhline(closed_form.table_1(1.0)[0], color="k", ls=":", label="bounded reward, R/β = 1: stays")
     axes[2].set(xlabel=f"steps (lr {lr:g})", ylabel="π(y₁), never demonstrated", title="Only a bounded reward keeps unseen mass")
     axes[2].legend(fontsize=7)
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     for axis in axes:
         axis.title.set_fontsize(10.5)
     figure.savefig(cfg.out, dpi=150)
@@ -589,6 +589,7 @@ def main(cfg):
         raise BadInput("--beta and --R must be above 0, --rounds at least 1")
     if cfg.ref_update not in ("both", "fixed", "refreshed") or cfg.resampling not in ("both", "fresh", "stale"):
         raise BadInput("--ref_update is fixed, refreshed or both; --resampling is fresh, stale or both")
+    make_folder(cfg.out)
     started, results = time.monotonic(), []
     print(f"three actions: beta {cfg.beta:g}, R {cfg.R:g}, expert {cfg.expert}, ref {cfg.ref}")
     for check in checks(cfg):

@@ -17,7 +17,7 @@ end nearer to those than to π*. Where there is no law in closed form, training 
 at ref.
 
     python -m toy.tiny_language                                        # all at rest, a few trained; a figure; exit 1 on a miss
-    python -m toy.tiny_language --full                                 # all trained, on 1555 completions: six minutes
+    python -m toy.tiny_language --full                                 # all trained, on 1555 completions: seven minutes
     python -m toy.tiny_language --methods rloo grpo --seeds 5
 
 Why both: with the KL in the reward the advantages are constant at π*, so training lands there even with advantages that are wrong by a

@@ -13,6 +13,7 @@ what it held before (Linux only), in units of the head's gradient, which every b
 Checked by tests/test_bench.py.
 """
 
+import ctypes
 import json
 import platform
 import statistics
@@ -78,8 +79,14 @@ def forward_backward(body, hidden, weight, targets, upstream):
 
 
 def peak_above(work):
-    """(what work() returns, bytes of memory at its peak above those before): None where the system does not say."""
+    """(what work() returns, bytes of memory at its peak above those before): None where the system does not say.
+
+    It runs once before, for what libraries set up at a first call, and what the C library has kept of freed memory is given back first:
+    else a second run would find there what it needs, and seem to need none.
+    """
     try:
+        work()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = resident("VmRSS")
         result = work()

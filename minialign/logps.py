@@ -17,7 +17,7 @@ Checked by tests/test_logps.py: against log_softmax, by finite differences, and 
 
 import torch
 
-from minialign.kernels.linear_logprob import LinearLogps, logits_of
+from minialign.kernels.linear_logprob import chunked_logps
 
 CHUNK_ROWS = 1024  # rows whose logits over the whole vocabulary may be alive at once where they are needed (IFT's greedy guesses)
 NAIVE_BYTES = 32 * 2**20  # below this many bytes of float32 logits the naive body is chosen
@@ -55,22 +55,23 @@ def linear_logps(hidden, weight, targets, *, tau=1.0, entropy=True, body=None, k
     that the chunked body may keep for its backward pass, which then need not be made again. Raises ValueError for another body.
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and targets.shape == hidden.shape[:1], (hidden.shape, weight.shape, targets.shape)
-    body = body or best_body(len(hidden), len(weight))
+    body = body or best_body(len(hidden), len(weight), hidden.device)
     if body == "naive":
         return naive_logps(hidden, weight, targets, tau, entropy)
     if body != "chunked":
         raise ValueError(f"body={body!r} is unknown: use naive, chunked, or None")
-    logps, entropies = LinearLogps.apply(hidden, weight, targets, tau, entropy, keep_bytes)
+    logps, entropies = chunked_logps(hidden, weight, targets, tau, entropy, keep_bytes)
     return logps, entropies if entropy else None
 
 
-def best_body(n, vocab_size):
-    """The name of the body for n rows: naive while the logits are small."""
-    return "naive" if 4 * n * vocab_size <= NAIVE_BYTES else "chunked"
+def best_body(n, vocab_size, device):
+    """The name of the body for n rows: naive while the logits are small; never on a GPU, where the kernels are cheaper at any size."""
+    return "naive" if device.type != "cuda" and 4 * n * vocab_size <= NAIVE_BYTES else "chunked"
 
 
 def naive_logps(hidden, weight, targets, tau, entropy):
-    logits = logits_of(hidden, weight)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(wide) @ weight.to(wide).T
     all_logps = (logits if tau == 1.0 else logits / tau).log_softmax(-1)  # (N, V)
     logps = all_logps.gather(1, targets[:, None]).squeeze(1)  # (N,)
     return logps, -(all_logps.exp() * all_logps).sum(-1) if entropy else None

@@ -135,6 +135,7 @@ class KVCache:
     """Keys and values of every layer for a ragged batch: row b holds `lengths[b]` positions, then garbage that no query ever sees.
 
     keys, values: (L, B, KV, capacity, D). A row's next token is written at that row's own position, so rows need no left padding.
+    longest: the largest length, known without asking the device, so that no step waits for it.
     """
 
     def __init__(self, config, batch_size, capacity, *, device=None, dtype=None):
@@ -142,6 +143,11 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
+        self.longest = 0
+
+    def span(self, end):
+        """How many positions to look at when `end` are written. On CUDA in steps of 64: a recorded step then serves 64 tokens."""
+        return min(-(-end // 64) * 64, self.keys.shape[3]) if self.keys.is_cuda else end
 
     def write(self, layer, k, v, positions, span):
         """Store k, v (B, KV, T, D) at positions (B, T); return the layer's first `span` keys and values (B, KV, span, D)."""
@@ -154,6 +160,7 @@ class KVCache:
         """A cache of the given rows, in that order; a row may appear more than once (one prefill, many samples)."""
         chosen = copy.copy(self)
         chosen.keys, chosen.values, chosen.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+        chosen.longest = int(chosen.lengths.max())
         return chosen
 
 
@@ -184,8 +191,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, 
 class Attention(nn.Module):
     """Causal attention of H query heads over KV key-value heads, H/KV queries to a key.
 
-    forward: x (B, T, C); rotary (cos, sin) or None; mask (B, 1, T, S) bool or None for plain causal; with a cache the positions (B, T)
-    that the new keys take and the span S of cached positions to look at. Returns (B, T, C).
+    forward: x (B, T, C); rotary (cos, sin) or None; mask (B, 1, T, S), 0 or −∞, or None for plain causal; with a cache the positions
+    (B, T) that the new keys take and the span S of cached positions to look at. Returns (B, T, C).
     """
 
     def __init__(self, config, layer):
@@ -298,7 +305,7 @@ class GPT(nn.Module):
         B, T = inputs.shape
         first = torch.zeros(1, dtype=torch.long, device=inputs.device) if cache is None else cache.lengths
         positions = first[:, None] + torch.arange(T, device=inputs.device)  # (1, T) or (B, T)
-        end = int(first.max()) + T
+        end = T if cache is None else cache.longest + T
         limits = {"the model's context of": self.config.max_len if self.pos_embed is not None else end,
                   "the KV cache's": cache.keys.shape[3] if cache is not None else end}
         for what, limit in limits.items():
@@ -312,20 +319,23 @@ class GPT(nn.Module):
         if self.config.positions == "rotary":
             rotary = tuple(table.to(x.dtype) for table in rotary_angles(self.config, positions))
 
-        masks = {window: self.mask(positions, end, window, cache) for window in set(self.config.windows)}
+        span = T if cache is None else cache.span(end)
+        masks = {window: self.mask(positions, span, window, cache, x.dtype) for window in set(self.config.windows)}
         for block, window in zip(self.blocks, self.config.windows, strict=True):
-            x = block(x, rotary, masks[window], cache, positions, end)
+            x = block(x, rotary, masks[window], cache, positions, span)
         if cache is not None:
-            cache.lengths = cache.lengths + (T if lengths is None else lengths.to(cache.lengths))
+            cache.lengths += T if lengths is None else lengths.to(cache.lengths)  # in place: where a recorded step looks for them
+            cache.longest = end if lengths is None else int(cache.lengths.max())
         return self.norm(x)
 
-    def mask(self, positions, span, window, cache):
-        """Which keys a query sees, (B, 1, T, S) bool, or None for plain causal attention without a cache."""
+    def mask(self, positions, span, window, cache, dtype):
+        """Added to the scores, (B, 1, T, S): 0 where a query sees the key, −∞ elsewhere. None for plain causal, without a cache."""
         if cache is None and (window is None or window >= positions.shape[1]):
             return None
         keys = torch.arange(span, device=positions.device)  # (S,) no row has more positions than this
         back = positions[:, None, :, None] - keys  # (B, 1, T, S) how far back each key lies; negative is the future
-        return (back >= 0) if window is None else (back >= 0) & (back < window)
+        seen = (back >= 0) if window is None else (back >= 0) & (back < window)
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
     def with_scalar_head(self, *, reward_read="last", reward_bound=0.0):
         """A copy of this trunk under a new scalar head (std 1/sqrt(C+1)): how a reward or value model starts."""

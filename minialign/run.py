@@ -233,7 +233,7 @@ class Run:
         needed = peak_memory(self, models, positions, sampled)
         sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
         head = next(iter(models.values())).config
-        body = f", log-probs {best_body(rows_at_once(self.cfg) * positions, head.vocab_size)}" if head.head == "lm" else ""
+        body = f", log-probs {best_body(rows_at_once(self.cfg) * positions, head.vocab_size, self.device)}" if head.head == "lm" else ""
         print(f"{self.method}: {describe_device(self.device)}, {self.cfg.dtype}, parameters: {sizes}{body}")
         if self.device.type == "cuda" and needed * 2**20 > torch.cuda.mem_get_info(self.device)[0]:
             print("note: the peak is above what the GPU has free; a smaller --micro_batch or shorter rows need less", file=sys.stderr)
@@ -468,7 +468,7 @@ def peak_memory(run, models, positions, sampled=0):
     config = next(iter(models.values())).config
     rows = rows_at_once(run.cfg)
     per_position = config.n_layer * (8 * config.n_embd + 3 * config.ffn_dim) * size
-    if config.head == "lm" and best_body(rows * positions, config.vocab_size) == "naive":
+    if config.head == "lm" and best_body(rows * positions, config.vocab_size, run.device) == "naive":
         total += 12 * config.vocab_size * rows * positions
     elif config.head == "lm":
         total += 4 * SLICE_BYTES.get(run.device.type, 2**26)

@@ -1,7 +1,7 @@
 """Sampling: greedy, temperature, top-k, top-p; batched generation with a ragged KV cache.
 
-The batch is ragged, not left-padded: each row continues at its own position. One prefill serves all n samples of a prompt, and
-finished rows leave the batch. What comes back is a Rollout in the layout of training, so its rows go straight into a loss.
+The batch is ragged, not left-padded: each row continues at its own position. One prefill serves all n samples of a prompt, and finished
+rows leave the batch, a quarter of it at a time. What comes back is a Rollout in the layout of training: its rows go straight into a loss.
 
 Every row draws from its own generator, seeded by (seed, the prompt's ids, which sample of that prompt it is): the same seed gives the
 same completion whatever else sits in the batch.
@@ -16,6 +16,7 @@ import torch
 
 from minialign.batch import Rollout, collate
 from minialign.common import BadInput, derive_seed
+from minialign.kernels.linear_logprob import logits_of
 from minialign.model import KVCache
 
 # Each rule takes logits (B, V) and forbids tokens by −inf. They compose: temperature first, then top-k, then top-p.
@@ -37,11 +38,10 @@ def keep_top_p(logits, p):
 
 def draw(logits, uniform):
     """One token a row by inverting the cumulative distribution: logits (B, V), uniform (B,) in [0, 1) -> (B,)."""
-    cumulative = logits.softmax(-1).cumsum(-1)  # (B, V)
-    point = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, point, right=True).squeeze(1)  # a forbidden token has no width, so it is never hit
-    last = cumulative.argmax(-1)  # the last token with mass: where rounding could push a point beyond the end
-    return torch.minimum(token, last)
+    cumulative = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)  # (B, V) unnormalised: the point is scaled instead
+    total = cumulative[:, -1:]
+    point = torch.minimum(uniform[:, None].to(total) * total, total.nextafter(torch.zeros_like(total)))  # below the end, rounded or not
+    return torch.searchsorted(cumulative, point, right=True).squeeze(1)  # a forbidden token has no width, so it is never hit
 
 
 @torch.no_grad()
@@ -65,7 +65,8 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
         uniforms[b] = torch.rand(max_new, generator=generator, dtype=torch.float64)  # drawn ahead: no schedule can change them
         count[row] += 1
     wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # logits rounded to bfloat16 would not equal token_logps
-    uniforms, head = uniforms.to(device, wide), policy.head_weight.to(wide)  # (B, max_new), (V, C)
+    uniforms = uniforms.to(device, wide)  # (B, max_new)
+    head = policy.head_weight if policy.head_weight.is_cuda else policy.head_weight.to(wide)  # (V, C)
 
     # Prefill: each distinct prompt once, right-padded; its last real position holds the first prediction.
     lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
@@ -74,37 +75,36 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     cache = KVCache(config, len(distinct), longest + max_new, device=device, dtype=policy.head_weight.dtype)
     hidden = policy.hidden(padded, cache=cache, lengths=lengths)  # (distinct, longest, C)
     hidden = hidden[torch.arange(len(distinct), device=device), lengths - 1][source]  # (B, C)
-    cache = cache.select(source)
+    step = Step(policy, cache.select(source))
 
-    alive = torch.arange(len(rows), device=device)  # (A,) the rows still in the batch
+    present = torch.arange(len(rows), device=device)  # (A,) the rows still in the batch
     tokens = torch.zeros(len(rows), max_new, dtype=torch.long, device=device)
     token_logps = torch.zeros(len(rows), max_new, dtype=wide, device=device)
     new_lengths = torch.full((len(rows),), max_new, device=device)
     finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for t in range(max_new):
-        logits = hidden.to(wide) @ head.T / tau  # (A, V)
-        allowed = logits
-        if config.n_tokens is not None and config.n_tokens < config.vocab_size:
-            allowed = allowed.clone()
-            allowed[:, config.n_tokens :] = -torch.inf
+        logits = logits_of(hidden, head)  # (A, V)
+        logits = logits if tau == 1 else logits / tau
+        allowed = logits[:, : config.n_tokens]
         if greedy:
             token = allowed.argmax(-1)  # (A,)
         else:
             allowed = allowed if top_k is None else keep_top_k(allowed, top_k)
             allowed = allowed if top_p is None or top_p == 1 else keep_top_p(allowed, top_p)
-            token = draw(allowed, uniforms[alive, t])
-        tokens[alive, t] = token
-        token_logps[alive, t] = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1)
-
+            token = draw(allowed, uniforms[present, t])
+        tokens[present, t] = token
+        token_logps[present, t] = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1)
         if eos_id is not None:
-            ended = token == eos_id  # (A,)
-            finished[alive[ended]], new_lengths[alive[ended]] = True, t + 1
-            if ended.any():
-                staying = (~ended).nonzero().squeeze(1)
-                alive, token, cache = alive[staying], token[staying], cache.select(staying)
-        if not len(alive) or t + 1 == max_new:
+            ended = (token == eos_id) & ~finished[present]  # (A,)
+            finished[present[ended]], new_lengths[present[ended]] = True, t + 1
+            going = (~finished[present]).nonzero().squeeze(1)
+            if not len(going):
+                break
+            if len(going) <= 3 / 4 * len(present):  # finished rows leave together: each time costs a copy of the cache
+                present, token, step = present[going], token[going], Step(policy, step.cache.select(going))
+        if t + 1 == max_new:
             break
-        hidden = policy.hidden(token[:, None], cache=cache)[:, -1]  # (A, C)
+        hidden = step(token)  # (A, C)
 
     completions = [ids[:length] for ids, length in zip(tokens.tolist(), new_lengths.tolist(), strict=True)]
     batch = collate(rows, completions, pad_id=0 if eos_id is None else eos_id).to(device)
@@ -112,6 +112,42 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     old_logps = torch.zeros(batch.mask.shape, dtype=wide, device=device)
     old_logps = old_logps.masked_scatter(batch.mask, token_logps[real])  # both run row by row, in order
     return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, new_lengths, finished, completions)
+
+
+class Step:
+    """Tokens (A,) that continue the rows of a cache -> hidden states (A, C). On CUDA the next step writes over them.
+
+    There a step is recorded as a graph and replayed: one launch in the place of some thirty a layer, which is most of a step's time while
+    a batch is small. A recording holds for one span of the cache, so one is made every 64 tokens.
+    """
+
+    def __init__(self, policy, cache):
+        self.policy, self.cache, self.span = policy, cache, None
+
+    def __call__(self, token):
+        if not token.is_cuda:
+            return self.policy.hidden(token[:, None], cache=self.cache)[:, -1]
+        span = self.cache.span(self.cache.longest + 1)
+        if span != self.span:
+            self.span = span
+            self.record(token)
+        self.token.copy_(token[:, None])
+        self.graph.replay()
+        self.cache.longest += 1
+        return self.hidden
+
+    def record(self, token):
+        self.token, self.graph = token[:, None].clone(), torch.cuda.CUDAGraph()
+        lengths, longest, stream = self.cache.lengths.clone(), self.cache.longest, torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.policy.hidden(self.token, cache=self.cache)  # once unrecorded: what libraries set up at a first call is no part of a step
+        torch.cuda.current_stream().wait_stream(stream)
+        self.cache.lengths.copy_(lengths)
+        self.cache.longest = longest
+        with torch.cuda.graph(self.graph):  # records, does not run
+            self.hidden = self.policy.hidden(self.token, cache=self.cache)[:, -1]
+        self.cache.longest = longest
 
 
 def check_arguments(config, prompts_ids, max_new, tau, top_k, top_p, n):

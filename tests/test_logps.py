@@ -180,7 +180,9 @@ def test_the_body_is_chosen_by_size(monkeypatch):
     monkeypatch.setattr(module, "NAIVE_BYTES", 4 * 11 * 6)
     for n, chunked in ((6, False), (7, True)):
         logps, _ = linear_logps(*problem(n))
-        assert ("LinearLogps" in logps.grad_fn.name()) == chunked and best_body(n, 11) == ("chunked" if chunked else "naive")
+        assert ("LinearLogps" in logps.grad_fn.name()) == chunked
+        assert best_body(n, 11, torch.device("cpu")) == ("chunked" if chunked else "naive")
+        assert best_body(n, 11, torch.device("cuda")) == "chunked"
 
 
 class Largest(TorchDispatchMode):

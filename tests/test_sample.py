@@ -300,8 +300,9 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled():
 # ------------------------------------------------------------------------------------------------------------- thrift
 
 
-def test_one_prefill_a_prompt_and_no_row_after_its_end(monkeypatch):
-    """What goes through the model: the distinct prompts once, then one token for each row that has not said EOS, step by step."""
+def test_one_prefill_a_prompt_and_finished_rows_leave(monkeypatch):
+    """What goes through the model: the distinct prompts once, then one token a row, step by step. Rows that have said EOS leave once they
+    are a quarter of the batch, so at most a third more rows are fed than are alive, and none when all have ended."""
     policy, fed = tiny_gpt(), []
     hidden = GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, inputs, **kw: fed.append(tuple(inputs.shape)) or hidden(self, inputs, **kw))
@@ -309,8 +310,12 @@ def test_one_prefill_a_prompt_and_no_row_after_its_end(monkeypatch):
     lengths = [len(completion) for completion in rollout.completions]
     finished = rollout.finished.tolist()
     alive = [sum(not (f and n <= t) for n, f in zip(lengths, finished, strict=True)) for t in range(1, 6)]
-    assert fed == [(2, 3)] + [(rows, 1) for rows in alive if rows]
-    assert alive[0] > alive[-1] > 0  # the case is not idle
+    expected, present = [], 60
+    for rows in alive:
+        present = rows if rows <= 3 / 4 * present else present
+        expected += [(present, 1)] * (rows > 0)
+    assert fed == [(2, 3)] + expected
+    assert alive[0] > alive[-1] > 0 and any(rows != fed_rows for rows, (fed_rows, _) in zip(alive, expected, strict=True))  # not idle
 
 
 def test_sampling_stops_when_all_rows_have(monkeypatch):

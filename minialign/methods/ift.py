@@ -35,7 +35,8 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
 from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, split_scorable
 from minialign.evaluate import held_out_nll
-from minialign.logps import CHUNK_ROWS, logits_of, token_logps
+from minialign.kernels.linear_logprob import logits_of
+from minialign.logps import CHUNK_ROWS, token_logps
 from minialign.run import Run
 
 

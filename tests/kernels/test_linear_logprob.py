@@ -1,4 +1,11 @@
-"""Slices of the vocabulary: kept and made again alike, targets at their edges, what they hold in memory. (Values: test_logps.py.)"""
+"""Slices of the vocabulary: kept and made again alike, targets at their edges, what they hold in memory. (Values: test_logps.py.)
+
+And the Triton kernel that scores without slices: run by the interpreter where there is no GPU, compiled ahead of time for two.
+"""
+
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from minialign.kernels import linear_logprob
 from minialign.kernels.linear_logprob import LinearLogps, slices
+from minialign.logps import linear_logps
+from tests.kernels.test_logprob import DEVICE, pytestmark  # noqa: F401  (on a GPU all of this file is marked gpu)
 from tests.test_logps import narrow, problem
 
 
@@ -96,3 +105,139 @@ def test_the_gradient_of_bfloat16_inputs_is_as_good_as_one_rounding(monkeypatch)
     for found, expected in zip((hidden.grad, weight.grad), (x.grad for x in exact), strict=True):
         error = (found.double() - expected).abs()
         assert (error <= 2.0**-8 * expected.abs() + 1e-6).all(), np.asarray(error.max())
+
+
+# ------------------------------------------------------------------------------------------- scoring without logits (Triton)
+
+
+@pytest.fixture
+def score():
+    """The kernel: compiled where there is a GPU, interpreted where there is none."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from minialign.kernels.linear_logprob_triton import score
+
+    return score
+
+
+def scored(n, c, v, dtype, seed=0):
+    """hidden, weight whose logits have standard deviation 5, targets, and float64's log-probs and entropies of the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, c, generator=generator).to(dtype).to(DEVICE)
+    weight = (torch.randn(v, c, generator=generator) * 5 / c**0.5).to(dtype).to(DEVICE)
+    targets = torch.randint(v, (n,), generator=generator).to(DEVICE)
+
+    def exact(tau):
+        log_p = (hidden.double() @ weight.double().T / tau).log_softmax(1)
+        return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+
+    return hidden, weight, targets, exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "c", "v"), [(1, 8, 7), (5, 40, 1000), (130, 64, 4096), (300, 72, 500), (3, 130, 5003), (129, 16, 128)])
+def test_scores_without_logits(score, n, c, v, dtype):
+    """Log-prob within 2e-5, entropy within 1e-4 of float64 on the same inputs: tiles that end beyond N, V and C, groups that end early."""
+    hidden, weight, targets, exact = scored(n, c, v, dtype)
+    for tau in (1.0, 0.7):
+        statistics = score(hidden, weight, targets, tau, True)
+        logps, entropies = exact(tau)
+        assert (statistics.target - statistics.lse() - logps).abs().max() < 2e-5
+        assert (statistics.entropy() - entropies).abs().max() < 1e-4
+        alone = score(hidden, weight, targets, tau, False)
+        assert torch.equal(alone.lse(), statistics.lse()) and torch.equal(alone.target, statistics.target)
+
+
+def test_scores_of_more_tokens_than_go_at_a_time(score, monkeypatch):
+    """Partial numbers for 256 tokens at a time, of 300: nothing changes. Twice the same run: not a bit differs."""
+    from minialign.kernels import linear_logprob_triton
+
+    hidden, weight, targets, _ = scored(300, 16, 200, torch.float32)
+    whole, again = (score(hidden, weight, targets, 1.0, True) for _ in range(2))
+    monkeypatch.setattr(linear_logprob_triton, "PARTIAL_BYTES", 12 * 2 * 256)
+    parts = score(hidden, weight, targets, 1.0, True)
+    for name in ("top", "total", "weighted", "target"):
+        assert torch.equal(getattr(whole, name), getattr(again, name)) and torch.equal(getattr(whole, name), getattr(parts, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("v", [50257, 50304])
+def test_scores_over_whole_vocabularies(score, v):
+    hidden, weight, targets, exact = scored(4, 16, v, torch.bfloat16)
+    statistics = score(hidden, weight, targets, 1.0, True)
+    logps, entropies = exact(1.0)
+    assert (statistics.target - statistics.lse() - logps).abs().max() < 2e-5 and (statistics.entropy() - entropies).abs().max() < 1e-4
+
+
+def test_no_row_and_rows_of_any_stride(score):
+    assert score(torch.zeros(0, 8, device=DEVICE), torch.zeros(9, 8, device=DEVICE), torch.zeros(0, dtype=torch.long, device=DEVICE), 1.0,
+                 True).lse().shape == (0,)
+    hidden, weight, targets, exact = scored(10, 32, 300, torch.float32)
+    sparse = torch.zeros(20, 64, device=DEVICE)
+    sparse[::2, 8:40] = hidden
+    statistics = score(sparse[::2, 8:40], weight, targets, 1.0, True)
+    assert (statistics.target - statistics.lse() - exact(1.0)[0]).abs().max() < 2e-5
+    with pytest.raises(AssertionError, match="side by side"):
+        score(hidden.T.contiguous().T, weight, targets, 1.0, True)
+
+
+def test_scoring_takes_the_place_of_slices_only_where_no_gradient_is_asked_for(score, monkeypatch):
+    """Through linear_logps: without a gradient no slice is made and the numbers agree; with one of either input the slices are."""
+    monkeypatch.setattr(linear_logprob, "scorer", lambda hidden: score)
+    made, real = [], linear_logprob.logits_of
+    monkeypatch.setattr(linear_logprob, "logits_of", lambda *args: made.append(1) or real(*args))
+    hidden, weight, targets, exact = scored(10, 32, 300, torch.float32)
+    logps, entropies = linear_logps(hidden, weight, targets, tau=0.7, body="chunked")
+    assert not made and (logps - exact(0.7)[0]).abs().max() < 2e-5 and (entropies - exact(0.7)[1]).abs().max() < 1e-4
+    weight.requires_grad_()
+    with torch.no_grad():
+        linear_logps(hidden, weight, targets, body="chunked")
+    assert not made
+    linear_logps(hidden, weight, targets, body="chunked")[0].sum().backward()
+    assert made and weight.grad is not None
+
+
+AHEAD = r"""
+import re, subprocess, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from minialign.kernels import linear_logprob_triton as k
+
+tool = Path(triton.__file__).parent / "backends/nvidia/bin"
+names = k.score_kernel.arg_names
+for arch in (80, 90):
+    for dtype in ("bf16", "fp16"):
+        types = {name: "i32" for name in ("n", "v", "c", "hidden_stride", "weight_stride")}
+        types |= {name: "*fp32" for name in ("top_p", "total_p", "weighted_p", "target_p")}
+        types |= {"hidden": "*" + dtype, "weight": "*" + dtype, "targets": "*i64", "scale": "fp32"}
+        constants = dict(ENTROPY=True, WIDE=False, TOKENS=k.TOKENS, VOCAB=k.VOCAB, CHANNELS=k.CHANNELS, GROUP=k.GROUP)
+        types |= {name: "constexpr" for name in constants}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] == "*" or name[-6:] == "stride" or name == "c"}
+        source = ASTSource(k.score_kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
+        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": k.WARPS, "num_stages": k.STAGES})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            usage, sass = (subprocess.run([tool / program, flag, file.name], capture_output=True, text=True, check=True).stdout
+                           for program, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c")))
+        registers, stack = (int(re.search(key + r":(\d+)", usage).group(1)) for key in ("REG", "STACK"))
+        unit = "HGMMA" if "HGMMA" in sass else "HMMA" if "HMMA" in sass else "none"
+        print(f"sm_{arch} {dtype} score: {registers} registers, {stack} bytes of stack, {binary.metadata.shared} bytes shared, "
+              f"tensor cores {unit}, asynchronous copies {'LDGSTS' in sass or 'UTMALDG' in sass}")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton is for Linux")
+def test_the_scorer_compiled_ahead_of_time():
+    """For sm_80 and sm_90: no byte of stack, tensor cores (sm_90: those of whole warp groups), copies that run ahead of the products."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", AHEAD], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(result.stdout)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        assert " 0 bytes of stack" in line and "copies True" in line, line
+        assert f"tensor cores {'HGMMA' if line.startswith('sm_90') else 'HMMA'}" in line, line

@@ -2,44 +2,65 @@
 
 Seconds on their own say as much about the machine, and what else it does, as about the code. So a ratio is taken within a round, and its
 median over the rounds reported, with the least and the most beside it; the error against float64 and the peak of memory stand in the same
-row, because a fast wrong number is none. One thread, unless --threads says otherwise: on a busy machine two can be ten times slower.
+row, because a fast wrong number is none, and so does the floor, the bare matrix products of the same work. One thread, unless --threads
+says otherwise: on a busy machine two can be ten times slower.
 
-    python -m minialign.bench                                # CPU: log-probs from hidden states, forward and backward; start-up
-    python -m minialign.bench --n 2048 --rounds 9 --out docs/bench_cpu.json
+    python -m minialign.bench                                # CPU: log-probs, generation, steps of SFT, DPO and GRPO, start-up; ten minutes
+    python -m minialign.bench --only log-probs --n 2048 --rounds 9
+    python -m minialign.bench --gpu                          # one CUDA card: kernels, log-probs, decoding, training steps (bench_gpu.py)
 
-Peers take part when they are installed: torch's own F.linear_cross_entropy, TRL's chunked log-probs. Memory is this process's peak above
-what it held before (Linux only), in units of the head's gradient, which every body must return.
+Peers take part when they are installed (`pip install -r requirements-dev.txt`): torch's own F.linear_cross_entropy, TRL's chunked log-probs
+and its trainers, transformers' generate. Memory is this process's peak above what it held before (Linux only), in units of the head's
+gradient, which every body must return.
 
 Checked by tests/test_bench.py.
 """
 
+import contextlib
 import ctypes
+import importlib
+import io
 import json
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minialign import __version__
 from minialign.common import BadInput, cli, exit_codes, write_atomic
 from minialign.logps import linear_logps
+from minialign.model import GPT, GPTConfig, KVCache
 from minialign.run import commit, describe_device
+from minialign.sample import sample
+from minialign.tokenizer import train_bpe
+from minialign.weights import save_pretrained
+
+TABLES = ("log-probs", "generation", "steps", "start-up")
+SHAPES = {"tiny": dict(n_embd=256, vocab_size=8192), "70m": dict(n_embd=512, vocab_size=50304)}  # six layers of GPT-NeoX each
 
 
 @dataclass
 class Config:
-    n: int = 1024                   # N: scored tokens
+    n: int = 1024                   # N of the log-probs: scored tokens
     c: int = 512                    # C: channels
     v: int = 50304                  # V: vocabulary
     rounds: int = 5                 # each body once a round; one round more goes before them, uncounted
     threads: int = 1                # of torch
+    only: list[str] = field(default_factory=lambda: list(TABLES))  # which tables
+    gpu: bool = False               # the tables of one CUDA card instead
     out: str = "runs/bench.json"    # the numbers
+
+
+# ------------------------------------------------------------------------------------------------------------- log-probs
 
 
 def log_prob_bodies(entropy):
@@ -119,6 +140,12 @@ def ratios(seconds):
     return {name: (statistics.median(values), min(values), max(values)) for name, values in of.items()}
 
 
+def table(seconds, prefix=""):
+    """One row for each name: the ratio to the first, and median seconds."""
+    return [{"name": prefix + name, "ratio": median, "least": least, "most": most, "seconds": statistics.median(seconds[name])}
+            for name, (median, least, most) in ratios(seconds).items()]
+
+
 def relative(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -143,41 +170,286 @@ def log_probs(cfg, entropy):
     return rows
 
 
+# ------------------------------------------------------------------------------------------------------------ generation
+
+
+def products(policy, tokens, scored, *, backward=False):
+    """The bare matrix products of a pass over so many tokens, `scored` of them under the head: the floor of all that computes the same."""
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Linear):
+            x = torch.zeros(scored if module is policy.head else tokens, module.in_features)
+            y = x @ module.weight.T
+            if backward:
+                torch.mm(y, module.weight), torch.mm(y.T, x)
+
+
+def neox(**size):
+    """A GPT-NeoX of random weights: six layers, eight heads, a quarter of each head turning."""
+    torch.manual_seed(0)
+    heads = dict(n_layer=6, n_head=8, rotary_dim=size["n_embd"] // 32, max_len=1024, family="gpt_neox", tied=False)
+    kind = dict(norm="layer", activation="gelu", gated=False, parallel_residual=True, qkv_bias=True, out_bias=True, mlp_bias=True)
+    return GPT(GPTConfig(**size, **heads, **kind)).requires_grad_(False)
+
+
+def generation(rounds, shapes=SHAPES, batch=16, prompt=32, new=128):
+    """Rows of the table: transformers' generate, ours, and the bare products; pure sampling, no stop token, the same model."""
+    from transformers import AutoModelForCausalLM
+
+    rows = []
+    for shape, size in shapes.items():
+        policy = neox(**size)
+        prompts = torch.randint(size["vocab_size"], (batch, prompt), generator=torch.Generator().manual_seed(0))
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            save_pretrained(policy, folder)
+            peer = AutoModelForCausalLM.from_pretrained(folder).eval()
+        how = dict(do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None)
+
+        def floor(policy=policy):
+            products(policy, batch * prompt, batch)
+            for _ in range(new - 1):
+                products(policy, batch, batch)
+
+        works = {"transformers generate": lambda peer=peer, prompts=prompts, how=how: peer.generate(
+                     prompts, attention_mask=torch.ones_like(prompts), **how),
+                 "minialign": lambda policy=policy, prompts=prompts: sample(policy, prompts.tolist(), max_new=new, eos_id=None, seed=0),
+                 "bare products": floor}
+        with quiet(), torch.no_grad():
+            rows += table(rounds_of(works, rounds), f"{shape}: ")
+    return rows
+
+
+@torch.no_grad()
+def decode_cost(rounds, batches=(1, 16), positions=(64, 512), count=16):
+    """Rows of the table: a token at the later position over one at the earlier, of the 70m shape."""
+    policy, rows = neox(**SHAPES["70m"]), []
+    for batch in batches:
+        token = torch.zeros(batch, 1, dtype=torch.long)
+
+        def tokens(position, batch=batch, token=token):
+            cache = KVCache(policy.config, batch, position + count)
+            cache.lengths += position
+            cache.longest = position
+            begun = time.perf_counter()
+            for _ in range(count):
+                policy(token, cache=cache)
+            return (time.perf_counter() - begun) / count
+
+        seconds = {f"position {position}": [] for position in positions}
+        for k in range(rounds + 1):
+            for position in positions:
+                spent = tokens(position)
+                if k:
+                    seconds[f"position {position}"].append(spent)
+        rows += table(seconds, f"batch {batch}: ")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ whole steps of a method
+
+
+class Stopwatch:
+    """Seconds between one optimizer step and the next, whoever's loop it is: torch calls after each."""
+
+    def __enter__(self):
+        self.marks = []
+        self.hook = register_optimizer_step_post_hook(lambda *_: self.marks.append(time.perf_counter()))
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def median(self):
+        return statistics.median(b - a for a, b in zip(self.marks, self.marks[1:], strict=False))
+
+
+def own_sources(n_prompt, n_completion):
+    """(tokenizer, [(prompt, completion)]) of this package's own source text, cut into pieces of so many tokens."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))]
+    tokenizer = train_bpe(texts, 2048)
+    ids, size = [i for text in texts for i in tokenizer.encode(text)], n_prompt + n_completion
+    pieces = [ids[start : start + size] for start in range(0, len(ids) - size, size)]
+    return tokenizer, [(tokenizer.decode(piece[:n_prompt]), tokenizer.decode(piece[n_prompt:])) for piece in pieces]
+
+
+def letters(completions, **_):
+    return [float(text.count("e")) for text in completions]
+
+
+def trainers(folder, rows=16, n_prompt=32, n_completion=64):
+    """{method: {whose: function of a number of optimizer steps}}: TRL's trainer, our main(), and the bare products, on the same texts."""
+    import datasets
+    import trl
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, pieces = own_sources(n_prompt, n_completion)
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(tokenizer.vocab_size, n_layer=4, n_embd=128, n_head=4, max_len=256, tied=False))
+    save_pretrained(policy, folder / "policy", tokenizer)
+    demos = [{"prompt": x, "completion": y} for x, y in pieces]
+    pairs = [{"prompt": x, "chosen": y, "rejected": other} for (x, y), (_, other) in zip(pieces, pieces[1:], strict=False)]
+    for name, records in (("demos", demos), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    (folder / "e.py").write_text("def letters(prompts, completions):\n    return [float(text.count('e')) for text in completions]\n")
+    longest, never = 2 * (n_prompt + n_completion), 10**9  # (text that is encoded again may have another number of tokens)
+
+    def ours(name, **settings):
+        method = importlib.import_module(f"minialign.methods.{name}")
+        often = dict(log_every=never, eval_every=never, save_every=never)
+
+        def run(steps):
+            method.main(method.Config(
+                policy=str(folder / "policy"), device="cpu", held_out=0.0, warmup=0.0, schedule="constant", lr=1e-5, steps=steps, **often,
+                out=str(folder / f"{name}-{time.time_ns()}"), **settings))
+
+        return run
+
+    def theirs(name, records, reward=None, **settings):
+        def run(steps):
+            args = getattr(trl, f"{name}Config")(
+                output_dir=str(folder / "trl"), max_steps=steps, learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0,
+                gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[], save_strategy="no", logging_steps=never,
+                disable_tqdm=True, **settings)
+            getattr(trl, f"{name}Trainer")(
+                model=AutoModelForCausalLM.from_pretrained(folder / "policy"), args=args, train_dataset=datasets.Dataset.from_list(records),
+                processing_class=AutoTokenizer.from_pretrained(folder / "policy"), **({"reward_funcs": reward} if reward else {})).train()
+
+        return run
+
+    tokens, scored = rows * (n_prompt + n_completion), rows * n_completion
+
+    def bare(reference, generated):
+        """Products of a training pass, of a reference's pass, and of decoding."""
+        def once():
+            products(policy, tokens, scored, backward=True)
+            if reference:
+                products(policy, tokens, scored)
+            for _ in range(generated):
+                products(policy, rows, rows)
+
+        def run(steps):
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+            for _ in range(steps):
+                with torch.no_grad():
+                    once()
+                optimizer.step()  # the stopwatch's mark
+
+        return run
+
+    demos_file, pairs_file = str(folder / "demos.jsonl"), str(folder / "pairs.jsonl")
+    return {
+        f"SFT, {rows} rows": {
+            "trl": theirs("SFT", demos, per_device_train_batch_size=rows, max_length=longest),
+            "minialign": ours("sft", demos=demos_file, batch_size=rows, max_len=longest), "bare products": bare(False, 0)},
+        f"DPO, {rows // 2} pairs": {
+            "trl": theirs("DPO", pairs, per_device_train_batch_size=rows // 2, max_length=longest, beta=0.1),
+            "minialign": ours("dpo", pairs=pairs_file, batch_size=rows // 2, max_len=longest), "bare products": bare(True, 0)},
+        f"GRPO, {rows} completions": {
+            "trl": theirs("GRPO", [{"prompt": x} for x, _ in pieces], letters, per_device_train_batch_size=rows, num_generations=8,
+                          beta=0.04, max_completion_length=n_completion),
+            "minialign": ours("grpo", prompts=demos_file, batch_size=rows, group_size=8, max_new=n_completion, beta=0.04,
+                              reward=[str(folder / "e.py") + ":letters"]),
+            "bare products": bare(True, n_completion)},
+    }
+
+
+def training_steps(rounds, count=6, **size):
+    """Rows of the table: seconds of an optimizer step, the median of `count` of them, over TRL's in the same round."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = []
+        for name, loops in trainers(Path(folder), **size).items():
+            seconds = {who: [] for who in loops}
+            for _ in range(rounds):
+                for who, run in loops.items():
+                    with Stopwatch() as watch, quiet():
+                        run(count)
+                    seconds[who].append(watch.median())
+            rows += table(seconds, f"{name}: ")
+        return rows
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without what the loops print: their progress is not our table."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+# -------------------------------------------------------------------------------------------------------- start-up, tables
+
+
 def start_up(rounds):
     """Seconds that importing us takes beyond `import torch`, each in a fresh interpreter; medians over the rounds."""
     programs = {"import torch": "import torch", "import minialign": "import torch, minialign",
                 "import minialign.logps, .sample, .model": "import torch, minialign.logps, minialign.sample, minialign.model"}
     works = {name: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True) for name, code in programs.items()}
     seconds = rounds_of(works, rounds)
-    base = seconds["import torch"]
-    return {name: statistics.median(s - b for s, b in zip(values, base, strict=True)) for name, values in seconds.items()}
+    base = seconds.pop("import torch")
+    return [{"name": name, "seconds": statistics.median(s - b for s, b in zip(values, base, strict=True))}
+            for name, values in seconds.items()]
+
+
+def show(title, rows):
+    """Print the rows of one table; a column that no row fills is left out."""
+    columns = {"ratio": "7.2f", "least": "7.2f", "most": "7.2f", "seconds": "10.4f", "ms": "10.3f", "tokens/s": "12,.0f", "ps per N V": "12.3f",
+               "share of the rate": "19.2f", "memory": "9.2f", "peak MiB": "11,.0f", "error": "10.1e", "entropy error": "15.1e",
+               "gradient error": "16.1e"}
+    columns = {name: form for name, form in columns.items() if any(row.get(name) is not None for row in rows)}
+    width = max(len(title), *(len(row["name"]) + 2 for row in rows)) + 2
+    print(f"\n{title:{width}}" + "".join(f"{name:>{width_of(form)}}" for name, form in columns.items()))
+    for row in rows:
+        cells = [" " * width_of(form) if row.get(name) is None else f"{row[name]:{form}}" for name, form in columns.items()]
+        print(f"  {row['name']:{width - 2}}" + "".join(cells))
+
+
+def width_of(form):
+    return int(form.split(".")[0].rstrip(","))
 
 
 def main(cfg):
     """Print the tables, write the numbers; returns them. Raises BadInput for arguments out of range."""
     if min(cfg.n, cfg.c, cfg.v, cfg.rounds, cfg.threads) < 1:
         raise BadInput("--n, --c, --v, --rounds and --threads must be at least 1")
-    torch.set_num_threads(cfg.threads)
-    print(f"{describe_device(torch.device('cpu'))}, torch {torch.__version__}: N {cfg.n}, C {cfg.c}, V {cfg.v}, float32, forward and "
-          f"backward, medians of {cfg.rounds} rounds; the head's gradient has {4 * cfg.v * cfg.c / 2**20:.0f} MiB")
-    tables = {}
-    for entropy in (False, True):
-        title = "log-prob and entropy" if entropy else "log-prob"
-        tables[title] = log_probs(cfg, entropy)
-        print(f"\n{title:36}{'ratio':>7}{'least':>7}{'most':>7}{'seconds':>9}{'memory':>8}{'error':>10}{'of gradients':>14}")
-        for row in tables[title]:
-            memory = "" if row["memory"] is None else f"{row['memory']:.2f}"
-            print(f"  {row['name']:34}{row['ratio']:7.2f}{row['least']:7.2f}{row['most']:7.2f}{row['seconds']:9.3f}{memory:>8}"
-                  f"{row['error']:10.1e}{row['gradient error']:14.1e}")
-    start = start_up(cfg.rounds)
-    print("\nseconds beyond `import torch`: " + ", ".join(f"{name} {value:.2f}" for name, value in start.items() if name != "import torch"))
+    if unknown := set(cfg.only) - set(TABLES):
+        raise BadInput(f"--only {sorted(unknown)[0]}: is no table; there are {', '.join(TABLES)}")
+    if cfg.gpu:
+        from minialign import bench_gpu
+
+        device, tables = torch.device("cuda"), bench_gpu.tables()  # (raises BadInput without a card)
+    else:
+        torch.set_num_threads(cfg.threads)
+        device, tables = torch.device("cpu"), cpu_tables(cfg)
+    print(f"{describe_device(device)}, torch {torch.__version__}, medians of the rounds' ratios to the first row of each group")
     numbers = {"config": asdict(cfg), "date": time.strftime("%Y-%m-%d"), "commit": commit(), "minialign": __version__,
-               "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor() or platform.machine(),
-               "log-probs": tables, "start": start}
+               "torch": torch.__version__, "python": platform.python_version(),
+               "machine": describe_device(device) if cfg.gpu else platform.processor() or platform.machine(), "tables": {}}
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(cfg.out, json.dumps(numbers, indent=1) + "\n")
-    print(f"memory: peak above what was held before, in units of the head's gradient; error: against float64. Numbers: {cfg.out}")
+    for title, rows in tables:
+        show(title, rows)
+        numbers["tables"][title] = rows
+        write_atomic(cfg.out, json.dumps(numbers, indent=1) + "\n")  # after each table: what was measured is kept
+    print(f"\nmemory: peak above what was held before, in units of the head's gradient; error: against float64. Numbers: {cfg.out}")
     return numbers
+
+
+def cpu_tables(cfg):
+    """Titles and rows of the tables asked for, one by one."""
+    if "log-probs" in cfg.only:
+        for entropy in (False, True):
+            what = "log-prob and entropy" if entropy else "log-prob"
+            yield f"{what}, forward and backward: N {cfg.n}, C {cfg.c}, V {cfg.v}", log_probs(cfg, entropy)
+    with_peers = {"generation": ("16 rows of 32 + 128 tokens, six layers of GPT-NeoX", generation),
+                  "steps": ("an optimizer step: rows of 32 + 64 tokens, four layers, C 128, V 2048", training_steps)}
+    for name, (what, make) in with_peers.items():
+        if name in cfg.only:
+            try:
+                yield what, make(cfg.rounds)
+            except ImportError as error:
+                print(f"\n{what}: left out, {error.name} is not installed (pip install -r requirements-dev.txt)")
+    if "generation" in cfg.only:
+        yield "a token late in a row over one early, the 70m shape", decode_cost(cfg.rounds)
+    if "start-up" in cfg.only:
+        yield "start-up, seconds beyond `import torch`", start_up(cfg.rounds)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def main(cfg):
     rows, held_out = run.open_prompts(policy, tokenizer)
 
     old = copy.deepcopy(policy).requires_grad_(False)  # π_t: the policy at the start of the round
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, old=old, optimizer=optimizer)
     run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=old)
 

@@ -169,7 +169,7 @@ def main(cfg):
     rows, held_out = run.open_prompts(policy, tokenizer)
 
     ref = copy.deepcopy(policy).requires_grad_(False)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, optimizer=optimizer)
     run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=ref)
 

@@ -133,7 +133,7 @@ def main(cfg):
 
     old = copy.deepcopy(policy).requires_grad_(False)  # π_t: the policy at the start of the round
     ref = old if cfg.ref == "round" else copy.deepcopy(old)  # "round": the same object, renewed together with old
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, old=old, optimizer=optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, old=old)
 

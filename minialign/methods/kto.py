@@ -130,7 +130,7 @@ def main(cfg):
         return torch.tensor([source[i][2] for i in picked], device=run.device)
 
     ref = copy.deepcopy(policy).requires_grad_(False)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, optimizer=optimizer)
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))
     run.first_look(tokenizer, [row[:2] for row in rows], first, policy=policy, ref=ref)

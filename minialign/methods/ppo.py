@@ -180,8 +180,10 @@ def main(cfg):
 
     ref = copy.deepcopy(policy).requires_grad_(False)
     value_model = run.open_value_model(cfg.value, policy, tokenizer)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
-    value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=cfg.value_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    value_optimizer = torch.optim.AdamW(
+        value_model.parameters(), lr=cfg.value_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
+    )
     run.track(policy=policy, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer)
     run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=ref, value_model=value_model)
 

@@ -129,7 +129,7 @@ def main(cfg):
 
     ref = copy.deepcopy(policy).requires_grad_(False)
     baseline = Baseline(cfg.decay)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, baseline=baseline, optimizer=optimizer)
     run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=ref)
 

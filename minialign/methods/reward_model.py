@@ -90,7 +90,7 @@ def main(cfg):
 
     torch.manual_seed(cfg.seed)  # the new head, whatever came before
     reward_model = policy.with_scalar_head() if policy.config.head == "lm" else policy
-    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(reward_model=reward_model, optimizer=optimizer)
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))
     run.first_look(tokenizer, rows, first, reward_model=reward_model)

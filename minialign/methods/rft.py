@@ -202,10 +202,12 @@ def main(cfg):
     ref = copy.deepcopy(policy).requires_grad_(False)
     reward_model = policy.with_scalar_head(reward_read=cfg.read, reward_bound=cfg.bound)
     torch.nn.init.zeros_(reward_model.head_weight)  # r_0 is constant: π_0 = ref
-    reward_optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.reward_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    reward_optimizer = torch.optim.AdamW(
+        reward_model.parameters(), lr=cfg.reward_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
+    )
     value_model = policy.with_scalar_head() if cfg.policy_step == "ppo" else None
     critic = list(value_model.parameters()) if value_model else []
-    optimizer = torch.optim.AdamW([*policy.parameters(), *critic], lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW([*policy.parameters(), *critic], lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     models = {"policy": policy, "reward_model": reward_model} | ({"value_model": value_model} if value_model else {})
     run.track(**models, optimizer=optimizer, reward_optimizer=reward_optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), **models, ref=ref)

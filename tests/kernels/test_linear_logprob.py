@@ -213,7 +213,8 @@ for arch in (80, 90):
         types |= {"hidden": "*" + dtype, "weight": "*" + dtype, "targets": "*i64", "scale": "fp32"}
         constants = dict(ENTROPY=True, WIDE=False, TOKENS=k.TOKENS, VOCAB=k.VOCAB, CHANNELS=k.CHANNELS, GROUP=k.GROUP)
         types |= {name: "constexpr" for name in constants}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] == "*" or name[-6:] == "stride" or name == "c"}
+        multiples = {name for name in names if types[name][0] == "*"} | {"c", "hidden_stride", "weight_stride"}
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
         source = ASTSource(k.score_kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": k.WARPS, "num_stages": k.STAGES})
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,0 +1,355 @@
+"""`python -m minialign.bench --gpu`: what one CUDA card does with the kernels, the log-probs, decoding and a training step, beside its floors.
+
+Floors are measured in the same run, a copy for what memory bounds and bare matrix products for what they bound, and every ratio is taken within
+a round against the first row of its group. bfloat16; logits of standard deviation 3; a random upstream gradient for every token, of log-prob
+and entropy. Errors are against float64 on the same bfloat16 inputs. Six to nine minutes on an H100.
+
+    kernels      logprob.py's two passes, against the bytes they must move (2 N V and 4 N V) at the bandwidth of a copy
+    log-probs    linear_logps from hidden states, forward and backward, kept and recomputed, against its three bare products; scoring
+                 without a gradient against one; peers that are installed (TRL, Liger, cut-cross-entropy, torch)
+    scaling      the same over N and V: time per N·V, memory
+    decoding     a recorded step of Pythia-1.4B and Mistral-7B shapes, against reading weights and cache once; transformers' generate
+    training     an SFT step of both shapes: tokens/s, and share of the products' measured rate (6 flops a parameter and token)
+
+Checked by tests/test_bench.py, at small sizes on a CPU.
+"""
+
+import math
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from minialign.batch import Batch
+from minialign.common import BadInput
+from minialign.kernels import linear_logprob, logprob
+from minialign.logps import linear_logps, token_logps
+from minialign.methods.sft import sft_loss
+from minialign.model import GPT, GPTConfig, KVCache
+from minialign.sample import Step, sample
+
+HEADS = {"Pythia-1.4B": (2048, 50304), "Mistral-7B": (4096, 32000), "Llama-3-8B": (4096, 128256)}  # C, V
+PYTHIA = dict(vocab_size=50304, n_layer=24, n_head=16, n_embd=2048, norm="layer", activation="gelu", gated=False, rotary_dim=32,
+              parallel_residual=True, qkv_bias=True, out_bias=True, mlp_bias=True, tied=False, max_len=2048, family="gpt_neox")
+MISTRAL = dict(vocab_size=32000, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, ffn_dim=14336, tied=False, max_len=4096, family="mistral")
+
+
+def tables():
+    """Titles and rows of all tables, one by one. Raises BadInput where there is no card."""
+    if not torch.cuda.is_available():
+        raise BadInput("--gpu: this torch finds no CUDA card; without the flag the bench measures the CPU")
+    device = torch.device("cuda")
+    for name, (c, v) in HEADS.items():
+        for n in (8192, 16384):
+            yield f"kernels, {name}: N {n}, V {v}", kernels(n, v, device)
+            yield f"log-probs, {name}: N {n}, C {c}, V {v}", log_probs(n, c, v, device)
+            yield f"scoring, {name}: N {n}, C {c}, V {v}", scoring(n, c, v, device)
+    yield "scaling of the recomputing log-probs: C 2048", scaling(device)
+    for name, size, batch in (("Pythia-1.4B", PYTHIA, 64), ("Mistral-7B", MISTRAL, 64)):
+        yield f"decoding, {name}: {batch} rows at position 512", decoding(size, batch, 512, device)
+    for name, size, rows in (("Pythia-1.4B", PYTHIA, 16), ("Mistral-7B", MISTRAL, 4)):
+        yield f"training, {name}: {rows} rows of 512 tokens", training(size, rows, 512, device)
+
+
+# --------------------------------------------------------------------------------------------------------------- measuring
+
+
+def milliseconds(work, device):
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - begun)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def measure(works, device, rounds=20, warm=2):
+    """Rows {name, ratio, least, most, ms, peak MiB} of works that take turns. One that runs out of memory says so and takes no further part."""
+    spent, peaks, failed = {name: [] for name in works}, {}, {}
+    for k in range(warm + rounds):
+        for name, work in works.items():
+            if name in failed:
+                continue
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            try:
+                ms = milliseconds(work, device)
+            except (torch.OutOfMemoryError, RuntimeError, NotImplementedError) as error:  # of a peer too, whatever it cannot do here
+                failed[name] = str(error).splitlines()[0][:80]
+                continue
+            if device.type == "cuda":
+                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            if k >= warm:
+                spent[name].append(ms)
+    base, rows = next(iter(spent.values())), []
+    for name, values in spent.items():
+        if name in failed:
+            rows.append({"name": f"{name}: {failed[name]}"})
+            continue
+        of = [a / b for a, b in zip(values, base, strict=True)]
+        rows.append({"name": name, "ratio": statistics.median(of), "least": min(of), "most": max(of), "ms": statistics.median(values),
+                     "peak MiB": peaks.get(name)})
+    return rows
+
+
+def problem(n, c, v, device, dtype=torch.bfloat16):
+    """hidden (N, C), weight (V, C), targets (N,), upstream gradients (2, N)."""
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, c, generator=generator, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(v, c, generator=generator, device=device) * 3 / c**0.5).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(v, (n,), generator=generator, device=device), torch.randn(2, n, generator=generator, device=device)
+
+
+def exact(hidden, weight, targets, rows=256):
+    """Log-probs and entropies of the first rows in float64."""
+    log_p = (hidden[:rows].detach().double() @ weight.detach().double().T).log_softmax(1)
+    return log_p.gather(1, targets[:rows, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+
+
+def worst(found, expected):
+    return float((found[: len(expected)].detach().double() - expected).abs().max())
+
+
+# ----------------------------------------------------------------------------------------------------------------- tables
+
+
+def kernels(n, v, device, rounds=20):
+    """Two groups: the fold over a copy that moves as many bytes, the gradient over one that does."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits = (3 * torch.randn(n, v, generator=generator, device=device)).to(torch.bfloat16)
+    targets = torch.randint(v, (n,), generator=generator, device=device)
+    g, e = torch.randn(2, n, generator=generator, device=device)
+    spare, half = torch.empty_like(logits), n // 2
+
+    def fold():
+        statistics = logprob.Statistics.empty(n, torch.float32, device)
+        logprob.fold(logits, targets, statistics)
+        return statistics
+
+    found = fold()
+    lse, entropies = found.lse(), found.entropy()
+    expected = logits[:256].double().log_softmax(1)
+    error = worst(found.target - lse, expected.gather(1, targets[:256, None])[:, 0])
+    rows = measure({
+        "copy of half the logits: 2 N V bytes": lambda: spare[:half].copy_(logits[:half]),
+        "fold": fold,
+        "log_softmax, gather, entropy": lambda: _two_helpers(logits, targets),
+        **_trl_logprob(logits, targets),
+    }, device, rounds)
+    rows[1]["error"] = error
+    # In place the second round would take a gradient for logits: values change, bytes and flops do not.
+    return rows + measure({
+        "copy of the logits: 4 N V bytes": lambda: spare.copy_(logits),
+        "to_gradient, in place": lambda: logprob.to_gradient(spare, targets, lse, entropies, g, e),
+    }, device, rounds)
+
+
+def _two_helpers(logits, targets):
+    log_p = logits.float().log_softmax(-1)
+    return log_p.gather(1, targets[:, None]), -(log_p.exp() * log_p).sum(-1)
+
+
+def _trl_logprob(logits, targets):
+    try:
+        from trl.kernels.logprob_entropy import LogProbEntropyFunction
+    except ImportError:
+        return {}
+    return {"trl LogProbEntropyFunction": lambda: LogProbEntropyFunction.apply(logits, targets, 1.0)}
+
+
+def log_probs(n, c, v, device, rounds=10):
+    """Log-prob and entropy, forward and backward, over the three bare products; error of the log-probs."""
+    hidden, weight, targets, (g, e) = problem(n, c, v, device)
+    logps, entropies = exact(hidden, weight, targets)
+
+    def both(body):
+        def work():
+            out, entropy = body()
+            loss = (g * out).sum() if entropy is None else (g * out).sum() + (e * entropy).sum()
+            torch.autograd.grad(loss, (hidden, weight))
+
+        return work
+
+    def bare():
+        with torch.no_grad():
+            z = hidden @ weight.T
+            torch.mm(z, weight), torch.mm(z.T, hidden)
+
+    ours = {name: lambda keep=keep: linear_logps(hidden, weight, targets, body="chunked", keep_bytes=keep)
+            for name, keep in (("minialign, recomputed", 0), ("minialign, kept", 2**62))}
+    peers = {"eager: log_softmax of all logits": lambda: linear_logps(hidden, weight, targets, body="naive"),
+             **_peers(hidden, weight, targets)}
+    rows = measure({"three bare products": bare, **{name: both(body) for name, body in {**ours, **peers}.items()}}, device, rounds)
+    for row in rows:
+        body = {**ours, **peers}.get(row["name"])
+        if body is not None:
+            with torch.no_grad():
+                out, entropy = body()
+            row["error"] = worst(out, logps)
+            row["entropy error"] = None if entropy is None else worst(entropy, entropies)
+            del out, entropy
+    return rows
+
+
+def _peers(hidden, weight, targets):
+    """{name: body}, of those installed; None in the place of an entropy that they do not give."""
+    peers = {}
+    if hasattr(F, "linear_cross_entropy"):
+        peers["torch F.linear_cross_entropy"] = lambda: (-F.linear_cross_entropy(hidden, weight, targets, reduction="none"), None)
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        peers["trl ChunkedLogProbFunction"] = lambda: ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, 1.0, 32768, None, 1.0, ("entropy",))[:2]
+    except ImportError:
+        pass  # a peer that is not installed takes no part
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+        peers["liger fused linear cross entropy"] = lambda: (
+            -Liger.apply(hidden, weight, targets, None, None, -100, 0.0, 0.0, "none")[0], None)
+    except ImportError:
+        pass
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        peers["cut-cross-entropy, exact"] = lambda: (-linear_cross_entropy(hidden, weight, targets, reduction="none", impl="cce_exact"), None)
+    except ImportError:
+        pass
+    return peers
+
+
+def scoring(n, c, v, device, rounds=20):
+    """No gradient asked for: log-prob and entropy over one bare product, which has logits to show for it."""
+    hidden, weight, targets, _ = problem(n, c, v, device)
+    hidden, weight = hidden.detach(), weight.detach()
+    logps, entropies = exact(hidden, weight, targets)
+    works = {"one bare product": lambda: hidden @ weight.T,
+             "minialign, no gradient": lambda: linear_logps(hidden, weight, targets, body="chunked")}
+    if linear_logprob.scorer(hidden):
+        works["minialign, slices in its place"] = lambda: linear_logprob.LinearLogps.apply(hidden, weight, targets, 1.0, True, 0)
+    rows = measure(works, device, rounds)
+    for row in rows[1:]:
+        out, entropy = works[row["name"]]()[:2]
+        row["error"], row["entropy error"] = worst(out, logps), worst(entropy, entropies)
+    return rows
+
+
+def scaling(device, c=2048, ns=(4096, 16384, 65536), vs=(32000, 128256, 256000), rounds=3):
+    """Forward and backward, recomputed: ps per token and vocabulary entry, over the first; memory above inputs and their gradients."""
+    rows = []
+    for n, v in [(n, vs[0]) for n in ns] + [(ns[0], v) for v in vs[1:]] + [(ns[-1], vs[1])]:
+        hidden, weight, targets, (g, e) = problem(n, c, v, device)
+
+        def work(hidden=hidden, weight=weight, targets=targets, g=g, e=e):
+            out, entropy = linear_logps(hidden, weight, targets, body="chunked")
+            torch.autograd.grad((g * out).sum() + (e * entropy).sum(), (hidden, weight))
+
+        (row,) = measure({f"N {n}, V {v}": work}, device, rounds)
+        if "ms" in row:
+            row["ps per N V"] = 1e9 * row["ms"] / (n * v)
+            row["ratio"] = row["ps per N V"] / next(r["ps per N V"] for r in [*rows, row] if "ps per N V" in r)
+            row["least"] = row["most"] = None
+            if row["peak MiB"] is not None:
+                row["peak MiB"] -= (hidden.nbytes + weight.nbytes) / 2**20
+        rows.append(row)
+        del hidden, weight, targets, g, e, work
+    return rows
+
+
+def bandwidth(device, size=2**30):
+    """Bytes per second of a copy: read and written."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / (1e-3 * measure({"copy": lambda: target.copy_(source)}, device, rounds=10)[0]["ms"])
+
+
+def rate(device, size=8192):
+    """Flops per second of a bfloat16 product."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    return 2 * size**3 / (1e-3 * measure({"product": lambda: a @ a}, device, rounds=10)[0]["ms"])
+
+
+def random_policy(size, device):
+    torch.manual_seed(0)
+    with torch.device(device):
+        return GPT(GPTConfig(**size)).to(torch.bfloat16)
+
+
+def decoding(size, batch, position, device, rounds=20, new=64):
+    """A step of all rows at one position, in ms; the floor reads every weight but the embedding's and the cache once, at a copy's bandwidth."""
+    policy = random_policy(size, device).requires_grad_(False)
+    config = policy.config
+    cache = KVCache(config, batch, position + 2 * rounds + 8, device=device, dtype=torch.bfloat16)
+    cache.lengths += position
+    cache.longest = position
+    step, token = Step(policy, cache), torch.zeros(batch, dtype=torch.long, device=device)
+    head = policy.head_weight
+
+    def once():
+        linear_logprob.logits_of(step(token), head).argmax(-1)
+
+    weights = sum(p.nbytes for name, p in policy.named_parameters() if not name.startswith(("tok_embed", "pos_embed")))
+    cached = 2 * config.n_layer * batch * position * config.n_kv_head * config.head_dim * 2
+    floor = 1e3 * (weights + cached) / bandwidth(device)
+    (row,) = measure({"minialign, a recorded step and its logits": once}, device, rounds)
+    row |= {"ratio": row["ms"] / floor, "least": None, "most": None, "tokens/s": 1e3 * batch / row["ms"]}
+    rows = [{"name": f"reading {weights / 2**30:.1f} GiB of weights, {cached / 2**30:.1f} of cache", "ratio": 1.0, "ms": floor,
+             "tokens/s": 1e3 * batch / floor}, row]
+    prompts = torch.randint(config.vocab_size, (batch, 64), generator=torch.Generator().manual_seed(0))
+    works = {"minialign, sample()": lambda: sample(policy, prompts.tolist(), max_new=new, eos_id=None, seed=0), **_generate(policy, prompts, new)}
+    rounds_of = measure(works, device, rounds=3, warm=1)
+    for row in rounds_of:
+        if "ms" in row:
+            row |= {"tokens/s": 1e3 * batch * new / row["ms"]}
+    return rows + rounds_of
+
+
+def _generate(policy, prompts, new):
+    """transformers' generate on the same weights, if it is installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return {}
+    import tempfile
+
+    from minialign.weights import save_pretrained
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(policy, folder)
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(prompts.device if not policy.head_weight.is_cuda else "cuda")
+    given = prompts.to(peer.device)
+    return {"transformers generate": lambda: peer.generate(
+        given, attention_mask=torch.ones_like(given), do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+        eos_token_id=None)}
+
+
+def training(size, rows, length, device, rounds=5):
+    """A step of SFT, every token scored: forward, backward, clipping, fused AdamW; the floor is 6 flops a parameter and token."""
+    policy = random_policy(size, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
+    ids = torch.randint(policy.config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(rows, length, dtype=torch.bool, device=device))
+
+    def step():
+        optimizer.zero_grad()
+        loss, _ = sft_loss(token_logps(policy, batch), batch.mask)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+
+    in_products = sum(m.weight.numel() for m in policy.modules() if isinstance(m, torch.nn.Linear))
+    floor = 1e3 * 6 * in_products * rows * length / rate(device)
+    (row,) = measure({"minialign, sft": step}, device, rounds)
+    if "ms" not in row:
+        return [row]
+    row |= {"ratio": row["ms"] / floor, "least": None, "most": None, "tokens/s": 1e3 * rows * length / row["ms"],
+            "share of the rate": floor / row["ms"]}
+    assert math.isfinite(row["ratio"])
+    return [{"name": "6 flops a parameter and token", "ratio": 1.0, "ms": floor, "tokens/s": 1e3 * rows * length / floor}, row]

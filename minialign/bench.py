@@ -391,9 +391,9 @@ def start_up(rounds):
 
 def show(title, rows):
     """Print the rows of one table; a column that no row fills is left out."""
-    columns = {"ratio": "7.2f", "least": "7.2f", "most": "7.2f", "seconds": "10.4f", "ms": "10.3f", "tokens/s": "12,.0f", "ps per N V": "12.3f",
-               "share of the rate": "19.2f", "memory": "9.2f", "peak MiB": "11,.0f", "error": "10.1e", "entropy error": "15.1e",
-               "gradient error": "16.1e"}
+    columns = {"ratio": "7.2f", "least": "7.2f", "most": "7.2f", "seconds": "10.4f", "ms": "10.3f", "tokens/s": "12,.0f",
+               "ps per N V": "12.3f", "share of the rate": "19.2f", "memory": "9.2f", "peak MiB": "11,.0f", "error": "10.1e",
+               "entropy error": "15.1e", "gradient error": "16.1e"}
     columns = {name: form for name, form in columns.items() if any(row.get(name) is not None for row in rows)}
     width = max(len(title), *(len(row["name"]) + 2 for row in rows)) + 2
     print(f"\n{title:{width}}" + "".join(f"{name:>{width_of(form)}}" for name, form in columns.items()))
@@ -415,7 +415,8 @@ def main(cfg):
     if cfg.gpu:
         from minialign import bench_gpu
 
-        device, tables = torch.device("cuda"), bench_gpu.tables()  # (raises BadInput without a card)
+        device = bench_gpu.card()
+        tables = bench_gpu.tables(device)
     else:
         torch.set_num_threads(cfg.threads)
         device, tables = torch.device("cpu"), cpu_tables(cfg)

@@ -1,8 +1,8 @@
-"""`python -m minialign.bench --gpu`: what one CUDA card does with the kernels, the log-probs, decoding and a training step, beside its floors.
+"""`python -m minialign.bench --gpu`: kernels, log-probs, decoding and a training step on one CUDA card, beside its floors.
 
-Floors are measured in the same run, a copy for what memory bounds and bare matrix products for what they bound, and every ratio is taken within
-a round against the first row of its group. bfloat16; logits of standard deviation 3; a random upstream gradient for every token, of log-prob
-and entropy. Errors are against float64 on the same bfloat16 inputs. Six to nine minutes on an H100.
+Floors are measured in the same run, a copy for what memory bounds and bare matrix products for what they bound, and every ratio is taken
+within a round against the first row of its group. bfloat16; logits of standard deviation 3; a random upstream gradient for every token, of
+log-prob and entropy. Errors are against float64 on the same bfloat16 inputs.
 
     kernels      logprob.py's two passes, against the bytes they must move (2 N V and 4 N V) at the bandwidth of a copy
     log-probs    linear_logps from hidden states, forward and backward, kept and recomputed, against its three bare products; scoring
@@ -16,6 +16,7 @@ Checked by tests/test_bench.py, at small sizes on a CPU.
 
 import math
 import statistics
+import tempfile
 import time
 
 import torch
@@ -28,6 +29,7 @@ from minialign.logps import linear_logps, token_logps
 from minialign.methods.sft import sft_loss
 from minialign.model import GPT, GPTConfig, KVCache
 from minialign.sample import Step, sample
+from minialign.weights import save_pretrained
 
 HEADS = {"Pythia-1.4B": (2048, 50304), "Mistral-7B": (4096, 32000), "Llama-3-8B": (4096, 128256)}  # C, V
 PYTHIA = dict(vocab_size=50304, n_layer=24, n_head=16, n_embd=2048, norm="layer", activation="gelu", gated=False, rotary_dim=32,
@@ -35,11 +37,15 @@ PYTHIA = dict(vocab_size=50304, n_layer=24, n_head=16, n_embd=2048, norm="layer"
 MISTRAL = dict(vocab_size=32000, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, ffn_dim=14336, tied=False, max_len=4096, family="mistral")
 
 
-def tables():
-    """Titles and rows of all tables, one by one. Raises BadInput where there is no card."""
+def card():
+    """The CUDA device. Raises BadInput where there is none."""
     if not torch.cuda.is_available():
         raise BadInput("--gpu: this torch finds no CUDA card; without the flag the bench measures the CPU")
-    device = torch.device("cuda")
+    return torch.device("cuda")
+
+
+def tables(device):
+    """Titles and rows of all tables, one by one."""
     for name, (c, v) in HEADS.items():
         for n in (8192, 16384):
             yield f"kernels, {name}: N {n}, V {v}", kernels(n, v, device)
@@ -69,7 +75,7 @@ def milliseconds(work, device):
 
 
 def measure(works, device, rounds=20, warm=2):
-    """Rows {name, ratio, least, most, ms, peak MiB} of works that take turns. One that runs out of memory says so and takes no further part."""
+    """Rows {name, ratio, least, most, ms, peak MiB} of works that take turns. One that fails (lack of memory) says so and stands aside."""
     spent, peaks, failed = {name: [] for name in works}, {}, {}
     for k in range(warm + rounds):
         for name, work in works.items():
@@ -157,10 +163,10 @@ def _two_helpers(logits, targets):
 
 def _trl_logprob(logits, targets):
     try:
-        from trl.kernels.logprob_entropy import LogProbEntropyFunction
+        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
     except ImportError:
         return {}
-    return {"trl LogProbEntropyFunction": lambda: LogProbEntropyFunction.apply(logits, targets, 1.0)}
+    return {"trl selective_log_softmax_and_entropy": lambda: selective_log_softmax_and_entropy(logits, targets)}
 
 
 def log_probs(n, c, v, device, rounds=10):
@@ -219,7 +225,8 @@ def _peers(hidden, weight, targets):
     try:
         from cut_cross_entropy import linear_cross_entropy
 
-        peers["cut-cross-entropy, exact"] = lambda: (-linear_cross_entropy(hidden, weight, targets, reduction="none", impl="cce_exact"), None)
+        peers["cut-cross-entropy, exact"] = lambda: (
+            -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="cce_exact"), None)
     except ImportError:
         pass
     return peers
@@ -263,15 +270,17 @@ def scaling(device, c=2048, ns=(4096, 16384, 65536), vs=(32000, 128256, 256000),
     return rows
 
 
-def bandwidth(device, size=2**30):
+def bandwidth(device):
     """Bytes per second of a copy: read and written."""
+    size = 2**30 if device.type == "cuda" else 2**20
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / (1e-3 * measure({"copy": lambda: target.copy_(source)}, device, rounds=10)[0]["ms"])
 
 
-def rate(device, size=8192):
+def rate(device):
     """Flops per second of a bfloat16 product."""
+    size = 8192 if device.type == "cuda" else 256
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     return 2 * size**3 / (1e-3 * measure({"product": lambda: a @ a}, device, rounds=10)[0]["ms"])
 
@@ -283,7 +292,7 @@ def random_policy(size, device):
 
 
 def decoding(size, batch, position, device, rounds=20, new=64):
-    """A step of all rows at one position, in ms; the floor reads every weight but the embedding's and the cache once, at a copy's bandwidth."""
+    """A step of all rows at one position; the floor reads all weights but the embedding's, and the cache, once at a copy's bandwidth."""
     policy = random_policy(size, device).requires_grad_(False)
     config = policy.config
     cache = KVCache(config, batch, position + 2 * rounds + 8, device=device, dtype=torch.bfloat16)
@@ -303,28 +312,24 @@ def decoding(size, batch, position, device, rounds=20, new=64):
     rows = [{"name": f"reading {weights / 2**30:.1f} GiB of weights, {cached / 2**30:.1f} of cache", "ratio": 1.0, "ms": floor,
              "tokens/s": 1e3 * batch / floor}, row]
     prompts = torch.randint(config.vocab_size, (batch, 64), generator=torch.Generator().manual_seed(0))
-    works = {"minialign, sample()": lambda: sample(policy, prompts.tolist(), max_new=new, eos_id=None, seed=0), **_generate(policy, prompts, new)}
-    rounds_of = measure(works, device, rounds=3, warm=1)
-    for row in rounds_of:
+    ours = {"minialign, sample()": lambda: sample(policy, prompts.tolist(), max_new=new, eos_id=None, seed=0)}
+    whole = measure({**ours, **_generate(policy, prompts, new, device)}, device, rounds=3, warm=1)
+    for row in whole:
         if "ms" in row:
             row |= {"tokens/s": 1e3 * batch * new / row["ms"]}
-    return rows + rounds_of
+    return rows + whole
 
 
-def _generate(policy, prompts, new):
+def _generate(policy, prompts, new, device):
     """transformers' generate on the same weights, if it is installed."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         return {}
-    import tempfile
-
-    from minialign.weights import save_pretrained
-
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(policy, folder)
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(prompts.device if not policy.head_weight.is_cuda else "cuda")
-    given = prompts.to(peer.device)
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    given = prompts.to(device)
     return {"transformers generate": lambda: peer.generate(
         given, attention_mask=torch.ones_like(given), do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
         eos_token_id=None)}

@@ -183,12 +183,12 @@ def products(policy, tokens, scored, *, backward=False):
                 torch.mm(y, module.weight), torch.mm(y.T, x)
 
 
-def neox(**size):
+def neox(n_embd, vocab_size):
     """A GPT-NeoX of random weights: six layers, eight heads, a quarter of each head turning."""
     torch.manual_seed(0)
-    heads = dict(n_layer=6, n_head=8, rotary_dim=size["n_embd"] // 32, max_len=1024, family="gpt_neox", tied=False)
+    heads = dict(n_layer=6, n_head=8, rotary_dim=n_embd // 32, max_len=1024, family="gpt_neox", tied=False)
     kind = dict(norm="layer", activation="gelu", gated=False, parallel_residual=True, qkv_bias=True, out_bias=True, mlp_bias=True)
-    return GPT(GPTConfig(**size, **heads, **kind)).requires_grad_(False)
+    return GPT(GPTConfig(vocab_size, n_embd=n_embd, **heads, **kind)).requires_grad_(False)
 
 
 def generation(rounds, shapes=SHAPES, batch=16, prompt=32, new=128):
@@ -275,7 +275,7 @@ def letters(completions, **_):
     return [float(text.count("e")) for text in completions]
 
 
-def trainers(folder, rows=16, n_prompt=32, n_completion=64):
+def trainers(folder, rows, n_prompt, n_completion):
     """{method: {whose: function of a number of optimizer steps}}: TRL's trainer, our main(), and the bare products, on the same texts."""
     import datasets
     import trl
@@ -292,7 +292,7 @@ def trainers(folder, rows=16, n_prompt=32, n_completion=64):
     (folder / "e.py").write_text("def letters(prompts, completions):\n    return [float(text.count('e')) for text in completions]\n")
     longest, never = 2 * (n_prompt + n_completion), 10**9  # (text that is encoded again may have another number of tokens)
 
-    def ours(name, **settings):
+    def ours(name, settings):
         method = importlib.import_module(f"minialign.methods.{name}")
         often = dict(log_every=never, eval_every=never, save_every=never)
 
@@ -303,7 +303,7 @@ def trainers(folder, rows=16, n_prompt=32, n_completion=64):
 
         return run
 
-    def theirs(name, records, reward=None, **settings):
+    def theirs(name, records, settings, reward=None):
         def run(steps):
             args = getattr(trl, f"{name}Config")(
                 output_dir=str(folder / "trl"), max_steps=steps, learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0,
@@ -335,36 +335,36 @@ def trainers(folder, rows=16, n_prompt=32, n_completion=64):
 
         return run
 
-    demos_file, pairs_file = str(folder / "demos.jsonl"), str(folder / "pairs.jsonl")
+    demos_file, pairs_file, reward = (str(folder / name) for name in ("demos.jsonl", "pairs.jsonl", "e.py:letters"))
+    batch, group, prompts = dict(batch_size=rows), dict(group_size=8, max_new=n_completion), [{"prompt": x} for x, _ in pieces]
     return {
         f"SFT, {rows} rows": {
-            "trl": theirs("SFT", demos, per_device_train_batch_size=rows, max_length=longest),
-            "minialign": ours("sft", demos=demos_file, batch_size=rows, max_len=longest), "bare products": bare(False, 0)},
+            "trl": theirs("SFT", demos, dict(per_device_train_batch_size=rows, max_length=longest)),
+            "minialign": ours("sft", dict(demos=demos_file, max_len=longest, **batch)), "bare products": bare(False, 0)},
         f"DPO, {rows // 2} pairs": {
-            "trl": theirs("DPO", pairs, per_device_train_batch_size=rows // 2, max_length=longest, beta=0.1),
-            "minialign": ours("dpo", pairs=pairs_file, batch_size=rows // 2, max_len=longest), "bare products": bare(True, 0)},
+            "trl": theirs("DPO", pairs, dict(per_device_train_batch_size=rows // 2, max_length=longest, beta=0.1)),
+            "minialign": ours("dpo", dict(pairs=pairs_file, max_len=longest, batch_size=rows // 2)), "bare products": bare(True, 0)},
         f"GRPO, {rows} completions": {
-            "trl": theirs("GRPO", [{"prompt": x} for x, _ in pieces], letters, per_device_train_batch_size=rows, num_generations=8,
-                          beta=0.04, max_completion_length=n_completion),
-            "minialign": ours("grpo", prompts=demos_file, batch_size=rows, group_size=8, max_new=n_completion, beta=0.04,
-                              reward=[str(folder / "e.py") + ":letters"]),
+            "trl": theirs("GRPO", prompts, dict(per_device_train_batch_size=rows, num_generations=8, beta=0.04,
+                                                max_completion_length=n_completion), letters),
+            "minialign": ours("grpo", dict(prompts=demos_file, beta=0.04, reward=[reward], **group, **batch)),
             "bare products": bare(True, n_completion)},
     }
 
 
-def training_steps(rounds, count=6, **size):
+def training_steps(rounds, count=6, rows=16, n_prompt=32, n_completion=64):
     """Rows of the table: seconds of an optimizer step, the median of `count` of them, over TRL's in the same round."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for name, loops in trainers(Path(folder), **size).items():
+        made = []
+        for name, loops in trainers(Path(folder), rows, n_prompt, n_completion).items():
             seconds = {who: [] for who in loops}
             for _ in range(rounds):
                 for who, run in loops.items():
                     with Stopwatch() as watch, quiet():
                         run(count)
                     seconds[who].append(watch.median())
-            rows += table(seconds, f"{name}: ")
-        return rows
+            made += table(seconds, f"{name}: ")
+        return made
 
 
 @contextlib.contextmanager

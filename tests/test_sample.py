@@ -9,7 +9,7 @@ import torch
 
 from minialign.common import BadInput
 from minialign.logps import token_logps
-from minialign.model import GPT, GPTConfig
+from minialign.model import GPT, GPTConfig, KVCache
 from minialign.sample import draw, keep_top_k, keep_top_p, sample
 from tests.enumerable import EOS, MAX_NEW, N_CONTENT, PROMPTS, all_completions, tiny_gpt
 
@@ -396,3 +396,42 @@ def test_a_vocabulary_of_one_token():
     rollout = sample(policy, [[0]], max_new=3, eos_id=None, seed=0)
     assert rollout.completions == [[0, 0, 0]] and rollout.old_logps.abs().max() < 1e-6
     assert sample(policy, [[0]], max_new=3, eos_id=0, seed=0, top_k=5, top_p=0.5).completions == [[0]]
+
+
+# --------------------------------------------------------------------------------------------------- a recorded step (CUDA)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_looking_at_more_positions_than_are_written_changes_nothing(monkeypatch, family):
+    """A recorded step looks at the cache in steps of 64 positions, of which some hold nothing yet: the same completions and log-probs."""
+    policy = tiny_gpt(dtype=torch.float64, max_len=32, **FAMILIES[family])
+    prompts = [*PROMPTS, [0, 1, 2, 3, 3, 2, 1]]
+    expected = run(policy, prompts, n=3, max_new=16)
+    monkeypatch.setattr(KVCache, "span", lambda self, end: min(-(-end // 64) * 64, self.keys.shape[3]))
+    found = run(policy, prompts, n=3, max_new=16)
+    assert found.completions == expected.completions and (found.old_logps - expected.old_logps).abs().max() < 1e-12
+
+
+def test_a_cache_knows_its_longest_row_without_asking():
+    """Ragged prefill of 2, 4 and 3 tokens, two steps, then without the longest row: 4, 6, 5."""
+    policy = tiny_gpt(max_len=32)
+    cache = KVCache(policy.config, 3, 12, dtype=torch.float64)
+    with torch.no_grad():
+        policy.hidden(torch.zeros(3, 4, dtype=torch.long), cache=cache, lengths=torch.tensor([2, 4, 3]))
+        assert cache.longest == 4
+        for _ in range(2):
+            policy.hidden(torch.zeros(3, 1, dtype=torch.long), cache=cache)
+    assert cache.longest == 6 and cache.lengths.tolist() == [4, 6, 5]
+    assert cache.select(torch.tensor([0, 2])).longest == 5 and cache.longest == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recorded_step_is_the_model(family):
+    """Rows that end at different times, over two recordings (spans 64 and 128): the log-probs are those of one full forward pass."""
+    policy = tiny_gpt(dtype=torch.float32, max_len=160, **FAMILIES[family]).to("cuda")
+    rollout = run(policy, [*PROMPTS, [0, 1, 2, 3, 3, 2, 1]], n=5, max_new=100)
+    with torch.no_grad():
+        logps = token_logps(policy, rollout)
+    assert (logps - rollout.old_logps).abs().max() < 1e-4 and rollout.lengths.max() > 10

@@ -45,7 +45,8 @@ from minialign.tokenizer import train_bpe
 from minialign.weights import save_pretrained
 
 TABLES = ("log-probs", "generation", "steps", "start-up")
-SHAPES = {"tiny": dict(n_embd=256, vocab_size=8192), "70m": dict(n_embd=512, vocab_size=50304)}  # six layers of GPT-NeoX each
+SHAPES = {"tiny": dict(n_embd=256, vocab_size=8192), "70m": dict(n_embd=512, vocab_size=50304)}  # of GPT-NeoX, six layers each
+STEPS = {"small": (16, dict(n_embd=128, vocab_size=2048, n_layer=4, n_head=4)), "70m": (8, SHAPES["70m"])}  # rows of a step, shape
 
 
 @dataclass
@@ -183,12 +184,12 @@ def products(policy, tokens, scored, *, backward=False):
                 torch.mm(y, module.weight), torch.mm(y.T, x)
 
 
-def neox(n_embd, vocab_size):
-    """A GPT-NeoX of random weights: six layers, eight heads, a quarter of each head turning."""
+def neox(n_embd, vocab_size, n_layer=6, n_head=8):
+    """A GPT-NeoX of random weights, a quarter of each head turning."""
     torch.manual_seed(0)
-    heads = dict(n_layer=6, n_head=8, rotary_dim=n_embd // 32, max_len=1024, family="gpt_neox", tied=False)
+    size = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, rotary_dim=n_embd // n_head // 4, max_len=1024)
     kind = dict(norm="layer", activation="gelu", gated=False, parallel_residual=True, qkv_bias=True, out_bias=True, mlp_bias=True)
-    return GPT(GPTConfig(vocab_size, n_embd=n_embd, **heads, **kind)).requires_grad_(False)
+    return GPT(GPTConfig(vocab_size, **size, **kind, tied=False, family="gpt_neox")).requires_grad_(False)
 
 
 def generation(rounds, shapes=SHAPES, batch=16, prompt=32, new=128):
@@ -275,15 +276,14 @@ def letters(completions, **_):
     return [float(text.count("e")) for text in completions]
 
 
-def trainers(folder, rows, n_prompt, n_completion):
+def trainers(folder, shape, rows, n_prompt, n_completion):
     """{method: {whose: function of a number of optimizer steps}}: TRL's trainer, our main(), and the bare products, on the same texts."""
     import datasets
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, pieces = own_sources(n_prompt, n_completion)
-    torch.manual_seed(0)
-    policy = GPT(GPTConfig(tokenizer.vocab_size, n_layer=4, n_embd=128, n_head=4, max_len=256, tied=False))
+    policy = neox(**shape)
     save_pretrained(policy, folder / "policy", tokenizer)
     demos = [{"prompt": x, "completion": y} for x, y in pieces]
     pairs = [{"prompt": x, "chosen": y, "rejected": other} for (x, y), (_, other) in zip(pieces, pieces[1:], strict=False)]
@@ -352,19 +352,20 @@ def trainers(folder, rows, n_prompt, n_completion):
     }
 
 
-def training_steps(rounds, count=6, rows=16, n_prompt=32, n_completion=64):
-    """Rows of the table: seconds of an optimizer step, the median of `count` of them, over TRL's in the same round."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = []
-        for name, loops in trainers(Path(folder), rows, n_prompt, n_completion).items():
-            seconds = {who: [] for who in loops}
-            for _ in range(rounds):
-                for who, run in loops.items():
-                    with Stopwatch() as watch, quiet():
-                        run(count)
-                    seconds[who].append(watch.median())
-            made += table(seconds, f"{name}: ")
-        return made
+def training_steps(rounds, count=4, shapes=STEPS, n_prompt=32, n_completion=64):
+    """Rows of the table: seconds of an optimizer step, the median within `count` of them, over TRL's in the same round."""
+    made = []
+    for shape, (rows, size) in shapes.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for name, loops in trainers(Path(folder), size, rows, n_prompt, n_completion).items():
+                seconds = {who: [] for who in loops}
+                for _ in range(rounds):
+                    for who, run in loops.items():
+                        with Stopwatch() as watch, quiet():
+                            run(count)
+                        seconds[who].append(watch.median())
+                made += table(seconds, f"{shape}, {name}: ")
+    return made
 
 
 @contextlib.contextmanager
@@ -440,7 +441,7 @@ def cpu_tables(cfg):
             what = "log-prob and entropy" if entropy else "log-prob"
             yield f"{what}, forward and backward: N {cfg.n}, C {cfg.c}, V {cfg.v}", log_probs(cfg, entropy)
     with_peers = {"generation": ("16 rows of 32 + 128 tokens, six layers of GPT-NeoX", generation),
-                  "steps": ("an optimizer step: rows of 32 + 64 tokens, four layers, C 128, V 2048", training_steps)}
+                  "steps": ("an optimizer step: rows of 32 + 64 tokens; small: four layers, C 128, V 2048", training_steps)}
     for name, (what, make) in with_peers.items():
         if name in cfg.only:
             try:

@@ -104,7 +104,8 @@ def test_generation_and_steps_beside_their_peers():
     pytest.importorskip("trl", reason="TRL is not installed")
     rows = bench.generation(1, shapes={"small": dict(n_embd=64, vocab_size=300)}, batch=2, prompt=3, new=4)
     assert [row["name"] for row in rows] == ["small: transformers generate", "small: minialign", "small: bare products"]
-    rows = bench.training_steps(1, count=2, rows=8, n_prompt=8, n_completion=8)
+    small = dict(n_embd=64, vocab_size=2048, n_layer=1, n_head=4)
+    rows = bench.training_steps(1, count=2, shapes={"least": (8, small)}, n_prompt=8, n_completion=8)
     assert [row["name"].split(": ")[1] for row in rows] == ["trl", "minialign", "bare products"] * 3
     assert all(row["ratio"] == 1 for row in rows[::3]) and all(0 < row["seconds"] < 60 for row in rows)
 

@@ -150,6 +150,7 @@ class LogProb(torch.autograd.Function):
 
 def logprob(logits, targets, *, tau=1.0, entropy=True, inplace=False):
     """Log-probs of the targets, entropies and log-sum-exps of softmax(logits / tau): (N,) each, float32 or wider; the first two
-    differentiable in the logits (N, V). Every target is a token: rows that are not scored do not come here."""
+    differentiable in the logits (N, V), which are finite: an entry of −∞ has no entropy here. Every target is a token: rows that are not
+    scored do not come here."""
     assert logits.dim() == 2 and targets.shape == logits.shape[:1], (logits.shape, targets.shape)
     return LogProb.apply(logits, targets, tau, entropy, inplace)

@@ -1,0 +1,195 @@
+"""Low-rank adapters (LoRA): train two thin matrices beside each frozen one. Hu et al. 2021, arXiv:2106.09685, Eq. 3.
+
+    h = W x + (alpha / rank) · B A x          W (out, in) frozen, A (rank, in) random, B (out, rank) zero: training starts at W
+
+Of L layers of width C this leaves some 2·rank·C numbers a matrix to train instead of C²: gradients and optimizer states of those alone.
+A reference or an old policy is a copy of the thin matrices only: `frozen_copy` shares whatever is frozen already, so "adapter off = ref"
+needs neither a second model nor a switch.
+
+On disk an adapter is PEFT's folder (adapter_config.json, adapter_model.safetensors), so that it goes both ways. Two families pack queries,
+keys and values into one matrix there. Reading such an adapter gives each of our three its rows of B and the whole of A; writing puts our
+three A on top of each other and our B on a diagonal, three times the rank and the same sum.
+
+Checked by tests/test_lora.py: logits equal PEFT's for every family, both ways; merged weights equal W + (alpha / rank)·B A.
+"""
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from minialign.common import BadInput, read_json, write_atomic
+from minialign.weights import first_five, layout, read_tensors, same
+
+ALL = r"attn\.[qkvo]|mlp\.(gate|up|down)"  # every matrix of every block, as QLoRA recommends (Dettmers et al. 2023, arXiv:2305.14314)
+
+
+class LoRALinear(nn.Linear):
+    """x (…, in) -> (…, out). Its weight and bias are those of `linear`, the same tensors, frozen."""
+
+    def __init__(self, linear, rank, alpha):
+        nn.Module.__init__(self)  # not Linear's: no weight is to be made
+        self.in_features, self.out_features, self.scale = linear.in_features, linear.out_features, alpha / rank
+        self.weight, self.bias = linear.weight, linear.bias
+        bound = 1 / math.sqrt(self.in_features)  # PEFT's: uniform with the spread of a linear layer's own start
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features).uniform_(-bound, bound).to(self.weight))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank).to(self.weight))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+    def merged_weight(self):
+        """W + (alpha / rank)·B A, (out, in), added in float32 at least."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return (self.weight.to(wide) + self.scale * self.lora_B.to(wide) @ self.lora_A.to(wide)).to(self.weight.dtype)
+
+
+def adapters(model):
+    """{name: LoRALinear} of a model; empty where it has none."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def inject(model, rank, alpha=16.0, targets=ALL):
+    """Freeze the model and put an adapter beside every matrix of its blocks whose name ends in the pattern `targets`; in place.
+
+    Raises BadInput for a rank below 1 and for a pattern that names no matrix.
+    """
+    if rank < 1:
+        raise BadInput(f"a LoRA rank of {rank}: must be at least 1")
+    names = [name for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and name.startswith("blocks.") and re.search(rf"\.({targets})$", name)]
+    if not names:
+        raise BadInput(f"LoRA targets {targets!r} name no matrix of this model: names are like blocks.0.attn.q, blocks.0.mlp.up")
+    model.requires_grad_(False)
+    for name in names:
+        replace(model, name, lambda linear: LoRALinear(linear, rank, alpha))
+    return model
+
+
+def replace(model, name, make):
+    parent, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent)
+    setattr(parent, child, make(getattr(parent, child)))
+
+
+def frozen_copy(model):
+    """A copy that will not be trained. What is frozen already is shared, not copied: of a model with adapters only the adapters are."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False)
+
+
+def merged(model):
+    """A model without adapters that computes the same: the merged matrices are new, everything else is shared with `model`."""
+    plain = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for name in adapters(plain):
+        replace(plain, name, merge_one)
+    return plain
+
+
+def merge_one(adapter):
+    linear = nn.Linear(adapter.in_features, adapter.out_features, bias=adapter.bias is not None, device="meta")
+    linear.weight, linear.bias = nn.Parameter(adapter.merged_weight().detach()), adapter.bias
+    return linear
+
+
+# ------------------------------------------------------------------------------------------------------------ PEFT's folder
+
+PREFIX = "base_model.model."
+# What PEFT can do to the sum that this file does not; any other value is refused.
+PLAIN = {"use_dora": False, "use_rslora": False, "use_qalora": False, "lora_bias": False, "bias": "none", "modules_to_save": None,
+         "layer_replication": None, "trainable_token_indices": None, "target_parameters": None}
+
+
+def packed(config):
+    """[(PEFT's module, [our modules], (pack, unpack) of B's rows)] of every matrix in the blocks."""
+    rows, packings = [], {theirs: packing for theirs, _, packing in layout(config)[0]}
+    for theirs, ours, packing in layout(config)[0]:
+        module, names = theirs.removesuffix(".weight"), [name.removesuffix(".weight") for name in ours]
+        if theirs.endswith(".weight") and re.search(rf"^blocks\..*({ALL})$", names[0]):
+            # Rows of B are packed like the bias: gpt2 stores its matrices (in, out), but its adapters (out, rank).
+            rows.append((module, names, packings.get(f"{module}.bias", packing) if len(names) > 1 else same()))
+    return rows
+
+
+def save_adapter(model, folder, base=""):
+    """Write the adapters as a PEFT folder; `base`: the name or folder of the model they belong to. adapter_config.json comes last."""
+    found, tensors, ranks, scale = adapters(model), {}, {}, None
+    for theirs, ours, (pack, _) in packed(model.config):
+        mine = [found.get(name) for name in ours]
+        if not any(mine):
+            continue
+        ranks[theirs] = rank = sum(len(adapter.lora_A) for adapter in mine if adapter)
+        scale, blocks, start = next(adapter.scale for adapter in mine if adapter), [], 0
+        for name, adapter in zip(ours, mine, strict=True):
+            block = torch.zeros(model.get_submodule(name).out_features, rank, dtype=model.head_weight.dtype)
+            if adapter:
+                block[:, start : start + len(adapter.lora_A)] = adapter.lora_B.detach().cpu()
+                start += len(adapter.lora_A)
+            blocks.append(block)
+        tensors[f"{PREFIX}{theirs}.lora_A.weight"] = torch.cat([adapter.lora_A.detach().cpu() for adapter in mine if adapter])
+        tensors[f"{PREFIX}{theirs}.lora_B.weight"] = pack(blocks).contiguous()
+    least = min(ranks.values())
+    task = "CAUSAL_LM" if model.config.head == "lm" else "SEQ_CLS"
+    config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": str(base), "inference_mode": True,
+              "r": least, "lora_alpha": scale * least, "lora_dropout": 0.0, "bias": "none",
+              "rank_pattern": {name: rank for name, rank in ranks.items() if rank != least},
+              "alpha_pattern": {name: scale * rank for name, rank in ranks.items() if rank != least},
+              "target_modules": sorted(ranks), "fan_in_fan_out": model.config.family == "gpt2"}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").unlink(missing_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model, folder):
+    """Put the adapters of a PEFT folder beside the model's matrices, which are frozen; in place.
+
+    Raises BadInput, naming the file, for another kind of adapter, for options that change the sum in a way not known here, and for tensors
+    that are missing, unknown or misshapen.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "adapter_config.json")
+    where = folder / "adapter_config.json"
+    if config.get("peft_type") != "LORA":
+        raise BadInput(f"{where}: peft_type {config.get('peft_type')!r} is not LoRA")
+    for option, plain in PLAIN.items():
+        if config.get(option, plain) not in (plain, [] if plain is None else plain):
+            raise BadInput(f"{where}: {option}={config[option]!r} is not implemented: expected {plain!r}")
+    if adapters(model):
+        raise BadInput(f"{folder}: the model has adapters already; merge them first")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise BadInput(f"{folder}: adapter_model.safetensors is missing (pickles are not read)")
+    tensors = read_tensors([folder / "adapter_model.safetensors"])
+    model.requires_grad_(False)
+    for theirs, ours, (_, unpack) in packed(model.config):
+        a, b = (tensors.pop(f"{PREFIX}{theirs}.lora_{side}.weight", None) for side in "AB")
+        if a is None and b is None:
+            continue
+        rank = of_module(config.get("rank_pattern"), theirs, config.get("r"))
+        alpha = of_module(config.get("alpha_pattern"), theirs, config.get("lora_alpha"))
+        linears = [model.get_submodule(name) for name in ours]
+        wanted = (rank, linears[0].in_features), (sum(linear.out_features for linear in linears), rank)
+        if a is None or b is None or (tuple(a.shape), tuple(b.shape)) != wanted:
+            found = [None if x is None else tuple(x.shape) for x in (a, b)]
+            raise BadInput(f"{folder}: the adapter of {theirs} has shapes {found[0]}, {found[1]} (A, B): expected {wanted[0]}, {wanted[1]}")
+        for name, part in zip(ours, unpack(b), strict=True):
+            replace(model, name, lambda linear, rank=rank, alpha=alpha: LoRALinear(linear, rank, alpha))
+            adapter = model.get_submodule(name)
+            with torch.no_grad():
+                adapter.lora_A.copy_(a)
+                adapter.lora_B.copy_(part)
+    if tensors:
+        raise BadInput(f"{folder}: tensors that a {model.config.family} model has no place for: {first_five(tensors)}")
+    return model
+
+
+def of_module(pattern, module, otherwise):
+    """PEFT's rule: the first key of the pattern that the module's name ends in, else the common value."""
+    return next((value for key, value in (pattern or {}).items() if re.search(rf"(^|\.){key}$", module)), otherwise)

@@ -1,0 +1,183 @@
+"""Adapters: against PEFT for every layout, both ways; merged, shared, trained; hostile folders refused."""
+
+import json
+
+import pytest
+import torch
+
+from minialign.batch import collate
+from minialign.common import BadInput
+from minialign.logps import token_logps
+from minialign.lora import adapters, frozen_copy, inject, load_adapter, merged, save_adapter
+from minialign.model import GPT, GPTConfig
+from minialign.weights import load_pretrained, save_pretrained
+
+NEOX = dict(norm="layer", activation="gelu", gated=False, parallel_residual=True, qkv_bias=True, out_bias=True, mlp_bias=True, rotary_dim=4)
+GPT2 = dict(norm="layer", activation="gelu_tanh", gated=False, positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True)
+FAMILIES = {
+    "llama": dict(n_kv_head=2, tied=False),
+    "qwen2": dict(n_kv_head=2, qkv_bias=True),
+    "gpt_neox": dict(NEOX, tied=False),
+    "gpt2": dict(GPT2, tied=True),
+}
+
+
+def policy(family="llama", dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(30, n_embd=32, n_head=4, max_len=64, family=family, **FAMILIES[family])).to(dtype)
+
+
+def adapted(family="llama", rank=3, alpha=8.0, targets=None, dtype=torch.float64):
+    """A model whose adapters are not at their start: B random."""
+    model = policy(family, dtype)
+    inject(model, rank, alpha, *([targets] if targets else []))
+    for adapter in adapters(model).values():
+        torch.nn.init.normal_(adapter.lora_B, std=0.2)
+    return model
+
+
+IDS = torch.arange(60).view(4, 15) * 7 % 30
+
+
+def test_the_sum_by_hand():
+    """W = 1, A = 2, B = 3, alpha / rank = 8 / 1: h = x + 8·3·2·x = 49 x; the frozen parts have no gradient."""
+    model = policy()
+    inject(model, 1, 8.0, r"attn\.q")
+    name, adapter = next(iter(adapters(model).items()))
+    for tensor, value in ((adapter.weight, 1.0), (adapter.lora_A, 2.0), (adapter.lora_B, 3.0)):
+        torch.nn.init.constant_(tensor, value)
+    x = torch.zeros(32, dtype=torch.float64)
+    x[5] = 1.0
+    assert name == "blocks.0.attn.q" and (adapter(x) == 49).all() and (adapter.merged_weight() == 49).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_starts_at_the_model_and_moves_adapters_alone(family):
+    """B = 0: not a bit differs at first. After a step with decay nothing but A and B has moved, and the log-probs have."""
+    model, plain = inject(policy(family), 4), policy(family)
+    batch = collate([[1, 2]] * 2, [[3, 4, 5], [6, 7]], pad_id=0)
+    with torch.no_grad():
+        assert torch.equal(model(IDS), plain(IDS))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
+    for _ in range(2):  # at the first A has no gradient, for B is 0
+        optimizer.zero_grad()
+        (-token_logps(model, batch).sum()).backward()
+        optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {f"{name}.lora_{side}" for name in adapters(model) for side in "AB"} and len(moved) == 2 * len(adapters(model)) > 10
+    assert len(optimizer.state) == len(moved)  # no moments of what is frozen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_is_the_same_function_and_saves_as_a_plain_folder(family, tmp_path):
+    model = adapted(family)
+    plain = merged(model)
+    assert not adapters(plain) and adapters(model)
+    with torch.no_grad():
+        assert (model(IDS) - plain(IDS)).abs().max() < 1e-12 and (policy(family)(IDS) - plain(IDS)).abs().max() > 1e-2
+        for name, adapter in adapters(model).items():
+            expected = adapter.weight + adapter.scale * adapter.lora_B @ adapter.lora_A
+            assert torch.equal(plain.get_submodule(name).weight, expected)
+    assert plain.tok_embed.weight is model.tok_embed.weight  # shared, not copied
+    assert (plain.head.weight is plain.tok_embed.weight) == plain.config.tied
+    save_pretrained(plain, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_pretrained(tmp_path)(IDS), plain(IDS))
+
+
+def test_a_frozen_copy_shares_what_is_frozen():
+    """Of a model with adapters the adapters are copied; of a model without, everything. Neither follows the other."""
+    model = adapted()
+    ref = frozen_copy(model)
+    own = {name for (name, p), q in zip(model.named_parameters(), ref.parameters(), strict=True) if p is not q}
+    assert own == {f"{name}.lora_{side}" for name in adapters(model) for side in "AB"}
+    assert not any(p.requires_grad for p in ref.parameters()) and all(a.lora_A.requires_grad for a in adapters(model).values())
+    before = ref(IDS)
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.lora_B.zero_()
+        assert torch.equal(ref(IDS), before) and not torch.equal(model(IDS), before)
+    plain = policy()
+    assert all(p is not q for p, q in zip(plain.parameters(), frozen_copy(plain).parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [None, r"attn\.[qv]"])
+def test_there_and_back(family, targets, tmp_path):
+    """Saved and loaded here: the same function. The families that pack q, k, v come back with the rank of all together."""
+    model = adapted(family, targets=targets)
+    save_adapter(model, tmp_path)
+    found = load_adapter(policy(family), tmp_path)
+    with torch.no_grad():
+        assert (found(IDS) - model(IDS)).abs().max() < 1e-12
+    assert not found.tok_embed.weight.requires_grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_reads_ours(family, tmp_path):
+    """The base model as a Hugging Face folder, the adapter beside it: transformers with PEFT gives our logits to 1e-6 (float64, but
+    transformers takes llama's norms in float32)."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = adapted(family)
+    save_pretrained(policy(family), tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert (theirs(IDS).logits - model(IDS)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_we_read_peft(family, tmp_path):
+    """An adapter that PEFT made on every linear layer, its B random, with one module of another rank and alpha."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    save_pretrained(policy(family), tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    last = {"llama": "down_proj", "qwen2": "down_proj", "gpt_neox": "dense_4h_to_h", "gpt2": "mlp.c_proj"}[family]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False,
+                             rank_pattern={last: 2}, alpha_pattern={last: 9}, fan_in_fan_out=family == "gpt2")
+    theirs = peft.get_peft_model(base, config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    found = load_adapter(load_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    with torch.no_grad():
+        assert (theirs(IDS).logits - found(IDS)).abs().max() < 1e-6
+    assert {adapter.scale for adapter in adapters(found).values()} == {5 / 3, 9 / 2}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_adapters_merge_in_one_rounding(family):
+    model = adapted(family, dtype=torch.bfloat16)
+    for name, adapter in adapters(model).items():
+        exact = adapter.weight.double() + adapter.scale * adapter.lora_B.double() @ adapter.lora_A.double()
+        error = (merged(model).get_submodule(name).weight.double() - exact).abs()
+        assert (error <= (2.0**-8 + 1e-5) * exact.abs() + 1e-7).all(), name  # half a unit of the last place
+
+
+def spoil(folder, change):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"peft_type": "IA3"}, "not LoRA"), ({"use_dora": True}, "use_dora"), ({"use_rslora": True}, "use_rslora"), ({"bias": "all"}, "bias"),
+    ({"modules_to_save": ["score"]}, "modules_to_save"), ({"r": 5}, "shapes")])
+def test_what_would_be_another_sum_is_refused(change, said, tmp_path):
+    save_adapter(adapted(), tmp_path)
+    spoil(tmp_path, change)
+    with pytest.raises(BadInput, match=said):
+        load_adapter(policy(), tmp_path)
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    with pytest.raises(BadInput, match="already"):
+        load_adapter(adapted(), tmp_path)
+    with pytest.raises(BadInput, match="no place for"):
+        load_adapter(policy("gpt2"), tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(BadInput, match="missing"):
+        load_adapter(policy(), tmp_path)
+    for rank, targets, said in ((0, r"attn\.q", "at least 1"), (4, "query", "name no matrix")):
+        with pytest.raises(BadInput, match=said):
+            inject(policy(), rank, 8.0, targets)

@@ -59,13 +59,19 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
     return final
 
 
+def parameters_of(modules):
+    """{'policy.blocks.0…': parameter} of {name: module}; one that several hold (a tied head, what adapters leave frozen) appears once."""
+    found = {}
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters():
+            found.setdefault(id(parameter), (f"{name}.{key}", parameter))
+    return dict(found.values())
+
+
 def _write(temporary, final, step, modules, optimizers, state):
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    tensors = {}
-    for name, module in modules.items():
-        for key, parameter in module.named_parameters():  # a tied head appears once
-            tensors[f"{name}.{key}"] = parameter.detach().cpu().contiguous()
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters_of(modules).items()}
     save_file(tensors, temporary / "model.safetensors")
 
     tensors, settings = {}, {}
@@ -143,13 +149,12 @@ def newest_checkpoint(run_folder):
 def load_checkpoint(folder, modules, optimizers):
     """Restore what save_checkpoint stored, in place; returns state.json as a dict. The folder is one that newest_checkpoint returned."""
     tensors = load_file(folder / "model.safetensors")
-    for name, module in modules.items():
-        for key, parameter in module.named_parameters():
-            stored = tensors.pop(f"{name}.{key}", None)
-            if stored is None or stored.shape != parameter.shape:
-                raise BadInput(f"{folder}: holds no {name}.{key} of shape {tuple(parameter.shape)}: it is of another model")
-            with torch.no_grad():
-                parameter.copy_(stored)
+    for name, parameter in parameters_of(modules).items():
+        stored = tensors.pop(name, None)
+        if stored is None or stored.shape != parameter.shape:
+            raise BadInput(f"{folder}: holds no {name} of shape {tuple(parameter.shape)}: it is of another model")
+        with torch.no_grad():
+            parameter.copy_(stored)
     if tensors:
         raise BadInput(f"{folder}: holds {sorted(tensors)[0]}, which this run does not have: it is of another method or model")
 

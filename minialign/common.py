@@ -256,7 +256,7 @@ def check_config(cfg):
                 "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
                 "layers": 1, "heads": 1, "width": 1, "group_size": 1, "epochs": 1, "n": 1, "grows": 1, "grow_prompts": 1,
                 "gamma": 0, "lam": 0, "decay": 0, "mix": 0, "std_eps": 0, "bound": 0, "ridge": 0, "reward_share": 0, "weight": 0,
-                "desirable_weight": 0, "undesirable_weight": 0, "delta": 0, "target_margin": 0}
+                "desirable_weight": 0, "undesirable_weight": 0, "delta": 0, "target_margin": 0, "lora": 0}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if isinstance(value, float) and not math.isfinite(value):
@@ -270,7 +270,7 @@ def check_config(cfg):
             raise BadInput(f"--{name} {value}: must be at least {low}" + (f" and at most {high}" if name in at_most else ""))
     online = hasattr(cfg, "reward") and not hasattr(cfg, "pairs")  # following a reward, a method can do without the pull to ref: beta 0
     for name in ("max_grad_norm", "beta", "tau", "eps", "eps_value", "eta", "value_lr", "reward_limit", "reward_lr", "reward_share",
-                 "scale"):
+                 "scale", "lora_alpha"):
         value = getattr(cfg, name, 1)
         if not (value > 0 or (online and name == "beta" and value == 0)):
             raise BadInput(f"--{name} {value}: must be {'at least' if online and name == 'beta' else 'above'} 0")
@@ -278,6 +278,8 @@ def check_config(cfg):
         raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of --group_size {cfg.group_size} (completions of one prompt)")
     if not getattr(cfg, "online", True) and cfg.reward != ["builtin"]:
         raise BadInput(f"--reward {cfg.reward[0]}: labels only what --online draws; without it the labels are the file's")
+    if getattr(cfg, "lora", 0) and cfg.policy == "new":
+        raise BadInput(f"--lora {cfg.lora}: adapts weights that are there; --policy new has none to keep")
     if not 0 <= getattr(cfg, "label_smoothing", 0) < 0.5:
         raise BadInput(f"--label_smoothing {cfg.label_smoothing}: must be at least 0 and below 0.5, where the labels say nothing")
     if getattr(cfg, "schedule", "cosine") not in ("cosine", "linear", "constant"):

@@ -67,6 +67,7 @@ def inject(model, rank, alpha=16.0, targets=ALL):
     if not names:
         raise BadInput(f"LoRA targets {targets!r} name no matrix of this model: names are like blocks.0.attn.q, blocks.0.mlp.up")
     model.requires_grad_(False)
+    model.head.requires_grad_(model.config.head == "scalar")  # one row of numbers, and a reward model's first
     for name in names:
         replace(model, name, lambda linear: LoRALinear(linear, rank, alpha))
     return model

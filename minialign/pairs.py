@@ -8,12 +8,11 @@ labels them: the first is the chosen one with the Bradley-Terry probability σ(r
 Checked by tests/test_pairs.py and tests/test_preference_runs.py.
 """
 
-import copy
-
 import torch
 
 from minialign.common import derive_seed
 from minialign.data import builtin_pairs, encode_pairs, encode_prompts, read_preferences, split_scorable
+from minialign.lora import frozen_copy
 from minialign.sample import sample
 
 
@@ -47,7 +46,7 @@ def open_pairs(run, policy, tokenizer):
 
 def reference(policy, cfg):
     """ref: what the policy is held to, itself before training; None, and no second model in memory, where the loss has no β to pull it."""
-    return copy.deepcopy(policy).requires_grad_(False) if hasattr(cfg, "beta") else None
+    return frozen_copy(policy) if hasattr(cfg, "beta") else None
 
 
 def label(prompts_ids, completions, rewards, seed):

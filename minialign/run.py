@@ -30,6 +30,7 @@ from minialign.data import builtin_prompts, counts, encode_prompts, read_prompts
 from minialign.kernels.linear_logprob import SLICE_BYTES
 from minialign.kl import k1
 from minialign.logps import best_body, token_logps
+from minialign.lora import adapters, inject, merged, save_adapter
 from minialign.rewards import BadReward, ask, open_reward, reward_folders
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
@@ -117,6 +118,8 @@ class Run:
         policy = load_pretrained(path, dtype=self.dtype, device=self.device)
         tokenizer = load_tokenizer(path)
         fit_vocabulary(policy, tokenizer, path)
+        if self.cfg.lora:
+            inject(policy, self.cfg.lora, self.cfg.lora_alpha)
         if policy.config.head != "lm" and self.method != "reward_model":
             raise BadInput(f"{path}: is a reward model, which writes nothing; {self.method} needs a policy with a language-model head")
         max_len = getattr(self.cfg, "max_len", 2)  # online methods have none: check_context does it for them
@@ -403,15 +406,20 @@ class Run:
     def snapshot(self, step, model, tokenizer, name="snapshots"):
         """With --snapshots, at an evaluation: export the model as it is after step `step`, to snapshots/000020/."""
         if self.cfg.snapshots:
-            save_pretrained(model, self.folder / name / f"{step + 1:06d}", tokenizer)
+            save_pretrained(merged(model), self.folder / name / f"{step + 1:06d}", tokenizer)
 
     def due(self, step):
         """Whether to evaluate after step `step`: every eval_every steps and at the end."""
         return (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.steps
 
     def close(self, model, tokenizer):
-        """Export the trained model to final/ and say where things are. Returns the run folder."""
-        save_pretrained(model, self.folder / "final", tokenizer)
+        """Export the trained model to final/ and say where things are. Returns the run folder.
+
+        Adapters are merged into final/; those of a policy stand on their own in adapter/ too, a PEFT folder.
+        """
+        save_pretrained(merged(model), self.folder / "final", tokenizer)
+        if adapters(model) and model.config.head == "lm":
+            save_adapter(model, self.folder / "adapter", self.cfg.policy)
         print(f"done in {time.monotonic() - self.started:.0f} s: {self.folder}")
         print(f"  curves    python -m minialign plot {self.folder}")
         if model.config.head == "lm":
@@ -419,6 +427,8 @@ class Run:
             print(f'  talk      python -m minialign sample --policy {self.folder}/final --prompt "…"')
         if (self.folder / "reward").is_dir():
             print(f"  reward    {self.folder}/reward, for --reward of evaluate, best_of_n and the online methods")
+        if (self.folder / "adapter").is_dir():
+            print(f"  adapter   {self.folder}/adapter (loads in PEFT beside {self.cfg.policy})")
         print(f"  weights   {self.folder}/final (loads in transformers as it is)", flush=True)
         return self.folder
 
@@ -462,9 +472,8 @@ def peak_memory(run, models, positions, sampled=0):
     `positions` tokens, their logits or what logps.py's chunked body holds of them, and the key-value cache of `sampled` such rows, which
     are drawn together whatever the micro-batch."""
     size = torch.tensor([], dtype=run.dtype).element_size()
-    total = 0
-    for name, model in models.items():
-        total += sum(p.numel() for p in model.parameters()) * size * (4 if name in ("policy", "reward_model", "value_model") else 1)
+    parameters = {id(p): p for model in models.values() for p in model.parameters()}.values()  # copies share what adapters leave frozen
+    total = sum(p.numel() * size * (4 if p.requires_grad else 1) for p in parameters)
     config = next(iter(models.values())).config
     rows = rows_at_once(run.cfg)
     per_position = config.n_layer * (8 * config.n_embd + 3 * config.ffn_dim) * size

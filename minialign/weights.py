@@ -182,6 +182,8 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
     files, and pickles.
     """
     folder = find_folder(path_or_hub_name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: holds an adapter, not a model: load the model it was made for, then minialign.lora.load_adapter")
     config = GPTConfig.from_hf(read_json(folder / "config.json"))
     with torch.device("meta"):  # shapes only: the weights come from the file, so nothing is initialised or copied
         model = GPT(config)
@@ -250,6 +252,8 @@ def save_pretrained(model, folder, tokenizer=None):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)  # written again last: an export that dies half-way is no folder to load
     state, tensors = model.state_dict(), {}
+    if extra := state.keys() - {name for _, ours, _ in layout(model.config)[0] for name in ours} - {"head.weight"}:
+        raise BadInput(f"{folder}: the layout has no place for {first_five(extra)}: merge adapters first (minialign.lora.merged)")
     for theirs, ours, (pack, _) in layout(model.config)[0]:
         tensors[theirs] = pack([state[name].detach() for name in ours]).cpu().contiguous()
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})

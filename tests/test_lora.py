@@ -1,6 +1,7 @@
 """Adapters: against PEFT for every layout, both ways; merged, shared, trained; hostile folders refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch
 from minialign.batch import collate
 from minialign.common import BadInput
 from minialign.logps import token_logps
-from minialign.lora import adapters, frozen_copy, inject, load_adapter, merged, save_adapter
+from minialign.lora import ALL, adapters, frozen_copy, inject, load_adapter, merged, save_adapter
 from minialign.model import GPT, GPTConfig
+from minialign.run import peak_memory
 from minialign.weights import load_pretrained, save_pretrained
+from tests.conftest import METHODS
 
 NEOX = dict(norm="layer", activation="gelu", gated=False, parallel_residual=True, qkv_bias=True, out_bias=True, mlp_bias=True, rotary_dim=4)
 GPT2 = dict(norm="layer", activation="gelu_tanh", gated=False, positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True)
@@ -171,6 +174,8 @@ def test_what_would_be_another_sum_is_refused(change, said, tmp_path):
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
     save_adapter(adapted(), tmp_path)
+    with pytest.raises(BadInput, match="an adapter, not a model"):
+        load_pretrained(tmp_path)
     with pytest.raises(BadInput, match="already"):
         load_adapter(adapted(), tmp_path)
     with pytest.raises(BadInput, match="no place for"):
@@ -181,3 +186,69 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     for rank, targets, said in ((0, r"attn\.q", "at least 1"), (4, "query", "name no matrix")):
         with pytest.raises(BadInput, match=said):
             inject(policy(), rank, 8.0, targets)
+
+
+# ------------------------------------------------------------------------------------------------------------ through a run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_adapters_alone(small, method, policy_folder):
+    """Two steps with --lora 4: final/ is a plain folder that differs from the base in the blocks' matrices only; what the run prints of
+    adapter/ loads beside the base and is the same function; no reference is a second model."""
+    module, cfg = small(method, steps=2, lora=4)
+    folder = module.main(cfg)
+    base, final = load_pretrained(policy_folder), load_pretrained(folder / "final")
+    moved = {name for name, p in final.named_parameters() if name in dict(base.named_parameters())
+             and not torch.equal(p, base.get_parameter(name).to(p.dtype))}
+    assert moved and all(re.fullmatch(rf"blocks\.\d+\.({ALL})\.weight", name) for name in moved - {"head.weight"})
+    assert method == "reward_model" or "head.weight" not in moved
+    if method != "reward_model":
+        found = load_adapter(base.double(), folder / "adapter")
+        with torch.no_grad():
+            ids = torch.arange(20).view(2, 10) % base.config.vocab_size
+            assert (found(ids) - final(ids)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("method", ["sft", "irft", "grpo"])
+def test_a_run_with_adapters_resumes_bit_for_bit(small, method):
+    module, cfg = small(method, lora=4)
+    whole = load_pretrained(module.main(cfg) / "final")
+    _, again = small(method, lora=4)
+    real, Run = module.Run.steps, module.Run
+
+    def interrupted(self, steps):
+        for k in real(self, steps):
+            yield k
+            if k == 3:  # after the checkpoint of step 4
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "steps", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(again)
+    resumed = load_pretrained(module.main(module.Config(resume=again.out)) / "final")
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_adapters_need_weights_to_adapt(small):
+    module, cfg = small("sft", policy="new", lora=4)
+    with pytest.raises(BadInput, match="--lora 4"):
+        module.main(cfg)
+
+
+def test_an_export_with_adapters_is_refused(tmp_path):
+    """Written as it is, it would be the base model under another name."""
+    with pytest.raises(BadInput, match="merge adapters"):
+        save_pretrained(adapted(), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_memory_of_a_run_with_adapters(small):
+    """What the first look says is below half of that without: gradients and moments are the adapters', ref shares the rest."""
+    said = []
+    for lora in (0, 2):
+        module, cfg = small("dpo", steps=1, lora=lora, micro_batch=1)
+        run = module.Run("dpo", cfg)
+        model, _ = run.open_policy(cfg.policy)
+        said.append(peak_memory(run, {"policy": model, "ref": frozen_copy(model)}, 1))
+    assert said[1] < 0.5 * said[0]

@@ -24,7 +24,6 @@ Checked  tests/methods/test_best_of_n.py (enumeration, sampling, bound, expected
     python -m minialign best_of_n --reward rewards.py:politeness             # any function (prompts, completions) -> numbers
 """
 
-import copy
 import math
 from dataclasses import dataclass, field
 
@@ -35,6 +34,7 @@ from minialign.batch import collate, masked_mean
 from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
 from minialign.evaluate import held_out_reward
 from minialign.logps import token_logps
+from minialign.lora import frozen_copy
 from minialign.rewards import rollout_stats
 from minialign.run import Run
 from minialign.sample import sample
@@ -65,6 +65,8 @@ class Config:
     seed: int = 0                   # prompt order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
+    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
+    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 10             # steps between lines on the terminal
     eval_every: int = 25            # steps between evaluations on the held-out prompts
     save_every: int = 50            # steps between checkpoints
@@ -125,7 +127,7 @@ def main(cfg):
     policy, tokenizer = run.open_policy(cfg.policy)
     rows, held_out = run.open_prompts(policy, tokenizer)
 
-    old = copy.deepcopy(policy).requires_grad_(False)  # π_t: the policy at the start of the round
+    old = frozen_copy(policy)  # π_t: the policy at the start of the round
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, old=old, optimizer=optimizer)
     run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=old)

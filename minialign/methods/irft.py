@@ -27,7 +27,6 @@ Checked  tests/methods/test_irft.py (worked numbers, gradients by enumeration, S
     python -m minialign irft --demos demos.jsonl --policy runs/sft/final
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +38,7 @@ from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_
 from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, split_scorable
 from minialign.evaluate import held_out_nll
 from minialign.logps import seq_logps
+from minialign.lora import frozen_copy
 from minialign.run import Run
 from minialign.sample import sample
 
@@ -68,6 +68,8 @@ class Config:
     seed: int = 0                   # data order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
+    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
+    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 10             # steps between lines on the terminal
     eval_every: int = 20            # steps between evaluations on the held-out rows
     save_every: int = 50            # steps between checkpoints
@@ -131,8 +133,8 @@ def main(cfg):
     def batch_of(source, picked):
         return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
 
-    old = copy.deepcopy(policy).requires_grad_(False)  # π_t: the policy at the start of the round
-    ref = old if cfg.ref == "round" else copy.deepcopy(old)  # "round": the same object, renewed together with old
+    old = frozen_copy(policy)  # π_t: the policy at the start of the round
+    ref = old if cfg.ref == "round" else frozen_copy(policy)  # "round": the same object, renewed together with old
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, old=old, optimizer=optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, old=old)

@@ -30,7 +30,6 @@ Checked  tests/methods/test_irl.py (gradients by enumeration, the regimes), toy/
     python -m minialign irl --demos demos.jsonl --policy runs/sft/final --policy_step bon_dpo --anchor current --rounds 2 --steps 40
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +40,7 @@ from minialign.batch import Pairs, collate
 from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
 from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, split_scorable
 from minialign.evaluate import held_out_nll
+from minialign.lora import frozen_copy, merged
 from minialign.methods import best_of_n, dpo
 from minialign.methods.rft import align, in_group, reward_alignment_loss, rollout, turns
 from minialign.rewards import rollout_stats, score
@@ -80,6 +80,8 @@ class Config:
     seed: int = 0                   # data order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
+    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
+    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 10             # steps between lines on the terminal
     eval_every: int = 20            # steps between evaluations on the held-out rows
     save_every: int = 50            # steps between checkpoints
@@ -164,10 +166,10 @@ def main(cfg):
     def batch_of(source, picked):
         return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
 
-    anchor = copy.deepcopy(policy).requires_grad_(False)
+    anchor = frozen_copy(policy)
     reward_model = policy.with_scalar_head(reward_read=cfg.read, reward_bound=cfg.bound)
     torch.nn.init.zeros_(reward_model.head_weight)  # r_0 is constant: π_0 = ref
-    base = copy.deepcopy(reward_model).requires_grad_(False)  # r_{k−1}; of literal, the reward that every round begins from
+    base = frozen_copy(reward_model)  # r_{k−1}; of literal, the reward that every round begins from
     reward_optimizer = torch.optim.AdamW(
         reward_model.parameters(), lr=cfg.reward_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
     )
@@ -247,7 +249,7 @@ def main(cfg):
             run.snapshot(k, policy, tokenizer)
             run.snapshot(k, reward_model, tokenizer, "reward_snapshots")
         run.log(k, **metrics)
-    save_pretrained(reward_model, run.folder / "reward", tokenizer)
+    save_pretrained(merged(reward_model), run.folder / "reward", tokenizer)
     return run.close(policy, tokenizer)
 
 

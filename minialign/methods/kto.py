@@ -21,7 +21,6 @@ Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity
     python -m minialign kto --feedback feedback.jsonl --policy runs/sft/final
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.common import BadInput, Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
 from minialign.data import builtin_feedback, demo_batch, encode_feedback, read_feedback, split_scorable
 from minialign.logps import seq_logps
+from minialign.lora import frozen_copy
 from minialign.run import Run
 
 
@@ -55,6 +55,8 @@ class Config:
     seed: int = 0                   # data order
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
+    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
+    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 25             # steps between lines on the terminal
     eval_every: int = 50            # steps between evaluations on the held-out rows
     save_every: int = 100           # steps between checkpoints
@@ -129,7 +131,7 @@ def main(cfg):
     def labels_of(source, picked):
         return torch.tensor([source[i][2] for i in picked], device=run.device)
 
-    ref = copy.deepcopy(policy).requires_grad_(False)
+    ref = frozen_copy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, optimizer=optimizer)
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))

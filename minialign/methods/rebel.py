@@ -22,7 +22,6 @@ Checked  tests/methods/test_rebel.py (the exact step has loss 0, hand numbers, b
     python -m minialign rebel --reward rewards.py:politeness                 # any function (prompts, completions) -> numbers
 """
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +32,7 @@ from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_
 from minialign.evaluate import held_out_reward
 from minialign.kl import k1
 from minialign.logps import token_logps
+from minialign.lora import frozen_copy
 from minialign.rewards import rollout_stats
 from minialign.run import Run
 from minialign.sample import sample
@@ -64,6 +64,8 @@ class Config:
     seed: int = 0                   # prompt order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
+    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
+    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 10             # steps between lines on the terminal
     eval_every: int = 25            # steps between evaluations on the held-out prompts
     save_every: int = 50            # steps between checkpoints
@@ -118,7 +120,7 @@ def main(cfg):
     policy, tokenizer = run.open_policy(cfg.policy)
     rows, held_out = run.open_prompts(policy, tokenizer)
 
-    ref = copy.deepcopy(policy).requires_grad_(False)
+    ref = frozen_copy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, optimizer=optimizer)
     run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=ref)

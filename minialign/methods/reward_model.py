@@ -48,6 +48,8 @@ class Config:
     seed: int = 0                   # data order, new head
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
+    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
+    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 25             # steps between lines on the terminal
     eval_every: int = 50            # steps between evaluations on the held-out pairs
     save_every: int = 100           # steps between checkpoints

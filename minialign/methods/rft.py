@@ -29,7 +29,6 @@ Checked  tests/methods/test_rft.py (gradients by enumeration, every law), toy/th
     python -m minialign best_of_n --policy runs/sft/final --prompts prompts.jsonl --reward runs/rft/reward         # the reward it learned
 """
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -41,6 +40,7 @@ from minialign.batch import collate, whiten
 from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
 from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, split_scorable
 from minialign.evaluate import held_out_nll
+from minialign.lora import frozen_copy, merged
 from minialign.methods import grpo, ppo, rebel, rloo
 from minialign.rewards import rollout_stats, score
 from minialign.run import Run
@@ -78,6 +78,8 @@ class Config:
     seed: int = 0                   # data order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
+    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
+    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 10             # steps between lines on the terminal
     eval_every: int = 20            # steps between evaluations on the held-out rows
     save_every: int = 50            # steps between checkpoints
@@ -199,7 +201,7 @@ def main(cfg):
     def batch_of(source, picked):
         return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
 
-    ref = copy.deepcopy(policy).requires_grad_(False)
+    ref = frozen_copy(policy)
     reward_model = policy.with_scalar_head(reward_read=cfg.read, reward_bound=cfg.bound)
     torch.nn.init.zeros_(reward_model.head_weight)  # r_0 is constant: π_0 = ref
     reward_optimizer = torch.optim.AdamW(
@@ -266,7 +268,7 @@ def main(cfg):
             run.snapshot(k, policy, tokenizer)
             run.snapshot(k, reward_model, tokenizer, "reward_snapshots")
         run.log(k, **metrics)
-    save_pretrained(reward_model, run.folder / "reward", tokenizer)
+    save_pretrained(merged(reward_model), run.folder / "reward", tokenizer)
     return run.close(policy, tokenizer)
 
 

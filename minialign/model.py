@@ -216,9 +216,12 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions, span)  # (B, KV, S, D)
-        # No mask means plain causal: with right padding no real query ever has a padding key before it.
         grouped = self.n_kv_head != self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)  # (B, H, T, D)
+        if grouped and T == 1:  # the queries that share a key stand where a sequence would, and no key is repeated for them
+            q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, KV, H/KV, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, self.n_head, 1, self.head_dim)
+        else:  # No mask means plain causal: with right padding no real query ever has a padding key before it.
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)  # (B, H, T, D)
         return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
 

@@ -52,9 +52,9 @@ def logits_of(hidden, weight):
     return product(hidden, weight.T)
 
 
-def scorer(hidden):
-    """The Triton kernel that scores without logits, where it runs: bfloat16 or float16 on CUDA with Triton installed. Else None."""
-    return kernel() if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) else None
+def scorer(hidden, weight):
+    """The Triton kernel that scores without logits, where it runs: both bfloat16 or float16, on CUDA, Triton installed. Else None."""
+    return kernel() if hidden.is_cuda and hidden.dtype == weight.dtype in (torch.bfloat16, torch.float16) else None
 
 
 @functools.cache
@@ -116,7 +116,7 @@ class LinearLogps(torch.autograd.Function):
 
 def chunked_logps(hidden, weight, targets, tau, entropy, keep_bytes):
     """LinearLogps; or, where nobody asks for a gradient and there is a kernel for it, scores without a slice of logits."""
-    score = scorer(hidden)
+    score = scorer(hidden, weight)
     if score is None or torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return LinearLogps.apply(hidden, weight, targets, tau, entropy, keep_bytes)
     statistics = score(hidden, weight, targets, tau, entropy)

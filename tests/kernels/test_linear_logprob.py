@@ -182,7 +182,7 @@ def test_no_row_and_rows_of_any_stride(score):
 
 def test_scoring_takes_the_place_of_slices_only_where_no_gradient_is_asked_for(score, monkeypatch):
     """Through linear_logps: without a gradient no slice is made and the numbers agree; with one of either input the slices are."""
-    monkeypatch.setattr(linear_logprob, "scorer", lambda hidden: score)
+    monkeypatch.setattr(linear_logprob, "scorer", lambda hidden, weight: score)
     made, real = [], linear_logprob.logits_of
     monkeypatch.setattr(linear_logprob, "logits_of", lambda *args: made.append(1) or real(*args))
     hidden, weight, targets, exact = scored(10, 32, 300, torch.float32)

@@ -67,6 +67,7 @@ def milliseconds(work, device):
         work()
         return 1e3 * (time.perf_counter() - begun)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)  # about a millisecond of waiting: launches from Python run ahead, and short works are not timed by them
     begin.record()
     work()
     end.record()
@@ -86,14 +87,14 @@ def measure(works, device, rounds=20, warm=2):
                 before = torch.cuda.memory_allocated()
             try:
                 ms = milliseconds(work, device)
-            except (torch.OutOfMemoryError, RuntimeError, NotImplementedError) as error:  # of a peer too, whatever it cannot do here
-                failed[name] = str(error).splitlines()[0][:80]
+            except Exception as error:  # whatever a body, or a peer, cannot do here: the table goes on and says so
+                failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
                 continue
             if device.type == "cuda":
                 peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
             if k >= warm:
                 spent[name].append(ms)
-    base, rows = next(iter(spent.values())), []
+    base, rows = next((values for name, values in spent.items() if name not in failed), None), []
     for name, values in spent.items():
         if name in failed:
             rows.append({"name": f"{name}: {failed[name]}"})
@@ -149,7 +150,6 @@ def kernels(n, v, device, rounds=20):
         **_trl_logprob(logits, targets),
     }, device, rounds)
     rows[1]["error"] = error
-    # In place the second round would take a gradient for logits: values change, bytes and flops do not.
     return rows + measure({
         "copy of the logits: 4 N V bytes": lambda: spare.copy_(logits),
         "to_gradient, in place": lambda: logprob.to_gradient(spare, targets, lse, entropies, g, e),
@@ -189,14 +189,13 @@ def log_probs(n, c, v, device, rounds=10):
 
     ours = {name: lambda keep=keep: linear_logps(hidden, weight, targets, body="chunked", keep_bytes=keep)
             for name, keep in (("minialign, recomputed", 0), ("minialign, kept", 2**62))}
-    peers = {"eager: log_softmax of all logits": lambda: linear_logps(hidden, weight, targets, body="naive"),
+    peers = {"eager in float32: log_softmax of all logits": lambda: linear_logps(hidden, weight, targets, body="naive"),
              **_peers(hidden, weight, targets)}
     rows = measure({"three bare products": bare, **{name: both(body) for name, body in {**ours, **peers}.items()}}, device, rounds)
     for row in rows:
         body = {**ours, **peers}.get(row["name"])
         if body is not None:
-            with torch.no_grad():
-                out, entropy = body()
+            out, entropy = body()  # (with a gradient to come: without, another kernel would answer)
             row["error"] = worst(out, logps)
             row["entropy error"] = None if entropy is None else worst(entropy, entropies)
             del out, entropy
@@ -207,7 +206,9 @@ def _peers(hidden, weight, targets):
     """{name: body}, of those installed; None in the place of an entropy that they do not give."""
     peers = {}
     if hasattr(F, "linear_cross_entropy"):
-        peers["torch F.linear_cross_entropy"] = lambda: (-F.linear_cross_entropy(hidden, weight, targets, reduction="none"), None)
+        options = torch.nn.LinearCrossEntropyOptions()  # (without, all logits are made)
+        peers["torch F.linear_cross_entropy"] = lambda: (
+            -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options), None)
     try:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -226,7 +227,7 @@ def _peers(hidden, weight, targets):
         from cut_cross_entropy import linear_cross_entropy
 
         peers["cut-cross-entropy, exact"] = lambda: (
-            -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="cce_exact"), None)
+            -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="cce", filter_eps=None), None)
     except ImportError:
         pass
     return peers
@@ -243,8 +244,9 @@ def scoring(n, c, v, device, rounds=20):
         works["minialign, slices in its place"] = lambda: linear_logprob.LinearLogps.apply(hidden, weight, targets, 1.0, True, 0)
     rows = measure(works, device, rounds)
     for row in rows[1:]:
-        out, entropy = works[row["name"]]()[:2]
-        row["error"], row["entropy error"] = worst(out, logps), worst(entropy, entropies)
+        if row["name"] in works:  # it did not fail
+            out, entropy = works[row["name"]]()[:2]
+            row["error"], row["entropy error"] = worst(out, logps), worst(entropy, entropies)
     return rows
 
 
@@ -308,7 +310,8 @@ def decoding(size, batch, position, device, rounds=20, new=64, peer=True):
     cached = 2 * config.n_layer * batch * position * config.n_kv_head * config.head_dim * 2
     floor = 1e3 * (weights + cached) / bandwidth(device)
     (row,) = measure({"minialign, a recorded step and its logits": once}, device, rounds)
-    row |= {"ratio": row["ms"] / floor, "least": None, "most": None, "tokens/s": 1e3 * batch / row["ms"]}
+    if "ms" in row:
+        row |= {"ratio": row["ms"] / floor, "least": None, "most": None, "tokens/s": 1e3 * batch / row["ms"]}
     rows = [{"name": f"reading {weights / 2**30:.1f} GiB of weights, {cached / 2**30:.1f} of cache", "ratio": 1.0, "ms": floor,
              "tokens/s": 1e3 * batch / floor}, row]
     prompts = torch.randint(config.vocab_size, (batch, 64), generator=torch.Generator().manual_seed(0))

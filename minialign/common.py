@@ -85,6 +85,8 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels and recorded graphs go to the current one
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {name} cannot be used here ({reason}); use cpu, or auto to take what there is") from None

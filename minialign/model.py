@@ -191,8 +191,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, 
 class Attention(nn.Module):
     """Causal attention of H query heads over KV key-value heads, H/KV queries to a key.
 
-    forward: x (B, T, C); rotary (cos, sin) or None; mask (B, 1, T, S), 0 or −∞, or None for plain causal; with a cache the positions
-    (B, T) that the new keys take and the span S of cached positions to look at. Returns (B, T, C).
+    forward: x (B, T, C); rotary (cos, sin) or None; mask of GPT.mask, or None for plain causal; with a cache the positions (B, T)
+    that the new keys take and the span S of cached positions to look at. Returns (B, T, C).
     """
 
     def __init__(self, config, layer):
@@ -219,7 +219,7 @@ class Attention(nn.Module):
         grouped = self.n_kv_head != self.n_head
         if grouped and T == 1:  # the queries that share a key stand where a sequence would, and no key is repeated for them
             q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, KV, H/KV, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, self.n_head, 1, self.head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, self.n_head, 1, self.head_dim)
         else:  # No mask means plain causal: with right padding no real query ever has a padding key before it.
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)  # (B, H, T, D)
         return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
@@ -332,12 +332,17 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def mask(self, positions, span, window, cache, dtype):
-        """Added to the scores, (B, 1, T, S): 0 where a query sees the key, −∞ elsewhere. None for plain causal, without a cache."""
+        """Added to the scores, (B, 1, T, S): 0 where a query sees the key, −∞ elsewhere. None for plain causal, without a cache.
+
+        For T = 1 it is (B, 1, H/KV, S): attention puts the queries that share a key where the sequence would be.
+        """
         if cache is None and (window is None or window >= positions.shape[1]):
             return None
         keys = torch.arange(span, device=positions.device)  # (S,) no row has more positions than this
         back = positions[:, None, :, None] - keys  # (B, 1, T, S) how far back each key lies; negative is the future
         seen = (back >= 0) if window is None else (back >= 0) & (back < window)
+        if positions.shape[1] == 1:
+            seen = seen.expand(-1, -1, self.config.n_head // self.config.n_kv_head, -1)
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
     def with_scalar_head(self, *, reward_read="last", reward_bound=0.0):

@@ -12,6 +12,8 @@ renormalised after top-k or top-p would start training with a ratio below 1 (the
 Checked by tests/test_sample.py: chi-square on an enumerable model, invariance to the batch, equality with token_logps.
 """
 
+import functools
+
 import torch
 
 from minialign.batch import Rollout, collate
@@ -137,17 +139,23 @@ class Step:
         return self.hidden
 
     def record(self, token):
-        self.token, self.graph = token[:, None].clone(), torch.cuda.CUDAGraph()
-        lengths, longest, stream = self.cache.lengths.clone(), self.cache.longest, torch.cuda.Stream()
+        self.token, self.graph, stream = token[:, None].clone(), torch.cuda.CUDAGraph(), recording_stream()
+        lengths, longest = self.cache.lengths.clone(), self.cache.longest
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.policy.hidden(self.token, cache=self.cache)  # once unrecorded: what libraries set up at a first call is no part of a step
         torch.cuda.current_stream().wait_stream(stream)
         self.cache.lengths.copy_(lengths)
         self.cache.longest = longest
-        with torch.cuda.graph(self.graph):  # records, does not run
+        with torch.cuda.graph(self.graph, stream=stream):  # records, does not run
             self.hidden = self.policy.hidden(self.token, cache=self.cache)[:, -1]
         self.cache.longest = longest
+
+
+@functools.cache
+def recording_stream():
+    """One for all recordings: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that it has ever seen."""
+    return torch.cuda.Stream()
 
 
 def check_arguments(config, prompts_ids, max_new, tau, top_k, top_p, n):

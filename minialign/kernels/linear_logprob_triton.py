@@ -75,7 +75,7 @@ def score(hidden, weight, targets, tau, entropy):
     assert hidden.stride(1) == weight.stride(1) == 1, "the channels of a row must lie side by side"
     tiles = triton.cdiv(len(weight), VOCAB)
     size = max(TOKENS, PARTIAL_BYTES // (12 * tiles) // TOKENS * TOKENS)
-    parts = [score_some(*some, weight, tau, entropy) for some in zip(hidden.split(size), targets.split(size), strict=True)]
+    parts = [score_some(h, y, weight, tau, entropy) for h, y in zip(hidden.split(size), targets.contiguous().split(size), strict=True)]
     return Statistics(*(torch.cat(numbers) for numbers in zip(*parts, strict=True)))
 
 

@@ -65,7 +65,8 @@ def fold(logits, places, statistics, tau, entropy):
     assert logits.stride(1) == 1, "the logits of a row must lie side by side"
     if len(logits):
         fold_kernel[(len(logits),)](
-            logits, places, statistics.top, statistics.total, statistics.weighted, statistics.target, logits.stride(0), logits.shape[1],
+            logits, places.contiguous(), statistics.top, statistics.total, statistics.weighted, statistics.target, logits.stride(0),
+            logits.shape[1],
             LOG2E.value / tau, ENTROPY=entropy, BLOCK=FOLD_BLOCK, num_warps=FOLD_WARPS)
 
 
@@ -73,6 +74,7 @@ def to_gradient(logits, places, lse, entropies, g, e, tau):
     assert logits.stride(1) == 1, "the logits of a row must lie side by side"
     if len(logits):
         gradient_kernel[(len(logits), triton.cdiv(logits.shape[1], GRADIENT_BLOCK))](
-            logits, places, lse, entropies, *(lse if x is None else x.to(torch.float32).contiguous() for x in (g, e)), logits.stride(0),
+            logits, places.contiguous(), lse, entropies, *(lse if x is None else x.to(torch.float32).contiguous() for x in (g, e)),
+            logits.stride(0),
             logits.shape[1], LOG2E.value / tau, 1 / tau, HAS_G=g is not None, HAS_E=e is not None, BLOCK=GRADIENT_BLOCK,
             num_warps=GRADIENT_WARPS)

@@ -111,7 +111,9 @@ def value_loss(values, old_values, returns, mask, *, eps):
     old_values, returns = old_values.detach(), returns.detach()
     clipped = old_values + (values - old_values).clamp(-eps, eps)
     loss = 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
-    clip_share = masked_mean(((clipped - returns) ** 2 > (values - returns) ** 2).to(values), mask)
+    # Within ±eps `clipped` may differ from `values` by rounding: that is no clipping.
+    acts = ((values - old_values).abs() > eps) & ((clipped - returns) ** 2 > (values - returns) ** 2)
+    clip_share = masked_mean(acts.to(values), mask)
     return loss, {"value_clip_ratio": clip_share.detach(), "loss/value": loss.detach()}
 
 

@@ -174,7 +174,7 @@ def test_no_row_and_rows_of_any_stride(score):
     hidden, weight, targets, exact = scored(10, 32, 300, torch.float32)
     sparse = torch.zeros(20, 64, device=DEVICE)
     sparse[::2, 8:40] = hidden
-    statistics = score(sparse[::2, 8:40], weight, targets, 1.0, True)
+    statistics = score(sparse[::2, 8:40], weight, torch.stack([targets, targets * 0], dim=1)[:, 0], 1.0, True)
     assert (statistics.target - statistics.lse() - exact(1.0)[0]).abs().max() < 2e-5
     with pytest.raises(AssertionError, match="side by side"):
         score(hidden.T.contiguous().T, weight, targets, 1.0, True)

@@ -129,6 +129,14 @@ def test_rows_of_any_stride(body):
             folded(torch.zeros(4, 6, device=DEVICE).T, torch.zeros(6, dtype=torch.long, device=DEVICE), 1.0, 4)
 
 
+def test_targets_of_any_stride(body):
+    """One column of a table of targets."""
+    logits, targets = logits_of(5, 300, torch.float32)
+    table = torch.stack([targets, torch.zeros_like(targets)], dim=1)
+    logps, _, lse = logprob.logprob(logits, table[:, 0])
+    assert (logps - exact(logits, targets, 1.0)[0]).abs().max() < 2e-5
+
+
 def test_no_rows_at_all(body):
     logits, targets = torch.zeros(0, 9, device=DEVICE, requires_grad=True), torch.zeros(0, dtype=torch.long, device=DEVICE)
     logps, entropies, lse = logprob.logprob(logits, targets)

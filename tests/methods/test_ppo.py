@@ -200,3 +200,10 @@ def test_value_model_from_a_reward_model(small, tmp_path):
     module, cfg = small("ppo", steps=2, value=cfg.policy)
     with pytest.raises(BadInput, match="--value .*expected a reward model"):
         module.main(cfg)
+
+
+def test_a_value_within_eps_is_not_clipped_by_rounding():
+    """1000 old and new values within ±.1, eps .2: old + (value − old) is off by a unit of the last place here and there."""
+    old, values, returns = torch.rand(3, 1, 1000, generator=torch.Generator().manual_seed(0)) * 0.2 - 0.1
+    assert ((old + (values - old) - returns) ** 2 > (values - returns) ** 2).any()  # what must not be counted
+    assert ppo.value_loss(values, old, returns, torch.ones(1, 1000).bool(), eps=0.2)[1]["value_clip_ratio"] == 0

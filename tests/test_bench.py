@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +154,24 @@ def test_a_body_that_fails_says_so_and_stands_aside():
 def test_without_a_card_the_gpu_bench_is_one_sentence(tmp_path):
     with pytest.raises(BadInput, match="no CUDA card"):
         bench.main(Config(gpu=True, out=str(tmp_path / "bench.json")))
+
+
+def test_the_page_of_results_has_the_numbers_of_the_file():
+    """docs/RESULTS.md against docs/bench_cpu.json: every ratio of every table, in the order of the file."""
+    root = Path(__file__).parents[1]
+    tables = json.loads((root / "docs" / "bench_cpu.json").read_text(encoding="utf-8"))["tables"]
+    page = (root / "docs" / "RESULTS.md").read_text(encoding="utf-8").split("## Speed and memory, on a CPU")[1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    by_kind = {title.split(",")[0].split(" ")[0]: rows for title, rows in tables.items()}
+    with_entropy = {row["name"]: row for row in next(rows for title, rows in tables.items() if title.startswith("log-prob and"))}
+    for row, line in zip(next(rows for title, rows in tables.items() if title.startswith("log-prob,")), cells[2:], strict=False):
+        assert line[1].split(" ")[0] == f"{row['ratio']:.2f}" and line[2] == f"{row['memory']:.2f}", line
+        if row["name"] in with_entropy:
+            other = with_entropy[row["name"]]
+            assert line[3].split(" ")[0] == f"{other['ratio']:.2f}" and line[4] == f"{other['memory']:.2f}", line
+    groups = [rows[i : i + 3] for key in ("16", "an") for rows in [by_kind[key]] for i in range(0, len(rows), 3)]
+    lines = cells[-len(groups) :]
+    for (peer, ours, floor), line in zip(groups, lines, strict=True):
+        assert line[1].split(" ")[1] == f"{peer['seconds']:.2f}" and line[2:] == [f"{ours['ratio']:.2f}", f"{floor['ratio']:.2f}"], line
+    late = next(rows for title, rows in tables.items() if title.startswith("a token late"))
+    assert all(f"{row['ratio']:.2f}" in page for row in late[1::2])

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import zlib
 from dataclasses import dataclass
@@ -125,8 +126,9 @@ def _decode(path, content):
 
 def _records(path):
     """Yield (where, value, fault): a row's place 'path:line', its JSON value, or why it has none."""
-    if not os.path.exists(path) and str(path).count("/") == 1 and not Path(path).suffix:
-        yield from _hub_records(str(path))
+    name, _, split = (str(path), "", "") if os.path.exists(path) else str(path).partition(":")
+    if os.path.isdir(name) or name.endswith(".parquet") or not os.path.exists(name) and HUB_NAME.fullmatch(name) and not Path(name).suffix:
+        yield from _hub_records(name, split or "train")
         return
     content = _bytes(path)
     if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":  # one JSON list of rows
@@ -145,16 +147,26 @@ def _records(path):
                 yield f"{path}:{number}", None, f"not a line of JSON ({error})"
 
 
-def _hub_records(name):
-    """The train split of a data set on the hub, through the optional package `datasets`."""
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")  # owner/name, or owner/name/configuration
+
+
+def _hub_records(name, split):
+    """One split of a data set on the hub, of a folder in its layout, or of a parquet file, through the optional package `datasets`."""
+    here = os.path.exists(name)
     try:
         from datasets import load_dataset
     except ImportError:
-        raise BadInput(f"{name}: no such file; to read it as a data set of the hub, first `pip install datasets`") from None
+        what = "it is read by the package `datasets`" if here else "no such file; to read it as a data set of the hub"
+        raise BadInput(f"{name}: {what}, first `pip install datasets`") from None
     try:
-        rows = load_dataset(name, split="train")
-    except Exception as error:  # network, name, gate: the library's own sentence says which
-        raise BadInput(f"{name}: no such file, and the hub could not deliver it ({first_line(error)})") from None
+        if name.endswith(".parquet"):
+            rows = load_dataset("parquet", data_files=name, split=split)
+        else:
+            owner_and_name, configuration = (name, None) if here else ("/".join(name.split("/")[:2]), (name.split("/") + [None])[2])
+            rows = load_dataset(owner_and_name, configuration, split=split)
+    except Exception as error:  # network, name, gate, split: the library's own sentence says which
+        what = "`datasets` cannot read it" if here else "no such file, and the hub could not deliver it"
+        raise BadInput(f"{name}: {what} ({first_line(error)}); another split is chosen by {name}:SPLIT") from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}: row {number}", row, None
 
@@ -215,7 +227,8 @@ def _split_conversations(chosen, rejected):
 def _pair(row):
     if {"chosen", "rejected"} <= row.keys():
         _check(row, "chosen", "rejected")
-        if row.get("prompt") is not None:
+        whole = all(isinstance(row[key], list) and len(row[key]) > 1 for key in ("chosen", "rejected"))  # UltraFeedback repeats its prompt
+        if row.get("prompt") is not None and not whole:
             _check(row, "prompt")
             return Pair(row["prompt"], _answer(row["chosen"]), _answer(row["rejected"]))
         return Pair(*_split_conversations(row["chosen"], row["rejected"]))

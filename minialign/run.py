@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import signal
@@ -162,9 +163,9 @@ class Run:
 
     def same_input(self, kind, path):
         """On the first start record the sha256 of a file (or of a model folder's weights); when resuming, refuse changed ones."""
-        path = Path(path)
+        path = Path(path if os.path.exists(path) else str(path).partition(":")[0])  # FOLDER:SPLIT
         if path.is_dir():
-            files = sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+            files = sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.rglob("*.parquet")])
         else:
             files = [path] if path.is_file() else []  # 'builtin' and names of the hub have no file
         digest = hashlib.sha256("".join(checkpoint.sha256(file) for file in files).encode()).hexdigest()

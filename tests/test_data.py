@@ -355,8 +355,9 @@ def test_files_that_hold_no_rows(write, tmp_path):
         read_demonstrations(write([{"a": 1}]), skip_bad=True)
     with pytest.raises(BadInput, match=r"none.jsonl: cannot be read \(No such file or directory\)"):
         read_demonstrations(tmp_path / "none.jsonl")
-    with pytest.raises(BadInput, match=r": cannot be read \("):
-        read_demonstrations(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="empty: (`datasets` cannot read it|it is read by the package `datasets`)"):
+        read_demonstrations(tmp_path / "empty")
 
 
 def test_a_hub_name_needs_datasets(monkeypatch):
@@ -370,19 +371,84 @@ def test_a_hub_name_needs_datasets(monkeypatch):
 def test_a_hub_name_through_datasets(monkeypatch):
     """A stand-in for the library: its rows are read, its error is quoted, whatever that says."""
     fake = types.ModuleType("datasets")
-    fake.load_dataset = lambda name, split: [GOOD, GOOD] if (name, split) == ("some/dataset", "train") else None
+    known = {("some/dataset", None, "train"): [GOOD, GOOD], ("some/dataset", "main", "test"): [GOOD]}
+    fake.load_dataset = lambda name, configuration, split: known[name, configuration, split]
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert read_demonstrations("some/dataset") == [Demo("p", "c")] * 2
+    assert read_demonstrations("some/dataset/main:test") == [Demo("p", "c")]
     with pytest.raises(BadInput, match="some/dataset: row 1: found the keys"):
         read_preferences("some/dataset")
     for words, message in (("No route to host\nTraceback …", r"could not deliver it \(No route to host\)"), ("", "could not deliver it")):
 
-        def fail(name, split, words=words):
+        def fail(name, configuration, split, words=words):
             raise ConnectionError(words)
 
         fake.load_dataset = fail
         with pytest.raises(BadInput, match=message):
             read_demonstrations("some/dataset")
+
+
+ASKED, SAID, REFUSED = ({"role": role, "content": text} for role, text in (("user", "why?"), ("assistant", "so."), ("assistant", "no.")))
+HUB = {  # data set: (split, a row with the columns that it has on the hub)
+    "ultrachat_200k": ("train_sft", {"prompt": "why?", "prompt_id": "1", "messages": [ASKED, SAID]}),
+    "ultrafeedback_binarized": ("train_prefs", {
+        "prompt": "why?", "prompt_id": "1", "chosen": [ASKED, SAID], "rejected": [ASKED, REFUSED], "messages": [ASKED, SAID],
+        "score_chosen": 8.0, "score_rejected": 5.5}),
+    "tldr": ("train", {"prompt": "SUBREDDIT: r/x TL;DR:", "completion": " short"}),
+    "hh-rlhf": ("train", {"chosen": "\n\nHuman: why?\n\nAssistant: so.", "rejected": "\n\nHuman: why?\n\nAssistant: no."}),
+    "gsm8k": ("train", {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"}),
+}
+
+
+@pytest.fixture
+def hub_copy(tmp_path, monkeypatch):
+    """hub_copy(name) -> a folder as the hub has it, of two rows in parquet, its split named in the file."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def make(name):
+        split, row = HUB[name]
+        folder = tmp_path / name
+        (folder / "data").mkdir(parents=True)
+        datasets.Dataset.from_list([row, row]).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+        return folder, split
+
+    return make
+
+
+def test_the_papers_data_sets_as_the_hub_has_them(hub_copy):
+    """Columns, messages and split names of the five, through parquet and the library."""
+    folder, split = hub_copy("ultrachat_200k")
+    assert read_demonstrations(f"{folder}:{split}") == [Demo([ASKED], "so.")] * 2 and read_prompts(f"{folder}:{split}") == ["why?"] * 2
+    folder, split = hub_copy("ultrafeedback_binarized")
+    assert read_preferences(f"{folder}:{split}") == [Pair([ASKED], "so.", "no.")] * 2
+    assert read_demonstrations(f"{folder}:{split}") == [Demo([ASKED], "so.")] * 2
+    folder, _ = hub_copy("tldr")
+    assert read_demonstrations(folder) == [Demo("SUBREDDIT: r/x TL;DR:", " short")] * 2
+    folder, _ = hub_copy("hh-rlhf")
+    assert read_preferences(folder) == [Pair("\n\nHuman: why?\n\nAssistant: ", "so.", "no.")] * 2
+    folder, _ = hub_copy("gsm8k")
+    assert read_demonstrations(folder / "data" / "train-00000-of-00001.parquet")[0].completion.endswith("#### 2")
+
+
+def test_a_run_on_a_folder_of_parquet_refuses_to_resume_on_another(hub_copy, small):
+    """A run on TL;DR's columns; another row in the file, and --resume says that it has changed."""
+    import datasets
+
+    folder, split = hub_copy("tldr")
+    file, rows = folder / "data" / f"{split}-00000-of-00001.parquet", [{"prompt": "ask for tea: ", "completion": "tea, please."}] * 2
+    datasets.Dataset.from_list(rows).to_parquet(file)
+    module, cfg = small("sft", demos=f"{folder}:{split}", steps=1, held_out=0.0)
+    module.main(cfg)
+    datasets.Dataset.from_list(rows[:1]).to_parquet(file)
+    with pytest.raises(BadInput, match="has changed since this run began"):
+        module.main(module.Config(resume=cfg.out))
+
+
+def test_a_split_that_is_not_there_is_named(hub_copy):
+    folder, _ = hub_copy("ultrachat_200k")
+    with pytest.raises(BadInput, match="train_sft.*:SPLIT"):
+        read_demonstrations(folder)
 
 
 # --------------------------------------------------------------------------------------------------------------- fuzz

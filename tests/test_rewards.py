@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from minialign import checkpoint, rewards, run
 from minialign.batch import Rollout, collate
 from minialign.common import BadInput, read_rows
-from minialign.data import Demo, builtin_tokenizer
+from minialign.data import Demo, builtin_tokenizer, encode_completion, encode_prompt
 from minialign.model import GPT, GPTConfig
 from minialign.rewards import (
     GSM8K_FORMAT,
@@ -1320,3 +1320,31 @@ def test_rollout_stats():
     }
     assert stats == pytest.approx(expected, abs=1e-6)
     assert "frac_reward_zero_std" not in rollout_stats(rewards, answers, logps)
+
+
+# ------------------------------------------------------------------------------------------------ other people's reward models
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "GPTNeoX", "GPT2"])
+def test_a_classifier_that_transformers_saved_is_a_reward(family, tmp_path):
+    """A sequence classifier with one label, made and saved by transformers, its tokenizer beside it, named by --reward: each completion's
+    number is transformers' own logit for prompt, completion and EOS, to 1e-5."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizer = builtin_tokenizer()
+    size = dict(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
+    size |= dict(intermediate_size=48) if family != "GPT2" else {}
+    size |= dict(num_key_value_heads=2) if family in ("Llama", "Mistral", "Qwen2") else {}
+    config = getattr(transformers, f"{family}Config")(**size, num_labels=1, pad_token_id=tokenizer.pad_id, bos_token_id=None,
+                                                      eos_token_id=tokenizer.eos_id)
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    prompts, completions = ["ask for tea: ", "ask for bread: "], ["i would like tea if you can.", "bread."]
+    found = open_reward([str(tmp_path)])(prompts, completions)
+    for x, y, number in zip(prompts, completions, found, strict=True):
+        ids = [*encode_prompt(tokenizer, x), *encode_completion(tokenizer, y)]
+        with torch.no_grad():
+            trunk = theirs.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+        assert abs(float(theirs.score(trunk)) - float(number)) < 1e-5
+    assert found[0] != found[1]

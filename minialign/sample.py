@@ -18,6 +18,7 @@ import torch
 
 from minialign.batch import Rollout, collate
 from minialign.common import BadInput, derive_seed
+from minialign.kernels.decode import Decoder
 from minialign.kernels.linear_logprob import logits_of
 from minialign.model import KVCache
 
@@ -77,7 +78,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     cache = KVCache(config, len(distinct), longest + max_new, device=device, dtype=policy.head_weight.dtype)
     hidden = policy.hidden(padded, cache=cache, lengths=lengths)  # (distinct, longest, C)
     hidden = hidden[torch.arange(len(distinct), device=device), lengths - 1][source]  # (B, C)
-    step = Step(policy, cache.select(source))
+    step = stepper(policy, cache.select(source))
 
     present = torch.arange(len(rows), device=device)  # (A,) the rows still in the batch
     tokens = torch.zeros(len(rows), max_new, dtype=torch.long, device=device)
@@ -103,7 +104,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
             if not len(going):
                 break
             if len(going) <= 3 / 4 * len(present):  # finished rows leave together: each time costs a copy of the cache
-                present, token, step = present[going], token[going], Step(policy, step.cache.select(going))
+                present, token, step = present[going], token[going], stepper(policy, step.cache.select(going))
         if t + 1 == max_new:
             break
         hidden = step(token)  # (A, C)
@@ -116,8 +117,15 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, new_lengths, finished, completions)
 
 
+def stepper(policy, cache):
+    """A function of tokens (A,) that continue the rows of a cache -> hidden states (A, C). (In bfloat16 attention's own kernel keeps its
+    sums in float32; kernels/decode.py would not.)"""
+    wide = policy.head_weight.dtype in (torch.float32, torch.float64)
+    return Decoder(policy, cache) if wide and policy.head_weight.device.type == "cpu" else Step(policy, cache)
+
+
 class Step:
-    """Tokens (A,) that continue the rows of a cache -> hidden states (A, C). On CUDA the next step writes over them.
+    """The model as it is. On CUDA the next step writes over the hidden states of this one.
 
     There a step is recorded as a graph and replayed: one launch in the place of some thirty a layer, which is most of a step's time while
     a batch is small. A recording holds for one span of the cache, so one is made every 64 tokens.

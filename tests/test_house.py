@@ -60,7 +60,7 @@ def test_nothing_heavy_or_foreign_is_imported_by_a_run(small):
 def test_imports_run_one_way():
     leaves = {"common": set(), "batch": {"common"}, "kl": set(), "model": {"common"}, "tokenizer": {"common"}, "checkpoint": {"common"},
               "logps": {"kernels"}, "kernels/linear_logprob": {"kernels"}, "kernels/logprob": {"kernels"}, "kernels/logprob_triton": set(),
-              "kernels/linear_logprob_triton": {"kernels"},
+              "kernels/linear_logprob_triton": {"kernels"}, "kernels/decode": {"model"},
               "data": {"batch", "common", "tokenizer"},
               "rewards": {"batch", "common", "data", "kl", "tokenizer", "weights"}, "sample": {"batch", "common", "kernels", "model"},
               "weights": {"common", "model", "tokenizer"}, "lora": {"common", "weights"}}

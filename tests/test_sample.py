@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from minialign.common import BadInput
+from minialign.kernels.decode import Decoder
 from minialign.logps import token_logps
 from minialign.model import GPT, GPTConfig, KVCache
-from minialign.sample import draw, keep_top_k, keep_top_p, sample
+from minialign.sample import Step, draw, keep_top_k, keep_top_p, sample
 from tests.enumerable import EOS, MAX_NEW, N_CONTENT, PROMPTS, all_completions, tiny_gpt
 
 FAMILIES = {
@@ -304,8 +305,9 @@ def test_one_prefill_a_prompt_and_finished_rows_leave(monkeypatch):
     """What goes through the model: the distinct prompts once, then one token a row, step by step. Rows that have said EOS leave once they
     are a quarter of the batch, so at most a third more rows are fed than are alive, and none when all have ended."""
     policy, fed = tiny_gpt(), []
-    hidden = GPT.hidden
+    hidden, decode = GPT.hidden, Decoder.__call__
     monkeypatch.setattr(GPT, "hidden", lambda self, inputs, **kw: fed.append(tuple(inputs.shape)) or hidden(self, inputs, **kw))
+    monkeypatch.setattr(Decoder, "__call__", lambda self, tokens: fed.append((len(tokens), 1)) or decode(self, tokens))
     rollout = run(policy, [[0], [2, 0, 1], [0]], n=20, max_new=6)
     lengths = [len(completion) for completion in rollout.completions]
     finished = rollout.finished.tolist()
@@ -407,6 +409,7 @@ def test_looking_at_more_positions_than_are_written_changes_nothing(monkeypatch,
     policy = tiny_gpt(dtype=torch.float64, max_len=32, **FAMILIES[family])
     prompts = [*PROMPTS, [0, 1, 2, 3, 3, 2, 1]]
     expected = run(policy, prompts, n=3, max_new=16)
+    monkeypatch.setattr("minialign.sample.stepper", Step)  # the model as it is, which is what a recording records
     monkeypatch.setattr(KVCache, "span", lambda self, end: min(-(-end // 64) * 64, self.keys.shape[3]))
     found = run(policy, prompts, n=3, max_new=16)
     assert found.completions == expected.completions and (found.old_logps - expected.old_logps).abs().max() < 1e-12

@@ -30,10 +30,9 @@ class Batch:
     def __len__(self):
         return len(self.inputs)
 
-    def split(self, size):
-        """Batches of at most `size` rows, as tensor.split makes them: views, so what is written into one is written into the whole."""
-        starts = range(0, len(self), size)
-        return [type(self)(**{f.name: getattr(self, f.name)[start : start + size] for f in fields(self)}) for start in starts]
+    def __getitem__(self, rows):
+        """A slice of the rows. Tensors are views: what is written into it is written into the whole."""
+        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 @dataclass

@@ -14,7 +14,6 @@ log-prob and entropy. Errors are against float64 on the same bfloat16 inputs.
 Checked by tests/test_bench.py, at small sizes on a CPU.
 """
 
-import math
 import statistics
 import tempfile
 import time
@@ -360,5 +359,4 @@ def training(size, rows, length, device, rounds=5):
         return [row]
     row |= {"ratio": row["ms"] / floor, "least": None, "most": None, "tokens/s": 1e3 * rows * length / row["ms"],
             "share of the rate": floor / row["ms"]}
-    assert math.isfinite(row["ratio"])
     return [{"name": "6 flops a parameter and token", "ratio": 1.0, "ms": floor, "tokens/s": 1e3 * rows * length / floor}, row]

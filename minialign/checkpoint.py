@@ -6,6 +6,9 @@
                                state.json          the step, plain numbers, the optimizers' settings, versions and threads
                                manifest.json       size and sha256 of each file above
 
+Under torchrun each process writes its slices of model and optim, into shard-….safetensors (torch.distributed.checkpoint, in the layout of
+Hugging Face); a run may go on with another number of processes, also with one.
+
 Written into a folder beside it, each file flushed to disk, then renamed in one step: the name step_000100 exists only whole.
 Reading takes the newest folder whose manifest holds, and says so when it had to step back. No pickle anywhere.
 
@@ -25,9 +28,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from minialign import parallel
 from minialign.common import BadInput, write_atomic
 
-FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json")
 RETRY_SECONDS = (1, 4, 16)  # a network disk that stumbles must not end a run of days
 
 
@@ -39,7 +42,7 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
     folder = Path(run_folder) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:06d}"
-    temporary = folder / f"{final.name}.tmp-{os.getpid()}"
+    temporary = folder / f"{final.name}.tmp-{parallel.on_main(os.getpid)}"
     for attempt, pause in enumerate((*RETRY_SECONDS, None), start=1):
         try:
             _write(temporary, final, step, modules, optimizers, state)
@@ -55,7 +58,7 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
             print(f"writing {final} failed ({error}); try {attempt + 1} in {pause} s", file=sys.stderr)
             time.sleep(pause)
     write_atomic(folder / "latest", final.name + "\n")
-    prune(folder, step, keep)
+    parallel.on_main(prune, folder, step, keep)
     return final
 
 
@@ -68,36 +71,51 @@ def parameters_of(modules):
     return dict(found.values())
 
 
-def _write(temporary, final, step, modules, optimizers, state):
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters_of(modules).items()}
-    save_file(tensors, temporary / "model.safetensors")
-
-    tensors, settings = {}, {}
+def tensors_of(modules, optimizers):
+    """({'policy.blocks.0…': tensor}, {'optimizer.0.exp_avg': tensor}, the optimizers' settings and numbers): what a checkpoint holds."""
+    weights = {name: parameter.detach() for name, parameter in parameters_of(modules).items()}
+    moments, settings = {}, {}
     for name, optimizer in optimizers.items():
         packed = optimizer.state_dict()
         settings[name] = {"param_groups": packed["param_groups"], "numbers": {}}
         for index, values in packed["state"].items():
             for key, value in values.items():
                 if torch.is_tensor(value):
-                    tensors[f"{name}.{index}.{key}"] = value.detach().cpu().contiguous()
+                    moments[f"{name}.{index}.{key}"] = value.detach()
                 else:
                     settings[name]["numbers"][f"{index}.{key}"] = value
-    save_file(tensors, temporary / "optim.safetensors")
+    return weights, moments, settings
 
+
+def _write(temporary, final, step, modules, optimizers, state):
+    weights, moments, settings = tensors_of(modules, optimizers)
+    parallel.on_main(_empty, temporary)
+    if parallel.started():
+        parallel.save_slices({**weights, **moments}, temporary)
+    else:
+        for name, tensors in (("model", weights), ("optim", moments)):
+            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
+    record = {"step": step, "optimizers": settings, "torch": torch.__version__, "threads": torch.get_num_threads(),
+              "processes": parallel.world(), **state}
+    parallel.on_main(_finish, temporary, final, record)
+
+
+def _empty(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def _finish(temporary, final, record):
+    """What one process writes: generators, plain values, the manifest; then the name."""
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         generators |= {f"cuda.{i}": rng for i, rng in enumerate(torch.cuda.get_rng_state_all())}
     save_file(generators, temporary / "rng.safetensors")
-
-    record = {"step": step, "optimizers": settings, "torch": torch.__version__, "threads": torch.get_num_threads(), **state}
     (temporary / "state.json").write_text(json.dumps(record), encoding="utf-8")
     manifest = {}
-    for name in FILES:
-        path = temporary / name
+    for path in sorted(temporary.iterdir()):
         flush_to_disk(path)
-        manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        manifest[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     flush_to_disk(temporary / "manifest.json")
     flush_to_disk(temporary)
@@ -126,7 +144,7 @@ def fault(folder):
     """Why a checkpoint folder cannot be trusted, in words; None if it can."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name in FILES:
+        for name in {*manifest, "rng.safetensors", "state.json"}:
             path = folder / name
             if path.stat().st_size != manifest[name]["bytes"] or sha256(path) != manifest[name]["sha256"]:
                 return f"{name} does not match its sha256"
@@ -148,26 +166,36 @@ def newest_checkpoint(run_folder):
 
 def load_checkpoint(folder, modules, optimizers):
     """Restore what save_checkpoint stored, in place; returns state.json as a dict. The folder is one that newest_checkpoint returned."""
-    tensors = load_file(folder / "model.safetensors")
-    for name, parameter in parameters_of(modules).items():
-        stored = tensors.pop(name, None)
-        if stored is None or stored.shape != parameter.shape:
-            raise BadInput(f"{folder}: holds no {name} of shape {tuple(parameter.shape)}: it is of another model")
-        with torch.no_grad():
-            parameter.copy_(stored)
-    if tensors:
-        raise BadInput(f"{folder}: holds {sorted(tensors)[0]}, which this run does not have: it is of another method or model")
-
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "optim.safetensors")
+    whole = None
+    if not parallel.started() and (folder / "model.safetensors").is_file():
+        whole = load_file(folder / "model.safetensors") | load_file(folder / "optim.safetensors")
+    sizes = parallel.stored_sizes(folder) if whole is None else {name: tensor.shape for name, tensor in whole.items()}
+    targets = {name: parameter.detach() for name, parameter in parameters_of(modules).items()}
+    for name, parameter in targets.items():
+        if sizes.get(name) != parameter.shape:
+            raise BadInput(f"{folder}: holds no {name} of shape {tuple(parameter.shape)}: it is of another model")
+    packed = {name: {"param_groups": state["optimizers"][name]["param_groups"], "state": {}} for name in optimizers}
     for name, optimizer in optimizers.items():
-        packed = {"param_groups": state["optimizers"][name]["param_groups"], "state": {}}
-        values = {key: value for key, value in state["optimizers"][name]["numbers"].items()}
-        values |= {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        values = dict(state["optimizers"][name]["numbers"])
+        for key, size in sizes.items():
+            if key.startswith(f"{name}."):  # a moment is sliced as its parameter is
+                like = parameters[int(key.split(".")[1])]
+                targets[key] = values[key.removeprefix(f"{name}.")] = (
+                    torch.zeros_like(like) if size == like.shape else torch.zeros(size, device=like.device)
+                )
         for key, value in values.items():
             index, field = key.split(".", 1)
-            packed["state"].setdefault(int(index), {})[field] = value
-        optimizer.load_state_dict(packed)
+            packed[name]["state"].setdefault(int(index), {})[field] = value
+    if unknown := sizes.keys() - targets.keys():
+        raise BadInput(f"{folder}: holds {sorted(unknown)[0]}, which this run does not have: it is of another method or model")
+    if whole is None:
+        parallel.load_slices(targets, folder)
+    for name, tensor in (whole or {}).items():
+        targets[name].copy_(tensor)
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(packed[name])
 
     generators = load_file(folder / "rng.safetensors")
     torch.set_rng_state(generators["cpu"])

@@ -1,6 +1,6 @@
 """The boring page: one error class, seeds, device and dtype, the learning rate, atomic files, metric rows, flags from a Config.
 
-Nothing here is about alignment. It imports nothing of ours.
+Nothing here is about alignment. It imports nothing of ours but parallel.py, which imports nothing.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import typing
 from pathlib import Path
 
 import torch
+
+from minialign import parallel
 
 
 class BadInput(ValueError):
@@ -50,9 +52,23 @@ def batch_rows(n_rows, batch_size, step, seed):
 
 
 def split_micro(rows, micro_batch):
-    """Cut one batch of rows into micro-batches of at most `micro_batch` rows; 0 means the whole batch at once."""
+    """Cut one batch of rows (a list, a range, a tensor, a Batch) into micro-batches of at most `micro_batch` rows; 0 is all at once.
+
+    Slices of tensors are views: what is written into one is written into the whole. Under torchrun: those of this process.
+    """
+    assert len(rows) % parallel.world() == 0, (len(rows), parallel.world())
+    rows = parallel.share(rows)
     size = micro_batch or len(rows)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+@torch.no_grad()
+def in_micro(function, rows, micro_batch):
+    """function of each micro-batch, (rows of it, …), put together to that of the whole batch, without gradients."""
+    if len(rows) % parallel.world():  # held-out rows come in any number: then every process does all of them
+        size = micro_batch or len(rows)
+        return torch.cat([function(rows[i : i + size]) for i in range(0, len(rows), size)])
+    return parallel.gather_rows(torch.cat([function(micro) for micro in split_micro(rows, micro_batch)]))
 
 
 def lr_at(step, *, lr, steps, warmup=0.0, schedule="cosine"):
@@ -80,10 +96,10 @@ def set_lr(optimizer, lr):
 
 def pick_device(name):
     """'auto' takes a CUDA device if there is one, else the CPU. Apple's mps is used only when asked for by name."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", parallel.local_rank())
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # kernels and recorded graphs go to the current one
@@ -105,6 +121,8 @@ def pick_dtype(name):
 
 def write_atomic(path, text):
     """Write text so that `path` holds either the old content or the whole new one, whenever the process dies."""
+    if not parallel.is_main():
+        return
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # same folder: a rename across devices would fail
     with open(temporary, "w", encoding="utf-8") as file:
@@ -131,6 +149,8 @@ def read_rows(path):
 
 
 def append_row(path, row):
+    if not parallel.is_main():
+        return
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
@@ -193,7 +213,11 @@ class Mean:
             self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def result(self):
-        return {name: self.sums[name] / self.weights[name] for name in self.sums}
+        """{name: mean} of what was added, here and in the other processes."""
+        parts = parallel.gather((self.sums, self.weights))
+        names = dict.fromkeys(name for sums, _ in parts for name in sums)
+        sums, weights = ({name: sum(part[i].get(name, 0.0) for part in parts) for name in names} for i in (0, 1))
+        return {name: sums[name] / weights[name] for name in names}
 
 
 # ----------------------------------------------------------------------------------------------- a command line from a Config

@@ -80,7 +80,8 @@ def replace(model, name, make):
 
 
 def frozen_copy(model):
-    """A copy that will not be trained. What is frozen already is shared, not copied: of a model with adapters only the adapters are."""
+    """A copy that will not be trained. What is frozen already is shared, not copied: of a model with adapters only the adapters are (and
+    nothing of one that is frozen as a whole: a copy of that changes with it)."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False)
 
@@ -120,27 +121,28 @@ def packed(config):
 
 def save_adapter(model, folder, base=""):
     """Write the adapters as a PEFT folder; `base`: the name or folder of the model they belong to. adapter_config.json comes last."""
-    found, tensors, ranks, scale = adapters(model), {}, {}, None
+    found, tensors, ranks, scales = adapters(model), {}, {}, {}
     for theirs, ours, (pack, _) in packed(model.config):
         mine = [found.get(name) for name in ours]
         if not any(mine):
             continue
         ranks[theirs] = rank = sum(len(adapter.lora_A) for adapter in mine if adapter)
-        scale, blocks, start = next(adapter.scale for adapter in mine if adapter), [], 0
+        scales[theirs] = scale = next(adapter.scale for adapter in mine if adapter)
+        blocks, start = [], 0
         for name, adapter in zip(ours, mine, strict=True):
             block = torch.zeros(model.get_submodule(name).out_features, rank, dtype=model.head_weight.dtype)
             if adapter:
-                block[:, start : start + len(adapter.lora_A)] = adapter.lora_B.detach().cpu()
+                block[:, start : start + len(adapter.lora_A)] = adapter.lora_B.detach().cpu() * (adapter.scale / scale)
                 start += len(adapter.lora_A)
             blocks.append(block)
         tensors[f"{PREFIX}{theirs}.lora_A.weight"] = torch.cat([adapter.lora_A.detach().cpu() for adapter in mine if adapter])
         tensors[f"{PREFIX}{theirs}.lora_B.weight"] = pack(blocks).contiguous()
-    least = min(ranks.values())
+    rank, scale = min(ranks.values()), next(iter(scales.values()))
     task = "CAUSAL_LM" if model.config.head == "lm" else "SEQ_CLS"
     config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": str(base), "inference_mode": True,
-              "r": least, "lora_alpha": scale * least, "lora_dropout": 0.0, "bias": "none",
-              "rank_pattern": {name: rank for name, rank in ranks.items() if rank != least},
-              "alpha_pattern": {name: scale * rank for name, rank in ranks.items() if rank != least},
+              "r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0, "bias": "none",
+              "rank_pattern": {name: ranks[name] for name in ranks if ranks[name] != rank},
+              "alpha_pattern": {name: scales[name] * ranks[name] for name in ranks if scales[name] * ranks[name] != scale * rank},
               "target_modules": sorted(ranks), "fan_in_fan_out": model.config.family == "gpt2"}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

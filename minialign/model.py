@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from minialign.common import BadInput
 
@@ -260,6 +261,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.recompute = False  # activation checkpointing: a block's activations are made again in the backward pass, not kept
         self.tok_embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_embed = nn.Embedding(config.max_len, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -300,7 +302,7 @@ class GPT(nn.Module):
         """The residual stream after the final norm, (B, T, C): everything but the head.
 
         inputs   (B, T) token ids, right-padded. What comes out at padding positions is meaningless and influences nothing else.
-        embeds   (B, T, C) used instead of embed(inputs).
+        embeds   (B, T, C) used instead of embed(inputs), or a function that returns them.
         cache    a KVCache: the T tokens continue each row at its own length; keys and values are stored.
         lengths  (B,) with a cache: how many of the T tokens are real in each row (default: all T).
         Raises BadInput if a position falls outside the learned table or the cache.
@@ -315,7 +317,8 @@ class GPT(nn.Module):
             if end > limit:
                 raise BadInput(f"{end} positions do not fit {what} {limit}: shorten the rows (--max_len, --max_new)")
 
-        x = self.embed(inputs) if embeds is None else embeds  # (B, T, C)
+        embeds = self.embed(inputs) if embeds is None else embeds
+        x = embeds() if callable(embeds) else embeds  # (B, T, C)
         if self.pos_embed is not None:
             x = x + self.pos_embed(positions)
         rotary = None
@@ -325,7 +328,9 @@ class GPT(nn.Module):
         span = T if cache is None else cache.span(end)
         masks = {window: self.mask(positions, span, window, cache, x.dtype) for window in set(self.config.windows)}
         for block, window in zip(self.blocks, self.config.windows, strict=True):
-            x = block(x, rotary, masks[window], cache, positions, span)
+            context = rotary, masks[window], cache, positions, span
+            again = self.recompute and cache is None and torch.is_grad_enabled()
+            x = checkpoint(block, x, *context, use_reentrant=False) if again else block(x, *context)
         if cache is not None:
             cache.lengths += T if lengths is None else lengths.to(cache.lengths)  # in place: where a recorded step looks for them
             cache.longest = end if lengths is None else int(cache.lengths.max())

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from minialign import parallel
 from minialign.batch import collate
 from minialign.common import BadInput, find_folder, first_line
 from minialign.data import encode_completion, encode_prompt, gold_reward, plain_text, read_demonstrations
@@ -279,6 +280,21 @@ class Overtime(BaseException):  # no Exception: a reward's own `except Exception
 
 
 def ask(reward_fn, prompts, completions, *, limit=60.0):
+    """reward_fn's rewards of a batch, (B,) float32 on the CPU; raises BadReward. Under torchrun each process asks for its share of the
+    rows, and all get all rewards, or all get the error of one. limit: seconds it may take, as ask_here says."""
+    prompts, completions, own = parallel.share(prompts), parallel.share(completions), None
+    try:
+        own = ask_here(reward_fn, prompts, completions, limit) if len(prompts) else torch.zeros(0)
+    except BadReward as error:
+        own = error
+    parts = parallel.gather(own)
+    for part in parts:
+        if isinstance(part, BadReward):
+            raise part
+    return torch.cat(parts)
+
+
+def ask_here(reward_fn, prompts, completions, limit):
     """reward_fn's rewards of a batch, (B,) float32 on the CPU. limit: seconds it may take. It gets copies of both lists.
 
     Raises BadReward when it raises, takes longer, or returns anything but B finite numbers: says what, and which row, found by asking

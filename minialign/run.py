@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minialign import __version__, checkpoint
+from minialign import __version__, checkpoint, parallel
 from minialign.batch import Batch
 from minialign.common import BadInput, append_row, check_config, find_folder, pick_device, pick_dtype, read_json, read_rows, write_atomic
 from minialign.data import builtin_prompts, counts, encode_prompts, read_prompts, split_held_out
@@ -32,6 +32,7 @@ from minialign.kernels.linear_logprob import SLICE_BYTES
 from minialign.kl import k1
 from minialign.logps import best_body, token_logps
 from minialign.lora import adapters, inject, merged, save_adapter
+from minialign.model import GPT
 from minialign.rewards import BadReward, ask, open_reward, reward_folders
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
@@ -49,28 +50,37 @@ class Run:
     """One training run. `cfg` is the run's own Config: the given one, or with cfg.resume the one stored in that folder."""
 
     def __init__(self, method, cfg):
+        parallel.start()
         self.method = method
         self.resuming = bool(cfg.resume)
         if self.resuming:
             self.folder = Path(cfg.resume)
             cfg = self._stored(cfg)
         else:
-            self.folder = Path(cfg.out or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}")
-            if not cfg.out:  # two runs within one second
-                number = 1
-                while self.folder.exists():
-                    number += 1
-                    self.folder = self.folder.with_name(f"{self.folder.name.split('~')[0]}~{number}")
+            self.folder = Path(cfg.out) if cfg.out else parallel.on_main(new_folder, method)
         check_config(cfg)
-        self.cfg, self.device, self.dtype = cfg, pick_device(cfg.device), pick_dtype(cfg.dtype)
+        self.cfg, self.device, mixed = cfg, pick_device(cfg.device), cfg.dtype == "mixed"
+        self.weights_dtype = torch.float32 if mixed else pick_dtype(cfg.dtype)
+        self.dtype = torch.bfloat16 if mixed else self.weights_dtype  # of the forward and backward pass
+        self._check_parallel()
         if not self.resuming:
-            self._create()
+            parallel.on_main(self._create)
         if self.device.type == "mps":
             print("note: Apple's mps device has computed wrong losses in some releases of torch; compare a short run with --device cpu")
         torch.manual_seed(cfg.seed)
         self.modules, self.optimizers = {}, {}
         self.first_step, self.skipped, self.skipped_in_a_row, self.failing, self.stop = 0, 0, 0, None, None
         self.started, self.bar = time.monotonic(), None
+
+    def _check_parallel(self):
+        cfg, unit = self.cfg, parallel.world() * (2 if "rebel" in (self.method, getattr(self.cfg, "policy_step", "")) else 1)
+        if cfg.parallel not in ("fsdp", "ddp"):
+            raise BadInput(f"--parallel {cfg.parallel}: must be fsdp or ddp")
+        if self.weights_dtype != self.dtype and not parallel.started():
+            raise BadInput(f"--dtype mixed: is FSDP2's; start the run by `torchrun --nproc_per_node 1 -m minialign {self.method} …`")
+        if cfg.batch_size % unit:
+            raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of {unit}, so that each of {parallel.world()} processes has "
+                           "an equal part")
 
     def _stored(self, cfg):
         """The Config of the run that is resumed. Other flags beside --resume would break the promise of an equal continuation."""
@@ -116,7 +126,8 @@ class Run:
         """(policy, tokenizer) from `builtin`, a folder or a hub name, on the run's device."""
         path = find_folder(builtin_base() if name == "builtin" else name)
         self.same_input("policy", path)
-        policy = load_pretrained(path, dtype=self.dtype, device=self.device)
+        policy = load_pretrained(path, dtype=self.weights_dtype, device=self.device)
+        policy.recompute = self.cfg.activation_checkpointing
         tokenizer = load_tokenizer(path)
         fit_vocabulary(policy, tokenizer, path)
         if self.cfg.lora:
@@ -154,7 +165,8 @@ class Run:
             return policy.with_scalar_head()
         path = find_folder(name)
         self.same_input("value", path)
-        value_model = load_pretrained(path, dtype=self.dtype, device=self.device)
+        value_model = load_pretrained(path, dtype=self.weights_dtype, device=self.device)
+        value_model.recompute = self.cfg.activation_checkpointing
         if value_model.config.head != "scalar" or load_tokenizer(path).inner.get_vocab() != tokenizer.inner.get_vocab():
             raise BadInput(f"--value {name}: expected a reward model over the policy's own tokens (python -m minialign reward_model)")
         if value_model.config.max_len < policy.config.max_len:
@@ -234,13 +246,15 @@ class Run:
 
     def _sizes(self, models, positions, sampled=0):
         """Print device, dtype and parameters; returns the peak memory in MB, with a word if that is more than there is."""
+        for model in models.values():  # those that no checkpoint holds
+            self._shard(model)
         needed = peak_memory(self, models, positions, sampled)
         sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
         head = next(iter(models.values())).config
         body = f", log-probs {best_body(rows_at_once(self.cfg) * positions, head.vocab_size, self.device)}" if head.head == "lm" else ""
         print(f"{self.method}: {describe_device(self.device)}, {self.cfg.dtype}, parameters: {sizes}{body}")
         if self.device.type == "cuda" and needed * 2**20 > torch.cuda.mem_get_info(self.device)[0]:
-            print("note: the peak is above what the GPU has free; a smaller --micro_batch or shorter rows need less", file=sys.stderr)
+            note("note: the peak is above what the GPU has free; a smaller --micro_batch or shorter rows need less")
         return needed
 
     def _say_folder(self):
@@ -274,9 +288,11 @@ class Run:
             raise BadInput(
                 f"{self.folder}: checkpoints need about {needed:,} bytes and the disk has {free:,} free; make room or name another --out"
             )
+        for module in self.modules.values():
+            self._shard(module, self.optimizers.values())
         if not self.resuming:
             return
-        newest = checkpoint.newest_checkpoint(self.folder)
+        newest = parallel.on_main(checkpoint.newest_checkpoint, self.folder)
         if newest is not None:  # killed before the first one: begin again, it is the same run
             state = checkpoint.load_checkpoint(newest, self.modules, self.optimizers)
             if state["config"] != self._config_hash():
@@ -284,10 +300,16 @@ class Run:
             self.first_step, self.skipped = state["step"], state["skipped"]
             self.skipped_in_a_row, self.failing = state["skipped_in_a_row"], state["failing"]
             if state["torch"] != torch.__version__:
-                print(f"note: written by torch {state['torch']}, continued by {torch.__version__}: equal only to rounding", file=sys.stderr)
+                note(f"note: written by torch {state['torch']}, continued by {torch.__version__}: equal only to rounding")
+        if not parallel.is_main():
+            return
         for name in ("metrics.jsonl", "samples.jsonl"):  # what came after the checkpoint will be done, and logged, again
             rows = [row for row in read_rows(self.folder / name) if row["step"] <= self.first_step]
             write_atomic(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def _shard(self, module, optimizers=()):
+        if isinstance(module, GPT):
+            parallel.shard(module, self.cfg.parallel, self.device.type, self.dtype, optimizers)
 
     def save(self, step):
         state = {"config": self._config_hash(), "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "failing": self.failing}
@@ -309,13 +331,15 @@ class Run:
             handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not in the main thread: signals are somebody else's
             handlers = {}
-        self.bar = tqdm(total=total, initial=self.first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        shown = sys.stderr.isatty() and parallel.is_main()
+        self.bar = tqdm(total=total, initial=self.first_step, unit="step", disable=not shown, dynamic_ncols=True)
         self.started = time.monotonic()
         try:
             for step in range(self.first_step, total):
                 yield step
                 self.bar.update()
                 done = step + 1
+                self.stop = next((stop for stop in parallel.gather(self.stop) if stop is not None), None)  # one was told: all stop
                 if done == total or self.stop is not None or (self.skipped_in_a_row == 0 and done % self.cfg.save_every == 0):
                     self.save(done)
                 if self.stop is not None and done < total:
@@ -326,24 +350,28 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
+    def sum(self, number):
+        """Of all processes' numbers, where there are several: each has its micro-batches' part of a step's loss."""
+        return parallel.total(number)
+
     def finite(self, step, policy, rows, loss, grad_norm, *, of="policy"):
         """True if this step may update the weights. False skips it, says which rows and which gradient; three in a row end the run.
 
         of: whose step it is, where two models take turns: a good one of the reward does not make up for those of a diverged policy.
         """
-        if math.isfinite(float(loss)) and math.isfinite(float(grad_norm)):
+        loss, grad_norm = float(loss), parallel.number(grad_norm)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             if self.failing in (None, of):
                 self.skipped_in_a_row, self.failing = 0, None
             return True
         self._skip()
         self.failing = of
-        bad = next((n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "none")
-        print(f"step {step + 1} skipped: loss {float(loss):g}, grad norm {float(grad_norm):g}, first non-finite gradient: {bad}, "
-              f"rows {rows[:8]}", file=sys.stderr)
+        bad = [n for n, p in policy.named_parameters() if p.grad is not None and not parallel.number(p.grad.isfinite().all())]
+        note(f"step {step + 1} skipped: loss {loss:g}, grad norm {grad_norm:g}, first non-finite gradient: {bad[0] if bad else 'none'}, "
+             f"rows {rows[:8]}")
         if self.skipped_in_a_row == ABORT_AFTER:
-            names = [n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            dump = {"step": step + 1, "rows": list(rows), "loss": repr(float(loss)), "grad_norm": repr(float(grad_norm))}
-            write_atomic(self.folder / "debug.json", json.dumps({**dump, "non_finite_gradients": names}, indent=1) + "\n")
+            dump = {"step": step + 1, "rows": list(rows), "loss": repr(loss), "grad_norm": repr(grad_norm)}
+            write_atomic(self.folder / "debug.json", json.dumps({**dump, "non_finite_gradients": bad}, indent=1) + "\n")
             raise FloatingPointError(
                 f"{ABORT_AFTER} steps in a row were not finite, last step {step + 1}, rows {rows[:8]}; the weights are those of the last "
                 f"good step, and the newest checkpoint in {self.folder}/checkpoints is finite; details in debug.json; try a smaller --lr"
@@ -362,7 +390,7 @@ class Run:
             if self.skipped_in_a_row == 0 and step > self.first_step:  # so that nothing is lost if it fails twice more
                 self.save(step)
             self._skip()
-            print(f"step {step + 1} skipped: {error}", file=sys.stderr)
+            note(f"step {step + 1} skipped: {error}")
             self.log(step)
             if self.skipped_in_a_row == ABORT_AFTER:
                 raise BadInput(
@@ -380,7 +408,7 @@ class Run:
         """One row of metrics.jsonl for step `step` (rows count from 1), and a line on the terminal every log_every steps."""
         done = step + 1
         seconds = time.monotonic() - self.started
-        values = {name: float(value) for name, value in metrics.items() if value is not None}
+        values = {name: parallel.number(value) for name, value in metrics.items() if value is not None}
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows no NaN
         row = {"step": done, **values, "skipped": self.skipped, "seconds": round(seconds, 3)}
         append_row(self.folder / "metrics.jsonl", row)
@@ -407,7 +435,12 @@ class Run:
     def snapshot(self, step, model, tokenizer, name="snapshots"):
         """With --snapshots, at an evaluation: export the model as it is after step `step`, to snapshots/000020/."""
         if self.cfg.snapshots:
-            save_pretrained(merged(model), self.folder / name / f"{step + 1:06d}", tokenizer)
+            self.export(model, tokenizer, f"{name}/{step + 1:06d}")
+
+    def export(self, model, tokenizer, name):
+        """Write the model to the run folder as a Hugging Face folder `name`, its adapters merged."""
+        plain = merged(parallel.whole(model))
+        parallel.on_main(save_pretrained, plain, self.folder / name, tokenizer)
 
     def due(self, step):
         """Whether to evaluate after step `step`: every eval_every steps and at the end."""
@@ -418,9 +451,10 @@ class Run:
 
         Adapters are merged into final/; those of a policy stand on their own in adapter/ too, a PEFT folder.
         """
-        save_pretrained(merged(model), self.folder / "final", tokenizer)
+        self.export(model, tokenizer, "final")
         if adapters(model) and model.config.head == "lm":
-            save_adapter(model, self.folder / "adapter", self.cfg.policy)
+            parallel.on_main(save_adapter, parallel.whole(model), self.folder / "adapter", self.cfg.policy)
+        parallel.gather(None)  # nobody goes on, and perhaps reads the folder, before it is whole
         print(f"done in {time.monotonic() - self.started:.0f} s: {self.folder}")
         print(f"  curves    python -m minialign plot {self.folder}")
         if model.config.head == "lm":
@@ -435,6 +469,20 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------------------------------------- helpers
+
+
+def note(text):
+    """Say it on the terminal, beside the output: by the first of several processes."""
+    if parallel.is_main():
+        print(text, file=sys.stderr)
+
+
+def new_folder(method):
+    folder, number = Path(f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}"), 1
+    while folder.exists():  # two runs within one second
+        number += 1
+        folder = folder.with_name(f"{folder.name.split('~')[0]}~{number}")
+    return folder
 
 
 def builtin_base():

@@ -16,6 +16,7 @@ import functools
 
 import torch
 
+from minialign import parallel
 from minialign.batch import Rollout, collate
 from minialign.common import BadInput, derive_seed
 from minialign.kernels.decode import Decoder
@@ -54,21 +55,40 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     prompts_ids: N non-empty lists of ids. max_new: most tokens of a completion. tau: temperature. top_k, top_p: None is off.
     eos_id: the token that ends a completion and is kept in it; None never stops. greedy takes the likeliest token.
     Ids from config.n_tokens on (padding rows of the vocabulary) are never sampled. The policy's mode and gradients are untouched.
+    Under torchrun each process draws its share of the rows, and all get all of them.
     Raises BadInput for arguments out of range, and when prompt and max_new do not fit the model's context.
     """
-    config, device = policy.config, policy.head_weight.device
-    check_arguments(config, prompts_ids, max_new, tau, top_k, top_p, n)
+    check_arguments(policy.config, prompts_ids, max_new, tau, top_k, top_p, n)
+    device, wide = policy.head_weight.device, torch.promote_types(policy.head_weight.dtype, torch.float32)
     rows = [tuple(prompt) for prompt in prompts_ids for _ in range(n)]  # B prompts
-    distinct = list(dict.fromkeys(rows))
-    source = torch.tensor([distinct.index(row) for row in rows], device=device)  # (B,) which prefill a row continues
-
-    count, uniforms = dict.fromkeys(distinct, 0), torch.zeros(len(rows), max_new, dtype=torch.float64)
+    count, uniforms = dict.fromkeys(rows, 0), torch.zeros(len(rows), max_new, dtype=torch.float64)
     for b, row in enumerate(rows):
         generator = torch.Generator().manual_seed(derive_seed(seed, row, count[row]))
         uniforms[b] = torch.rand(max_new, generator=generator, dtype=torch.float64)  # drawn ahead: no schedule can change them
         count[row] += 1
+
+    policy, own = parallel.whole(policy), parallel.share(rows)
+    drawn = [torch.zeros(0, max_new, dtype=torch.long), torch.zeros(0, max_new, dtype=wide), torch.zeros(0).long(), torch.zeros(0).bool()]
+    if own:
+        drawn = generate(policy, own, parallel.share(uniforms), tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
+    tokens, token_logps, lengths, finished = [parallel.gather_rows(part.to(device)) for part in drawn]
+
+    completions = [ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    batch = collate(rows, completions, pad_id=0 if eos_id is None else eos_id).to(device)
+    real = torch.arange(max_new, device=device) < lengths[:, None]  # (B, max_new)
+    old_logps = torch.zeros(batch.mask.shape, dtype=wide, device=device)
+    old_logps = old_logps.masked_scatter(batch.mask, token_logps[real])  # both run row by row, in order
+    return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, lengths, finished, completions)
+
+
+def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
+    """B prompts, one row each, and the numbers (B, max_new) that decide the draws -> tokens and their log-probs, (B, max_new), of which
+    the first `lengths` (B,) count, and whether EOS was among them, (B,)."""
+    config, device, (B, max_new) = policy.config, policy.head_weight.device, uniforms.shape
+    distinct = list(dict.fromkeys(rows))
+    source = torch.tensor([distinct.index(row) for row in rows], device=device)  # (B,) which prefill a row continues
     wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # logits rounded to bfloat16 would not equal token_logps
-    uniforms = uniforms.to(device, wide)  # (B, max_new)
+    uniforms = uniforms.to(device, wide)
     head = policy.head_weight if policy.head_weight.is_cuda else policy.head_weight.to(wide)  # (V, C)
 
     # Prefill: each distinct prompt once, right-padded; its last real position holds the first prediction.
@@ -80,11 +100,11 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     hidden = hidden[torch.arange(len(distinct), device=device), lengths - 1][source]  # (B, C)
     step = stepper(policy, cache.select(source))
 
-    present = torch.arange(len(rows), device=device)  # (A,) the rows still in the batch
-    tokens = torch.zeros(len(rows), max_new, dtype=torch.long, device=device)
-    token_logps = torch.zeros(len(rows), max_new, dtype=wide, device=device)
-    new_lengths = torch.full((len(rows),), max_new, device=device)
-    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    present = torch.arange(B, device=device)  # (A,) the rows still in the batch
+    tokens = torch.zeros(B, max_new, dtype=torch.long, device=device)
+    token_logps = torch.zeros(B, max_new, dtype=wide, device=device)
+    new_lengths = torch.full((B,), max_new, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(max_new):
         logits = logits_of(hidden, head)  # (A, V)
         logits = logits if tau == 1 else logits / tau
@@ -108,13 +128,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
         if t + 1 == max_new:
             break
         hidden = step(token)  # (A, C)
-
-    completions = [ids[:length] for ids, length in zip(tokens.tolist(), new_lengths.tolist(), strict=True)]
-    batch = collate(rows, completions, pad_id=0 if eos_id is None else eos_id).to(device)
-    real = torch.arange(max_new, device=device) < new_lengths[:, None]  # (B, max_new)
-    old_logps = torch.zeros(batch.mask.shape, dtype=wide, device=device)
-    old_logps = old_logps.masked_scatter(batch.mask, token_logps[real])  # both run row by row, in order
-    return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, new_lengths, finished, completions)
+    return tokens, token_logps, new_lengths, finished
 
 
 def stepper(policy, cache):

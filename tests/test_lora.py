@@ -194,7 +194,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_adapters_alone(small, method, policy_folder):
     """Two steps with --lora 4: final/ is a plain folder that differs from the base in the blocks' matrices only; what the run prints of
-    adapter/ loads beside the base and is the same function; no reference is a second model."""
+    adapter/ loads beside the base and is the same function."""
     module, cfg = small(method, steps=2, lora=4)
     folder = module.main(cfg)
     base, final = load_pretrained(policy_folder), load_pretrained(folder / "final")

@@ -7,7 +7,7 @@ A step of a small model is bound by the number of its operations, 5 to 20 µs ea
     the H/KV queries that share a key stand where a sequence would; scores, softmax and sum are an operation each
     while all rows are equally long there is no mask, and what is new lies in one place
 
-That takes a third off a step of four layers of 128 channels, a fifth at 256, little at 512, where reading the weights takes the time.
+That takes a third off a step of four layers of 128 channels, a quarter at 256, little at 512, where reading the weights takes the time.
 
 Checked by tests/kernels/test_decode.py against GPT.hidden: every family, ragged rows, windows, adapters.
 """

@@ -57,7 +57,9 @@ class Config:
     held_out: float = 0.1           # the last share of the file, never trained on
     seed: int = 0                   # data order, online's answers and their labels
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16 or float64
+    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
+    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
     lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 25             # steps between lines on the terminal
@@ -125,6 +127,7 @@ def main(cfg):
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=share)
+        total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.finite(k, policy, picked, total, grad_norm):
             optimizer.step()

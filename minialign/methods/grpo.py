@@ -38,7 +38,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import masked_mean
-from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
+from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, in_micro, lr_at, set_lr, split_micro
 from minialign.evaluate import held_out_reward
 from minialign.kl import k3
 from minialign.logps import token_logps
@@ -78,7 +78,9 @@ class Config:
     held_out: float = 0.25          # the last share of the prompts, never trained on
     seed: int = 0                   # prompt order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16 or float64
+    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
+    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
     lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 10             # steps between lines on the terminal
@@ -135,9 +137,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, *, eps, beta, aggre
 def rollout(policy, ref, prompts_ids, cfg, eos_id, seed):
     """G completions of each prompt by the current policy, and what ref thinks of their tokens: Rollout, ref_logps (B, T)."""
     answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.group_size, eos_id=eos_id, seed=seed)
-    with torch.no_grad():  # ref is a constant of the objective
-        ref_logps = [token_logps(ref, micro, tau=cfg.tau) for micro in answers.split(cfg.micro_batch or len(answers))]
-    return answers, torch.cat(ref_logps)
+    ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # constants of the objective
+    return answers, ref_logps
 
 
 def step(policy, answers, ref_logps, advantages, cfg, *, on_policy):
@@ -189,11 +190,11 @@ def main(cfg):
         advantages = group_advantages(scores, **settings)  # (B,)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
-        total, stats, size = 0.0, Mean(), cfg.micro_batch or len(answers)
+        total, stats = 0.0, Mean()
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
             epoch_total = 0.0
-            for micro, *parts in zip(answers.split(size), ref_logps.split(size), advantages.split(size), strict=True):
+            for micro, *parts in zip(*[split_micro(x, cfg.micro_batch) for x in (answers, ref_logps, advantages)], strict=True):
                 loss, micro_stats = step(policy, micro, *parts, cfg, on_policy=epoch == 0)
                 share = len(micro) / len(answers)  # a micro-batch counts by its completions, or by its tokens where the mean is over those
                 if cfg.aggregate == "dapo":
@@ -201,6 +202,7 @@ def main(cfg):
                 (loss * share).backward()
                 epoch_total += loss.item() * share
                 stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
+            epoch_total = run.sum(epoch_total)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             total += epoch_total / cfg.epochs
             if not run.finite(k, policy, picked, epoch_total, grad_norm):

@@ -61,7 +61,9 @@ class Config:
     held_out: float = 0.1           # the last share of the file, never trained on
     seed: int = 0                   # data order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16 or float64
+    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
+    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
     lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 25             # steps between lines on the terminal
@@ -97,18 +99,19 @@ def ift_loss(logps, mask, *, decay, detach_weights=True):
 
 
 def lookahead_embeds(policy, batch, *, mix):
-    """(B, T, C): the embeddings of batch.inputs, mixed with those of the policy's greedy guesses where the input is a completion token.
+    """(B, T, C): the embeddings of batch.inputs, mixed with those of the policy's greedy guesses where the input is a completion token;
+    None, which stands for the inputs' own, if mix is 0.
 
     The guess for inputs[:, t] is made at t − 1, from demonstrated tokens alone: one forward pass without gradient.
     """
-    embeds = policy.embed(batch.inputs)
     if mix == 0:
-        return embeds
+        return None
     with torch.no_grad():
         hidden, head = policy.hidden(batch.inputs)[batch.mask], policy.head_weight[: policy.config.n_tokens]  # (scored, C), (V, C)
         guesses = torch.cat([logits_of(rows, head).argmax(-1) for rows in hidden.split(CHUNK_ROWS)])  # (scored,)
         further = batch.targets.masked_scatter(batch.mask, guesses)  # (B, T)
         further = torch.cat([batch.inputs[:, :1], further[:, :-1]], dim=1)  # target t − 1 is input t
+    embeds = policy.embed(batch.inputs)
     return embeds + mix * (policy.embed(further) - embeds)  # a prompt token is its own guess, and stays what it is
 
 
@@ -148,6 +151,7 @@ def main(cfg):
             total += loss.item() * share
             stats.add({"nll": micro_stats.pop("nll")}, weight=int(batch.mask.sum()))  # a mean over tokens
             stats.add(micro_stats, weight=share)
+        total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.finite(k, policy, picked, total, grad_norm):
             optimizer.step()

@@ -67,7 +67,9 @@ class Config:
     held_out: float = 0.1           # the last share of the file, never trained on
     seed: int = 0                   # data order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16 or float64
+    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
+    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
     lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 10             # steps between lines on the terminal
@@ -137,7 +139,8 @@ def main(cfg):
     ref = old if cfg.ref == "round" else frozen_copy(policy)  # "round": the same object, renewed together with old
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, old=old, optimizer=optimizer)
-    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, old=old)
+    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, old=old,
+                   ref=None if ref is old else ref)
 
     for k in run.steps(cfg.steps):
         t, t_before = k * cfg.rounds // cfg.steps, (k - 1) * cfg.rounds // cfg.steps
@@ -157,6 +160,7 @@ def main(cfg):
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=share)
+        total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.finite(k, policy, picked, total, grad_norm):
             optimizer.step()

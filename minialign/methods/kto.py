@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.common import BadInput, Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
+from minialign.common import BadInput, Mean, batch_rows, cli, exit_codes, in_micro, lr_at, set_lr, split_micro
 from minialign.data import builtin_feedback, demo_batch, encode_feedback, read_feedback, split_scorable
 from minialign.logps import seq_logps
 from minialign.lora import frozen_copy
@@ -54,7 +54,9 @@ class Config:
     held_out: float = 0.1           # the last share of the file, never trained on
     seed: int = 0                   # data order
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16 or float64
+    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
+    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
     lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 25             # steps between lines on the terminal
@@ -94,8 +96,8 @@ def mismatched_kl(logps, ref_logps):
 def reference_point(policy, ref, rows, batch_of, size):
     """z₀ of encoded rows: each prompt with the completion of the row before it, `size` rows a forward pass."""
     moved = [(x, rows[i - 1][1]) for i, (x, *_) in enumerate(rows)]  # row 0 takes the last one's
-    batches = [batch_of(moved, micro) for micro in split_micro(range(len(moved)), size)]
-    logps, ref_logps = (torch.cat([seq_logps(model, batch) for batch in batches]) for model in (policy, ref))  # (B,)
+    logps, ref_logps = (in_micro(lambda micro, model=model: seq_logps(model, batch_of(moved, micro)), range(len(moved)), size)
+                        for model in (policy, ref))  # (B,)
     return mismatched_kl(logps, ref_logps)
 
 
@@ -151,6 +153,7 @@ def main(cfg):
             total += loss.item() * share
             for kind, weight in (("chosen", int(desirable.sum())), ("rejected", int((~desirable).sum())), ("accuracies", len(micro))):
                 stats.add({name: value for name, value in micro_stats.items() if name.endswith(kind)}, weight=weight)
+        total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.finite(k, policy, picked, total, grad_norm):
             optimizer.step()

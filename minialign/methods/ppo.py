@@ -36,7 +36,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import masked_mean, whiten
-from minialign.common import Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
+from minialign.common import Mean, batch_rows, cli, derive_seed, exit_codes, in_micro, lr_at, set_lr, split_micro
 from minialign.evaluate import held_out_reward
 from minialign.kl import k1
 from minialign.logps import token_logps
@@ -77,7 +77,9 @@ class Config:
     held_out: float = 0.25          # the last share of the prompts, never trained on
     seed: int = 0                   # prompt order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16 or float64
+    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
+    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
     lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 10             # steps between lines on the terminal
@@ -153,11 +155,9 @@ def explained_variance(values, returns, mask):
 def rollout(policy, value_model, ref, prompts_ids, cfg, eos_id, seed):
     """One completion of each prompt, what ref thinks of its tokens and what each prefix is worth: Rollout, ref_logps, values (B, T)."""
     answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=eos_id, seed=seed)
-    with torch.no_grad():  # ref and the old values are constants of the objective
-        micros = answers.split(cfg.micro_batch or len(answers))
-        ref_logps = [token_logps(ref, micro, tau=cfg.tau) for micro in micros]
-        values = [value_model(micro.inputs) for micro in micros]
-    return answers, torch.cat(ref_logps), torch.cat(values)
+    ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # constants of the objective,
+    values = in_micro(lambda micro: value_model(micro.inputs), answers, cfg.micro_batch)  # like these
+    return answers, ref_logps, values
 
 
 def step(policy, value_model, answers, old_values, advantages, returns, cfg, *, on_policy):
@@ -207,17 +207,18 @@ def main(cfg):
 
         for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
             set_lr(opt, lr_at(k, lr=lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
-        total, stats, size = 0.0, Mean(), cfg.micro_batch or len(answers)
+        total, stats = 0.0, Mean()
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
             value_optimizer.zero_grad()
             epoch_total = critic_total = 0.0
-            for micro, *parts in zip(*[x.split(size) for x in (answers, values, advantages, returns)], strict=True):
+            for micro, *parts in zip(*[split_micro(x, cfg.micro_batch) for x in (answers, values, advantages, returns)], strict=True):
                 loss, critic_loss, micro_stats = step(policy, value_model, micro, *parts, cfg, on_policy=epoch == 0)
                 share = int(micro.mask.sum()) / int(answers.mask.sum())  # the losses are means over tokens: it counts by its tokens
                 ((loss + critic_loss) * share).backward()
                 epoch_total, critic_total = epoch_total + loss.item() * share, critic_total + critic_loss.item() * share
                 stats.add(micro_stats, weight=share)
+            epoch_total, critic_total = run.sum(epoch_total), run.sum(critic_total)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             value_grad_norm = clip_grad_norm_(value_model.parameters(), cfg.max_grad_norm)
             total += epoch_total / cfg.epochs

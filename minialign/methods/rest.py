@@ -34,7 +34,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate, masked_mean
-from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
+from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr, split_micro
 from minialign.evaluate import held_out_reward
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy
@@ -69,7 +69,9 @@ class Config:
     held_out: float = 0.25          # the last share of the prompts, never trained on
     seed: int = 0                   # prompt order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16 or float64
+    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
+    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
     lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 10             # steps between lines on the terminal
@@ -151,12 +153,13 @@ def main(cfg):
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
-        for micro in batch.split(cfg.micro_batch or len(batch)):
+        for micro in split_micro(batch, cfg.micro_batch):
             loss, micro_stats = step(policy, micro, cfg)
             share = len(micro) / len(batch)  # the loss is a mean over completions: a micro-batch counts by its completions
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
+        total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.finite(k, policy, [source[j] for j in picked], total, grad_norm):
             optimizer.step()

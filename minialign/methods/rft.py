@@ -37,15 +37,14 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate, whiten
-from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr
+from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, in_micro, lr_at, set_lr, split_micro
 from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, split_scorable
 from minialign.evaluate import held_out_nll
-from minialign.lora import frozen_copy, merged
+from minialign.lora import frozen_copy
 from minialign.methods import grpo, ppo, rebel, rloo
 from minialign.rewards import rollout_stats, score
 from minialign.run import Run
 from minialign.sample import sample
-from minialign.weights import save_pretrained
 
 
 @dataclass
@@ -77,7 +76,9 @@ class Config:
     held_out: float = 0.1           # the last share of the file, never trained on
     seed: int = 0                   # data order, samples
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16 or float64
+    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
+    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
     lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 10             # steps between lines on the terminal
@@ -145,9 +146,8 @@ def align(policy, value_model, ref, prompts_ids, reward_of, cfg, eos_id, seed):
         parts = (rewards if method is rebel else rloo.leave_one_out(rewards, group_size=cfg.group_size),)
 
     def update(epoch, stats):
-        size = cfg.micro_batch or len(answers)
-        size += size % 2 if method is rebel else 0  # whole pairs
-        for micro, *pieces in zip(*[x.split(size) for x in (answers, *parts)], strict=True):
+        size = (cfg.micro_batch + 1) // 2 * 2 if method is rebel else cfg.micro_batch  # whole pairs
+        for micro, *pieces in zip(*[split_micro(x, size) for x in (answers, *parts)], strict=True):
             tokens, share = int(micro.mask.sum()), len(micro) / len(answers)  # the loss is a mean over completions
             if method is ppo:
                 loss, critic_loss, micro_stats = ppo.step(policy, value_model, micro, *pieces, settings, on_policy=epoch == 0)
@@ -208,16 +208,15 @@ def main(cfg):
         reward_model.parameters(), lr=cfg.reward_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
     )
     value_model = policy.with_scalar_head() if cfg.policy_step == "ppo" else None
-    critic = list(value_model.parameters()) if value_model else []
-    optimizer = torch.optim.AdamW([*policy.parameters(), *critic], lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    trained = [*policy.parameters(), *(value_model.parameters() if value_model else [])]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     models = {"policy": policy, "reward_model": reward_model} | ({"value_model": value_model} if value_model else {})
     run.track(**models, optimizer=optimizer, reward_optimizer=reward_optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), **models, ref=ref)
     run.check_sampler(tokenizer, [row[0] for row in rows[:3]], policy=policy, ref=ref)
 
-    @torch.no_grad()
     def reward_of(answers):
-        return torch.cat([score(reward_model, micro) for micro in answers.split(cfg.micro_batch or len(answers))])
+        return in_micro(lambda micro: score(reward_model, micro), answers, cfg.micro_batch)  # (B,)
 
     plan, counts = turns(cfg)
     for k in run.steps(cfg.steps):
@@ -230,13 +229,13 @@ def main(cfg):
             set_lr(reward_optimizer, lr_at(nth, lr=cfg.reward_lr, steps=counts[True], warmup=cfg.warmup, schedule=cfg.schedule))
             reward_optimizer.zero_grad()
             own = collate(prompts_ids, answers.completions, pad_id=tokenizer.pad_id).to(run.device)
-            size = cfg.micro_batch or len(own)
-            for micro, micro_own in zip(batch_of(rows, picked).split(size), own.split(size), strict=True):
+            for micro, micro_own in zip(*[split_micro(x, cfg.micro_batch) for x in (batch_of(rows, picked), own)], strict=True):
                 loss, micro_stats = step(reward_model, micro, micro_own, cfg)
                 share = len(micro) / len(own)  # the loss is a mean over rows: a micro-batch counts by its rows
                 (loss * share).backward()
                 total += loss.item() * share
                 stats.add(micro_stats, weight=share)
+            total = run.sum(total)
             grad_norm = clip_grad_norm_(reward_model.parameters(), cfg.max_grad_norm)
             if run.finite(k, reward_model, picked, total, grad_norm, of="reward"):
                 reward_optimizer.step()
@@ -251,8 +250,9 @@ def main(cfg):
                 for loss, share in update(epoch, stats):
                     (loss * share).backward()
                     epoch_total += loss.item() * share
+                epoch_total = run.sum(epoch_total)
                 grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-                critic_norm = clip_grad_norm_(critic, cfg.max_grad_norm)
+                critic_norm = clip_grad_norm_(value_model.parameters(), cfg.max_grad_norm) if value_model else 0.0
                 total += epoch_total / epochs
                 worse = value_model if value_model and grad_norm.isfinite() else policy  # whom to name
                 if not run.finite(k, worse, picked, epoch_total, grad_norm + critic_norm):
@@ -268,7 +268,7 @@ def main(cfg):
             run.snapshot(k, policy, tokenizer)
             run.snapshot(k, reward_model, tokenizer, "reward_snapshots")
         run.log(k, **metrics)
-    save_pretrained(merged(reward_model), run.folder / "reward", tokenizer)
+    run.export(reward_model, tokenizer, "reward")
     return run.close(policy, tokenizer)
 
 

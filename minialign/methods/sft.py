@@ -70,7 +70,9 @@ class Config:
     vocab: int = 2048               # ids of the byte-level BPE tokenizer trained for a new policy
     seed: int = 0                   # data order, new weights, samples
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16 or float64
+    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
+    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
     lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # their products count lora_alpha / lora times
     log_every: int = 25             # steps between lines on the terminal
@@ -130,6 +132,7 @@ def main(cfg):
             loss, _ = step(policy, batch_of(rows, micro), n_tokens)  # already divided by the tokens of the whole step
             loss.backward()
             total += loss.item()
+        total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.finite(k, policy, picked, total, grad_norm):
             optimizer.step()

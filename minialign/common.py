@@ -314,9 +314,13 @@ def check_config(cfg):
 
 @contextlib.contextmanager
 def exit_codes(prog):
-    """Around a main(): BadInput becomes one line and exit code 2, a diverged run 1, Ctrl-C 130. Anything else is a bug: a traceback."""
+    """Around a main(): BadInput becomes one line and exit code 2, a diverged run or a process lost under torchrun 1, Ctrl-C 130.
+
+    Anything else is a bug: a traceback.
+    """
     try:
         yield
+        parallel.end()
     except BadInput as error:
         print(f"{prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -326,6 +330,12 @@ def exit_codes(prog):
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except RuntimeError as error:
+        if not parallel.lost(error):
+            raise
+        print(f"{prog}: process {parallel.rank()} ends because another one is gone ({first_line(error)}); "
+              "what that one said stands above, and --resume goes on from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(1) from None
     except BrokenPipeError:  # `python -m minialign … | head`: the reader left, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

@@ -23,6 +23,7 @@ import copy
 import functools
 import os
 import sys
+import warnings
 import weakref
 
 import torch
@@ -45,6 +46,11 @@ def end():
     """Leave the others, when all is done. Not after an error: NCCL would wait for those that did not get this far."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost(error):
+    """Whether this is what a collective raises when another process is gone."""
+    return started() and (isinstance(error, dist.DistError) or "Connection" in str(error))
 
 
 def started():
@@ -206,4 +212,6 @@ def load_slices(tensors, folder):
     """Fill {name: tensor or DTensor} in place from such a folder, however it was sliced."""
     from torch.distributed import checkpoint
 
-    checkpoint.load(tensors, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)), no_dist=not started())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of being alone
+        checkpoint.load(tensors, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)), no_dist=not started())

@@ -89,7 +89,7 @@ def kill_between_writes(folder):
 def result_of(folder):
     """All that a run leaves behind, without what tells the time: weights, optimizer, metrics, samples."""
     newest = checkpoint.newest_checkpoint(folder)
-    files = {name: (newest / name).read_bytes().hex() for name in ("model.safetensors", "optim.safetensors", "rng.safetensors")}
+    files = {path.name: path.read_bytes().hex() for path in newest.glob("*.safetensors")}
     exports = {"export": Path(folder) / "final", "reward": Path(folder) / "reward"}  # the second of rft and irl
     files |= {name: (path / "model.safetensors").read_bytes().hex() for name, path in exports.items() if path.is_dir()}
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(Path(folder) / "metrics.jsonl")]

@@ -1,0 +1,219 @@
+"""Two processes over gloo against one, in float64: the same step, however the weights lie; then all that can go wrong between them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minialign import common, parallel
+from minialign.common import read_rows
+from minialign.weights import load_pretrained
+from tests.conftest import METHODS
+from tests.killing import result_of
+from tests.processes import ROOT, run_all, torchrun
+
+NAMED = ("sft", "dpo", "irft", "grpo", "ppo")  # the others have the loop of one of these
+EXTRA = {"irft": {"rounds": 3}, "grpo": {"epochs": 2, "aggregate": "dapo"}, "rft": {"policy_step": "ppo"}, "ift": {"mix": 0.5},
+         "best_of_n": {"n": 3}}
+
+
+def compare(one, other, tolerance):
+    """The rows of metrics.jsonl and the exported weights of two run folders: equal to `tolerance`."""
+    for left, right in zip(read_rows(one / "metrics.jsonl"), read_rows(other / "metrics.jsonl"), strict=True):
+        assert left.keys() == right.keys()
+        for name in left.keys() - {"seconds", "rewards/accuracies", "eval/accuracy"}:  # a tie is broken by the last bit
+            assert left[name] == pytest.approx(right[name], rel=tolerance, abs=tolerance), (name, left["step"])
+    left, right = (load_file(folder / "final" / "model.safetensors") for folder in (one, other))
+    assert left.keys() == right.keys()
+    for name in left:
+        assert (left[name] - right[name]).abs().max() <= tolerance, name
+
+
+def equal_one_process(small, tmp_path, methods, steps):
+    """Each method alone, with fsdp and with ddp."""
+    jobs, alone = [], {}
+    for method in methods:
+        for layout in ("fsdp", "ddp"):
+            jobs.append(small(method, steps=steps, micro_batch=3, parallel=layout, out=str(tmp_path / f"{method}-{layout}"),
+                              **EXTRA.get(method, {})))
+        module, cfg = small(method, steps=steps, out=str(tmp_path / f"{method}-alone"), **EXTRA.get(method, {}))
+        alone[method] = module.main(cfg)
+    done = run_all(2, jobs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for method in methods:
+        for layout in ("fsdp", "ddp"):
+            compare(alone[method], tmp_path / f"{method}-{layout}", 1e-10)
+            samples = alone[method] / "samples.jsonl"
+            assert not samples.exists() or samples.read_text() == (tmp_path / f"{method}-{layout}" / "samples.jsonl").read_text()
+
+
+def test_two_processes_equal_one(small, tmp_path):
+    """20 steps in micro-batches of 3, which two processes cut otherwise than one: losses, all metrics, samples and weights to 1e-10."""
+    equal_one_process(small, tmp_path, NAMED, steps=20)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_for_every_other_method(small, tmp_path):
+    equal_one_process(small, tmp_path, [method for method in METHODS if method not in NAMED], steps=6)
+
+
+def test_adapters_and_activation_checkpointing(small, tmp_path):
+    """Both at once, over two processes: adapter/ and final/ are those of one process without."""
+    both = dict(steps=4, lora=2, save_every=2)
+    module, cfg = small("dpo", **both, out=str(tmp_path / "alone"))
+    alone = module.main(cfg)
+    done = run_all(2, [small("dpo", **both, activation_checkpointing=True, out=str(tmp_path / "two"))], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compare(alone, tmp_path / "two", 1e-10)
+    left, right = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (alone, tmp_path / "two"))
+    assert left.keys() == right.keys() and all((left[name] - right[name]).abs().max() < 1e-10 for name in left)
+
+
+def go_back_to(folder, step):
+    """As if the run had been killed on its way from the checkpoint of `step`."""
+    for path in (folder / "checkpoints").glob("step_*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(folder / "final")
+
+
+@pytest.mark.parametrize("method", ["sft", "ppo"])
+def test_resume_with_another_number_of_processes(small, tmp_path, method):
+    """2 -> 1, in both layouts, and 1 -> 2, from step 4 of 6: as the unbroken run, to 1e-10 in float64 (1e-6 asked for)."""
+    module, cfg = small(method, save_every=4, out=str(tmp_path / "alone"))
+    alone = module.main(cfg)
+    jobs = [small(method, save_every=4, parallel=layout, out=str(tmp_path / layout)) for layout in ("fsdp", "ddp")]
+    done = run_all(2, jobs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = sorted(path.name for path in (tmp_path / "fsdp" / "checkpoints" / "step_000004").iterdir())
+    assert [name for name in names if name.startswith("shard")] == [f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)]
+    shutil.copytree(alone, tmp_path / "one")
+    for layout in ("fsdp", "ddp"):
+        go_back_to(tmp_path / layout, 4)
+        compare(alone, module.main(module.Config(resume=str(tmp_path / layout))), 1e-10)
+    go_back_to(tmp_path / "one", 4)
+    done = run_all(2, [(module, module.Config(resume=str(tmp_path / "one")))], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compare(alone, tmp_path / "one", 1e-10)
+
+
+def start(arguments, metrics, rows):
+    """torchrun of `python -m minialign` with so many arguments, two processes; waits until metrics.jsonl has so many rows."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "minialign", *arguments]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= rows):
+        if running.poll() is not None or time.monotonic() > deadline:
+            running.kill()
+            raise AssertionError(running.communicate()[1][-3000:])
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+    return running, [int(worker) for worker in workers]
+
+
+def flags(cfg):
+    """The command line that makes a Config."""
+    words = []
+    for name, value in vars(cfg).items():
+        if value != getattr(type(cfg)(), name) and not isinstance(value, bool):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="finds the workers by pgrep")
+def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
+    """kill -9 of one worker: within 30 s all are gone, the exit code is not 0, and the other says why. SIGTERM: both save the same step.
+    Either way --resume, with two processes again, equals the unbroken run bit for bit."""
+    steps = dict(steps=40, save_every=5)
+    jobs = [small("sft", **steps, out=str(tmp_path / "unbroken"))]
+    module, cfg = small("sft", **steps, out=str(tmp_path / "killed"))
+    running, workers = start(["sft", *flags(cfg)], tmp_path / "killed" / "metrics.jsonl", 8)
+    os.kill(workers[1], signal.SIGKILL)
+    began = time.monotonic()
+    _, said = running.communicate(timeout=60)
+    assert running.returncode != 0 and time.monotonic() - began < 30 and "another one is gone" in said and "--resume" in said
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    jobs.append((module, module.Config(resume=str(tmp_path / "killed"))))
+
+    _, cfg = small("sft", **steps, out=str(tmp_path / "stopped"))
+    running, workers = start(["sft", *flags(cfg)], tmp_path / "stopped" / "metrics.jsonl", 8)
+    os.kill(workers[1], signal.SIGTERM)  # only one is told: all save and stop
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 0 and "stopped after step" in said
+    last = read_rows(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"]
+    assert last < 40 and (tmp_path / "stopped" / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file()
+    jobs.append((module, module.Config(resume=str(tmp_path / "stopped"))))
+
+    done = run_all(2, jobs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    unbroken = result_of(tmp_path / "unbroken")
+    assert result_of(tmp_path / "killed") == unbroken and result_of(tmp_path / "stopped") == unbroken
+
+
+def test_mixed_precision_keeps_what_bfloat16_would_lose(small, tmp_path):
+    """At lr 1e-6 no step moves a bfloat16 weight of ordinary size; with --dtype mixed the float32 weights of the checkpoint have moved, the
+    export is bfloat16, and the sampler agrees with the training pass (grpo looks)."""
+    some = dict(lr=1e-6, schedule="constant", warmup=0.0, dtype="mixed", steps=3, save_every=3)
+    jobs = [small(method, **some, out=str(tmp_path / method)) for method in ("sft", "grpo")]
+    done = run_all(2, jobs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    name = "blocks.0.attn.q.weight"
+    before = load_pretrained(jobs[0][1].policy, dtype=torch.float32).get_parameter(name)
+    for method in ("sft", "grpo"):
+        assert load_pretrained(tmp_path / method / "final").head_weight.dtype == torch.bfloat16
+        slices = [load_file(path)[f"policy.{name}"] for path in sorted((tmp_path / method / "checkpoints/step_000003").glob("shard-*"))]
+        moved = (torch.cat(slices) - before).abs()
+        assert slices[0].dtype == torch.float32 and 1e-7 < moved.median() < 1e-5
+
+
+def test_a_reward_that_fails_in_one_process_skips_the_step_in_all(small, tmp_path):
+    """Its second row is the other process's: both skip, the run ends after three such steps, and says the reward's own words."""
+    (tmp_path / "r.py").write_text("import os\n\ndef g(prompts, completions):\n    if os.environ['RANK'] == '1':\n"
+                                   "        raise RuntimeError('no judge today')\n    return [1.0] * len(prompts)\n")
+    done = run_all(2, [small("rloo", reward=[f"{tmp_path / 'r.py'}:g"], steps=5)], tmp_path)
+    assert done.returncode != 0 and "no judge today" in done.stderr and "Timeout" not in done.stderr
+
+
+def test_refusals(small, tmp_path):
+    """What cannot be divided evenly, a layout nobody knows, and mixed without torchrun: one sentence, before anything is written."""
+    module, cfg = small("sft", dtype="mixed")
+    with pytest.raises(common.BadInput, match="torchrun --nproc_per_node 1 -m minialign sft"):
+        module.main(cfg)
+    assert not Path(cfg.out).exists()
+    module, cfg = small("sft", parallel="zero")
+    with pytest.raises(common.BadInput, match="--parallel zero: must be fsdp or ddp"):
+        module.main(cfg)
+    _, cfg = small("rebel", batch_size=6)
+    done = torchrun(2, "-m", "minialign", "rebel", *flags(cfg), timeout=120)
+    assert done.returncode != 0 and "--batch_size 6: must be a multiple of 4" in done.stderr and not Path(cfg.out).exists()
+
+
+def test_alone_nothing_is_done():
+    """Without torchrun every function hands back what it was given."""
+    rows = torch.arange(6.0)
+    assert parallel.share(rows) is not None and torch.equal(parallel.share(rows), rows) and parallel.gather("x") == ["x"]
+    assert parallel.gather_rows(rows) is rows and parallel.total(2.5) == 2.5 and parallel.on_main(max, 1, 2) == 2
+    model = torch.nn.Linear(2, 2)
+    parallel.shard(model, "fsdp", "cpu", torch.float32)
+    assert type(model) is torch.nn.Linear and parallel.whole(model) is model and parallel.slices(model) is model
+
+
+def test_shares_cover_all_rows_once(monkeypatch):
+    for world in (1, 2, 3, 8):
+        for n in (0, 1, 7, 8, 24):
+            shares = []
+            for rank in range(world):
+                monkeypatch.setattr(parallel, "world", lambda world=world: world)
+                monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+                shares.append(parallel.share(list(range(n))))
+            assert sum(shares, []) == list(range(n)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+            assert n % world or len(set(map(len, shares))) == 1

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # noqa: F401  an optimizer imports it, seconds long: once here, not in every child
+from safetensors.torch import load_file
 
 from minialign import checkpoint
 from minialign.common import read_rows
@@ -89,7 +90,8 @@ def kill_between_writes(folder):
 def result_of(folder):
     """All that a run leaves behind, without what tells the time: weights, optimizer, metrics, samples."""
     newest = checkpoint.newest_checkpoint(folder)
-    files = {path.name: path.read_bytes().hex() for path in newest.glob("*.safetensors")}
+    files = {(path.name, name): tensor.reshape(-1).view(torch.uint8).tolist()  # (the order of names in a file is nobody's promise)
+             for path in newest.glob("*.safetensors") for name, tensor in load_file(path).items()}
     exports = {"export": Path(folder) / "final", "reward": Path(folder) / "reward"}  # the second of rft and irl
     files |= {name: (path / "model.safetensors").read_bytes().hex() for name, path in exports.items() if path.is_dir()}
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(Path(folder) / "metrics.jsonl")]

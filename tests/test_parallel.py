@@ -131,10 +131,10 @@ def flags(cfg):
 def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
     """kill -9 of one worker: within 30 s all are gone, the exit code is not 0, and the other says why. SIGTERM: both save the same step.
     Either way --resume, with two processes again, equals the unbroken run bit for bit."""
-    steps = dict(steps=40, save_every=5)
+    steps = dict(steps=150, save_every=20, eval_every=100)
     jobs = [small("sft", **steps, out=str(tmp_path / "unbroken"))]
     module, cfg = small("sft", **steps, out=str(tmp_path / "killed"))
-    running, workers = start(["sft", *flags(cfg)], tmp_path / "killed" / "metrics.jsonl", 8)
+    running, workers = start(["sft", *flags(cfg)], tmp_path / "killed" / "metrics.jsonl", 25)
     os.kill(workers[1], signal.SIGKILL)
     began = time.monotonic()
     _, said = running.communicate(timeout=60)
@@ -145,12 +145,12 @@ def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
     jobs.append((module, module.Config(resume=str(tmp_path / "killed"))))
 
     _, cfg = small("sft", **steps, out=str(tmp_path / "stopped"))
-    running, workers = start(["sft", *flags(cfg)], tmp_path / "stopped" / "metrics.jsonl", 8)
+    running, workers = start(["sft", *flags(cfg)], tmp_path / "stopped" / "metrics.jsonl", 25)
     os.kill(workers[1], signal.SIGTERM)  # only one is told: all save and stop
     said, _ = running.communicate(timeout=60)
     assert running.returncode == 0 and "stopped after step" in said
     last = read_rows(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"]
-    assert last < 40 and (tmp_path / "stopped" / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file()
+    assert last < 150 and (tmp_path / "stopped" / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file()
     jobs.append((module, module.Config(resume=str(tmp_path / "stopped"))))
 
     done = run_all(2, jobs, tmp_path)

@@ -139,6 +139,7 @@ def overview():
     print("\ncommands    python -m minialign <command> [--flags]")
     for name, line in COMMANDS.items():
         print(f"  {name:19} {line}")
+    print("\nrecipes     python -m minialign recipes lists the papers' experiments at full size")
     print("\ntoys        python -m toy.<name>; each prints PASS or FAIL per law, exit code 1 on a miss; python -m toy runs them all")
     for name in names_in("toy"):
         if name != "plot" and '__name__ == "__main__"' in (ROOT / "toy" / f"{name}.py").read_text(encoding="utf-8"):
@@ -148,9 +149,18 @@ def overview():
         print(f"  {path.stem:19} {first_line(path)}")
 
 
+def recipes():
+    print("recipes     torchrun --nproc_per_node GPUS -m minialign.recipes.<name> [--flags]; first with --plan CARD, or --smoke\n")
+    for name in names_in("minialign/recipes"):
+        print(f"  {name:28} {first_line(ROOT / 'minialign/recipes' / f'{name}.py')}")
+
+
 def main(argv):
     if not argv or argv[0] in ("-h", "--help", "list"):
         overview()
+        return
+    if argv == ["recipes"]:
+        recipes()
         return
     command, rest = argv[0], argv[1:]
     methods = names_in("minialign/methods")

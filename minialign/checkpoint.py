@@ -48,7 +48,7 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
             _write(temporary, final, step, modules, optimizers, state)
             break
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            parallel.on_main(shutil.rmtree, temporary, True)
             if pause is None:
                 needed = sum(p.numel() * p.element_size() for module in modules.values() for p in module.parameters())
                 raise BadInput(
@@ -66,7 +66,7 @@ def parameters_of(modules):
     """{'policy.blocks.0…': parameter} of {name: module}; one that several hold (a tied head, what adapters leave frozen) appears once."""
     found = {}
     for name, module in modules.items():
-        for key, parameter in module.named_parameters():
+        for key, parameter in parallel.slices(module).named_parameters():
             found.setdefault(id(parameter), (f"{name}.{key}", parameter))
     return dict(found.values())
 
@@ -200,7 +200,8 @@ def load_checkpoint(folder, modules, optimizers):
     generators = load_file(folder / "rng.safetensors")
     torch.set_rng_state(generators["cpu"])
     if torch.cuda.is_available() and "cuda.0" in generators:
-        torch.cuda.set_rng_state_all([generators[f"cuda.{i}"] for i in range(len(generators) - 1)])
+        cards = min(len(generators) - 1, torch.cuda.device_count())
+        torch.cuda.set_rng_state_all([generators[f"cuda.{i}"] for i in range(cards)])
     return state
 
 

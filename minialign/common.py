@@ -226,7 +226,7 @@ class Mean:
 def field_comments(config_class):
     """{field: the comment beside it in the source}: the help text of its flag."""
     comments = {}
-    for line in inspect.getsource(config_class).splitlines():
+    for line in "\n".join(inspect.getsource(kind) for kind in reversed(config_class.__mro__[:-1])).splitlines():  # a recipe's is a subclass
         match = re.match(r"\s*(\w+)\s*:[^#]*#\s*(.*)", line)
         if match:
             comments[match.group(1)] = match.group(2).strip()

@@ -20,6 +20,7 @@ Checked by tests/test_parallel.py: two processes over gloo equal one to 1e-10 in
 """
 
 import copy
+import datetime
 import functools
 import os
 import sys
@@ -28,6 +29,7 @@ import weakref
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 
 PLAIN = weakref.WeakKeyDictionary()  # {sharded model: the same without weights, as it was before}
@@ -35,11 +37,17 @@ PLAIN = weakref.WeakKeyDictionary()  # {sharded model: the same without weights,
 
 def start():
     """Join the other processes, if torchrun started this one; once."""
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
+    if not launched() or dist.is_initialized():
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    # Two hours: the others wait while the first process writes, or hashes, or asks a slow judge.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=2))
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # all say the same
+
+
+def launched():
+    """Whether this process is torchrun's."""
+    return dist.is_torchelastic_launched()
 
 
 def end():
@@ -50,11 +58,11 @@ def end():
 
 def lost(error):
     """Whether this is what a collective raises when another process is gone."""
-    return started() and (isinstance(error, dist.DistError) or "Connection" in str(error))
+    return started() and (isinstance(error, dist.DistError) or "Connection" in str(error) or "Timed out" in str(error))
 
 
 def started():
-    """Whether torchrun did; with one process, too."""
+    """Whether there is a group of processes; it may be of one."""
     return dist.is_initialized()
 
 
@@ -147,24 +155,34 @@ def shard(model, layout, device_type, dtype, optimizers=()):
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    whole_parameters = list(model.parameters())
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype), requires_grad=False) for p in whole_parameters}
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype), requires_grad=False) for p in model.parameters()}
+    place, taken = {key: i for i, key in enumerate(empty)}, []  # nobody else holds on to whole weights: each goes when it is sliced
+    for optimizer in optimizers:
+        taken.append([[place.get(id(p), p) for p in group["params"]] for group in optimizer.param_groups])
+        for group in optimizer.param_groups:
+            group["params"] = []
     PLAIN[model] = copy.deepcopy(model, {**empty, id(model.config): model.config})
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
     for module in (*model.blocks, model):  # the last takes what is left, embeddings, final norm, head: the head is used after forward
-        dropped = layout == "fsdp" and module is not model
-        fully_shard(module, mesh=mesh(device_type, layout), mp_policy=precision, reshard_after_forward=dropped)
+        fully_shard(module, mesh=mesh(device_type, layout), mp_policy=precision, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)  # a sum
         module.set_force_sum_reduction_for_comms(True)  # as such: gloo has no multiply-and-sum
-    register_fsdp_forward_method(model, "hidden")  # what log-probs are made from; `forward` is one by itself
+    sliced = list(model.parameters())
+    for optimizer, places in zip(optimizers, taken, strict=True):
+        for group, mine in zip(optimizer.param_groups, places, strict=True):
+            group["params"] = [sliced[p] if isinstance(p, int) else p for p in mine]
+    if model.config.head == "scalar":
+        return
+    register_fsdp_forward_method(model, "hidden")  # what log-probs are made from; `forward`, a reward model's way, is one by itself
     hidden = model.hidden
     # FSDP reduces the gradients once one has reached an argument. To embeds, which were made of the same weights, it goes before the last
     # of those, so they enter unseen.
     model.hidden = lambda *inputs, embeds=None, **more: hidden(*inputs, embeds=None if embeds is None else lambda: embeds, **more)
-    sliced = {id(p): q for p, q in zip(whole_parameters, model.parameters(), strict=True)}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [sliced.get(id(p), p) for p in group["params"]]
+
+
+def numel(parameter):
+    """How many of its numbers this process holds."""
+    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
 
 
 def slices(model):
@@ -197,7 +215,9 @@ def save_slices(tensors, folder):
     try:
         checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:  # raised in all processes, whoever failed
-        raise OSError(f"process {min(error.failures)}: {next(iter(error.failures.values()))[0]}") from None
+        process, (reason, _) = next(iter(error.failures.items()))
+        kind = OSError if isinstance(reason, (OSError, SafetensorError)) else RuntimeError  # a disk's fault is tried again
+        raise kind(f"process {process}: {reason}") from None
 
 
 def stored_sizes(folder):

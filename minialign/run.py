@@ -62,6 +62,7 @@ class Run:
         self.cfg, self.device, mixed = cfg, pick_device(cfg.device), cfg.dtype == "mixed"
         self.weights_dtype = torch.float32 if mixed else pick_dtype(cfg.dtype)
         self.dtype = torch.bfloat16 if mixed else self.weights_dtype  # of the forward and backward pass
+        self.load_device = torch.device("cpu") if parallel.started() else self.device  # then a GPU never holds more than its slices
         self._check_parallel()
         if not self.resuming:
             parallel.on_main(self._create)
@@ -74,11 +75,13 @@ class Run:
 
     def _check_parallel(self):
         cfg, unit = self.cfg, parallel.world() * (2 if "rebel" in (self.method, getattr(self.cfg, "policy_step", "")) else 1)
+        if parallel.world() > 1 and ":" in cfg.device:
+            raise BadInput(f"--device {cfg.device}: each of {parallel.world()} processes takes a GPU of its own; say cuda, or auto")
         if cfg.parallel not in ("fsdp", "ddp"):
             raise BadInput(f"--parallel {cfg.parallel}: must be fsdp or ddp")
         if self.weights_dtype != self.dtype and not parallel.started():
             raise BadInput(f"--dtype mixed: is FSDP2's; start the run by `torchrun --nproc_per_node 1 -m minialign {self.method} …`")
-        if cfg.batch_size % unit:
+        if parallel.world() > 1 and cfg.batch_size % unit:
             raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of {unit}, so that each of {parallel.world()} processes has "
                            "an equal part")
 
@@ -126,7 +129,7 @@ class Run:
         """(policy, tokenizer) from `builtin`, a folder or a hub name, on the run's device."""
         path = find_folder(builtin_base() if name == "builtin" else name)
         self.same_input("policy", path)
-        policy = load_pretrained(path, dtype=self.weights_dtype, device=self.device)
+        policy = load_pretrained(path, dtype=self.weights_dtype, device=self.load_device)
         policy.recompute = self.cfg.activation_checkpointing
         tokenizer = load_tokenizer(path)
         fit_vocabulary(policy, tokenizer, path)
@@ -165,7 +168,7 @@ class Run:
             return policy.with_scalar_head()
         path = find_folder(name)
         self.same_input("value", path)
-        value_model = load_pretrained(path, dtype=self.weights_dtype, device=self.device)
+        value_model = load_pretrained(path, dtype=self.weights_dtype, device=self.load_device)
         value_model.recompute = self.cfg.activation_checkpointing
         if value_model.config.head != "scalar" or load_tokenizer(path).inner.get_vocab() != tokenizer.inner.get_vocab():
             raise BadInput(f"--value {name}: expected a reward model over the policy's own tokens (python -m minialign reward_model)")
@@ -323,7 +326,7 @@ class Run:
         handlers = {}
 
         def remember(number, frame):
-            if self.stop is not None:
+            if self.stop is not None and not parallel.started():  # (torchrun and a cluster may both pass one on)
                 raise KeyboardInterrupt  # the second signal does not wait
             self.stop = number
 
@@ -339,10 +342,11 @@ class Run:
                 yield step
                 self.bar.update()
                 done = step + 1
-                self.stop = next((stop for stop in parallel.gather(self.stop) if stop is not None), None)  # one was told: all stop
-                if done == total or self.stop is not None or (self.skipped_in_a_row == 0 and done % self.cfg.save_every == 0):
+                stop = any(stop is not None for stop in parallel.gather(self.stop))  # one was told: all stop
+                if done == total or stop or (self.skipped_in_a_row == 0 and done % self.cfg.save_every == 0):
                     self.save(done)
-                if self.stop is not None and done < total:
+                if stop and done < total:
+                    parallel.end()
                     print(f"\nstopped after step {done}; go on with: python -m minialign {self.method} --resume {self.folder}")
                     raise SystemExit(0)
         finally:
@@ -492,7 +496,7 @@ def builtin_base():
         # A base model is what `sft --text` makes; imported here because methods import this file.
         from minialign.methods import sft
 
-        started = (folder / "config.json").is_file()
+        started = parallel.on_main((folder / "config.json").is_file)
         print("the built-in task needs its base model once: training it into runs/builtin-base")
         sft.main(sft.Config(resume=str(folder)) if started else sft.builtin_base_config(str(folder)))
     return folder / "final"
@@ -522,7 +526,7 @@ def peak_memory(run, models, positions, sampled=0):
     are drawn together whatever the micro-batch."""
     size = torch.tensor([], dtype=run.dtype).element_size()
     parameters = {id(p): p for model in models.values() for p in model.parameters()}.values()  # copies share what adapters leave frozen
-    total = sum(p.numel() * size * (4 if p.requires_grad else 1) for p in parameters)
+    total = sum(parallel.numel(p) * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
     config = next(iter(models.values())).config
     rows = rows_at_once(run.cfg)
     per_position = config.n_layer * (8 * config.n_embd + 3 * config.ffn_dim) * size

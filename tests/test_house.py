@@ -58,11 +58,13 @@ def test_nothing_heavy_or_foreign_is_imported_by_a_run(small):
 
 
 def test_imports_run_one_way():
-    leaves = {"common": set(), "batch": {"common"}, "kl": set(), "model": {"common"}, "tokenizer": {"common"}, "checkpoint": {"common"},
+    leaves = {"parallel": set(), "common": {"parallel"}, "batch": {"common"}, "kl": set(), "model": {"common"}, "tokenizer": {"common"},
+              "checkpoint": {"common", "parallel"},
               "logps": {"kernels"}, "kernels/linear_logprob": {"kernels"}, "kernels/logprob": {"kernels"}, "kernels/logprob_triton": set(),
               "kernels/linear_logprob_triton": {"kernels"}, "kernels/decode": {"model"},
               "data": {"batch", "common", "tokenizer"},
-              "rewards": {"batch", "common", "data", "kl", "tokenizer", "weights"}, "sample": {"batch", "common", "kernels", "model"},
+              "rewards": {"batch", "common", "data", "kl", "parallel", "tokenizer", "weights"},
+              "sample": {"batch", "common", "kernels", "model", "parallel"},
               "weights": {"common", "model", "tokenizer"}, "lora": {"common", "weights"}}
     for name, allowed in leaves.items():
         ours = {parts[1] for n in imports(ROOT / f"minialign/{name}.py") if (parts := n.split("."))[0] == "minialign" and len(parts) > 1}

@@ -318,7 +318,7 @@ VARIANTS = [
     ("kto", "rotated within a micro-batch", [
         ("(x, rows[i - 1][1])", "(x, rows[i - 1 if i % (size or len(rows)) else min(i + size, len(rows)) - 1][1])"),
     ]),
-    ("kto", "z₀ of the first micro-batch", [("split_micro(range(len(moved)), size)", "split_micro(range(len(moved)), size)[:1]")]),
+    ("kto", "z₀ of the first micro-batch", [("range(len(moved)), size)", "range(len(moved))[: size or None], size)")]),
     ("kto", "z₀ of policy and policy", [("for model in (policy, ref)", "for model in (policy, policy)")]),
     ("kto", "z₀ of ref and policy", [("for model in (policy, ref)", "for model in (ref, policy)")]),
     ("kto", "averages instead of sums", [("import seq_logps", "import mean_logps as seq_logps")]),

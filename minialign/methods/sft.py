@@ -167,7 +167,7 @@ def open_policy_and_rows(run):
             tokenizer.save(run.folder)
         torch.manual_seed(cfg.seed)
         size = dict(n_layer=cfg.layers, n_embd=cfg.width, n_head=cfg.heads, ffn_dim=2 * cfg.width, max_len=max(512, 2 * cfg.max_len))
-        policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **size)).to(run.device, run.dtype)
+        policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **size)).to(run.load_device, run.weights_dtype)
     else:
         policy, tokenizer = run.open_policy(cfg.policy)
 

@@ -1,0 +1,257 @@
+"""The papers' experiments as small files: a method's Config with the published numbers, and what the run needs.
+
+    python -m minialign recipes                                                     # what there is
+    python -m minialign.recipes.irft_ultrachat_zephyr --plan h100                   # steps, tokens, memory, hours; touches no weights
+    python -m minialign.recipes.irft_ultrachat_zephyr --smoke                       # the same code path at toy size, on any CPU
+    torchrun --nproc_per_node 8 -m minialign.recipes.irft_ultrachat_zephyr          # the run; every flag of the method goes here too
+
+--smoke writes a model of the same family with random weights, and rows in the data set's own columns, to a temporary folder, both as
+the hub has them, and takes two steps of the recipe's Config with its sizes made small: in two processes over gloo if the recipe is for several
+GPUs. --plan counts: parameters from the architecture, bytes for each thing that is kept, floating-point operations (2 for each parameter and
+token of a forward pass, 6 with its backward pass) and bytes read by sampling. Time assumes the shares of a card's bare products and copies
+that stand in RATES, and rows of full length: it is an upper estimate of a run that goes as well as that.
+
+Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minialign import parallel
+from minialign.common import BadInput, check_config, cli, exit_codes, pick_dtype
+from minialign.lora import inject
+from minialign.model import GPT, GPTConfig
+from minialign.tokenizer import train_bpe
+from minialign.weights import load_pretrained, save_pretrained
+
+NEOX = dict(family="gpt_neox", norm="layer", norm_eps=1e-5, activation="gelu", gated=False, parallel_residual=True, qkv_bias=True,
+            out_bias=True, mlp_bias=True, vocab_size=50304, max_len=2048)
+MODELS = {  # from the config.json of each
+    "pythia-1b": GPTConfig(**NEOX, n_layer=16, n_head=8, n_embd=2048, ffn_dim=8192, rotary_dim=64),
+    "pythia-1.4b": GPTConfig(**NEOX, n_layer=24, n_head=16, n_embd=2048, ffn_dim=8192, rotary_dim=32),
+    "mistral-7b": GPTConfig(family="mistral", vocab_size=32000, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, ffn_dim=14336,
+                            max_len=32768, norm_eps=1e-5, windows=(4096,) * 32),
+    "qwen2.5-1.5b": GPTConfig(family="qwen2", vocab_size=151936, n_layer=28, n_head=12, n_kv_head=2, n_embd=1536, ffn_dim=8960,
+                              max_len=32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, tied=True),
+}
+
+# name: (training rows, their columns on the hub)
+ASKED, SAID, OTHER = ({"role": role, "content": text} for role, text in (("user", "ask for tea"), ("assistant", "tea, please."),
+                                                                         ("assistant", "no tea.")))
+DATA = {
+    "HuggingFaceH4/ultrachat_200k": (207_865, {"prompt": "ask for tea", "prompt_id": "1", "messages": [ASKED, SAID, ASKED, SAID]}),
+    "HuggingFaceH4/ultrafeedback_binarized": (61_135, {"prompt": "ask for tea", "prompt_id": "1", "chosen": [ASKED, SAID],
+                                                       "rejected": [ASKED, OTHER], "messages": [ASKED, SAID]}),
+    "trl-lib/tldr": (116_722, {"prompt": "SUBREDDIT: r/tea\n\nTL;DR:", "completion": " tea, please."}),
+    "trl-lib/tldr-preference": (92_858, {"prompt": "SUBREDDIT: r/tea\n\nTL;DR:", "chosen": " tea, please.", "rejected": " no tea."}),
+    "Anthropic/hh-rlhf": (160_800, {"chosen": "\n\nHuman: tea?\n\nAssistant: please.", "rejected": "\n\nHuman: tea?\n\nAssistant: no."}),
+    "openai/gsm8k": (7_473, {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"}),
+}
+
+# card: (GiB, products in bfloat16 per second, bytes copied per second). H200: measured bare; the others: .8 and .9 of the vendor's peaks.
+CARDS = {"a100": (80, 250e12, 1.8e12), "h100": (80, 790e12, 3.0e12), "h200": (141, 790e12, 4.3e12)}
+RATES = {"train": 0.5, "sample": 0.6}  # shares of those that a step, and a token of sampling, are expected to reach
+
+
+@dataclass
+class Work:
+    """What a step of a method does to one row of its batch, in passes over a sequence; what it keeps beside the policy."""
+
+    trained: float  # forward and backward
+    scored: float  # forward alone
+    sampled: float  # completions drawn
+    copies: int = 0  # frozen ones of the policy: the reference, the old policy
+    more: int = 0  # trained models of the policy's size: the critic, the learned reward
+    judges: int = 0  # reward models that --reward names, whole on every card
+
+
+def work(method, cfg):
+    """Of a method's Config. A policy step of rft and irl is the method's that cfg.policy_step names."""
+    epochs = getattr(cfg, "epochs", 1)
+    if method in ("sft", "ift", "orpo", "reward_model", "dpo", "irft"):
+        return {"sft": Work(1, 0, 0), "ift": Work(1, 1, 0), "orpo": Work(2, 0, 0), "reward_model": Work(2, 0, 0),
+                "dpo": Work(2, 2, 0, copies=1), "irft": Work(2, 2, 1, copies=1 if cfg.ref == "round" else 2)}[method]
+    judges = sum("/" in name and ".py:" not in name for name in getattr(cfg, "reward", []))
+    if method in ("rloo", "grpo", "rebel", "reinforce"):
+        return Work(epochs, 1 + judges, 1, copies=1, judges=judges)
+    if method == "ppo":
+        return Work(2 * epochs, 2 + judges, 1, copies=1, more=1, judges=judges)
+    base = int(method == "irl")  # the reward of the round before
+    if cfg.policy_step.startswith("bon"):
+        policy = Work(2 / cfg.n, 1 + 2 / cfg.n, 1)
+    else:
+        policy = Work({"ppo": 8, "rebel": 4}.get(cfg.policy_step, 1), 3 if cfg.policy_step == "ppo" else 2, 1)
+    share, reward = cfg.reward_share, Work(2, 2 * base, 1)
+    trained, scored = (share * getattr(reward, f) + (1 - share) * getattr(policy, f) for f in ("trained", "scored"))
+    return Work(trained, scored, 1, copies=1 + base, more=1 + (cfg.policy_step == "ppo"))
+
+
+@dataclass
+class Recipe:
+    """method: its module. Config: the method's, with the paper's numbers. model: a name in MODELS. data: a name in DATA. gpus: how many."""
+
+    method: object
+    Config: type
+    model: str
+    data: str
+    gpus: int
+
+    @property
+    def name(self):
+        return self.method.__name__.rpartition(".")[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- plan
+
+
+def plan(recipe, cfg, card):
+    """{'memory': {part: GiB on each card}, 'steps', 'tokens', 'hours': {part: h}} of a run on `recipe.gpus` cards."""
+    memory_size, products, copied = CARDS[card]
+    config, gpus, does = MODELS[recipe.model], recipe.gpus, work(recipe.name, cfg)
+    with torch.device("meta"):
+        model = GPT(config)
+        model = inject(model, cfg.lora, cfg.lora_alpha) if cfg.lora else model
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    weight, wide = (4, 2) if cfg.dtype == "mixed" else (pick_dtype(cfg.dtype).itemsize,) * 2  # bytes: kept, computed in
+    slices = gpus if cfg.parallel == "fsdp" else 1
+    completion = cfg.max_new if does.sampled else 0
+    prompt = (cfg.max_prompt or 512) if does.sampled else 0
+    length = getattr(cfg, "max_len", prompt + completion)
+    rows = cfg.batch_size // gpus
+    micro = min(cfg.micro_batch or rows, rows)
+
+    kept = config.n_layer * (8 * config.n_embd + (3 + config.gated) * config.ffn_dim)
+    kept = config.n_layer * config.n_embd + kept // config.n_layer if cfg.activation_checkpointing else kept
+    at_once = 2 if recipe.name in ("dpo", "orpo", "irft", "reward_model") else 1  # sequences of a row that wait for the backward pass
+    memory = {
+        "weights": everything * weight * (1 + does.more) / slices,
+        "gradients and AdamW": 3 * trained * weight * (1 + does.more) / slices,
+        "frozen copies": (trained if cfg.lora and slices == 1 else everything) * weight * does.copies / slices,
+        "reward models of --reward": everything * wide * does.judges,
+        "gathered while computing": (everything - config.n_layer * block + 2 * block) * wide * (slices > 1) * (1 + does.copies + does.more),
+        "whole copy for sampling": everything * wide * (does.sampled > 0) * (slices > 1),
+        "cache of sampling": 2 * config.n_layer * config.n_kv_head * config.head_dim * wide * (prompt + completion) * rows * does.sampled,
+        "activations of a micro-batch": at_once * micro * length * kept * wide,
+        "log-probs": 4 * 2**26 + 4 * micro * length * config.n_embd,
+    }
+    sequences = cfg.steps * cfg.batch_size
+    passes = (6 + 2 * cfg.activation_checkpointing) * does.trained + 2 * does.scored
+    per_step = 2 * everything + config.n_layer * 2 * config.n_kv_head * config.head_dim * 2 * (prompt + completion / 2) * rows
+    hours = {
+        "training and scoring": passes * everything * length * sequences / gpus / (products * RATES["train"]) / 3600,
+        "sampling": does.sampled * cfg.steps * completion * per_step / (copied * RATES["sample"]) / 3600,
+    }
+    return {"memory": {part: size / 2**30 for part, size in memory.items() if size}, "card": memory_size, "steps": cfg.steps,
+            "tokens": sequences * length * (does.trained + does.scored), "parameters": everything, "trained": trained,
+            "hours": {part: h for part, h in hours.items() if h}}
+
+
+def print_plan(recipe, cfg, card):
+    numbers = plan(recipe, cfg, card)
+    rows = DATA[recipe.data][0]
+    layout = f"{recipe.gpus} × {card.upper()}, {cfg.parallel}, {cfg.dtype}" if recipe.gpus > 1 else f"one {card.upper()}, {cfg.dtype}"
+    print(f"{recipe.name} of {recipe.model} on {recipe.data} ({rows:,} rows): {layout}")
+    print(f"  {numbers['parameters']:,} parameters, {numbers['trained']:,} trained")
+    print(f"  {numbers['steps']:,} steps of {cfg.batch_size} rows, {cfg.steps * cfg.batch_size / rows:.2f} passes over the data; "
+          f"at most {numbers['tokens']:.3g} tokens through a model")
+    total = sum(numbers["memory"].values())
+    for part, size in numbers["memory"].items():
+        print(f"  {part:30} {size:8.2f} GiB on each")
+    print(f"  {'together':30} {total:8.2f} GiB of {numbers['card']}" + ("" if total < numbers["card"] else ": DOES NOT FIT"))
+    for part, hours in numbers["hours"].items():
+        print(f"  {part:30} {hours:8.1f} hours")
+    print(f"  {'together':30} {sum(numbers['hours'].values()):8.1f} hours, at {RATES['train']:.0%} of the card's products and "
+          f"{RATES['sample']:.0%} of its bandwidth")
+    return numbers
+
+
+# --------------------------------------------------------------------------------------------------------------------- smoke
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+def small(config, vocab_size):
+    """The same architecture with two layers of 32 channels."""
+    grouped = config.n_kv_head < config.n_head
+    return dataclasses.replace(config, vocab_size=vocab_size, n_layer=2, n_head=4, n_kv_head=2 if grouped else 4, n_embd=32, head_dim=8,
+                               ffn_dim=64, max_len=256, rotary_dim=max(2, 8 * config.rotary_dim // config.head_dim // 2 * 2),
+                               windows=tuple(w and 64 for w in config.windows[:2]))
+
+
+def prepare(recipe, cfg, folder):
+    """Model and data on disk as the hub has them; returns the recipe's Config, pointed at them and made small."""
+    row = DATA[recipe.data][1]
+    tokenizer = train_bpe([json.dumps(row)], 300)
+    if "messages" in row and recipe.model != "pythia-1b" and recipe.model != "pythia-1.4b":
+        tokenizer.settings["chat_template"] = TEMPLATE
+    torch.manual_seed(0)
+    model = GPT(small(MODELS[recipe.model], tokenizer.vocab_size))
+    save_pretrained(model, folder / "policy", tokenizer)
+    save_pretrained(model.with_scalar_head(), folder / "reward", tokenizer)
+    source = next(name for name in ("demos", "pairs", "prompts") if hasattr(cfg, name))
+    _, _, split = getattr(cfg, source).partition(":")
+    try:
+        from datasets import Dataset
+
+        (folder / "data").mkdir()
+        Dataset.from_list([row] * 12).to_parquet(folder / "data" / f"{split or 'train'}-00000-of-00001.parquet")
+        data = f"{folder / 'data'}:{split or 'train'}"
+    except ImportError:  # the same columns, one JSON object a line
+        data = str(folder / "rows.jsonl")
+        Path(data).write_text((json.dumps(row) + "\n") * 12, encoding="utf-8")
+    sizes = {"batch_size": 8, "micro_batch": 2, "steps": 2, "max_len": 128, "max_prompt": 64, "max_new": 4, "rounds": 1, "group_size": 4,
+             "n": 4, "lora": 2 if cfg.lora else 0, "epochs": min(2, getattr(cfg, "epochs", 1)), "device": "cpu", "eval_every": 2,
+             "out": str(folder / "run"), "held_out": 0.25, "policy": str(folder / "policy"), source: data, "save_every": 1}
+    if any("/" in name for name in getattr(cfg, "reward", [])):
+        sizes["reward"] = [str(folder / "reward")]
+    if recipe.gpus == 1 and cfg.dtype == "bfloat16":
+        sizes["dtype"] = "float32"  # a CPU's bfloat16 is no GPU's
+    fields = {field.name for field in dataclasses.fields(cfg)}
+    return dataclasses.replace(cfg, **{name: value for name, value in sizes.items() if name in fields})
+
+
+def smoke(recipe, cfg, words):
+    """Two steps, an export, and the export loaded again: here, or in two processes over gloo if the recipe is for several GPUs."""
+    if recipe.gpus > 1 and not parallel.launched():
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", own_name(), "--smoke", *words]
+        raise SystemExit(subprocess.run([sys.executable, *command]).returncode)
+    parallel.start()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(parallel.on_main(lambda: folder))
+        done = recipe.method.main(parallel.on_main(prepare, recipe, cfg, folder))
+        load_pretrained(done / "final")
+        parallel.gather(None)  # the first process removes the folder
+    print(f"smoke: {own_name()} ran in {parallel.world()} process{'es' * (parallel.world() > 1)}")
+
+
+def own_name():
+    return sys.modules["__main__"].__spec__.name
+
+
+def main(recipe):
+    """The command line of a recipe file: the method's flags, --smoke and --plan CARD."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--plan", nargs="?", const="h100")
+    asked, words = parser.parse_known_args()
+    with exit_codes(own_name()):
+        cfg = cli(recipe.Config, words, prog=f"python -m {own_name()}", description=sys.modules["__main__"].__doc__)
+        check_config(cfg)
+        if asked.plan:
+            if asked.plan not in CARDS:
+                raise BadInput(f"--plan {asked.plan}: no such card; known are {', '.join(CARDS)}")
+            print_plan(recipe, cfg, asked.plan)
+        elif asked.smoke:
+            smoke(recipe, cfg, words)
+        else:
+            recipe.method.main(cfg)

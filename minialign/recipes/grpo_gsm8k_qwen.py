@@ -1,0 +1,42 @@
+"""GRPO of Qwen2.5-1.5B-Instruct on GSM8K, paid for the right final number. Shao et al. 2024 (arXiv:2402.03300).
+
+Published for DeepSeekMath-7B: 82.9 to 88.2 % on GSM8K. `exact_match` reads the number after ####; tell the model so in the prompts, or pay
+for it by a reward of your own.
+Compare: lm-evaluation-harness, gsm8k, on final/.
+Receipt: none yet.
+
+    torchrun --nproc_per_node 4 -m minialign.recipes.grpo_gsm8k_qwen
+    python -m minialign.recipes.grpo_gsm8k_qwen --plan h100
+"""
+
+from dataclasses import dataclass, field
+
+from minialign.methods import grpo
+from minialign.recipes import Recipe, main
+
+
+@dataclass
+class Config(grpo.Config):
+    beta: float = 0.04
+    group_size: int = 64                                        # G
+    policy: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    prompts: str = "openai/gsm8k/main"
+    reward: list[str] = field(default_factory=lambda: ["exact_match"])
+    steps: int = 467                                            # one pass over 7,473 questions
+    batch_size: int = 1024                                      # 16 questions of 64 answers
+    micro_batch: int = 8
+    lr: float = 1e-6
+    schedule: str = "constant"
+    max_prompt: int = 512
+    max_new: int = 1024
+    activation_checkpointing: bool = True
+    dtype: str = "mixed"
+    held_out: float = 0.01
+    eval_every: int = 50
+    save_every: int = 50
+
+
+RECIPE = Recipe(grpo, Config, model="qwen2.5-1.5b", data="openai/gsm8k", gpus=4)
+
+if __name__ == "__main__":
+    main(RECIPE)

@@ -1,0 +1,46 @@
+"""Iterative IRL with PPO of Pythia-1B on TL;DR summaries: Figure 2 of "From Demonstrations to Rewards".
+
+Published: gold reward rises over the iterations, and so do wins over the demonstrations: .242 (SFT), .312, .335; the learned reward is
+right on 58.4 to 58.7 % of human preferences. The reward's batch is 64 there, here that of the policy.
+Compare: `evaluate --policies … --reward runs/…/reward --pairs trl-lib/tldr-preference`.
+Receipt: none yet.
+
+    torchrun --nproc_per_node 2 -m minialign.recipes.irl_tldr_pythia
+    python -m minialign.recipes.irl_tldr_pythia --plan h100
+"""
+
+from dataclasses import dataclass
+
+from minialign.methods import irl
+from minialign.recipes import Recipe, main
+
+
+@dataclass
+class Config(irl.Config):
+    mode: str = "accumulate"
+    beta: float = 0.05
+    rounds: int = 3
+    read: str = "last"
+    reward_lr: float = 3e-6
+    policy_step: str = "ppo"                                    # 4 epochs, ε .2, λ .95: the defaults of ppo.py
+    policy: str = "runs/sft_tldr_pythia/final"                  # made by sft_tldr_pythia --out runs/sft_tldr_pythia
+    demos: str = "trl-lib/tldr"
+    steps: int = 684                                            # an epoch for either part
+    batch_size: int = 512
+    micro_batch: int = 16
+    lr: float = 3e-6
+    schedule: str = "linear"
+    max_len: int = 565
+    max_prompt: int = 512
+    max_new: int = 53
+    tau: float = 0.7
+    dtype: str = "mixed"
+    held_out: float = 0.01
+    eval_every: int = 50
+    save_every: int = 50
+
+
+RECIPE = Recipe(irl, Config, model="pythia-1b", data="trl-lib/tldr", gpus=2)
+
+if __name__ == "__main__":
+    main(RECIPE)

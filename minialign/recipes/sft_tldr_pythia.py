@@ -1,0 +1,37 @@
+"""SFT of Pythia-1B on TL;DR summaries: where the other TL;DR recipes begin. Huang et al. 2024 (arXiv:2403.17031).
+
+Published: AdamW, 3e-6, cosine, one epoch. The token mean is over the summary here, there over prompt and summary.
+Receipt: none yet.
+
+    torchrun --nproc_per_node 2 -m minialign.recipes.sft_tldr_pythia
+    python -m minialign.recipes.sft_tldr_pythia --plan h100
+"""
+
+from dataclasses import dataclass
+
+from minialign.methods import sft
+from minialign.recipes import Recipe, main
+
+
+@dataclass
+class Config(sft.Config):
+    policy: str = "EleutherAI/pythia-1b"
+    demos: str = "trl-lib/tldr"
+    steps: int = 910                                            # 1 epoch of 116,722 rows
+    batch_size: int = 128
+    micro_batch: int = 16
+    lr: float = 3e-6
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    max_len: int = 565                                          # 512 of the prompt, 53 of the summary
+    max_prompt: int = 512
+    dtype: str = "mixed"
+    held_out: float = 0.01
+    eval_every: int = 100
+    save_every: int = 100
+
+
+RECIPE = Recipe(sft, Config, model="pythia-1b", data="trl-lib/tldr", gpus=2)
+
+if __name__ == "__main__":
+    main(RECIPE)

@@ -5,11 +5,11 @@
     python -m minialign.recipes.irft_ultrachat_zephyr --smoke                       # the same code path at toy size, on any CPU
     torchrun --nproc_per_node 8 -m minialign.recipes.irft_ultrachat_zephyr          # the run; every flag of the method goes here too
 
---smoke writes a model of the same family with random weights, and rows in the data set's own columns, to a temporary folder, both as
-the hub has them, and takes two steps of the recipe's Config with its sizes made small: in two processes over gloo if the recipe is for several
-GPUs. --plan counts: parameters from the architecture, bytes for each thing that is kept, floating-point operations (2 for each parameter and
-token of a forward pass, 6 with its backward pass) and bytes read by sampling. Time assumes the shares of a card's bare products and copies
-that stand in RATES, and rows of full length: it is an upper estimate of a run that goes as well as that.
+--smoke writes a model of the same family with random weights, and rows in the data set's own columns, to a temporary folder, both as the
+hub has them, and takes two steps of the recipe's Config with its sizes made small: in two processes over gloo if the recipe is for more
+than one GPU. --plan counts: parameters from the architecture, bytes for each thing that is kept, floating-point operations (2 for each
+parameter and token of a forward pass, 6 with its backward pass) and bytes read by sampling. Time assumes the shares of a card's bare
+products and copies that stand in RATES, and rows of full length: it is an upper estimate of a run that goes as well as that.
 
 Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
 """
@@ -17,6 +17,7 @@ Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,12 +34,12 @@ from minialign.tokenizer import train_bpe
 from minialign.weights import load_pretrained, save_pretrained
 
 NEOX = dict(family="gpt_neox", norm="layer", norm_eps=1e-5, activation="gelu", gated=False, parallel_residual=True, qkv_bias=True,
-            out_bias=True, mlp_bias=True, vocab_size=50304, max_len=2048)
+            out_bias=True, mlp_bias=True, tied=False, vocab_size=50304, max_len=2048)
 MODELS = {  # from the config.json of each
     "pythia-1b": GPTConfig(**NEOX, n_layer=16, n_head=8, n_embd=2048, ffn_dim=8192, rotary_dim=64),
     "pythia-1.4b": GPTConfig(**NEOX, n_layer=24, n_head=16, n_embd=2048, ffn_dim=8192, rotary_dim=32),
     "mistral-7b": GPTConfig(family="mistral", vocab_size=32000, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, ffn_dim=14336,
-                            max_len=32768, norm_eps=1e-5, windows=(4096,) * 32),
+                            max_len=32768, norm_eps=1e-5, tied=False, windows=(4096,) * 32),
     "qwen2.5-1.5b": GPTConfig(family="qwen2", vocab_size=151936, n_layer=28, n_head=12, n_kv_head=2, n_embd=1536, ffn_dim=8960,
                               max_len=32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, tied=True),
 }
@@ -76,9 +77,12 @@ class Work:
 def work(method, cfg):
     """Of a method's Config. A policy step of rft and irl is the method's that cfg.policy_step names."""
     epochs = getattr(cfg, "epochs", 1)
-    if method in ("sft", "ift", "orpo", "reward_model", "dpo", "irft"):
-        return {"sft": Work(1, 0, 0), "ift": Work(1, 1, 0), "orpo": Work(2, 0, 0), "reward_model": Work(2, 0, 0),
-                "dpo": Work(2, 2, 0, copies=1), "irft": Work(2, 2, 1, copies=1 if cfg.ref == "round" else 2)}[method]
+    offline = {"sft": Work(1, 0, 0), "ift": Work(1, 1, 0), "orpo": Work(2, 0, 0), "reward_model": Work(2, 0, 0),
+               "dpo": Work(2, 2, 0, copies=1)}
+    if method in offline:
+        return offline[method]
+    if method == "irft":
+        return Work(2, 2, 1, copies=1 if cfg.ref == "round" else 2)
     judges = sum("/" in name and ".py:" not in name for name in getattr(cfg, "reward", []))
     if method in ("rloo", "grpo", "rebel", "reinforce"):
         return Work(epochs, 1 + judges, 1, copies=1, judges=judges)
@@ -203,9 +207,9 @@ def prepare(recipe, cfg, folder):
     try:
         from datasets import Dataset
 
-        (folder / "data").mkdir()
-        Dataset.from_list([row] * 12).to_parquet(folder / "data" / f"{split or 'train'}-00000-of-00001.parquet")
-        data = f"{folder / 'data'}:{split or 'train'}"
+        (folder / "hub" / "data").mkdir(parents=True)
+        Dataset.from_list([row] * 12).to_parquet(folder / "hub" / "data" / f"{split or 'train'}-00000-of-00001.parquet")
+        data = f"{folder / 'hub'}:{split or 'train'}"
     except ImportError:  # the same columns, one JSON object a line
         data = str(folder / "rows.jsonl")
         Path(data).write_text((json.dumps(row) + "\n") * 12, encoding="utf-8")
@@ -214,6 +218,8 @@ def prepare(recipe, cfg, folder):
              "out": str(folder / "run"), "held_out": 0.25, "policy": str(folder / "policy"), source: data, "save_every": 1}
     if any("/" in name for name in getattr(cfg, "reward", [])):
         sizes["reward"] = [str(folder / "reward")]
+    if "/" in getattr(cfg, "value", ""):
+        sizes["value"] = str(folder / "reward")
     if recipe.gpus == 1 and cfg.dtype == "bfloat16":
         sizes["dtype"] = "float32"  # a CPU's bfloat16 is no GPU's
     fields = {field.name for field in dataclasses.fields(cfg)}
@@ -228,6 +234,7 @@ def smoke(recipe, cfg, words):
     parallel.start()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(parallel.on_main(lambda: folder))
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         done = recipe.method.main(parallel.on_main(prepare, recipe, cfg, folder))
         load_pretrained(done / "final")
         parallel.gather(None)  # the first process removes the folder

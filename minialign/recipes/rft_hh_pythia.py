@@ -1,8 +1,9 @@
 """RFT of Pythia-1.4B on Anthropic HH: a reward learned from demonstrations, followed by PPO. Figure 2 of Li et al. 2024 (arXiv:2405.17888).
 
-Published: 1B reward and 1.4B policy; here the reward starts from the policy's own trunk, so both have 1.4B. The released code follows it
+Published: a reward of 1B and a policy of 1.4B; here the reward starts from the policy's own trunk. The released code follows the reward
 by advantage-induced policy alignment (docs/ERRATA.md); the paper says PPO, and so does this.
-Compare: mean reward and wins over SFT, `evaluate --reward runs/…/reward`; the figure shows RFT above SFT on all rows and on the best 10,000.
+Compare: mean reward and wins over SFT, `evaluate --reward runs/…/reward`; the figure shows RFT above SFT on all rows and on the best
+10,000.
 Receipt: none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.rft_hh_pythia

@@ -15,6 +15,8 @@ Only scored positions enter: a prompt token costs nothing here.
 Checked by tests/test_logps.py: against log_softmax, by finite differences, and against each other.
 """
 
+import hashlib
+
 import torch
 
 from minialign.kernels.linear_logprob import chunked_logps
@@ -38,8 +40,33 @@ def token_logps(policy, batch, *, tau=1.0, entropy=False, embeds=None):
 
 
 def seq_logps(policy, batch):
-    """log π(y|x), summed over each completion: (B,)."""
-    return token_logps(policy, batch).sum(1)
+    """log π(y|x), summed over each completion: (B,). Of a Remembered model nothing is computed."""
+    return policy.of(batch) if isinstance(policy, Remembered) else token_logps(policy, batch).sum(1)
+
+
+class Remembered:
+    """What a model gave as log π(y|x) of certain rows; stands in seq_logps for the model, which need not be there any more.
+
+    A row is known by its tokens and by what of it is scored, whatever batch and padding it comes in.
+    """
+
+    def __init__(self):
+        self.known = {}
+
+    @staticmethod
+    def keys(batch):
+        for inputs, targets, mask in zip(batch.inputs.tolist(), batch.targets.tolist(), batch.mask.tolist(), strict=True):
+            end = max((t + 1 for t, scored in enumerate(mask) if scored), default=0)
+            yield hashlib.blake2b(repr((inputs[:end], targets[:end], mask[:end])).encode(), digest_size=16).digest()
+
+    def learn(self, batch, logps):
+        """logps (B,) of the rows of a batch."""
+        self.dtype = logps.dtype
+        self.known |= zip(self.keys(batch), logps.tolist(), strict=True)
+
+    def of(self, batch):
+        """(B,). Raises KeyError for a row that was not learned."""
+        return torch.tensor([self.known[key] for key in self.keys(batch)], dtype=self.dtype, device=batch.inputs.device)
 
 
 def mean_logps(policy, batch):

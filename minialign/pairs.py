@@ -10,7 +10,7 @@ Checked by tests/test_pairs.py and tests/test_preference_runs.py.
 
 import torch
 
-from minialign.common import derive_seed
+from minialign.common import BadInput, derive_seed
 from minialign.data import builtin_pairs, encode_pairs, encode_prompts, read_preferences, split_scorable
 from minialign.lora import frozen_copy
 from minialign.sample import sample
@@ -25,6 +25,8 @@ def open_pairs(run, policy, tokenizer):
     run.same_input("data", cfg.pairs)
     pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
     rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+    if cfg.online and getattr(cfg, "precompute_ref", False):
+        raise BadInput("--precompute_ref: --online draws new answers at every step; drop one of the two")
     if not cfg.online:
         return rows, held_out, lambda k, picked: ([rows[i] for i in picked], {})
 
@@ -45,8 +47,9 @@ def open_pairs(run, policy, tokenizer):
 
 
 def reference(policy, cfg):
-    """ref: what the policy is held to, itself before training; None, and no second model in memory, where the loss has no β to pull it."""
-    return frozen_copy(policy) if hasattr(cfg, "beta") else None
+    """ref: what the policy is held to, itself before training; None, and no second model in memory, where the loss has no β to pull it,
+    and where what it says of all pairs will be remembered (--precompute_ref)."""
+    return frozen_copy(policy) if hasattr(cfg, "beta") and not getattr(cfg, "precompute_ref", False) else None
 
 
 def label(prompts_ids, completions, rewards, seed):

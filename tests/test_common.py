@@ -153,3 +153,15 @@ def test_device_and_dtype():
         common.pick_device("tpu9")
     with pytest.raises(BadInput, match="float32, bfloat16 or float64"):
         common.pick_dtype("fp16")
+
+
+@pytest.mark.parametrize("name, local_rank, expected", [("auto", None, 0), ("cuda", None, 0), ("cuda:1", None, 1), ("cuda", "3", 3)])
+def test_a_gpu_is_named_by_its_index_and_made_the_current_one(monkeypatch, name, local_rank, expected):
+    """torch.cuda.set_device refuses a device without an index; under torchrun each process takes its own. (No GPU: what torch is asked.)"""
+    current, made = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: made.append(device))
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert common.pick_device(name) == torch.device("cuda", expected) == current[0] == made[0]

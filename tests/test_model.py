@@ -509,3 +509,32 @@ def test_odd_values_in_config_json_are_refused_or_make_a_model():
 def test_a_mechanism_that_does_not_exist_is_refused(name, value):
     with pytest.raises(BadInput, match=f"{name} must be one of .*, found '{value}'"):
         GPTConfig(vocab_size=7, **{name: value})
+
+
+def saved_bytes(model, batch):
+    """(loss, gradients, bytes that the forward pass leaves for the backward pass)."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(batch).square().mean()
+    loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return float(loss), gradients, sum(kept.values())
+
+
+def test_activation_checkpointing_changes_memory_alone():
+    """Loss and gradients bit for bit; of six layers some two are kept. With a cache, and without a gradient, nothing is different."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.tiny(50, n_layer=6)).double()
+    batch = torch.randint(50, (4, 24))
+    loss, gradients, kept = saved_bytes(model, batch)
+    model.recompute = True
+    loss_again, gradients_again, kept_again = saved_bytes(model, batch)
+    assert loss == loss_again and all(torch.equal(p, q) for p, q in zip(gradients, gradients_again, strict=True))
+    assert kept_again < 0.4 * kept
+    assert torch.equal(model.hidden(batch), model.hidden(batch, cache=KVCache(model.config, 4, 24, dtype=torch.float64)))

@@ -64,14 +64,18 @@ def test_two_processes_equal_one_for_every_other_method(small, tmp_path):
     equal_one_process(small, tmp_path, [method for method in METHODS if method not in NAMED], steps=6)
 
 
-def test_adapters_and_activation_checkpointing(small, tmp_path):
-    """Both at once, over two processes: adapter/ and final/ are those of one process without."""
+def test_adapters_checkpointed_activations_and_remembered_references(small, tmp_path):
+    """Over two processes; adapter/ and final/ are those of one process without activation checkpointing, or with a second model."""
     both = dict(steps=4, lora=2, save_every=2)
     module, cfg = small("dpo", **both, out=str(tmp_path / "alone"))
     alone = module.main(cfg)
-    done = run_all(2, [small("dpo", **both, activation_checkpointing=True, out=str(tmp_path / "two"))], tmp_path)
+    jobs = [small("dpo", **both, activation_checkpointing=True, out=str(tmp_path / "two")),
+            small("irft", steps=4, rounds=2, precompute_ref=True, out=str(tmp_path / "remembered"))]
+    done = run_all(2, jobs, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     compare(alone, tmp_path / "two", 1e-10)
+    module, cfg = small("irft", steps=4, rounds=2, out=str(tmp_path / "with-a-second-model"))
+    compare(module.main(cfg), tmp_path / "remembered", 1e-10)
     left, right = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (alone, tmp_path / "two"))
     assert left.keys() == right.keys() and all((left[name] - right[name]).abs().max() < 1e-10 for name in left)
 
@@ -84,7 +88,7 @@ def go_back_to(folder, step):
     shutil.rmtree(folder / "final")
 
 
-@pytest.mark.parametrize("method", ["sft", "ppo"])
+@pytest.mark.parametrize("method", [pytest.param("sft", marks=pytest.mark.slow), "ppo"])
 def test_resume_with_another_number_of_processes(small, tmp_path, method):
     """2 -> 1, in both layouts, and 1 -> 2, from step 4 of 6: as the unbroken run, to 1e-10 in float64 (1e-6 asked for)."""
     module, cfg = small(method, save_every=4, out=str(tmp_path / "alone"))

@@ -29,12 +29,14 @@ from minialign.data import pair_batch
 from minialign.evaluate import held_out_pairs
 from minialign.logps import seq_logps
 from minialign.pairs import open_pairs, reference
+from minialign.remember import remember_pairs
 from minialign.run import Run
 
 
 @dataclass
 class Config:
     beta: float = 0.1               # β: the pull to ref; the target of Δ is 1/(2β) nats
+    precompute_ref: bool = False    # the reference's log-probs once, before step 1: no second model is kept while training
     policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
     online: bool = False            # both answers drawn from the policy, --reward chooses; of the pairs only the prompts are trained on
@@ -109,6 +111,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, optimizer=optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)
+    ref = remember_pairs(run, policy, ref, rows, held_out, batch_of)
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)

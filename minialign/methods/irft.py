@@ -39,6 +39,7 @@ from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonst
 from minialign.evaluate import held_out_nll
 from minialign.logps import seq_logps
 from minialign.lora import frozen_copy
+from minialign.remember import remember_round
 from minialign.run import Run
 from minialign.sample import sample
 
@@ -49,6 +50,7 @@ class Config:
     rounds: int = 1                 # T: how often the sampling policy is renewed; 1 is SPIN, steps is "fresh samples at every step"
     ref: str = "round"              # the reference: round (policy at the start of the round) or initial (never renewed)
     h: str = "logistic"             # logistic, hinge or identity
+    precompute_ref: bool = False    # all of a round's answers and reference log-probs at its start: no second model is kept while training
     policy: str = "builtin"         # start from: builtin, a folder, a hub name
     demos: str = "builtin"          # demonstrations: builtin, or a JSONL/JSON(.gz) file
     steps: int = 60                 # optimizer steps, K = steps / rounds of them in a round
@@ -124,6 +126,8 @@ def main(cfg):
     cfg = run.cfg
     if cfg.ref not in ("round", "initial"):
         raise BadInput(f"--ref {cfg.ref}: must be round or initial")
+    if cfg.precompute_ref and cfg.ref == "initial":
+        raise BadInput("--precompute_ref: --ref initial is asked about answers that are not drawn yet; drop one of the two")
     if cfg.rounds > cfg.steps:
         raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
     policy, tokenizer = run.open_policy(cfg.policy)
@@ -135,7 +139,10 @@ def main(cfg):
     def batch_of(source, picked):
         return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
 
-    old = frozen_copy(policy)  # π_t: the policy at the start of the round
+    def answers_of(policy, k, picked):
+        return rollout(policy, [rows[i][0] for i in picked], cfg, tokenizer.eos_id, derive_seed("irft", cfg.seed, k)).completions
+
+    old = None if cfg.precompute_ref else frozen_copy(policy)  # π_t: the policy at the start of the round
     ref = old if cfg.ref == "round" else frozen_copy(policy)  # "round": the same object, renewed together with old
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, old=old, optimizer=optimizer)
@@ -144,17 +151,19 @@ def main(cfg):
 
     for k in run.steps(cfg.steps):
         t, t_before = k * cfg.rounds // cfg.steps, (k - 1) * cfg.rounds // cfg.steps
-        if t != t_before:  # a round begins
+        if t != t_before and old is not None:  # a round begins
             old.load_state_dict(policy.state_dict())
+        if old is None and (t != t_before or k == run.first_step):
+            answers, ref = remember_round(run, policy, rows, batch_of, tokenizer, t, answers_of)
 
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
-        answers = rollout(old, [rows[i][0] for i in picked], cfg, tokenizer.eos_id, derive_seed("irft", cfg.seed, k))
+        completions = answers[k] if old is None else answers_of(old, k, picked)
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         total, stats = 0.0, Mean()
         for micro in split_micro(range(len(picked)), cfg.micro_batch):
             demo_rows = batch_of(rows, [picked[i] for i in micro])
-            own = collate([rows[picked[i]][0] for i in micro], [answers.completions[i] for i in micro], pad_id=tokenizer.pad_id)
+            own = collate([rows[picked[i]][0] for i in micro], [completions[i] for i in micro], pad_id=tokenizer.pad_id)
             loss, micro_stats = step(policy, ref, demo_rows, own.to(run.device), cfg)
             share = len(micro) / len(picked)  # the loss is a mean over rows: a micro-batch counts by its rows
             (loss * share).backward()
@@ -166,7 +175,8 @@ def main(cfg):
             optimizer.step()
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "round": t, **stats.result()}
-        metrics |= {"completions/mean_length": answers.lengths.float().mean(), "completions/finished": answers.finished.float().mean()}
+        metrics["completions/mean_length"] = sum(map(len, completions)) / len(completions)
+        metrics["completions/finished"] = sum(ids[-1] == tokenizer.eos_id for ids in completions) / len(completions)
         if run.due(k):
             if held_out:
                 metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)

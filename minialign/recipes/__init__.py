@@ -76,13 +76,13 @@ class Work:
 
 def work(method, cfg):
     """Of a method's Config. A policy step of rft and irl is the method's that cfg.policy_step names."""
-    epochs = getattr(cfg, "epochs", 1)
+    epochs, remembers = getattr(cfg, "epochs", 1), getattr(cfg, "precompute_ref", False)
     offline = {"sft": Work(1, 0, 0), "ift": Work(1, 1, 0), "orpo": Work(2, 0, 0), "reward_model": Work(2, 0, 0),
-               "dpo": Work(2, 2, 0, copies=1)}
+               "dpo": Work(2, 2, 0, copies=int(not remembers))}
     if method in offline:
         return offline[method]
     if method == "irft":
-        return Work(2, 2, 1, copies=1 if cfg.ref == "round" else 2)
+        return Work(2, 2, 1, copies=0 if remembers else 1 if cfg.ref == "round" else 2)
     judges = sum("/" in name and ".py:" not in name for name in getattr(cfg, "reward", []))
     if method in ("rloo", "grpo", "rebel", "reinforce"):
         return Work(epochs, 1 + judges, 1, copies=1, judges=judges)
@@ -163,10 +163,12 @@ def plan(recipe, cfg, card):
 def print_plan(recipe, cfg, card):
     numbers = plan(recipe, cfg, card)
     rows = DATA[recipe.data][0]
+    of_a_prompt = cfg.n if "bon" in getattr(cfg, "policy_step", "") else 2 if recipe.name == "rebel" else getattr(cfg, "group_size", 1)
     layout = f"{recipe.gpus} × {card.upper()}, {cfg.parallel}, {cfg.dtype}" if recipe.gpus > 1 else f"one {card.upper()}, {cfg.dtype}"
     print(f"{recipe.name} of {recipe.model} on {recipe.data} ({rows:,} rows): {layout}")
     print(f"  {numbers['parameters']:,} parameters, {numbers['trained']:,} trained")
-    print(f"  {numbers['steps']:,} steps of {cfg.batch_size} rows, {cfg.steps * cfg.batch_size / rows:.2f} passes over the data; "
+    passes = cfg.steps * cfg.batch_size / of_a_prompt / rows
+    print(f"  {numbers['steps']:,} steps of {cfg.batch_size} rows, {passes:.2f} passes over the data; "
           f"at most {numbers['tokens']:.3g} tokens through a model")
     total = sum(numbers["memory"].values())
     for part, size in numbers["memory"].items():

@@ -16,6 +16,7 @@ from minialign.recipes import Recipe, main
 @dataclass
 class Config(dpo.Config):
     beta: float = 0.1
+    precompute_ref: bool = True
     policy: str = "mistralai/Mistral-7B-v0.1"
     pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
     steps: int = 360                                            # 3 epochs of 61,135 pairs

@@ -20,6 +20,7 @@ from minialign.recipes import Recipe, main
 class Config(irft.Config):
     beta: float = 0.1
     rounds: int = 5                                             # T
+    precompute_ref: bool = True                                 # the paper's "same memory as SFT"
     policy: str = "EleutherAI/pythia-1b"
     demos: str = "HuggingFaceH4/ultrachat_200k:train_sft"       # the paper: 50,000 of them
     steps: int = 6_250                                          # 2 epochs of 50,000 rows

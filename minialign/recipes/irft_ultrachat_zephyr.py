@@ -19,6 +19,7 @@ from minialign.recipes import Recipe, main
 class Config(irft.Config):
     beta: float = 0.1
     rounds: int = 5                                             # T; Table 4 has 1 (SPIN), 5, 8, 10 and 16
+    precompute_ref: bool = True                                 # the paper's "same memory as SFT"
     policy: str = "alignment-handbook/zephyr-7b-sft-full"
     demos: str = "HuggingFaceH4/ultrachat_200k:train_sft"       # the paper: 50,000 of them
     steps: int = 6_250                                          # 2 epochs of 50,000 rows

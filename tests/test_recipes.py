@@ -97,3 +97,19 @@ def test_the_list_names_them_all(capsys):
 def test_an_unknown_card_is_one_sentence():
     done = run("sft_tldr_pythia", "--plan", "abacus")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a100, h100, h200" in done.stderr
+
+
+def test_receipts_at_small_sizes(tmp_path, capsys):
+    """All four methods of a small model on a CPU: steps are timed, nothing is saved, the file has what the page needs."""
+    from minialign.recipes import __main__ as receipts
+
+    small = {"tiny": recipes.small(recipes.MODELS["mistral-7b"], 2048)}
+    small["tiny"] = dataclasses.replace(small["tiny"], max_len=1024)
+    cfg = receipts.Config(models=["tiny"], steps=2, batch_size=8, micro_batch=4, max_new=4, device="cpu", dtype="float32",
+                          out=str(tmp_path / "receipts.json"))
+    record = receipts.main(cfg, small)
+    assert [row["method"] for row in record["rows"]] == ["sft", "dpo", "irft", "grpo"]
+    assert all(row["seconds"] > 0 and row["planned seconds"] > 0 and row["planned GiB"] > 0 for row in record["rows"])
+    assert "tiny, grpo: " in capsys.readouterr().out and (tmp_path / "receipts.json").is_file()
+    with pytest.raises(recipes.BadInput, match="--models are of"):
+        receipts.main(dataclasses.replace(cfg, models=["huge"]), small)

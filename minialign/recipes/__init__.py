@@ -11,6 +11,8 @@ than one GPU. --plan counts: parameters from the architecture, bytes for each th
 parameter and token of a forward pass, 6 with its backward pass) and bytes read by sampling. Time assumes the shares of a card's bare
 products and copies that stand in RATES, and rows of full length: it is an upper estimate of a run that goes as well as that.
 
+`python -m minialign.recipes` takes real steps at these sizes on one GPU and sets memory and time beside the plan: the receipts.
+
 Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
 """
 
@@ -116,10 +118,13 @@ class Recipe:
 # ---------------------------------------------------------------------------------------------------------------------- plan
 
 
-def plan(recipe, cfg, card):
-    """{'memory': {part: GiB on each card}, 'steps', 'tokens', 'hours': {part: h}} of a run on `recipe.gpus` cards."""
+def plan(recipe, cfg, card, config=None, prompt=512):
+    """{'memory': {part: GiB on each card}, 'steps', 'tokens', 'hours': {part: h}} of a run on `recipe.gpus` cards.
+
+    config: another architecture than the recipe's. prompt: tokens of the longest, where --max_prompt names none.
+    """
     memory_size, products, copied = CARDS[card]
-    config, gpus, does = MODELS[recipe.model], recipe.gpus, work(recipe.name, cfg)
+    config, gpus, does = config or MODELS[recipe.model], recipe.gpus, work(recipe.name, cfg)
     with torch.device("meta"):
         model = GPT(config)
         model = inject(model, cfg.lora, cfg.lora_alpha) if cfg.lora else model
@@ -129,7 +134,7 @@ def plan(recipe, cfg, card):
     weight, wide = (4, 2) if cfg.dtype == "mixed" else (pick_dtype(cfg.dtype).itemsize,) * 2  # bytes: kept, computed in
     slices = gpus if cfg.parallel == "fsdp" else 1
     completion = cfg.max_new if does.sampled else 0
-    prompt = (cfg.max_prompt or 512) if does.sampled else 0
+    prompt = (getattr(cfg, "max_prompt", None) or prompt) if does.sampled else 0
     length = getattr(cfg, "max_len", prompt + completion)
     rows = cfg.batch_size // gpus
     micro = min(cfg.micro_batch or rows, rows)

@@ -1,0 +1,134 @@
+"""`python -m minialign.recipes`: real steps at the recipes' sizes on one GPU, beside what --plan says of them.
+
+Models of random weights in the hub's layout, rows of this package's own source text, bfloat16, AdamW: SFT, DPO, IRFT and GRPO, for a few
+optimizer steps each (the 7B model trains adapters of rank 64 where all weights and a reference would not fit on the card). The run ends
+after the last of them and saves nothing. Writes the numbers with date, card and versions to --out:
+
+    python -m minialign.recipes --out docs/receipts.json
+
+Checked by tests/test_recipes.py, at small sizes on a CPU.
+"""
+
+import importlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from minialign import __version__
+from minialign.bench import own_sources
+from minialign.common import BadInput, cli, exit_codes, pick_device, write_atomic
+from minialign.model import GPT
+from minialign.recipes import CARDS, MODELS, Recipe, plan
+from minialign.run import commit, describe_device
+from minialign.weights import save_pretrained
+
+LENGTH = 512  # tokens of a prompt; a completion has as many
+
+
+@dataclass
+class Config:
+    models: list[str] = field(default_factory=lambda: ["pythia-1.4b", "mistral-7b"])  # of random weights
+    methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "irft", "grpo"])
+    steps: int = 5                  # optimizer steps of each; the first is not timed
+    batch_size: int = 16            # rows of a step
+    micro_batch: int = 2            # rows of a forward pass
+    max_new: int = 128              # tokens that irft and grpo sample
+    device: str = "cuda"            # where; on a CPU there is no memory to report
+    dtype: str = "bfloat16"         # of weights and arithmetic
+    out: str = "runs/receipts.json"  # the numbers
+
+
+class Done(Exception):
+    pass
+
+
+def receipt(model, config, method, cfg, folder):
+    """One run of so many steps: {'seconds' of a step, 'GiB' at the peak, both as planned, 'tokens/s'}; folder holds policy and rows."""
+    module, device = importlib.import_module(f"minialign.methods.{method}"), pick_device(cfg.device)
+    shared = dict(policy=str(folder / "policy"), batch_size=cfg.batch_size, micro_batch=cfg.micro_batch, steps=10**6, save_every=10**6,
+                  eval_every=10**6, device=cfg.device, dtype=cfg.dtype, activation_checkpointing=True, out=str(folder / method))
+    own = {"sft": {"demos": "demos.jsonl", "max_len": 2 * LENGTH}, "dpo": {"pairs": "pairs.jsonl", "max_len": 2 * LENGTH},
+           "irft": {"demos": "demos.jsonl", "max_len": 2 * LENGTH, "max_new": cfg.max_new},
+           "grpo": {"prompts": "demos.jsonl", "max_new": cfg.max_new, "reward": ["length:100"]}}[method]
+    own = {name: str(folder / value) if str(value).endswith(".jsonl") else value for name, value in own.items()}
+    own |= {"lora": 64} if config.n_embd >= 4096 and method != "sft" else {}
+    settings = module.Config(**shared, **own)
+    marks = []
+
+    def mark(*_):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        if len(marks) == cfg.steps:
+            raise Done
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    hook = register_optimizer_step_post_hook(mark)
+    try:
+        with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=2**60)):  # nothing will be saved, so it needs no room
+            module.main(settings)
+    except Done:
+        seconds = (marks[-1] - marks[0]) / (cfg.steps - 1)
+    finally:
+        hook.remove()
+    name = describe_device(device).lower()
+    card = next((known for known in CARDS if known in name), "h100")
+    expected = plan(Recipe(module, module.Config, model, "", 1), settings, card, config=config, prompt=LENGTH)
+    planned = {"seconds": 3600 * sum(expected["hours"].values()) / settings.steps, "GiB": sum(expected["memory"].values())}
+    measured = {"seconds": seconds, "GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None}
+    tokens = cfg.batch_size * (2 * LENGTH if "max_len" in own else LENGTH + cfg.max_new)
+    return {"model": model, "method": method, "lora": own.get("lora", 0), **measured, "planned seconds": planned["seconds"],
+            "planned GiB": planned["GiB"], "tokens/s": tokens / seconds, "card planned for": card}
+
+
+def prepare(config, dtype, device, folder):
+    """policy/, demos.jsonl and pairs.jsonl in a folder."""
+    tokenizer, pieces = own_sources(LENGTH, LENGTH)
+    with torch.device(device):
+        policy = GPT(config).to(dtype)
+    save_pretrained(policy, folder / "policy", tokenizer)
+    rejected = [completion for _, completion in pieces[1:] + pieces[:1]]
+    demos = [{"prompt": prompt, "completion": completion} for prompt, completion in pieces]
+    pairs = [{"prompt": prompt, "chosen": chosen, "rejected": other} for (prompt, chosen), other in zip(pieces, rejected, strict=True)]
+    for name, rows in (("demos", demos), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def main(cfg, configs=MODELS):
+    """Print and write the receipts; returns them. Raises BadInput without the device, and for an unknown model or method."""
+    device, dtype = pick_device(cfg.device), getattr(torch, cfg.dtype, None)
+    if not set(cfg.models) <= configs.keys() or not set(cfg.methods) <= {"sft", "dpo", "irft", "grpo"} or cfg.steps < 2:
+        raise BadInput(f"--models are of {', '.join(configs)}, --methods of sft, dpo, irft, grpo, --steps at least 2")
+    record = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "minialign": __version__, "torch": torch.__version__,
+              "python": platform.python_version(), "device": describe_device(device), "steps": cfg.steps, "rows": []}
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    for model in cfg.models:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(configs[model], dtype, device, Path(folder))
+            for method in cfg.methods:
+                with open(os.devnull, "w", encoding="utf-8") as quiet, mock.patch("sys.stdout", quiet):
+                    row = receipt(model, configs[model], method, cfg, Path(folder))
+                record["rows"].append(row)
+                write_atomic(cfg.out, json.dumps(record, indent=1) + "\n")
+                memory = "" if row["GiB"] is None else f"{row['GiB']:.1f} GiB (planned {row['planned GiB']:.1f}), "
+                print(f"{model}, {method}{', LoRA 64' * bool(row['lora'])}: {memory}{row['seconds']:.2f} s a step (planned "
+                      f"{row['planned seconds']:.2f}), {row['tokens/s']:,.0f} tokens/s", flush=True)
+    print(f"numbers: {cfg.out}")
+    return record
+
+
+if __name__ == "__main__":
+    with exit_codes("minialign recipes"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign.recipes", description=__doc__))

@@ -13,6 +13,7 @@ padding may use the EOS id.
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 
 from minialign.common import BadInput
 
@@ -78,6 +79,12 @@ def collate(prompts_ids, completions_ids, *, pad_id, max_len=None):
         tokens[b, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[b, len(prompts_ids[b]) - 1 : len(row) - 1] = True  # prediction t is of token t + 1
     return Batch(inputs=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), mask=mask)
+
+
+def stack(batches):
+    """Batches on top of each other, as one: the shorter rows are padded, which changes nothing about them."""
+    T = max(batch.mask.shape[1] for batch in batches)
+    return Batch(*[torch.cat([F.pad(getattr(batch, f.name), (0, T - batch.mask.shape[1])) for batch in batches]) for f in fields(Batch)])
 
 
 def masked_mean(x, mask):

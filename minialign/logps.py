@@ -19,6 +19,7 @@ import hashlib
 
 import torch
 
+from minialign.batch import stack
 from minialign.kernels.linear_logprob import chunked_logps
 
 CHUNK_ROWS = 1024  # rows whose logits over the whole vocabulary may be alive at once where they are needed (IFT's greedy guesses)
@@ -39,9 +40,15 @@ def token_logps(policy, batch, *, tau=1.0, entropy=False, embeds=None):
     return (logps, full.masked_scatter(mask, entropies)) if entropy else logps
 
 
-def seq_logps(policy, batch):
-    """log π(y|x), summed over each completion: (B,). Of a Remembered model nothing is computed."""
-    return policy.of(batch) if isinstance(policy, Remembered) else token_logps(policy, batch).sum(1)
+def seq_logps(policy, *batches):
+    """log π(y|x), summed over each completion: (B,); of several batches one each. Of a Remembered model nothing is computed.
+
+    Several go through the policy together: in two forward passes the gradients of the first would wait for those of the second, which is
+    a second copy of them all.
+    """
+    batch = batches[0] if len(batches) == 1 else stack(batches)
+    logps = policy.of(batch) if isinstance(policy, Remembered) else token_logps(policy, batch).sum(1)
+    return logps if len(batches) == 1 else logps.split([len(part) for part in batches])
 
 
 class Remembered:
@@ -69,9 +76,11 @@ class Remembered:
         return torch.tensor([self.known[key] for key in self.keys(batch)], dtype=self.dtype, device=batch.inputs.device)
 
 
-def mean_logps(policy, batch):
-    """log π(y|x) averaged over the tokens of each completion: (B,); 0 where nothing is scored."""
-    return token_logps(policy, batch).sum(1) / batch.mask.sum(1).clamp(min=1)
+def mean_logps(policy, *batches):
+    """log π(y|x) averaged over the tokens of each completion: (B,); 0 where nothing is scored. Several batches as in seq_logps."""
+    sums = seq_logps(policy, *batches)
+    means = [logps / batch.mask.sum(1).clamp(min=1) for logps, batch in zip([sums] if len(batches) == 1 else sums, batches, strict=True)]
+    return means[0] if len(batches) == 1 else means
 
 
 def linear_logps(hidden, weight, targets, *, tau=1.0, entropy=True, body=None, keep_bytes=0):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minialign.batch import Pairs, Rollout, collate, masked_mean, whiten
+from minialign.batch import Pairs, Rollout, collate, masked_mean, stack, whiten
 from minialign.common import BadInput
 
 hypothesis = pytest.importorskip("hypothesis", reason="the property tests need hypothesis (requirements-dev.txt)")
@@ -148,3 +148,14 @@ def test_to_moves_every_tensor_and_keeps_the_class():
     assert {getattr(rollout, name).device.type for name in fields} == {"cpu"}
     pairs = Pairs(batch, rollout).to("meta")
     assert len(pairs) == 1 and type(pairs.rejected) is Rollout and pairs.chosen.mask.device.type == "meta"
+
+
+def test_stacked_batches_are_their_rows_padded():
+    """Two batches of other lengths: the rows of each come out as they went in, and nothing of the padding is scored."""
+    first, second = collate([[1, 2]], [[3]], pad_id=9), collate([[4], [5, 6]], [[7, 8, 1], [2]], pad_id=9)
+    both = stack([first, second])
+    assert both.mask.shape == (3, 3)
+    assert both.inputs[0, :2].tolist() == [1, 2] and both.targets[0, :2].tolist() == [2, 3]
+    assert both.mask[0].tolist() == [False, True, False]
+    for name in ("inputs", "targets", "mask"):
+        assert torch.equal(getattr(both, name)[1:], getattr(second, name))

@@ -60,7 +60,8 @@ def test_nothing_heavy_or_foreign_is_imported_by_a_run(small):
 def test_imports_run_one_way():
     leaves = {"parallel": set(), "common": {"parallel"}, "batch": {"common"}, "kl": set(), "model": {"common"}, "tokenizer": {"common"},
               "checkpoint": {"common", "parallel"},
-              "logps": {"kernels"}, "kernels/linear_logprob": {"kernels"}, "kernels/logprob": {"kernels"}, "kernels/logprob_triton": set(),
+              "logps": {"batch", "kernels"}, "kernels/linear_logprob": {"kernels"}, "kernels/logprob": {"kernels"},
+              "kernels/logprob_triton": set(),
               "kernels/linear_logprob_triton": {"kernels"}, "kernels/decode": {"model"},
               "data": {"batch", "common", "tokenizer"},
               "rewards": {"batch", "common", "data", "kl", "parallel", "tokenizer", "weights"},
@@ -103,7 +104,7 @@ def test_a_method_file_has_its_rooms_in_order(method):
 
 SIBLINGS = ("dpo", "ipo", "gpo", "simpo", "orpo")
 # Lines of step that a sibling may have otherwise: what it takes to its loss.
-NAMED = ("chosen_logps = ", "rejected_logps = ", "with torch.no_grad():", "ref_chosen_logps = ", "ref_rejected_logps = ")
+NAMED = ("chosen_logps, rejected_logps = ", "with torch.no_grad():", "ref_chosen_logps, ref_rejected_logps = ")
 
 
 def lesson(method):

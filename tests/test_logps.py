@@ -15,7 +15,7 @@ from minialign import logps as module
 from minialign.batch import collate
 from minialign.kernels import linear_logprob as kernel
 from minialign.kernels import logprob
-from minialign.logps import best_body, linear_logps, seq_logps, token_logps
+from minialign.logps import best_body, linear_logps, mean_logps, seq_logps, token_logps
 from tests.conftest import METHODS
 from tests.enumerable import EOS, MAX_NEW, N_CONTENT, PROMPTS, all_completions, tiny_gpt
 
@@ -361,3 +361,22 @@ def test_no_method_notices_which_body_it_has(small, monkeypatch, method):
         for name in naive.keys() - {"seconds", "tokens_per_second"}:
             bound = 1e-6 if step == 0 else 1e-3
             assert naive[name] == pytest.approx(chunked[name], rel=bound, abs=bound), (step, name)
+
+
+def test_several_batches_go_through_together():
+    """One forward pass; the numbers and gradients of two, to rounding; sums and means."""
+    policy, calls = tiny_gpt(), []
+    first, second = collate([[1, 2], [3]], [[3, 1], [2]], pad_id=0), collate([[4, 1, 2], [1]], [[3], [2, 3, 1, 1]], pad_id=0)
+    for logps in (seq_logps, mean_logps):
+        alone = [logps(policy, batch) for batch in (first, second)]
+        (alone[0] * 2 - alone[1]).sum().backward()
+        expected = [p.grad.clone() for p in policy.parameters()]
+        policy.zero_grad()
+        hidden, policy.hidden = policy.hidden, lambda *a, hidden=policy.hidden, **k: calls.append(1) or hidden(*a, **k)
+        together = logps(policy, first, second)
+        policy.hidden = hidden
+        (together[0] * 2 - together[1]).sum().backward()
+        assert all(torch.allclose(x, y, atol=1e-12) for x, y in zip(alone, together, strict=True)) and len(together[0]) == 2
+        assert all(torch.allclose(p.grad, q, atol=1e-12) for p, q in zip(policy.parameters(), expected, strict=True))
+        policy.zero_grad()
+    assert len(calls) == 2

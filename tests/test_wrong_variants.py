@@ -26,8 +26,7 @@ INCREASES = "demo_rewards - base_demo_rewards.detach(), sample_rewards - base_sa
 SMOOTHED = "(1 - label_smoothing) * F.softplus(-margin) + label_smoothing * F.softplus(margin)"
 CHOSEN, REJECTED = "beta * (chosen_logps - ref_chosen_logps)", "beta * (rejected_logps - ref_rejected_logps)"
 SUMMED = "torch.where(batch.mask, numbers[:, 1:], 0)"
-EXCHANGED = [("(policy, pairs.chosen)", "(policy, pairs.other)"), ("(policy, pairs.rejected)", "(policy, pairs.chosen)"),
-             ("(policy, pairs.other)", "(policy, pairs.rejected)")]
+EXCHANGED = [("(policy, pairs.chosen, pairs.rejected)", "(policy, pairs.rejected, pairs.chosen)")]
 REFS_EXCHANGED = [(old.replace("policy", "ref"), new.replace("policy", "ref")) for old, new in EXCHANGED]
 WEIGHED = "desirable_weight * lost, undesirable_weight * lost"
 SIGMA = "torch.sigmoid(rewards[::2] - rewards[1::2])"
@@ -202,8 +201,8 @@ VARIANTS = [
     ("dpo", "rejected answer's gradient lost", [(REJECTED, REJECTED.replace("(rejected_logps", "(rejected_logps.detach()"))]),
     ("dpo", "answers exchanged in step", EXCHANGED),
     ("dpo", "ref's answers exchanged", REFS_EXCHANGED),
-    ("dpo", "the policy as its own ref", [("seq_logps(ref, pairs.chosen)", "seq_logps(policy, pairs.chosen).detach()"),
-                                          ("seq_logps(ref, pairs.rejected)", "seq_logps(policy, pairs.rejected).detach()")]),
+    ("dpo", "the policy as its own ref", [
+        ("seq_logps(ref, pairs.chosen, pairs.rejected)", "[x.detach() for x in seq_logps(policy, pairs.chosen, pairs.rejected)]")]),
     ("dpo", "ref trained along", [("torch.no_grad():  # ref is", "torch.enable_grad():  # ref is")]),
     # online pairs
     ("pairs", "labels reversed", [(".manual_seed(seed)) >= first", ".manual_seed(seed)) < first")]),

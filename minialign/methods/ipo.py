@@ -89,11 +89,9 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 def step(policy, ref, pairs, cfg):
     """One batch of pairs to one loss: the only place where models meet the equation."""
-    chosen_logps = seq_logps(policy, pairs.chosen)  # (B,)
-    rejected_logps = seq_logps(policy, pairs.rejected)  # (B,)
+    chosen_logps, rejected_logps = seq_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
     with torch.no_grad():  # ref is a constant of the objective
-        ref_chosen_logps = seq_logps(ref, pairs.chosen)
-        ref_rejected_logps = seq_logps(ref, pairs.rejected)
+        ref_chosen_logps, ref_rejected_logps = seq_logps(ref, pairs.chosen, pairs.rejected)
     return ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=cfg.beta)
 
 

@@ -112,11 +112,9 @@ def rollout(old, prompts_ids, cfg, eos_id, seed):
 
 def step(policy, ref, demos, samples, cfg):
     """One batch of demonstrations and own answers to one loss: the only place where models meet the equation."""
-    demo_logps = seq_logps(policy, demos)  # (B,)
-    sample_logps = seq_logps(policy, samples)  # (B,)
+    demo_logps, sample_logps = seq_logps(policy, demos, samples)  # (B,), (B,)
     with torch.no_grad():  # ref is a constant of the objective
-        ref_demo_logps = seq_logps(ref, demos)
-        ref_sample_logps = seq_logps(ref, samples)
+        ref_demo_logps, ref_sample_logps = seq_logps(ref, demos, samples)
     return irft_loss(demo_logps, sample_logps, ref_demo_logps, ref_sample_logps, beta=cfg.beta, h=cfg.h)
 
 

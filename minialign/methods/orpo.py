@@ -95,8 +95,7 @@ def orpo_loss(chosen_logps, rejected_logps, *, weight):
 
 def step(policy, ref, pairs, cfg):
     """One batch of pairs to one loss: the only place where models meet the equation."""
-    chosen_logps = mean_logps(policy, pairs.chosen)  # (B,)
-    rejected_logps = mean_logps(policy, pairs.rejected)  # (B,)
+    chosen_logps, rejected_logps = mean_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
     return orpo_loss(chosen_logps, rejected_logps, weight=cfg.weight)
 
 

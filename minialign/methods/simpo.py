@@ -88,8 +88,7 @@ def simpo_loss(chosen_logps, rejected_logps, *, scale, target_margin):
 
 def step(policy, ref, pairs, cfg):
     """One batch of pairs to one loss: the only place where models meet the equation."""
-    chosen_logps = mean_logps(policy, pairs.chosen)  # (B,)
-    rejected_logps = mean_logps(policy, pairs.rejected)  # (B,)
+    chosen_logps, rejected_logps = mean_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
     return simpo_loss(chosen_logps, rejected_logps, scale=cfg.scale, target_margin=cfg.target_margin)
 
 

@@ -87,8 +87,7 @@ def slic_loss(chosen_logps, rejected_logps, target_logps, *, delta, weight):
 
 def step(policy, ref, pairs, cfg):
     """One batch of pairs to one loss: the only place where models meet the equation."""
-    chosen_logps = seq_logps(policy, pairs.chosen)  # (B,)
-    rejected_logps = seq_logps(policy, pairs.rejected)  # (B,)
+    chosen_logps, rejected_logps = seq_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
     return slic_loss(chosen_logps, rejected_logps, chosen_logps, delta=cfg.delta, weight=cfg.weight)
 
 

@@ -47,7 +47,8 @@ def remember_pairs(run, policy, ref, rows, held_out, batch_of):
 
     def compute():
         print(f"the reference's log-probs of {len(rows):,} pairs", flush=True)
-        return in_micro(logps_of, range(len(rows)), cfg.micro_batch or cfg.batch_size).tolist()  # (rows, 2)
+        even = [*range(len(rows)), *range(-len(rows) % parallel.world())]  # some rows twice, so that each process has an equal part
+        return in_micro(logps_of, even, cfg.micro_batch or cfg.batch_size)[: len(rows)].tolist()  # (rows, 2)
 
     logps, ref = torch.tensor(once(run, "ref_logps.json", 0, compute), dtype=torch.promote_types(run.dtype, torch.float32)), Remembered()
     for start in range(0, len(rows), cfg.batch_size):
@@ -76,7 +77,7 @@ def remember_round(run, policy, rows, batch_of, tokenizer, t, answers_of):
     def compute():
         print(f"round {t}: its own answers and the reference's log-probs, {len(steps):,} steps of {cfg.batch_size} rows", flush=True)
         made = {"answers": [answers_of(policy, k, picked[k]) for k in steps]}
-        pairs = [sides(k, completions) for k, completions in zip(steps, made["answers"], strict=True)]
+        pairs = (sides(k, completions) for k, completions in zip(steps, made["answers"], strict=True))
         made["logps"] = [[in_micro(ask, side, cfg.micro_batch).tolist() for side in pair] for pair in pairs]
         return made
 

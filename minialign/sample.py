@@ -98,7 +98,9 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     cache = KVCache(config, len(distinct), longest + max_new, device=device, dtype=policy.head_weight.dtype)
     hidden = policy.hidden(padded, cache=cache, lengths=lengths)  # (distinct, longest, C)
     hidden = hidden[torch.arange(len(distinct), device=device), lengths - 1][source]  # (B, C)
-    step = stepper(policy, cache.select(source))
+    cache = cache if len(distinct) == B else cache.select(source)  # (rows that all differ are their own prefill)
+    step = stepper(policy, cache)
+    del cache  # `step` has it, and lets go of it when rows leave
 
     present = torch.arange(B, device=device)  # (A,) the rows still in the batch
     tokens = torch.zeros(B, max_new, dtype=torch.long, device=device)

@@ -71,7 +71,7 @@ def test_the_architectures_have_the_published_numbers_of_parameters(name):
 
 def test_what_a_plan_counts():
     """SFT of pythia-1b on two cards, by hand: 12 bytes of moments and gradients and 4 of weights a parameter, halved; 8 flops a parameter
-    and token with activation checkpointing, 6 without; sampling reads the weights once a token."""
+    and token with activation checkpointing, 6 without, 4 with adapters."""
     recipe = importlib.import_module("minialign.recipes.sft_tldr_pythia").RECIPE
     cfg, parameters = recipe.Config(), PUBLISHED["pythia-1b"]
     numbers = recipes.plan(recipe, cfg, "h100")
@@ -84,6 +84,7 @@ def test_what_a_plan_counts():
     assert again["memory"]["activations of a micro-batch"] < numbers["memory"]["activations of a micro-batch"] / 5
     adapters = recipes.plan(recipe, dataclasses.replace(cfg, lora=64), "h100")
     assert adapters["memory"]["gradients and AdamW"] < numbers["memory"]["gradients and AdamW"] / 20
+    assert adapters["hours"]["training and scoring"] == pytest.approx(4 / 6 * seconds / 3600 * adapters["parameters"] / parameters)
 
 
 def test_the_list_names_them_all(capsys):
@@ -100,7 +101,7 @@ def test_an_unknown_card_is_one_sentence():
 
 
 def test_receipts_at_small_sizes(tmp_path, capsys):
-    """All four methods of a small model on a CPU: steps are timed, nothing is saved, the file has what the page needs."""
+    """All four methods of a small model on a CPU: steps are timed and planned, and the file has them."""
     from minialign.recipes import __main__ as receipts
 
     small = {"tiny": recipes.small(recipes.MODELS["mistral-7b"], 2048)}

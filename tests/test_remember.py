@@ -67,8 +67,8 @@ def test_equal_to_a_second_model_without_one(small, method, monkeypatch):
 
 @pytest.mark.parametrize("method", ["dpo", "irft"])
 def test_resume_in_the_middle_is_bitwise(small, method):
-    """From step 4 of 6 (of the second of three rounds, 2 3 4 5, the middle): as the unbroken run. What was kept is read, not made anew."""
-    settings = dict(steps=6, save_every=3, precompute_ref=True, **({"rounds": 2} if method == "irft" else {}))
+    """From step 4 of 6, for IRFT in the middle of the second round: as the unbroken run. What was kept is read, not made anew."""
+    settings = dict(steps=6, save_every=4, precompute_ref=True, **({"rounds": 2} if method == "irft" else {}))
     module, cfg = small(method, **settings)
     whole = module.main(cfg)
     cut = whole.with_name("cut")

@@ -30,6 +30,7 @@ import torch
 
 from minialign import parallel
 from minialign.common import BadInput, check_config, cli, exit_codes, pick_dtype
+from minialign.kernels.linear_logprob import SLICE_BYTES
 from minialign.lora import inject
 from minialign.model import GPT, GPTConfig
 from minialign.tokenizer import train_bpe
@@ -132,53 +133,71 @@ def plan(recipe, cfg, card, config=None, prompt=512):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     block = sum(p.numel() for p in model.blocks[0].parameters())
     weight, wide = (4, 2) if cfg.dtype == "mixed" else (pick_dtype(cfg.dtype).itemsize,) * 2  # bytes: kept, computed in
+    launched = gpus > 1 or cfg.dtype == "mixed"  # by torchrun
     slices = gpus if cfg.parallel == "fsdp" else 1
-    completion = cfg.max_new if does.sampled else 0
-    prompt = (getattr(cfg, "max_prompt", None) or prompt) if does.sampled else 0
-    length = getattr(cfg, "max_len", prompt + completion)
+    models = 1 + does.copies + does.more
+
+    sampled = (getattr(cfg, "max_prompt", None) or prompt) + cfg.max_new if does.sampled else 0  # tokens of a row that is drawn
+    length = getattr(cfg, "max_len", sampled)
+    if sampled and length > sampled:  # of demonstrations and own answers in equal parts
+        length = (length + sampled) // 2
     rows = cfg.batch_size // gpus
     micro = min(cfg.micro_batch or rows, rows)
-
+    # Sequences of a row, or passes over one, that wait for the backward pass together.
+    at_once = 2 if recipe.name in ("dpo", "orpo", "irft", "reward_model", "ppo", "rft", "irl") else 1
     kept = config.n_layer * (8 * config.n_embd + (3 + config.gated) * config.ffn_dim)
     kept = config.n_layer * config.n_embd + kept // config.n_layer if cfg.activation_checkpointing else kept
-    at_once = 2 if recipe.name in ("dpo", "orpo", "irft", "reward_model") else 1  # sequences of a row that wait for the backward pass
+    root = everything - config.n_layer * block  # embeddings and head: gathered until the backward pass is over
+    cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * wide
     memory = {
         "weights": everything * weight * (1 + does.more) / slices,
         "gradients and AdamW": 3 * trained * weight * (1 + does.more) / slices,
-        "frozen copies": (trained if cfg.lora and slices == 1 else everything) * weight * does.copies / slices,
+        "frozen copies": (trained if cfg.lora and not launched else everything) * weight * does.copies / slices,
         "reward models of --reward": everything * wide * does.judges,
-        "gathered while computing": (everything - config.n_layer * block + 2 * block) * wide * (slices > 1) * (1 + does.copies + does.more),
-        "whole copy for sampling": everything * wide * (does.sampled > 0) * (slices > 1),
-        "cache of sampling": 2 * config.n_layer * config.n_kv_head * config.head_dim * wide * (prompt + completion) * rows * does.sampled,
+        "gathered while computing": (root * models + 2 * block) * wide * launched,
+        "gradients before they are summed": ((root if not cfg.lora else 0) + trained / config.n_layer) * (wide + 4) * launched,
+        "whole copy for sampling": everything * wide * (does.sampled > 0) * launched,
+        "cache of sampling": 1.75 * cache * sampled * rows * does.sampled,  # when a quarter of the rows leaves, the others are copied
         "activations of a micro-batch": at_once * micro * length * kept * wide,
-        "log-probs": 4 * 2**26 + 4 * micro * length * config.n_embd,
+        "log-probs": 4 * SLICE_BYTES["cuda"] + 4 * micro * length * config.n_embd,
     }
     sequences = cfg.steps * cfg.batch_size
-    passes = (6 + 2 * cfg.activation_checkpointing) * does.trained + 2 * does.scored
-    per_step = 2 * everything + config.n_layer * 2 * config.n_kv_head * config.head_dim * 2 * (prompt + completion / 2) * rows
+    backward = 2 if cfg.lora else 4  # adapters: the frozen weights get no gradient, but pass one on
+    passes = (2 + backward + 2 * cfg.activation_checkpointing) * does.trained + 2 * does.scored
+    per_step = 2 * everything + cache * (sampled - getattr(cfg, "max_new", 0) / 2) * rows
     hours = {
         "training and scoring": passes * everything * length * sequences / gpus / (products * RATES["train"]) / 3600,
-        "sampling": does.sampled * cfg.steps * completion * per_step / (copied * RATES["sample"]) / 3600,
+        "sampling": does.sampled * cfg.steps * getattr(cfg, "max_new", 0) * per_step / (copied * RATES["sample"]) / 3600,
     }
     return {"memory": {part: size / 2**30 for part, size in memory.items() if size}, "card": memory_size, "steps": cfg.steps,
-            "tokens": sequences * length * (does.trained + does.scored), "parameters": everything, "trained": trained,
-            "hours": {part: h for part, h in hours.items() if h}}
+            "host": gpus * everything * weight * models / 2**30 * launched, "tokens": sequences * length * (does.trained + does.scored),
+            "parameters": everything, "trained": trained, "hours": {part: h for part, h in hours.items() if h}}
+
+
+def prompts_in(recipe, cfg):
+    """How many rows of the data a run takes."""
+    groups = {"rebel": 2, "ppo": 1, "bon_sft": getattr(cfg, "n", 1), "bon_dpo": getattr(cfg, "n", 1)}
+    if recipe.name in ("rft", "irl"):
+        of_a_prompt = groups.get(cfg.policy_step, cfg.group_size)
+        return cfg.steps * cfg.batch_size * (cfg.reward_share + (1 - cfg.reward_share) / of_a_prompt)
+    return cfg.steps * cfg.batch_size / groups.get(recipe.name, getattr(cfg, "group_size", 1))
 
 
 def print_plan(recipe, cfg, card):
     numbers = plan(recipe, cfg, card)
     rows = DATA[recipe.data][0]
-    of_a_prompt = cfg.n if "bon" in getattr(cfg, "policy_step", "") else 2 if recipe.name == "rebel" else getattr(cfg, "group_size", 1)
     layout = f"{recipe.gpus} × {card.upper()}, {cfg.parallel}, {cfg.dtype}" if recipe.gpus > 1 else f"one {card.upper()}, {cfg.dtype}"
     print(f"{recipe.name} of {recipe.model} on {recipe.data} ({rows:,} rows): {layout}")
     print(f"  {numbers['parameters']:,} parameters, {numbers['trained']:,} trained")
-    passes = cfg.steps * cfg.batch_size / of_a_prompt / rows
+    passes = prompts_in(recipe, cfg) / rows
     print(f"  {numbers['steps']:,} steps of {cfg.batch_size} rows, {passes:.2f} passes over the data; "
           f"at most {numbers['tokens']:.3g} tokens through a model")
     total = sum(numbers["memory"].values())
     for part, size in numbers["memory"].items():
         print(f"  {part:30} {size:8.2f} GiB on each")
     print(f"  {'together':30} {total:8.2f} GiB of {numbers['card']}" + ("" if total < numbers["card"] else ": DOES NOT FIT"))
+    if numbers["host"]:
+        print(f"  {'host, while models are loaded':30} {numbers['host']:8.2f} GiB for {recipe.gpus} processes on one machine")
     for part, hours in numbers["hours"].items():
         print(f"  {part:30} {hours:8.1f} hours")
     print(f"  {'together':30} {sum(numbers['hours'].values()):8.1f} hours, at {RATES['train']:.0%} of the card's products and "
@@ -202,8 +221,9 @@ def small(config, vocab_size):
 def prepare(recipe, cfg, folder):
     """Model and data on disk as the hub has them; returns the recipe's Config, pointed at them and made small."""
     row = DATA[recipe.data][1]
-    tokenizer = train_bpe([json.dumps(row)], 300)
-    if "messages" in row and recipe.model != "pythia-1b" and recipe.model != "pythia-1.4b":
+    rows = [json.loads(json.dumps(row).replace("tea", "tea, please, now"[: 3 + 4 * (i % 4)])) for i in range(12)]  # of several lengths
+    tokenizer = train_bpe([json.dumps(rows)], 300)
+    if "messages" in row and not recipe.model.startswith("pythia"):
         tokenizer.settings["chat_template"] = TEMPLATE
     torch.manual_seed(0)
     model = GPT(small(MODELS[recipe.model], tokenizer.vocab_size))
@@ -215,14 +235,15 @@ def prepare(recipe, cfg, folder):
         from datasets import Dataset
 
         (folder / "hub" / "data").mkdir(parents=True)
-        Dataset.from_list([row] * 12).to_parquet(folder / "hub" / "data" / f"{split or 'train'}-00000-of-00001.parquet")
+        Dataset.from_list(rows).to_parquet(folder / "hub" / "data" / f"{split or 'train'}-00000-of-00001.parquet")
         data = f"{folder / 'hub'}:{split or 'train'}"
     except ImportError:  # the same columns, one JSON object a line
         data = str(folder / "rows.jsonl")
-        Path(data).write_text((json.dumps(row) + "\n") * 12, encoding="utf-8")
-    sizes = {"batch_size": 8, "micro_batch": 2, "steps": 2, "max_len": 128, "max_prompt": 64, "max_new": 4, "rounds": 1, "group_size": 4,
+        Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sizes = {"batch_size": 8, "micro_batch": 2, "steps": 2, "max_len": 128, "max_prompt": 64, "max_new": 4, "group_size": 4,
              "n": 4, "lora": 2 if cfg.lora else 0, "epochs": min(2, getattr(cfg, "epochs", 1)), "device": "cpu", "eval_every": 2,
              "out": str(folder / "run"), "held_out": 0.25, "policy": str(folder / "policy"), source: data, "save_every": 1}
+    sizes["rounds"] = 1 if hasattr(cfg, "reward_share") else min(2, getattr(cfg, "rounds", 1))  # a round of rft or irl needs two steps
     if any("/" in name for name in getattr(cfg, "reward", [])):
         sizes["reward"] = [str(folder / "reward")]
     if "/" in getattr(cfg, "value", ""):

@@ -9,6 +9,7 @@ after the last of them and saves nothing. Writes the numbers with date, card and
 Checked by tests/test_recipes.py, at small sizes on a CPU.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -73,6 +74,7 @@ def receipt(model, config, method, cfg, folder):
             raise Done
 
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     hook = register_optimizer_step_post_hook(mark)
@@ -88,7 +90,7 @@ def receipt(model, config, method, cfg, folder):
     expected = plan(Recipe(module, module.Config, model, "", 1), settings, card, config=config, prompt=LENGTH)
     planned = {"seconds": 3600 * sum(expected["hours"].values()) / settings.steps, "GiB": sum(expected["memory"].values())}
     measured = {"seconds": seconds, "GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None}
-    tokens = cfg.batch_size * (2 * LENGTH if "max_len" in own else LENGTH + cfg.max_new)
+    tokens = {"sft": 2 * LENGTH, "dpo": 4 * LENGTH, "irft": 3 * LENGTH + cfg.max_new, "grpo": LENGTH + cfg.max_new}[method] * cfg.batch_size
     return {"model": model, "method": method, "lora": own.get("lora", 0), **measured, "planned seconds": planned["seconds"],
             "planned GiB": planned["GiB"], "tokens/s": tokens / seconds, "card planned for": card}
 
@@ -109,6 +111,8 @@ def prepare(config, dtype, device, folder):
 def main(cfg, configs=MODELS):
     """Print and write the receipts; returns them. Raises BadInput without the device, and for an unknown model or method."""
     device, dtype = pick_device(cfg.device), getattr(torch, cfg.dtype, None)
+    if cfg.batch_size % 8:
+        raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of 8, grpo's completions of a prompt")
     if not set(cfg.models) <= configs.keys() or not set(cfg.methods) <= {"sft", "dpo", "irft", "grpo"} or cfg.steps < 2:
         raise BadInput(f"--models are of {', '.join(configs)}, --methods of sft, dpo, irft, grpo, --steps at least 2")
     record = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "minialign": __version__, "torch": torch.__version__,

@@ -1,7 +1,8 @@
 """IFT of Mistral-7B on UltraFeedback: Tables 2 and 3 of Hua et al. 2024 (arXiv:2405.11870).
 
-Published (leaderboard mean, from the base): ORPO 57.70, DPO 58.28, SFT 58.65, IFT 59.61; after SFT: SFT 56.99, ORPO 57.35, DPO 57.52,
-IFT 58.22. Here AdamW, there RMSprop, and a frozen copy of the embedding.
+Published (leaderboard mean, from the base): ORPO 57.70, DPO 58.28, SFT 58.65, IFT 59.61, the last two with 60,000 rows of UltraChat more,
+which this leaves out; after SFT: SFT 56.99, ORPO 57.35, DPO 57.52, IFT 58.22. Here AdamW, there RMSprop, and a frozen copy of the
+embedding.
 Receipt: none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.ift_ultrafeedback_mistral

@@ -1,7 +1,8 @@
 """IRFT of zephyr-7b-sft-full on UltraChat: Tables 4 (full) and 6 (LoRA) of Li et al. 2024 (arXiv:2405.17888).
 
 Table 6: --lora 64 (alpha 16, the default). T = 10 and 16 are second passes, as in irft_ultrachat_pythia.
-Published (mean of six benchmarks): base 59.48, T8 59.85, T16 60.25, SPIN 60.32, T5 60.71, T10 61.03; LoRA: SFT 59.86, SPIN 60.13, T5 60.87.
+Published (mean of six benchmarks): base 59.48, T8 59.85, T16 60.25, SPIN 60.32, T5 60.71, SPIN's second iteration 61.02, T10 61.03; LoRA:
+SFT 59.86, SPIN 60.13, T5 60.87. Here AdamW, there RMSprop.
 Compare: lm-evaluation-harness on final/.
 Receipt: none yet.
 
@@ -22,7 +23,7 @@ class Config(irft.Config):
     precompute_ref: bool = True                                 # the paper's "same memory as SFT"
     policy: str = "alignment-handbook/zephyr-7b-sft-full"
     demos: str = "HuggingFaceH4/ultrachat_200k:train_sft"       # the paper: 50,000 of them
-    steps: int = 6_250                                          # 2 epochs of 50,000 rows
+    steps: int = 6_250                                          # 100,000 rows; the paper: 50,000, each twice
     batch_size: int = 16                                        # Appendix C: eight cards with 2
     micro_batch: int = 1
     lr: float = 5e-7

@@ -1,7 +1,8 @@
 """Iterative IRL with best-of-n of zephyr-7b-sft-full on UltraChat: Tables 1 and 2 of "From Demonstrations to Rewards".
 
-Published: RewardBench of the learned reward 68.98, then 70.71 (SPIN's implicit one 48.73, then 45.88); leaderboard mean 57.70 (base), SPIN
-59.00 and 58.71, IRL 59.42 and 59.49.
+Published: RewardBench of the learned reward 68.98, then 70.71 (SPIN's implicit one 48.73, then 45.88); leaderboard mean 57.70 (base),
+SPIN 59.00 and 58.71, IRL 59.42 and 59.49. There each round learns a reward of its own with a batch of 64 (--mode literal, Eq. 11 as
+printed), here rewards add up, whose fixed point is the expert (docs/ERRATA.md), and the batch is that of the policy.
 Compare: RewardBench on reward/, lm-evaluation-harness on final/.
 Receipt: none yet.
 
@@ -20,6 +21,7 @@ class Config(irl.Config):
     mode: str = "accumulate"
     beta: float = 0.1
     rounds: int = 2
+    bound: float = 0.0                                          # none
     read: str = "last"
     reward_lr: float = 5e-6
     policy_step: str = "bon_dpo"                                # best against worst; bon_sft imitates the best alone

@@ -1,6 +1,7 @@
 """ORPO of Mistral-7B on UltraFeedback: the baseline of Tables 2 and 3 of Hua et al. 2024 (arXiv:2405.11870).
 
 Published: 57.70 from the base, 57.35 after SFT (leaderboard mean); AlpacaEval 2, length-controlled, 12.34 and 12.27 %.
+Here AdamW, there RMSprop.
 Receipt: none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.orpo_ultrafeedback_mistral

@@ -23,10 +23,10 @@ class Config(ppo.Config):
     policy: str = "runs/sft_tldr_pythia/final"                  # made by sft_tldr_pythia --out runs/sft_tldr_pythia
     prompts: str = "trl-lib/tldr"
     reward: list[str] = field(default_factory=lambda: ["runs/reward_model_tldr_pythia/final"])
-    missing_eos: float = 1.0
+    missing_eos: float = 1.0                                    # less reward; the reference puts −1 in its place
     steps: int = 1_954                                          # 1,000,000 completions
     batch_size: int = 512
-    micro_batch: int = 16
+    micro_batch: int = 8
     lr: float = 3e-6
     schedule: str = "linear"
     max_prompt: int = 512

@@ -1,7 +1,8 @@
 """RFT of Pythia-1.4B on Anthropic HH: a reward learned from demonstrations, followed by PPO. Figure 2 of Li et al. 2024 (arXiv:2405.17888).
 
-Published: a reward of 1B and a policy of 1.4B; here the reward starts from the policy's own trunk. The released code follows the reward
-by advantage-induced policy alignment (docs/ERRATA.md); the paper says PPO, and so does this.
+Published: a reward of 1B and a policy of 1.4B, RMSprop; here the reward starts from the policy's own trunk, and AdamW. The released
+code's loss is that of `bt` at every token, and it follows the reward by advantage-induced policy alignment (docs/ERRATA.md); the paper
+says PPO, and so does this.
 Compare: mean reward and wins over SFT, `evaluate --reward runs/…/reward`; the figure shows RFT above SFT on all rows and on the best
 10,000.
 Receipt: none yet.
@@ -20,7 +21,8 @@ from minialign.recipes import Recipe, main
 class Config(rft.Config):
     beta: float = 0.1
     rounds: int = 1                                             # T
-    loss: str = "bt"                                            # of the released code; Algorithm 1 prints the linear one
+    loss: str = "bt"                                            # as the released code; Algorithm 1 prints the linear one
+    bound: float = 0.0                                          # none
     read: str = "last"
     policy_step: str = "ppo"
     policy: str = "runs/sft_hh_pythia/final"                    # made by sft_hh_pythia --out runs/sft_hh_pythia
@@ -28,10 +30,10 @@ class Config(rft.Config):
     reward_share: float = 0.5
     reward_lr: float = 1e-6                                     # of the released code
     lr: float = 1e-6                                            # of the released code
-    steps: int = 2_500                                          # 2 epochs of 10,000 rows for either part
-    batch_size: int = 16
+    steps: int = 5_000                                          # 20,000 rows for either part; the paper: 10,000, each twice
+    batch_size: int = 8                                         # Appendix C: two cards with 4
     micro_batch: int = 4                                        # per card, Appendix C
-    max_len: int = 256
+    max_len: int = 256                                          # of the released code; Appendix C has 1024
     max_prompt: int = 128
     max_new: int = 128
     dtype: str = "mixed"

@@ -19,7 +19,7 @@ from tests.conftest import METHODS
 from tests.killing import result_of
 from tests.processes import ROOT, run_all, torchrun
 
-NAMED = ("sft", "dpo", "irft", "grpo", "ppo")  # the others have the loop of one of these
+NAMED = ("sft", "grpo", "dpo", "irft", "ppo")  # the others have the loop of one of these
 EXTRA = {"irft": {"rounds": 3}, "grpo": {"epochs": 2, "aggregate": "dapo"}, "rft": {"policy_step": "ppo"}, "ift": {"mix": 0.5},
          "best_of_n": {"n": 3}}
 
@@ -54,9 +54,10 @@ def equal_one_process(small, tmp_path, methods, steps):
             assert not samples.exists() or samples.read_text() == (tmp_path / f"{method}-{layout}" / "samples.jsonl").read_text()
 
 
-def test_two_processes_equal_one(small, tmp_path):
+@pytest.mark.parametrize("methods", [("sft", "grpo"), pytest.param(("dpo", "irft", "ppo"), marks=pytest.mark.slow)])
+def test_two_processes_equal_one(small, tmp_path, methods):
     """20 steps in micro-batches of 3, which two processes cut otherwise than one: losses, all metrics, samples and weights to 1e-10."""
-    equal_one_process(small, tmp_path, NAMED, steps=20)
+    equal_one_process(small, tmp_path, methods, steps=20)
 
 
 @pytest.mark.slow
@@ -131,6 +132,7 @@ def flags(cfg):
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="finds the workers by pgrep")
 def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
     """kill -9 of one worker: within 30 s all are gone, the exit code is not 0, and the other says why. SIGTERM: both save the same step.

@@ -33,6 +33,7 @@ def test_smoke(name):
     assert "step 2/2" in done.stdout and f"smoke: minialign.recipes.{name} ran in 2 processes" in done.stdout
 
 
+@pytest.mark.slow
 def test_smoke_with_adapters():
     done = run("irft_ultrachat_zephyr", "--smoke", "--lora", "64")
     assert done.returncode == 0 and "adapter" in done.stdout, done.stderr[-3000:]
@@ -100,6 +101,7 @@ def test_an_unknown_card_is_one_sentence():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a100, h100, h200" in done.stderr
 
 
+@pytest.mark.slow
 def test_receipts_at_small_sizes(tmp_path, capsys):
     """All four methods of a small model on a CPU: steps are timed and planned, and the file has them."""
     from minialign.recipes import __main__ as receipts

@@ -442,7 +442,7 @@ class Run:
             self.export(model, tokenizer, f"{name}/{step + 1:06d}")
 
     def export(self, model, tokenizer, name):
-        """Write the model to the run folder as a Hugging Face folder `name`, its adapters merged."""
+        """Write the model to the run folder as a Hugging Face folder `name`, its adapters merged; with --dtype mixed in bfloat16."""
         plain = merged(parallel.whole(model))
         parallel.on_main(save_pretrained, plain, self.folder / name, tokenizer)
 

@@ -1,4 +1,4 @@
-"""The one number that alignment needs: log π(y_t | x, y_<t) of tokens that are given. Every loss is arithmetic on it.
+"""The one number that alignment needs: log π(y_t | x, y_<t) of tokens that are given. Every policy's loss is arithmetic on it.
 
     logit_v = w_v · h / tau        logp = logit_y − log Σ_v e^{logit_v}        entropy = −Σ_v p_v log p_v
 
@@ -41,9 +41,9 @@ def token_logps(policy, batch, *, tau=1.0, entropy=False, embeds=None):
 
 
 def seq_logps(policy, *batches):
-    """log π(y|x), summed over each completion: (B,); of several batches one each. Of a Remembered model nothing is computed.
+    """log π(y|x), summed over each completion: (B,); of several batches one each. A Remembered model (below) is looked up, not run.
 
-    Several go through the policy together: in two forward passes the gradients of the first would wait for those of the second, which is
+    Several go through the policy in one forward pass: after two, autograd would hold the gradients of one until those of the other arrive,
     a second copy of them all.
     """
     batch = batches[0] if len(batches) == 1 else stack(batches)

@@ -6,15 +6,15 @@
 Every process runs the same program on the same numbers, so that a method file reads as if there were one. They differ in four places:
 
     micro-batches   each does those of its equal share of a step's rows (`share`). A micro-batch counts by its share of the whole step,
-                    so gradients are summed, not averaged, and a step is the same step on 1, 2 or 64 processes. --batch_size must divide
-                    evenly: then all do equally many, and none waits in a collective that another never enters.
+                    so gradients are summed, not averaged, and a step is the same step on 1, 2 or 64 processes. The processes must divide
+                    --batch_size evenly: then all do equally many, and none waits in a collective that another never enters.
     rollouts        each draws its rows of one, from weights gathered once (`whole`), not once a token; then all get all of them.
     rewards         each asks for its rows; then all get all of them, or all get the error.
     files, terminal the first process writes. Checkpoints excepted: there each writes its own part.
 
-A parameter of a sharded model is a DTensor: here a slice, its shape that of the whole. FSDP2's `fully_shard` gathers a block's weights
-when the block is called, drops them afterwards, and leaves the sum of all processes' gradients in the slices. "ddp" is the same with a
-mesh of which one side holds copies, with all processes on it, and the other slices, with one.
+A parameter of a sharded model is a DTensor: here a slice, its shape that of the whole. FSDP2's `fully_shard` gathers a block's weights for
+its forward pass and again for its backward pass, and drops them in between; `shard` makes it sum all processes' gradients into the slices.
+"ddp" is the same over a mesh of (processes, 1): each holds a whole copy.
 
 Checked by tests/test_parallel.py: two processes over gloo equal one to 1e-10 in float64, in both layouts.
 """
@@ -39,7 +39,7 @@ def start():
     """Join the other processes, if torchrun started this one; once."""
     if not launched() or dist.is_initialized():
         return
-    # Two hours: the others wait while the first process writes, or hashes, or asks a slow judge.
+    # Two hours: the others wait while one process writes, or hashes, or asks a slow judge.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=2))
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # all say the same
@@ -175,8 +175,8 @@ def shard(model, layout, device_type, dtype, optimizers=()):
         return
     register_fsdp_forward_method(model, "hidden")  # what log-probs are made from; `forward`, a reward model's way, is one by itself
     hidden = model.hidden
-    # FSDP reduces the gradients once one has reached an argument. To embeds, which were made of the same weights, it goes before the last
-    # of those, so they enter unseen.
+    # FSDP reduces a module's gradients once one has reached an input. Embeds are made from the same weights, whose gradients are not
+    # complete then: a function hides them.
     model.hidden = lambda *inputs, embeds=None, **more: hidden(*inputs, embeds=None if embeds is None else lambda: embeds, **more)
 
 

@@ -1,7 +1,7 @@
-"""Reference log-probs once instead of at every step (--precompute_ref): then one model is in memory, as in SFT.
+"""Reference log-probs once instead of at every step (--precompute_ref): then no reference is kept in memory.
 
-The reference is the policy before it is trained: of the run for DPO and its like, of the round for IRFT with --ref round, whose own answers
-are drawn then, too. So the policy itself is asked, before it moves, and what it said is kept in the run folder: when a run is resumed the
+For DPO and its like the reference is the policy before training; for IRFT with --ref round the policy as a round begins, which then also
+draws the round's answers. So the policy itself is asked, before it moves, and what it said is kept in the run folder: when a run is resumed the
 policy is no longer what it was. The numbers are those of a second model, to rounding (rows share a batch with others).
 
 Checked by tests/test_remember.py.
@@ -18,7 +18,8 @@ from minialign.logps import Remembered, seq_logps
 
 
 def once(run, file, began, compute):
-    """The JSON value of a file of the run; computed by `compute()` and written if it is not there, but not by a policy that has moved."""
+    """The JSON value of a file of the run; computed by `compute()` and written if it is not there, unless the policy has been trained past
+    step `began`, where it was the reference."""
     file = run.folder / file
     if not parallel.on_main(file.is_file):
         if run.first_step > began:
@@ -26,7 +27,7 @@ def once(run, file, began, compute):
         value = compute()
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, json.dumps(value))
-        parallel.gather(None)  # nobody reads before it is there
+        parallel.gather(None)  # a barrier: nobody reads before it is there
     return json.loads(file.read_text(encoding="utf-8"))
 
 

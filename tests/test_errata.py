@@ -110,7 +110,11 @@ def test_juice_irft_reads_four_times_what_sft_reads(small, monkeypatch):
     irft, _ = small("irft", steps=1)
     policy, ref = tiny_gpt(), tiny_gpt(seed=1)
     for model in (policy, ref):
-        model.hidden = lambda *args, original=model.hidden, **kwargs: reads.append(torch.is_grad_enabled()) or original(*args, **kwargs)
+        def hidden(inputs, *args, original=model.hidden, **kwargs):
+            reads.extend([torch.is_grad_enabled()] * len(inputs))
+            return original(inputs, *args, **kwargs)
+
+        model.hidden = hidden
     demos, own = (collate([[0]], [y], pad_id=EOS) for y in ([1, 3, EOS], [2, EOS]))
     irft.step(policy, ref, demos, own, irft.Config())
     assert reads == [True, True, False, False]

@@ -57,7 +57,8 @@ def test_a_recipe_is_its_methods_config_with_other_numbers(name):
     recipe = module.RECIPE
     own = [field.name for field in dataclasses.fields(recipe.method.Config)]
     assert [field.name for field in dataclasses.fields(recipe.Config)] == own and field_comments(recipe.Config).keys() >= set(own)
-    assert "Receipt: " in module.__doc__ and f"--nproc_per_node {recipe.gpus} -m minialign.recipes.{name}" in module.__doc__
+    assert "Receipt (of a run at full size): " in module.__doc__
+    assert f"--nproc_per_node {recipe.gpus} -m minialign.recipes.{name}" in module.__doc__
     assert recipe.Config().batch_size % recipe.gpus == 0
 
 

@@ -112,7 +112,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.track(policy=policy, optimizer=optimizer)
     run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, ref=ref)
-    ref = remember_pairs(run, policy, ref, rows, held_out, batch_of)
+    ref = remember_pairs(run, policy, ref, rows, held_out, batch_of)  # with --precompute_ref its log-probs, else ref itself
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)

@@ -15,7 +15,7 @@ Details  Log-probs are summed over the completion, not averaged. The own answer 
          h="logistic" is the loss above, "hinge" max(0, 1 − z), "identity" −z. The paper's h = log σ with σ(t) = log(1 + e^{−t})
          reads as log log; softplus(−z) is what was run, and what is meant (docs/ERRATA.md).
          max_len cuts the demonstration, max_new the own answer.
-         With fresh samples (rounds = steps) and ref = policy, the expected gradient of "identity" is β times that of SFT on summed
+         With fresh samples (rounds = steps, tau = 1) and ref = policy, the expected gradient of "identity" is β times that of SFT on summed
          log-probs, that of "logistic" β/2 times: what IRFT adds comes only from stale samples, a reference that stays behind, and σ(−z).
 Law      Full-support expert E, exact expectations (toy/three_actions.py, derived in toy/closed_form.py):
          fresh samples, fixed ref:  π ∝ E^{1/(1+β)} · ref^{β/(1+β)}, the geometric mixture, never E;
@@ -46,14 +46,14 @@ from minialign.sample import sample
 
 @dataclass
 class Config:
-    beta: float = 0.1               # β: how much log-ratio makes one unit of reward; small β lets the policy go far from ref
+    beta: float = 0.1               # β: reward for one nat of log-ratio; small β lets the policy go far from ref
     rounds: int = 1                 # T: how often the sampling policy is renewed; 1 is SPIN, steps is "fresh samples at every step"
     ref: str = "round"              # the reference: round (policy at the start of the round) or initial (never renewed)
     h: str = "logistic"             # logistic, hinge or identity
     precompute_ref: bool = False    # all of a round's answers and reference log-probs at its start: no second model is kept while training
     policy: str = "builtin"         # start from: builtin, a folder, a hub name
     demos: str = "builtin"          # demonstrations: builtin, or a JSONL/JSON(.gz) file
-    steps: int = 60                 # optimizer steps, K = steps / rounds of them in a round
+    steps: int = 60                 # optimizer steps, about K = steps / rounds of them in a round
     batch_size: int = 32            # rows per step
     micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
     lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
@@ -151,7 +151,7 @@ def main(cfg):
         t, t_before = k * cfg.rounds // cfg.steps, (k - 1) * cfg.rounds // cfg.steps
         if t != t_before and old is not None:  # a round begins
             old.load_state_dict(policy.state_dict())
-        if old is None and (t != t_before or k == run.first_step):
+        if old is None and (t != t_before or k == run.first_step):  # a round begins, or a resumed run enters one
             answers, ref = remember_round(run, policy, rows, batch_of, tokenizer, t, answers_of)
 
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)

@@ -8,10 +8,12 @@
 --smoke writes a model of the same family with random weights, and rows in the data set's own columns, to a temporary folder, both as the
 hub has them, and takes two steps of the recipe's Config with its sizes made small: in two processes over gloo if the recipe is for more
 than one GPU. --plan counts: parameters from the architecture, bytes for each thing that is kept, floating-point operations (2 for each
-parameter and token of a forward pass, 6 with its backward pass) and bytes read by sampling. Time assumes the shares of a card's bare
-products and copies that stand in RATES, and rows of full length: it is an upper estimate of a run that goes as well as that.
+parameter and token of a forward pass, 6 with its backward pass, 4 if adapters are trained, 2 more with activation checkpointing) and
+bytes read by sampling. Time assumes the shares of a card's bare products and copies that stand in RATES, and rows of full length: an
+estimate, which knows neither communication nor evaluation.
 
-`python -m minialign.recipes` takes real steps at these sizes on one GPU and sets memory and time beside the plan: the receipts.
+`python -m minialign.recipes` takes a few real steps of the recipes' models on one GPU, with rows of 1,024 tokens, and sets memory and time
+beside the plan: the receipts.
 
 Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
 """
@@ -60,7 +62,7 @@ DATA = {
     "openai/gsm8k": (7_473, {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"}),
 }
 
-# card: (GiB, products in bfloat16 per second, bytes copied per second). H200: measured bare; the others: .8 and .9 of the vendor's peaks.
+# card: (GiB, products in bfloat16 per second, bytes copied per second), bare. H200: seen on one; else .8 and .9 of the vendor's peaks.
 CARDS = {"a100": (80, 250e12, 1.8e12), "h100": (80, 790e12, 3.0e12), "h200": (141, 790e12, 4.3e12)}
 RATES = {"train": 0.5, "sample": 0.6}  # shares of those that a step, and a token of sampling, are expected to reach
 
@@ -95,6 +97,7 @@ def work(method, cfg):
     if cfg.policy_step.startswith("bon"):
         policy = Work(2 / cfg.n, 1 + 2 / cfg.n, 1)
     else:
+        # ppo: 4 epochs of policy and critic; rebel: 4 epochs
         policy = Work({"ppo": 8, "rebel": 4}.get(cfg.policy_step, 1), 3 if cfg.policy_step == "ppo" else 2, 1)
     share, reward = cfg.reward_share, Work(2, 2 * base, 1)
     trained, scored = (share * getattr(reward, f) + (1 - share) * getattr(policy, f) for f in ("trained", "scored"))
@@ -120,7 +123,7 @@ class Recipe:
 
 
 def plan(recipe, cfg, card, config=None, prompt=512):
-    """{'memory': {part: GiB on each card}, 'steps', 'tokens', 'hours': {part: h}} of a run on `recipe.gpus` cards.
+    """{'memory': {part: GiB on each card}, 'steps', 'tokens', 'hours': {part: h}, …} of a run on `recipe.gpus` cards.
 
     config: another architecture than the recipe's. prompt: tokens of the longest, where --max_prompt names none.
     """

@@ -2,7 +2,7 @@
 
 Published: 58.28 from the base, 57.52 after SFT (leaderboard mean); AlpacaEval 2, length-controlled, 8.58 and 13.72 %.
 Here AdamW, there RMSprop.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.dpo_ultrafeedback_mistral
     python -m minialign.recipes.dpo_ultrafeedback_mistral --plan h100

@@ -4,7 +4,7 @@ It starts from SFT on the same questions, which teaches the #### before the numb
 --policy Qwen/Qwen2.5-1.5B --demos openai/gsm8k/main --max_len 512 --lr 1e-5 --steps 700 --out runs/sft_gsm8k_qwen. Published for
 DeepSeekMath-7B, from its own SFT: 82.9 to 88.2 % on GSM8K.
 Compare: lm-evaluation-harness, gsm8k, on final/.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.grpo_gsm8k_qwen
     python -m minialign.recipes.grpo_gsm8k_qwen --plan h100

@@ -3,7 +3,7 @@
 Published (leaderboard mean, from the base): ORPO 57.70, DPO 58.28, SFT 58.65, IFT 59.61, the last two with 60,000 rows of UltraChat more,
 which this leaves out; after SFT: SFT 56.99, ORPO 57.35, DPO 57.52, IFT 58.22. Here AdamW, there RMSprop, and a frozen copy of the
 embedding.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.ift_ultrafeedback_mistral
     python -m minialign.recipes.ift_ultrafeedback_mistral --plan h100

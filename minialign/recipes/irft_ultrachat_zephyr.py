@@ -1,10 +1,10 @@
 """IRFT of zephyr-7b-sft-full on UltraChat: Tables 4 (full) and 6 (LoRA) of Li et al. 2024 (arXiv:2405.17888).
 
-Table 6: --lora 64 (alpha 16, the default). T = 10 and 16 are second passes, as in irft_ultrachat_pythia.
+Table 6: --lora 64 (alpha 16, the default). T = 10 and 16 are second runs, as in irft_ultrachat_pythia.
 Published (mean of six benchmarks): base 59.48, T8 59.85, T16 60.25, SPIN 60.32, T5 60.71, SPIN's second iteration 61.02, T10 61.03; LoRA:
 SFT 59.86, SPIN 60.13, T5 60.87. Here AdamW, there RMSprop.
 Compare: lm-evaluation-harness on final/.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 8 -m minialign.recipes.irft_ultrachat_zephyr
     python -m minialign.recipes.irft_ultrachat_zephyr --plan h100
@@ -20,7 +20,7 @@ from minialign.recipes import Recipe, main
 class Config(irft.Config):
     beta: float = 0.1
     rounds: int = 5                                             # T; Table 4 has 1 (SPIN), 5, 8, 10 and 16
-    precompute_ref: bool = True                                 # the paper's "same memory as SFT"
+    precompute_ref: bool = True                                 # "the same memory as SFT": docs/RESULTS.md
     policy: str = "alignment-handbook/zephyr-7b-sft-full"
     demos: str = "HuggingFaceH4/ultrachat_200k:train_sft"       # the paper: 50,000 of them
     steps: int = 6_250                                          # 100,000 rows; the paper: 50,000, each twice

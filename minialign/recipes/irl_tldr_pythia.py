@@ -4,7 +4,7 @@ Published: gold reward rises over the iterations, and so do wins over the demons
 right on 58.4 to 58.7 % of human preferences. There the 10,000 demonstrations, of SFT too, are written by a PPO policy of 6.9B, here they
 are the data set's own; the reward's batch is 64 there, here that of the policy.
 Compare: `evaluate --policies … --reward runs/…/reward --pairs trl-lib/tldr-preference`.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.irl_tldr_pythia
     python -m minialign.recipes.irl_tldr_pythia --plan h100

@@ -4,7 +4,7 @@ Published: RewardBench of the learned reward 68.98, then 70.71 (SPIN's implicit 
 SPIN 59.00 and 58.71, IRL 59.42 and 59.49. There each round learns a reward of its own with a batch of 64 (--mode literal, Eq. 11 as
 printed), here rewards add up, whose fixed point is the expert (docs/ERRATA.md), and the batch is that of the policy.
 Compare: RewardBench on reward/, lm-evaluation-harness on final/.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 8 -m minialign.recipes.irl_ultrachat_zephyr
     python -m minialign.recipes.irl_ultrachat_zephyr --plan h100

@@ -2,7 +2,7 @@
 
 Published: 57.70 from the base, 57.35 after SFT (leaderboard mean); AlpacaEval 2, length-controlled, 12.34 and 12.27 %.
 Here AdamW, there RMSprop.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.orpo_ultrafeedback_mistral
     python -m minialign.recipes.orpo_ultrafeedback_mistral --plan h100

@@ -2,7 +2,7 @@
 
 Published wins over the human summaries at 1.4B: REBEL 55.1, PPO 51.7, iterative DPO 47.2, DPO 42.7, SFT 24.9 %
 (Gao et al. 2024, arXiv:2404.16767).
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.ppo_tldr_pythia
     python -m minialign.recipes.ppo_tldr_pythia --plan h100

@@ -1,7 +1,7 @@
 """A Bradley-Terry reward model from Pythia-1B on TL;DR preferences: what ppo, rloo and rebel follow. Huang et al. 2024 (arXiv:2403.17031).
 
 Published: AdamW, 3e-6, batch 64, cosine, one epoch.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.reward_model_tldr_pythia
     python -m minialign.recipes.reward_model_tldr_pythia --plan h100

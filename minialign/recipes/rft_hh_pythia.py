@@ -5,7 +5,7 @@ code's loss is that of `bt` at every token, and it follows the reward by advanta
 says PPO, and so does this.
 Compare: mean reward and wins over SFT, `evaluate --reward runs/…/reward`; the figure shows RFT above SFT on all rows and on the best
 10,000.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.rft_hh_pythia
     python -m minialign.recipes.rft_hh_pythia --plan h100

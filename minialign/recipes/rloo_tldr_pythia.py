@@ -2,7 +2,7 @@
 
 Published wins over the human summaries at 6.9B: REBEL 78.1, RLOO 77.9 (k = 4) and 74.2 (k = 2), PPO 77.6, REINFORCE 70.7, DPO 68.4, SFT
 45.2 % (Gao et al. 2024, arXiv:2404.16767).
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.rloo_tldr_pythia
     python -m minialign.recipes.rloo_tldr_pythia --plan h100

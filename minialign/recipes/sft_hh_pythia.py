@@ -2,7 +2,7 @@
 
 Published: ten epochs, of which the best is kept (--snapshots keeps all). Here AdamW, there RMSprop.
 Compare: held-out log-prob gap, `evaluate --policies … --pairs Anthropic/hh-rlhf:test`; the figure shows it below 0.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.sft_hh_pythia
     python -m minialign.recipes.sft_hh_pythia --plan h100

@@ -1,7 +1,7 @@
 """SFT of Pythia-1B on TL;DR summaries: where the other TL;DR recipes begin. Huang et al. 2024 (arXiv:2403.17031).
 
 Published: AdamW, 3e-6, cosine, one epoch. The token mean is over the summary here, there over prompt and summary.
-Receipt: none yet.
+Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.sft_tldr_pythia
     python -m minialign.recipes.sft_tldr_pythia --plan h100

@@ -1,8 +1,8 @@
 """Reference log-probs once instead of at every step (--precompute_ref): then no reference is kept in memory.
 
 For DPO and its like the reference is the policy before training; for IRFT with --ref round the policy as a round begins, which then also
-draws the round's answers. So the policy itself is asked, before it moves, and what it said is kept in the run folder: when a run is resumed the
-policy is no longer what it was. The numbers are those of a second model, to rounding (rows share a batch with others).
+draws the round's answers. So the policy itself is asked, before it moves, and what it said is kept in the run folder: when a run is
+resumed the policy is no longer what it was. The numbers are those of a second model, to rounding (rows share a batch with others).
 
 Checked by tests/test_remember.py.
 """

@@ -346,8 +346,8 @@ class Run:
                 if done == total or stop or (self.skipped_in_a_row == 0 and done % self.cfg.save_every == 0):
                     self.save(done)
                 if stop and done < total:
-                    parallel.end()
                     print(f"\nstopped after step {done}; go on with: python -m minialign {self.method} --resume {self.folder}")
+                    parallel.end()
                     raise SystemExit(0)
         finally:
             self.bar.close()

@@ -99,13 +99,10 @@ def ift_loss(logps, mask, *, decay, detach_weights=True):
 
 
 def lookahead_embeds(policy, batch, *, mix):
-    """(B, T, C): the embeddings of batch.inputs, mixed with those of the policy's greedy guesses where the input is a completion token;
-    None, which stands for the inputs' own, if mix is 0.
+    """(B, T, C): the embeddings of batch.inputs, mixed with those of the policy's greedy guesses where the input is a completion token.
 
     The guess for inputs[:, t] is made at t − 1, from demonstrated tokens alone: one forward pass without gradient.
     """
-    if mix == 0:
-        return None
     with torch.no_grad():
         hidden, head = policy.hidden(batch.inputs)[batch.mask], policy.head_weight[: policy.config.n_tokens]  # (scored, C), (V, C)
         guesses = torch.cat([logits_of(rows, head).argmax(-1) for rows in hidden.split(CHUNK_ROWS)])  # (scored,)
@@ -117,7 +114,7 @@ def lookahead_embeds(policy, batch, *, mix):
 
 def step(policy, batch, cfg):
     """One batch of demonstrations to one loss: the only place where the model meets the equation."""
-    embeds = lookahead_embeds(policy, batch, mix=cfg.mix)  # (B, T, C)
+    embeds = lookahead_embeds(policy, batch, mix=cfg.mix) if cfg.mix else None  # (B, T, C); None: the inputs' own
     logps = token_logps(policy, batch, embeds=embeds)  # (B, T)
     return ift_loss(logps, batch.mask, decay=cfg.decay, detach_weights=cfg.detach_weights)
 

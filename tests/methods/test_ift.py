@@ -115,7 +115,7 @@ def test_the_guesses_are_the_policys_own(m):
             expected[b, place] = 0.7 * expected[b, place] + 0.3 * policy.embed(guess[None, None])[0, 0]
     read = batch.mask.flip(1).cumsum(1).flip(1) > 0  # (B, T) up to the last scored prediction; what comes after is read by nobody
     assert torch.allclose(m.lookahead_embeds(policy, batch, mix=0.3)[read], expected[read], atol=1e-12)
-    assert m.lookahead_embeds(policy, batch, mix=0.0) is None  # the inputs' own
+    assert torch.equal(m.lookahead_embeds(policy, batch, mix=0.0), policy.embed(batch.inputs))
 
 
 def test_one_forward_without_gradient_and_one_with(m):

@@ -37,10 +37,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minialign import __version__
 from minialign.common import BadInput, cli, exit_codes, write_atomic
+from minialign.kernels.linear_logprob import logits_of
 from minialign.logps import linear_logps
 from minialign.model import GPT, GPTConfig, KVCache
 from minialign.run import commit, describe_device
-from minialign.sample import sample
+from minialign.sample import sample, stepper
 from minialign.tokenizer import train_bpe
 from minialign.weights import save_pretrained
 
@@ -224,15 +225,16 @@ def decode_cost(rounds, batches=(1, 16), positions=(64, 512), count=16):
     """Rows of the table: a token at the later position over one at the earlier, of the 70m shape."""
     policy, rows = neox(**SHAPES["70m"]), []
     for batch in batches:
-        token = torch.zeros(batch, 1, dtype=torch.long)
+        token = torch.zeros(batch, dtype=torch.long)
 
         def tokens(position, batch=batch, token=token):
             cache = KVCache(policy.config, batch, position + count)
             cache.lengths += position
             cache.longest = position
+            step = stepper(policy, cache)
             begun = time.perf_counter()
             for _ in range(count):
-                policy(token, cache=cache)
+                logits_of(step(token), policy.head_weight)
             return (time.perf_counter() - begun) / count
 
         seconds = {f"position {position}": [] for position in positions}

@@ -93,7 +93,7 @@ class GPTConfig:
 
 
 def rotary_angles(config, positions):
-    """positions (B, T) or (1, T) -> cos, sin of the rotary angles, each (B, 1, T, rotary_dim). Su et al. 2021, arXiv:2104.09864.
+    """positions (B, T) or (1, T) -> cos, sin of the rotary angles, each (B, 1, T, rotary_dim/2). Su et al. 2021, arXiv:2104.09864.
 
     Channel pair (i, i + rotary_dim/2) turns by position · theta^(−2i/rotary_dim). Computed in float32 whatever the model's dtype:
     bfloat16 positions would be wrong beyond 256, and checkpoints were trained with float32 angles.
@@ -103,7 +103,6 @@ def rotary_angles(config, positions):
     if config.rope_scaling:
         speed = scale_rotation(speed, config.rope_scaling)
     angle = positions[:, None, :, None].float() * speed  # (B, 1, T, rotary_dim/2)
-    angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
 
@@ -123,10 +122,9 @@ def scale_rotation(speed, scaling):
 
 def rotate(x, cos, sin):
     """Turn the first rotary_dim channels of x (B, H, T, D); the others pass."""
-    turning, passing = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned, passing], dim=-1) if passing.shape[-1] else turned
+    half = cos.shape[-1]
+    first, second, passing = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, passing], dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------------------------- cache

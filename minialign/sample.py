@@ -40,9 +40,9 @@ def keep_top_p(logits, p):
     return logits.masked_fill((before >= p).scatter(1, order, before >= p), -torch.inf)
 
 
-def draw(logits, uniform):
-    """One token a row by inverting the cumulative distribution: logits (B, V), uniform (B,) in [0, 1) -> (B,)."""
-    cumulative = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)  # (B, V) unnormalised: the point is scaled instead
+def draw(probs, uniform):
+    """One token a row by inverting the cumulative distribution: probs (B, V) of any sum, uniform (B,) in [0, 1) -> (B,)."""
+    cumulative = probs.cumsum(-1)  # (B, V)
     total = cumulative[:, -1:]
     point = torch.minimum(uniform[:, None].to(total) * total, total.nextafter(torch.zeros_like(total)))  # below the end, rounded or not
     return torch.searchsorted(cumulative, point, right=True).squeeze(1)  # a forbidden token has no width, so it is never hit
@@ -71,7 +71,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     drawn = [torch.zeros(0, max_new, dtype=torch.long), torch.zeros(0, max_new, dtype=wide), torch.zeros(0).long(), torch.zeros(0).bool()]
     if own:
         drawn = generate(policy, own, parallel.share(uniforms), tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
-    tokens, token_logps, lengths, finished = [parallel.gather_rows(part.to(device)) for part in drawn]
+    tokens, token_logps, lengths, finished = [parallel.gather_rows(part.to(device).clone()) for part in drawn]
 
     completions = [ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     batch = collate(rows, completions, pad_id=0 if eos_id is None else eos_id).to(device)
@@ -81,6 +81,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, lengths, finished, completions)
 
 
+@torch.inference_mode()  # no_grad without its bookkeeping, a twentieth of a small model's time; what leaves is cloned by `sample`
 def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     """B prompts, one row each, and the numbers (B, max_new) that decide the draws -> tokens and their log-probs, (B, max_new), of which
     the first `lengths` (B,) count, and whether EOS was among them, (B,)."""
@@ -89,6 +90,7 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     source = torch.tensor([distinct.index(row) for row in rows], device=device)  # (B,) which prefill a row continues
     wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # logits rounded to bfloat16 would not equal token_logps
     uniforms = uniforms.to(device, wide)
+    top_p = None if top_p == 1 else top_p
     head = policy.head_weight if policy.head_weight.is_cuda else policy.head_weight.to(wide)  # (V, C)
 
     # Prefill: each distinct prompt once, right-padded; its last real position holds the first prediction.
@@ -110,15 +112,18 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     for t in range(max_new):
         logits = logits_of(hidden, head)  # (A, V)
         logits = logits if tau == 1 else logits / tau
+        probs = logits.softmax(-1)  # (A, V)
         allowed = logits[:, : config.n_tokens]
         if greedy:
             token = allowed.argmax(-1)  # (A,)
+        elif top_k is None and top_p is None:
+            token = draw(probs[:, : config.n_tokens], uniforms[present, t])
         else:
             allowed = allowed if top_k is None else keep_top_k(allowed, top_k)
-            allowed = allowed if top_p is None or top_p == 1 else keep_top_p(allowed, top_p)
-            token = draw(allowed, uniforms[present, t])
+            allowed = allowed if top_p is None else keep_top_p(allowed, top_p)
+            token = draw(allowed.softmax(-1), uniforms[present, t])
         tokens[present, t] = token
-        token_logps[present, t] = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1)
+        token_logps[present, t] = probs.gather(1, token[:, None]).squeeze(1).log()
         if eos_id is not None:
             ended = (token == eos_id) & ~finished[present]  # (A,)
             finished[present[ended]], new_lengths[present[ended]] = True, t + 1
@@ -126,7 +131,7 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
             if not len(going):
                 break
             if len(going) <= 3 / 4 * len(present):  # finished rows leave together: each time costs a copy of the cache
-                present, token, step = present[going], token[going], stepper(policy, step.cache.select(going))
+                present, token, step = present[going], token[going], step.select(going)
         if t + 1 == max_new:
             break
         hidden = step(token)  # (A, C)
@@ -149,6 +154,9 @@ class Step:
 
     def __init__(self, policy, cache):
         self.policy, self.cache, self.span = policy, cache, None
+
+    def select(self, rows):
+        return Step(self.policy, self.cache.select(rows))
 
     def __call__(self, token):
         if not token.is_cuda:

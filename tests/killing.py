@@ -99,7 +99,7 @@ def result_of(folder):
 
 
 def kill_runs(method, trials, folder, settings):
-    """[(seconds until the kill, was it alive, times killed, equal)] for each trial: killed once or twice, then resumed to the end."""
+    """[(seconds until the kill, had it begun, times killed, equal)] for each trial: killed once or twice, then resumed to the end."""
     module = importlib.import_module(f"minialign.methods.{method}")
     for unbroken in (f"{folder}/warm", f"{folder}/unbroken"):  # the second knows how long a run takes
         started = time.monotonic()
@@ -107,9 +107,12 @@ def kill_runs(method, trials, folder, settings):
         duration = time.monotonic() - started
     expected, rng, outcomes = result_of(unbroken), random.Random(0), []
     for trial in range(trials):
-        out = f"{folder}/trial-{trial}"
-        delay = duration * (trial + rng.random()) / trials  # spread over the whole run
-        kills = int(in_child(lambda out=out: module.main(module.Config(**settings, out=out)), kill_after=delay))
+        out, kills = f"{folder}/trial-{trial}", 0
+        while not kills:
+            shutil.rmtree(out, ignore_errors=True)
+            delay = duration * (trial + rng.random()) / trials  # spread over the whole run
+            kills = int(in_child(lambda out=out: module.main(module.Config(**settings, out=out)), kill_after=delay))
+            duration = duration if kills else 0.9 * delay  # it had ended: the machine has become faster, and the moment is drawn again
         started_at_all = (Path(out) / "config.json").is_file()
         config = module.Config(resume=out) if started_at_all else module.Config(**settings, out=out + "-again")
         if rng.random() < 0.4 and started_at_all:  # and once more, while it resumes

@@ -361,13 +361,13 @@ def test_scalar_head_starts_with_the_width_of_the_paper():
 
 
 def test_rotary_angles_by_hand():
-    """Two pairs, theta = 100: speeds 1 and 100^(-2/4) = 1/10. Position 7: angles 7 and 0.7; the second half repeats the first."""
+    """Two pairs, theta = 100: speeds 1 and 100^(-2/4) = 1/10. Position 7: angles 7 and 0.7."""
     config = GPTConfig(vocab_size=5, n_head=1, n_embd=8, rotary_dim=4, rope_theta=100.0)
     cos, sin = rotary_angles(config, torch.tensor([[0, 7]]))
-    assert cos.shape == sin.shape == (1, 1, 2, 4) and cos.dtype == torch.float32
-    assert cos[0, 0, 0].tolist() == [1.0] * 4 and sin[0, 0, 0].tolist() == [0.0] * 4
-    assert cos[0, 0, 1].tolist() == pytest.approx([math.cos(7), math.cos(0.7)] * 2, abs=1e-6)
-    assert sin[0, 0, 1].tolist() == pytest.approx([math.sin(7), math.sin(0.7)] * 2, abs=1e-6)
+    assert cos.shape == sin.shape == (1, 1, 2, 2) and cos.dtype == torch.float32
+    assert cos[0, 0, 0].tolist() == [1.0] * 2 and sin[0, 0, 0].tolist() == [0.0] * 2
+    assert cos[0, 0, 1].tolist() == pytest.approx([math.cos(7), math.cos(0.7)], abs=1e-6)
+    assert sin[0, 0, 1].tolist() == pytest.approx([math.sin(7), math.sin(0.7)], abs=1e-6)
 
 
 def test_rope_scaling_by_hand():

@@ -155,11 +155,11 @@ def test_the_rules_by_hand():
 
 
 def test_draw_inverts_the_cumulative_distribution():
-    """p = .2 0 .8 0: a point below .2 is token 0, from .2 on token 2; none hits a forbidden token, not even one rounded up to 1."""
-    logits = torch.tensor([[0.2, 0.0, 0.8, 0.0]]).log()
+    """p = .2 0 .8 0, or a multiple: a point below .2 is token 0, from .2 on token 2; none hits a forbidden token, not one rounded up to 1."""
+    probs = torch.tensor([[0.2, 0.0, 0.8, 0.0]])
     for point, token in ((0.0, 0), (0.19, 0), (0.21, 2), (1 - 2**-24, 2), (1.0, 2)):
-        assert draw(logits, torch.tensor([point])).item() == token
-    assert draw(logits[:, [1, 0, 2, 3]], torch.tensor([0.0])).item() == 1
+        assert draw(probs, torch.tensor([point])).item() == draw(3 * probs, torch.tensor([point])).item() == token
+    assert draw(probs[:, [1, 0, 2, 3]], torch.tensor([0.0])).item() == 1
 
 
 # ------------------------------------------------------------------------------------- the same seed, whatever the batch

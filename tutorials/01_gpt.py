@@ -221,7 +221,7 @@ assert abs(score(7, 3) - score(7, 4)) > 0.1
 
 # %%
 config = GPTConfig.tiny(vocab_size=11)
-cos, sin = rotary_angles(config, torch.arange(9)[None])  # (1, 1, T, D) each
+cos, sin = rotary_angles(config, torch.arange(9)[None])  # (1, 1, T, D/2) each
 heads = torch.randn(2, config.n_head, 9, config.head_dim, generator=generator)
 assert_close(my_rotate(heads, torch.arange(9)), rotate(heads, cos, sin))
 

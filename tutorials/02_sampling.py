@@ -208,14 +208,14 @@ print("drawn     ", [tokens[v] for v in drawn])
 assert torch.equal(drawn.bincount(minlength=5), (16 * p[0]).long())
 
 # %% [markdown]
-# **Checkpoint.** The project's `draw` also guards the end: a rounded cumulative sum may stop just short of 1, and a $u$ beyond it must not
-# pick a forbidden token.
+# **Checkpoint.** The project's `draw` takes probabilities, and guards the end: a rounded cumulative sum may stop just short of 1, and a
+# $u$ beyond it must not pick a forbidden token.
 
 # %%
 uniform = torch.rand(50, generator=generator, dtype=torch.float64)
-assert_close(my_draw(many, uniform), draw(many, uniform))
+assert_close(my_draw(many, uniform), draw(many.softmax(-1), uniform))
 truncated = keep_top_k(many, 3)
-assert truncated.gather(1, draw(truncated, uniform)[:, None]).isfinite().all()
+assert truncated.gather(1, draw(truncated.softmax(-1), uniform)[:, None]).isfinite().all()
 
 # %% [markdown]
 # ## 4. A policy to sample from

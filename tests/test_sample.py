@@ -155,7 +155,7 @@ def test_the_rules_by_hand():
 
 
 def test_draw_inverts_the_cumulative_distribution():
-    """p = .2 0 .8 0, or a multiple: a point below .2 is token 0, from .2 on token 2; none hits a forbidden token, not one rounded up to 1."""
+    """p = .2 0 .8 0, or a multiple: below .2 lies token 0, from .2 on token 2; no point hits a forbidden token, not one rounded up to 1."""
     probs = torch.tensor([[0.2, 0.0, 0.8, 0.0]])
     for point, token in ((0.0, 0), (0.19, 0), (0.21, 2), (1 - 2**-24, 2), (1.0, 2)):
         assert draw(probs, torch.tensor([point])).item() == draw(3 * probs, torch.tensor([point])).item() == token

@@ -136,7 +136,7 @@ def check(outcomes, trials):
     ("sft", 12),
     *[pytest.param(method, 20 if method in ("irft", "reward_model", "ppo") else 8 if method in LOOPS else 4, marks=pytest.mark.slow)
       for method in METHODS if method != "sft"],
-    pytest.param("sft", 100, marks=pytest.mark.slow),
+    pytest.param("sft", 60, marks=pytest.mark.slow),
 ])
 def test_kill_9_at_random_moments(small, tmp_path, method, trials):
     """SIGKILL at moments spread over the whole run, which saves at every step so that many fall into a write; some runs are

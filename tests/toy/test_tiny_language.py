@@ -107,8 +107,8 @@ def test_bad_arguments_are_one_sentence(changes, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("methods", "seeds"), [
-    (["reinforce", "rloo", "rebel", "grpo"], 3), (["ppo", "best_of_n", "rest", "ift"], 3), (["rft", "irl"], 2),  # five: docs/RESULTS.md
-    (["dpo", "ipo", "simpo"], 2), (["gpo"], 2), (["orpo", "slic", "kto"], 2),
+    (["reinforce", "rloo", "rebel", "grpo"], 2), (["ppo", "best_of_n", "rest", "ift"], 2), (["rft", "irl"], 1),  # five: docs/RESULTS.md
+    (["dpo", "ipo", "simpo"], 2), (["gpo"], 1), (["orpo", "slic", "kto"], 1),
 ])
 def test_seeds_of_every_method_land_on_their_law(methods, seeds, tmp_path, capsys):
     """The acceptance of every method: each seed, and each is another ref, within the gate of its row."""

@@ -1,7 +1,7 @@
 """Sampling: greedy, temperature, top-k, top-p; batched generation with a ragged KV cache.
 
 The batch is ragged, not left-padded: each row continues at its own position. One prefill serves all n samples of a prompt, and finished
-rows leave the batch, a quarter of it at a time. What comes back is a Rollout in the layout of training: its rows go straight into a loss.
+rows leave once they are a quarter of the batch. What comes back is a Rollout in the layout of training: its rows go straight into a loss.
 
 Every row draws from its own generator, seeded by (seed, the prompt's ids, which sample of that prompt it is): the same seed gives the
 same completion whatever else sits in the batch.
@@ -44,7 +44,7 @@ def draw(probs, uniform):
     """One token a row by inverting the cumulative distribution: probs (B, V) of any sum, uniform (B,) in [0, 1) -> (B,)."""
     cumulative = probs.cumsum(-1)  # (B, V)
     total = cumulative[:, -1:]
-    point = torch.minimum(uniform[:, None].to(total) * total, total.nextafter(torch.zeros_like(total)))  # below the end, rounded or not
+    point = torch.minimum(uniform[:, None].to(total) * total, total.nextafter(torch.zeros_like(total)))  # (u · total may round up to total)
     return torch.searchsorted(cumulative, point, right=True).squeeze(1)  # a forbidden token has no width, so it is never hit
 
 
@@ -70,8 +70,11 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     policy, own = parallel.whole(policy), parallel.share(rows)
     drawn = [torch.zeros(0, max_new, dtype=torch.long), torch.zeros(0, max_new, dtype=wide), torch.zeros(0).long(), torch.zeros(0).bool()]
     if own:
-        drawn = generate(policy, own, parallel.share(uniforms), tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
-    tokens, token_logps, lengths, finished = [parallel.gather_rows(part.to(device).clone()) for part in drawn]
+        # inference_mode also leaves out version counters and views' origins: a twentieth of a small model's time on a CPU.
+        with torch.inference_mode() if device.type == "cpu" else torch.no_grad():
+            drawn = generate(policy, own, parallel.share(uniforms), tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
+    drawn = [parallel.gather_rows(part.to(device).clone()) for part in drawn]  # (cloned: what was made there cannot be saved for backward)
+    tokens, token_logps, lengths, finished = drawn
 
     completions = [ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     batch = collate(rows, completions, pad_id=0 if eos_id is None else eos_id).to(device)
@@ -81,7 +84,6 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, lengths, finished, completions)
 
 
-@torch.inference_mode()  # no_grad without its bookkeeping, a twentieth of a small model's time; what leaves is cloned by `sample`
 def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     """B prompts, one row each, and the numbers (B, max_new) that decide the draws -> tokens and their log-probs, (B, max_new), of which
     the first `lengths` (B,) count, and whether EOS was among them, (B,)."""
@@ -90,7 +92,7 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     source = torch.tensor([distinct.index(row) for row in rows], device=device)  # (B,) which prefill a row continues
     wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # logits rounded to bfloat16 would not equal token_logps
     uniforms = uniforms.to(device, wide)
-    top_p = None if top_p == 1 else top_p
+    pure = not greedy and top_k is None and top_p in (None, 1) and config.n_tokens in (None, config.vocab_size)  # nothing is forbidden
     head = policy.head_weight if policy.head_weight.is_cuda else policy.head_weight.to(wide)  # (V, C)
 
     # Prefill: each distinct prompt once, right-padded; its last real position holds the first prediction.
@@ -100,7 +102,7 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     cache = KVCache(config, len(distinct), longest + max_new, device=device, dtype=policy.head_weight.dtype)
     hidden = policy.hidden(padded, cache=cache, lengths=lengths)  # (distinct, longest, C)
     hidden = hidden[torch.arange(len(distinct), device=device), lengths - 1][source]  # (B, C)
-    cache = cache if len(distinct) == B else cache.select(source)  # (rows that all differ are their own prefill)
+    cache = cache if len(distinct) == B else cache.select(source)  # (no prompt twice: the rows are in order already)
     step = stepper(policy, cache)
     del cache  # `step` has it, and lets go of it when rows leave
 
@@ -112,18 +114,17 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     for t in range(max_new):
         logits = logits_of(hidden, head)  # (A, V)
         logits = logits if tau == 1 else logits / tau
-        probs = logits.softmax(-1)  # (A, V)
-        allowed = logits[:, : config.n_tokens]
-        if greedy:
-            token = allowed.argmax(-1)  # (A,)
-        elif top_k is None and top_p is None:
-            token = draw(probs[:, : config.n_tokens], uniforms[present, t])
+        if pure:
+            probs = logits.softmax(-1)  # (A, V), for the draw and the log-prob
+            token = draw(probs, uniforms[present, t])  # (A,)
+            logps = probs.gather(1, token[:, None]).log()
         else:
+            allowed = logits[:, : config.n_tokens]
             allowed = allowed if top_k is None else keep_top_k(allowed, top_k)
-            allowed = allowed if top_p is None else keep_top_p(allowed, top_p)
-            token = draw(allowed.softmax(-1), uniforms[present, t])
-        tokens[present, t] = token
-        token_logps[present, t] = probs.gather(1, token[:, None]).squeeze(1).log()
+            allowed = allowed if top_p in (None, 1) else keep_top_p(allowed, top_p)
+            token = allowed.argmax(-1) if greedy else draw(allowed.softmax(-1), uniforms[present, t])
+            logps = logits.gather(1, token[:, None]) - logits.logsumexp(-1, keepdim=True)
+        tokens[present, t], token_logps[present, t] = token, logps.squeeze(1)
         if eos_id is not None:
             ended = (token == eos_id) & ~finished[present]  # (A,)
             finished[present[ended]], new_lengths[present[ended]] = True, t + 1
@@ -139,10 +140,12 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
 
 
 def stepper(policy, cache):
-    """A function of tokens (A,) that continue the rows of a cache -> hidden states (A, C). (In bfloat16 attention's own kernel keeps its
-    sums in float32; kernels/decode.py would not.)"""
-    wide = policy.head_weight.dtype in (torch.float32, torch.float64)
-    return Decoder(policy, cache) if wide and policy.head_weight.device.type == "cpu" else Step(policy, cache)
+    """A function of tokens (A,) that continue the rows of a cache -> hidden states (A, C). kernels/decode.py's on a CPU, for models of up
+    to 512 channels: in wider ones reading the weights is all of a step, and its copy of them would be a second model. (Nor in bfloat16:
+    attention's own kernel keeps its sums in float32.)"""
+    weight = policy.head_weight
+    quick = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64) and policy.config.n_embd <= 512
+    return (Decoder if quick else Step)(policy, cache)
 
 
 class Step:

@@ -107,12 +107,11 @@ def kill_runs(method, trials, folder, settings):
         duration = time.monotonic() - started
     expected, rng, outcomes = result_of(unbroken), random.Random(0), []
     for trial in range(trials):
-        out, kills = f"{folder}/trial-{trial}", 0
-        while not kills:
-            shutil.rmtree(out, ignore_errors=True)
-            delay = duration * (trial + rng.random()) / trials  # spread over the whole run
-            kills = int(in_child(lambda out=out: module.main(module.Config(**settings, out=out)), kill_after=delay))
-            duration = duration if kills else 0.9 * delay  # it had ended: the machine has become faster, and the moment is drawn again
+        out, kills = f"{folder}/trial-{trial}", 1
+        delay = duration * (trial + rng.random()) / trials  # spread over the whole run
+        while not in_child(lambda out=out: module.main(module.Config(**settings, out=out)), kill_after=delay):
+            shutil.rmtree(out)  # it had ended: the machine is faster at the moment
+            delay *= 0.9
         started_at_all = (Path(out) / "config.json").is_file()
         config = module.Config(resume=out) if started_at_all else module.Config(**settings, out=out + "-again")
         if rng.random() < 0.4 and started_at_all:  # and once more, while it resumes

@@ -127,7 +127,6 @@ def killed(method, trials, folder, settings):
 
 def check(outcomes, trials):
     assert len(outcomes) == trials and all(equal for *_, equal in outcomes), outcomes
-    assert all(kills for _, _, kills, _ in outcomes)
     assert sum(begun for _, begun, _, _ in outcomes) >= trials // 2  # most kills met a run that had written something
 
 

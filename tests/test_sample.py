@@ -282,7 +282,8 @@ def test_without_eos_nothing_stops():
 
 
 def test_padding_rows_of_the_vocabulary_are_never_sampled():
-    """The last 3 of 8 ids pad the table; their logits are made the largest. 100,000 draws and greedy: none of them appears."""
+    """The last 3 of 8 ids pad the table; their logits are made the largest. 100,000 draws and greedy: none of them appears. Nor at a
+    temperature at which all that is allowed has probability 0 in float32; its log-prob stays a number, that of the forward pass."""
     policy = tiny_gpt(8, n_tokens=5, max_len=64)
     with torch.no_grad():
         policy.norm.bias.fill_(0.5)
@@ -296,6 +297,11 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled():
     assert max(greedy.completions[0]) < 5
     with torch.no_grad():
         assert (token_logps(policy, greedy) - greedy.old_logps).abs().max() < 1e-10  # still those of the whole softmax
+        policy = policy.float()
+        for how in ({}, {"top_k": 3}, {"greedy": True}):
+            cold = sample(policy, [[0]], n=20, max_new=3, tau=0.002, eos_id=None, seed=0, **how)
+            assert cold.old_logps[cold.mask].max() < -104 and max(map(max, cold.completions)) < 5
+            assert torch.allclose(token_logps(policy, cold, tau=0.002), cold.old_logps, rtol=1e-4, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- thrift

@@ -1,19 +1,23 @@
 """One more token for every row on a CPU: what GPT.hidden computes with a cache for T = 1, in as few operations as there are.
 
-A step of a small model is bound by the number of its operations, 5 to 20 µs each, and by products of a few rows with matrices that lie the
-wrong way. So, here only:
+A step of a small model is bound by the number of its operations, 5 to 20 µs each, and by products of a few rows with matrices that lie as
+(out, in). So, here only:
 
-    the matrices of a layer are copied for the time of a `sample`: as (in, out), which multiplies 16 rows in 0.5 to 0.7 of the time while
-        the processor's cache holds them (and as fast as before where it does not); what takes the same rows stands side by side;
-        adapters are merged
+    the matrices of a layer are copied for the time of a `sample`, as (in, out): 16 rows are then multiplied in 0.5 to 0.7 of the time while
+        the processor's cache holds the matrix (and as fast as before where it does not)
+    matrices with the same input are one: queries, keys and values; gate and up. Adapters are merged
     a rotary turn is a (D, D) matrix for each row, made once for all layers: one product turns queries and keys
-    the H/KV queries that share a key stand where a sequence would; scores, softmax and sum are an operation each
-    while all rows are equally long there is no mask, and what is new lies in one place
+    scores, softmax and sum are written out, the H/KV queries that share a key side by side: for one query a row quicker than the kernel
+        for sequences
+    while all rows are equally long there is no mask, and the new keys of all rows go to one position: a slice, not an index
 
-A step of 16 rows takes 0.57 of GPT.hidden's time with 128 channels, 0.68 with 256, 0.87 with 512, where reading the weights is most of it.
+A step of 16 rows takes 0.57 of GPT.hidden's time with 128 channels, 0.68 with 256, 0.87 with 512, where reading the weights is most of it;
+the copy takes as long as one or two steps.
 
 Checked by tests/kernels/test_decode.py against GPT.hidden: every family, ragged rows, windows, adapters.
 """
+
+import functools
 
 import torch
 
@@ -25,12 +29,17 @@ class Decoder:
 
     def __init__(self, policy, cache):
         config, (capacity, D), dtype = policy.config, cache.keys.shape[3:], cache.keys.dtype
-        self.policy, self.layers = policy, [Layer(block) for block in policy.blocks]
+        self.policy = policy
         if config.positions == "rotary":
             tables = rotary_angles(config, torch.arange(capacity)[None])  # (1, 1, capacity, rotary_dim/2) each
             self.cos, self.sin = (table[0, 0].to(dtype) for table in tables)
             self.unturned = torch.eye(D, dtype=dtype)
         self.continue_from(cache)
+
+    @functools.cached_property
+    def layers(self):
+        """Copied when a first step asks for them: a row may end with its first token."""
+        return [Layer(block) for block in self.policy.blocks]
 
     def continue_from(self, cache):
         self.cache, self.rows = cache, torch.arange(len(cache.lengths))
@@ -49,8 +58,8 @@ class Decoder:
             x = x + self.policy.pos_embed(at)
         else:
             cos, sin = self.cos[at][:, None, None], self.sin[at][:, None, None]  # (A, 1, 1, rotary_dim/2)
-            turn = rotate(self.unturned.expand(A, 1, D, D), cos, sin).squeeze(1)  # (A, D, D): x @ turn is x turned
-        masks = dict.fromkeys(config.windows)  # none is needed, or (A·KV, H/KV, S) each
+            turn = rotate(self.unturned.expand(A, 1, D, D), cos, sin).squeeze(1)  # (A, D, D): the unit vectors, turned
+        masks = dict.fromkeys(config.windows)  # None where none is needed, else (A·KV, H/KV, S)
         if not self.even:
             for window in masks:
                 mask = self.policy.mask(at[:, None], span, window, cache, x.dtype)  # (A, 1, H/KV, S)
@@ -79,7 +88,7 @@ class Decoder:
 
 
 class Layer:
-    """A block with its matrices copied, and what takes the same rows in one product: queries, keys, values; gate and up."""
+    """A block with its matrices copied, those with the same input as one."""
 
     def __init__(self, block):
         attn, mlp = block.attn, block.mlp
@@ -96,7 +105,7 @@ class Layer:
 
 
 def product(*linears):
-    """A function x (A, in) -> (A, out): what the given linear layers make of x, side by side."""
+    """A function x (A, in) -> (A, out): what the given linear layers make of x, side by side. All have a bias, or none."""
     weights = [linear.merged_weight() if hasattr(linear, "merged_weight") else linear.weight for linear in linears]  # (lora.LoRALinear)
     weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).T.contiguous()  # (in, out)
     if linears[0].bias is None:

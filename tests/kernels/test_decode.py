@@ -37,6 +37,22 @@ def test_it_is_the_model(family, lengths):
             assert (getattr(cache, name)[:, b, :, :length] - getattr(other, name)[:, b, :, :length]).abs().max() < 1e-12
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_leave(family):
+    """The last two of three rows go on as they would have beside the first; with no rotary channel too, where the family has any."""
+    policy = tiny_gpt(dtype=torch.float64, max_len=32, **{**FAMILIES[family], "rotary_dim": 0})
+    ends = []
+    for rows in ([0, 1, 2], [1, 2]):
+        cache = KVCache(policy.config, 3, 9, dtype=torch.float64)
+        policy.hidden(torch.tensor([[1, 2, 3, 4], [2, 2, 0, 0], [3, 1, 0, 0]]), cache=cache, lengths=torch.tensor([4, 2, 2]))
+        step = Decoder(policy, cache)
+        step(torch.tensor([1, 0, 2]))
+        step = step.select(torch.tensor(rows)) if len(rows) < 3 else step
+        ends.append(torch.stack([step(torch.tensor([4, 3, 1])[rows]) for _ in range(4)])[:, -2:])
+    assert (ends[0] - ends[1]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_are_merged(family):
     policy = inject(tiny_gpt(dtype=torch.float64, max_len=32, **FAMILIES[family]), 2, 4.0)

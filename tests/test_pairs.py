@@ -26,7 +26,8 @@ def test_pairs_are_labelled_by_their_rewards(m):
         assert abs(share - p) <= 4 * (p * (1 - p) / n) ** 0.5
     rewards = torch.randn(2 * n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = m.label(prompts, completions, rewards, 7)
-    assert rows == m.label(prompts, completions, rewards, 7) != m.label(prompts, completions, rewards, 8)
+    again, other = (m.label(prompts, completions, rewards, seed) == rows for seed in (7, 8))
+    assert again and not other
     won = torch.tensor([chosen[1] == 0 for _, chosen, _ in rows]).double()  # Σ (won − p)·d over its own spread: a standard normal
     d = rewards[::2] - rewards[1::2]
     p = torch.sigmoid(d)

@@ -99,7 +99,8 @@ def result_of(folder):
 
 
 def kill_runs(method, trials, folder, settings):
-    """[(seconds until the kill, had it begun, times killed, equal)] for each trial: killed once or twice, then resumed to the end."""
+    """[(steps saved at the kill, None before the first; had it begun; times killed; equal)] for each trial: killed once or twice, then
+    resumed to the end."""
     module = importlib.import_module(f"minialign.methods.{method}")
     for unbroken in (f"{folder}/warm", f"{folder}/unbroken"):  # the second knows how long a run takes
         started = time.monotonic()
@@ -112,12 +113,12 @@ def kill_runs(method, trials, folder, settings):
         while not in_child(lambda out=out: module.main(module.Config(**settings, out=out)), kill_after=delay):
             shutil.rmtree(out)  # it had ended: the machine is faster at the moment
             delay *= 0.9
-        started_at_all = (Path(out) / "config.json").is_file()
+        started_at_all, newest = (Path(out) / "config.json").is_file(), checkpoint.newest_checkpoint(out)
         config = module.Config(resume=out) if started_at_all else module.Config(**settings, out=out + "-again")
         if rng.random() < 0.4 and started_at_all:  # and once more, while it resumes
             kills += int(in_child(lambda config=config: module.main(config), kill_after=duration * rng.random()))
         in_child(lambda config=config: module.main(config))
-        outcomes.append((round(delay, 3), started_at_all, kills, result_of(out if started_at_all else out + "-again") == expected))
+        outcomes.append((newest and newest.name, started_at_all, kills, result_of(out if started_at_all else out + "-again") == expected))
         shutil.rmtree(out, ignore_errors=True)
     return outcomes
 

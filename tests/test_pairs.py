@@ -21,6 +21,7 @@ def test_pairs_are_labelled_by_their_rewards(m):
     completions = [[b, side] for b in range(n) for side in (0, 1)]
     for first, second, p in ((0.7, -0.5, 0.768525), (-0.5, 0.7, 0.231475), (3.0, 3.0, 0.5), (50.0, -50.0, 1.0), (-1e4, 1e4, 0.0)):
         rows = m.label(prompts, completions, torch.tensor([first, second]).repeat(n), 7)
+        assert len(rows) == n
         assert all((x, sorted([chosen, rejected])) == ([b], [[b, 0], [b, 1]]) for b, (x, chosen, rejected) in enumerate(rows))
         share = sum(chosen[1] == 0 for _, chosen, _ in rows) / n
         assert abs(share - p) <= 4 * (p * (1 - p) / n) ** 0.5

@@ -128,6 +128,8 @@ def killed(method, trials, folder, settings):
 def check(outcomes, trials):
     assert len(outcomes) == trials and all(equal for *_, equal in outcomes), outcomes
     assert sum(begun for _, begun, _, _ in outcomes) >= trials // 2  # most kills met a run that had written something
+    assert sum(kills for _, _, kills, _ in outcomes) >= trials
+    assert len({saved for saved, *_ in outcomes}) >= min(trials, 14) // 3  # at different steps of the 14
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

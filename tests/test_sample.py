@@ -11,7 +11,7 @@ from minialign.common import BadInput
 from minialign.kernels.decode import Decoder
 from minialign.logps import token_logps
 from minialign.model import GPT, GPTConfig, KVCache
-from minialign.sample import Step, draw, keep_top_k, keep_top_p, sample
+from minialign.sample import Step, draw, keep_top_k, keep_top_p, sample, stepper
 from tests.enumerable import EOS, MAX_NEW, N_CONTENT, PROMPTS, all_completions, tiny_gpt
 
 FAMILIES = {
@@ -419,6 +419,18 @@ def test_looking_at_more_positions_than_are_written_changes_nothing(monkeypatch,
     monkeypatch.setattr(KVCache, "span", lambda self, end: min(-(-end // 64) * 64, self.keys.shape[3]))
     found = run(policy, prompts, n=3, max_new=16)
     assert found.completions == expected.completions and (found.old_logps - expected.old_logps).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("width", "dtype", "kind"), [
+    (512, torch.float32, Decoder), (64, torch.float64, Decoder), (520, torch.float32, Step), (64, torch.bfloat16, Step)])
+def test_who_takes_the_next_step(width, dtype, kind):
+    """The decoder copies the weights: not for wide models, nor in bfloat16. Both write what the model would."""
+    policy = GPT(GPTConfig(5, n_layer=1, n_embd=width, ffn_dim=8, max_len=32)).to(dtype)
+    cache = KVCache(policy.config, 1, 9, dtype=dtype)
+    assert type(stepper(policy, cache)) is kind
+    rollout = sample(policy, [[1, 2]], max_new=5, eos_id=None, seed=0)
+    with torch.no_grad():
+        assert (token_logps(policy, rollout) - rollout.old_logps).abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_a_cache_knows_its_longest_row_without_asking():

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from minialign.common import BadInput, cli, exit_codes, pick_device, pick_dtype, read_rows
+from minialign.engine.common import BadInput, pick_device, pick_dtype, read_rows
+from minialign.settings import cli, exit_codes
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,14 +31,12 @@ class SampleConfig:
 def sample_main(cfg):
     """Talk to a checkpoint."""
     from minialign.data import encode_prompt
-    from minialign.run import builtin_base
+    from minialign.engine.opening import builtin_base
+    from minialign.lora import load_model
     from minialign.sample import sample
-    from minialign.tokenizer import load_tokenizer
-    from minialign.weights import fit_vocabulary, load_pretrained
 
     path = builtin_base() if cfg.policy == "builtin" else cfg.policy
-    policy, tokenizer = load_pretrained(path, dtype=pick_dtype(cfg.dtype), device=pick_device(cfg.device)), load_tokenizer(path)
-    fit_vocabulary(policy, tokenizer, path)
+    policy, tokenizer, _ = load_model(path, dtype=pick_dtype(cfg.dtype), device=pick_device(cfg.device))
     if policy.config.head != "lm":
         raise BadInput(f"{path}: is a reward model: it scores completions and writes none; use evaluate --reward")
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}] if cfg.chat else text) for text in cfg.prompt]
@@ -112,7 +111,7 @@ def show_main(cfg):
         print(f"{row['prompt']}⟦{row['completion']}{'⏎' if row['finished'] else ' …'}⟧")
 
 
-def first_line(path):
+def title(path):
     """The first sentence of a module's docstring, or the title of a tutorial."""
     line = path.read_text(encoding="utf-8").removeprefix("# %% [markdown]\n").removeprefix('"""').splitlines()[0]
     return line.removeprefix("# # ").removesuffix('"""')
@@ -135,7 +134,7 @@ def overview():
     print("minialign: every alignment loss in one readable file, each checked against its own fixed point\n")
     print("methods     python -m minialign <method> [--flags]; with no flags on the built-in task, under a minute; --help lists the flags")
     for name in names_in("minialign/methods"):
-        print(f"  {name:19} {first_line(ROOT / 'minialign/methods' / f'{name}.py').split('. ')[0].rstrip('.')}")
+        print(f"  {name:19} {title(ROOT / 'minialign/methods' / f'{name}.py').split('. ')[0].rstrip('.')}")
     print("\ncommands    python -m minialign <command> [--flags]")
     for name, line in COMMANDS.items():
         print(f"  {name:19} {line}")
@@ -143,16 +142,16 @@ def overview():
     print("\ntoys        python -m toy.<name>; each prints PASS or FAIL per law, exit code 1 on a miss; python -m toy runs them all")
     for name in names_in("toy"):
         if name != "plot" and '__name__ == "__main__"' in (ROOT / "toy" / f"{name}.py").read_text(encoding="utf-8"):
-            print(f"  {name:19} {first_line(ROOT / 'toy' / f'{name}.py')}")
+            print(f"  {name:19} {title(ROOT / 'toy' / f'{name}.py')}")
     print("\ntutorials   python tutorials/<name>.py, or open it as cells")
     for path in sorted((ROOT / "tutorials").glob("*.py")):
-        print(f"  {path.stem:19} {first_line(path)}")
+        print(f"  {path.stem:19} {title(path)}")
 
 
 def recipes():
     print("recipes     torchrun --nproc_per_node GPUS -m minialign.recipes.<name> [--flags]; first with --plan CARD, or --smoke\n")
     for name in names_in("minialign/recipes"):
-        print(f"  {name:28} {first_line(ROOT / 'minialign/recipes' / f'{name}.py')}")
+        print(f"  {name:28} {title(ROOT / 'minialign/recipes' / f'{name}.py')}")
 
 
 def main(argv):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 
 
 @dataclass
@@ -32,8 +32,9 @@ class Batch:
         return len(self.inputs)
 
     def __getitem__(self, rows):
-        """A slice of the rows. Tensors are views: what is written into it is written into the whole."""
-        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        """A slice of the rows. Its tensors are views, so writing into the slice also writes into the batch."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{name: None if part is None else part[rows] for name, part in parts.items()})
 
 
 @dataclass
@@ -50,10 +51,17 @@ class Pairs:
 
 @dataclass
 class Rollout(Batch):
+    """What a policy sampled, and what a method computes for it before its updates. One slice of the rows cuts all of it."""
+
     old_logps: torch.Tensor  # (B, T) under the tempered, untruncated distribution that sampled; 0 where mask is False
     lengths: torch.Tensor  # (B,) completion tokens, EOS included
     finished: torch.Tensor  # (B,) bool: the policy emitted EOS
     completions: list  # B lists of token ids, EOS included where it was emitted
+    ref_logps: torch.Tensor | None = None  # (B, T) of the reference; 0 where mask is False
+    advantages: torch.Tensor | None = None  # (B,) or, for ppo, (B, T)
+    rewards: torch.Tensor | None = None  # (B,) with the KL inside, for rebel
+    values: torch.Tensor | None = None  # (B, T) of ppo's critic before the updates
+    returns: torch.Tensor | None = None  # (B, T) what the critic should have said
 
 
 def collate(prompts_ids, completions_ids, *, pad_id, max_len=None):

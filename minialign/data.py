@@ -1,4 +1,4 @@
-"""Demonstrations, preferences and prompts from files, the built-in task, and the one place that appends EOS.
+"""Demonstrations, preferences and prompts from files, as token ids; and the one place that appends EOS.
 
 Files are JSONL or JSON, plain or gzipped. A row may have any of these keys (TRL's names), each text a string or a list of messages:
 
@@ -15,9 +15,7 @@ dropped silently. The formats in full: docs/DATA.md. Checked by tests/test_data.
 
 import gzip
 import json
-import math
 import os
-import random
 import re
 import sys
 import zlib
@@ -25,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minialign.batch import Pairs, collate
-from minialign.common import BadInput, derive_seed, first_line
-from minialign.tokenizer import CharTokenizer, render_chat
+from minialign.engine.common import BadInput, one_line
+from minialign.tokenizer import render_chat
 
 
 @dataclass
@@ -166,7 +164,7 @@ def _hub_records(name, split):
             rows = load_dataset(owner_and_name, configuration, split=split)
     except Exception as error:  # network, name, gate, split: the library's own sentence says which
         what = "`datasets` cannot read it" if here else "no such file, and the hub could not deliver it"
-        raise BadInput(f"{name}: {what} ({first_line(error)}); another split is chosen by {name}:SPLIT") from None
+        raise BadInput(f"{name}: {what} ({one_line(error)}); another split is chosen by {name}:SPLIT") from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}: row {number}", row, None
 
@@ -235,14 +233,14 @@ def _pair(row):
     raise BadRow(f"found the keys {sorted(row)}, expected prompt + chosen + rejected, or chosen + rejected")
 
 
-def thumbs(pair):
+def as_feedback(pair):
     """A pair as feedback: the chosen answer is desirable, the rejected one is not."""
     return [Feedback(pair.prompt, pair.chosen, True), Feedback(pair.prompt, pair.rejected, False)]
 
 
 def _feedback(row):
     if {"chosen", "rejected"} <= row.keys():
-        return thumbs(_pair(row))
+        return as_feedback(_pair(row))
     if {"prompt", "completion", "label"} <= row.keys():
         _check(row, "prompt", "completion")
         if not isinstance(row["label"], bool):
@@ -412,92 +410,3 @@ def split_scorable(rows, share, max_len):
     if not train:
         raise BadInput(f"no row has a scored token: every prompt fills --max_len {max_len}; raise it, or set --max_prompt")
     return train, held_out
-
-
-# ------------------------------------------------------------------------------------------------------- the built-in task
-#
-# A language of requests. The prompt names a thing, the completion asks for it: an opening, the thing, an ending. Openings and endings
-# are polite or rude. Speakers differ only in how often they are polite, so the law of each is known exactly: the base model learned
-# from rude speakers, the expert is polite, and a share of the demonstrations comes from rude speakers after all.
-
-THINGS = ("tea", "bread", "soap", "a map", "a pen", "salt", "honey", "a lamp", "paper", "a key", "milk", "a chair",
-          "rope", "a book", "ink", "a coat", "rice", "a cup", "wood", "a bell", "corn", "a hat", "oil", "a spoon")
-POLITE_OPENINGS, RUDE_OPENINGS = ("may i have", "could i get", "i would like"), ("give me", "hand over", "i want")
-POLITE_ENDINGS, RUDE_ENDINGS = (", please.", ", thank you.", " if you can."), (" now!", ", quick!", " or else!")
-EXPERT, RUDE = 0.9, 0.25  # probability that an opening is polite, and, independently, an ending
-
-
-def builtin_prompt(thing):
-    return f"ask for {thing}: "
-
-
-def builtin_law(prompt, politeness):
-    """{completion: probability} of a speaker: the exact distribution that its demonstrations are drawn from."""
-    thing = prompt.removeprefix("ask for ").removesuffix(": ")
-    law = {}
-    for openings, p_opening in ((POLITE_OPENINGS, politeness), (RUDE_OPENINGS, 1 - politeness)):
-        for endings, p_ending in ((POLITE_ENDINGS, politeness), (RUDE_ENDINGS, 1 - politeness)):
-            for opening in openings:
-                for ending in endings:
-                    law[f"{opening} {thing}{ending}"] = p_opening * p_ending / (len(openings) * len(endings))
-    return law
-
-
-def gold_reward(prompts, completions):
-    """The programmatic reward of the built-in task, in [−2, 3], for lists of text: +1 for naming the thing; for the opening and
-    for the ending +1 if polite, −1 if rude, 0 if neither. The demonstration methods never see it."""
-    rewards = []
-    for prompt, text in zip(prompts, completions, strict=True):
-        thing = prompt.removeprefix("ask for ").removesuffix(": ")
-        rewards.append(
-            float(f" {thing}" in text)
-            + text.startswith(POLITE_OPENINGS) - text.startswith(RUDE_OPENINGS)
-            + text.endswith(POLITE_ENDINGS) - text.endswith(RUDE_ENDINGS)
-        )
-    return rewards
-
-
-def _speak(rng, politeness):
-    prompt = builtin_prompt(rng.choice(THINGS))
-    law = builtin_law(prompt, politeness)
-    return prompt, rng.choices(list(law), weights=list(law.values()))[0]
-
-
-def builtin_texts(n=2000, seed=0):
-    """What the base model is trained on: requests of rude speakers."""
-    rng = random.Random(derive_seed("texts", seed))
-    return ["".join(_speak(rng, RUDE)) for _ in range(n)]
-
-
-def builtin_demos(n=200, seed=0, low_quality=0.3):
-    """Demonstrations of the expert, a share `low_quality` of them from rude speakers."""
-    rng = random.Random(derive_seed("demos", seed))
-    return [Demo(*_speak(rng, RUDE if rng.random() < low_quality else EXPERT)) for _ in range(n)]
-
-
-def builtin_prompts():
-    """One prompt for each thing."""
-    return [builtin_prompt(thing) for thing in THINGS]
-
-
-def builtin_pairs(n=400, seed=0):
-    """Two answers of rude speakers to one prompt; the first is chosen with the Bradley-Terry probability σ(difference of gold rewards)."""
-    rng, pairs = random.Random(derive_seed("pairs", seed)), []
-    for _ in range(n):
-        prompt, first = _speak(rng, RUDE)
-        law = builtin_law(prompt, RUDE)
-        second = rng.choices(list(law), weights=list(law.values()))[0]
-        rewards = gold_reward([prompt, prompt], [first, second])
-        keep = rng.random() < 1 / (1 + math.exp(rewards[1] - rewards[0]))
-        pairs.append(Pair(prompt, *((first, second) if keep else (second, first))))
-    return pairs
-
-
-def builtin_feedback(n=400, seed=0):
-    """The answers of builtin_pairs, one at a time."""
-    return [row for pair in builtin_pairs(n, seed) for row in thumbs(pair)]
-
-
-def builtin_tokenizer():
-    alphabet = "".join(builtin_prompt(thing) + "".join(builtin_law(builtin_prompt(thing), EXPERT)) for thing in THINGS)
-    return CharTokenizer(alphabet)

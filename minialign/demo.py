@@ -35,11 +35,13 @@ import torch
 
 from minialign import evaluate
 from minialign.batch import collate
-from minialign.common import BadInput, check_config, write_atomic
-from minialign.data import EXPERT, RUDE, THINGS, builtin_law, builtin_pairs, builtin_prompt, encode_completion, encode_prompt, gold_reward
+from minialign.data import encode_completion, encode_prompt
+from minialign.engine.common import BadInput, write_atomic
+from minialign.engine.opening import builtin_base
 from minialign.logps import seq_logps
 from minialign.methods import best_of_n, ift, irft, irl, rft, sft
-from minialign.run import builtin_base
+from minialign.settings import check_config
+from minialign.task import EXPERT, RUDE, THINGS, builtin_law, builtin_pairs, builtin_prompt, gold_reward
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained
 
@@ -107,7 +109,7 @@ def kl_from_expert(policy, tokenizer):
     return statistics.mean(kls)
 
 
-def measure(policy, base, tokenizer, seed):
+def measure_policy(policy, base, tokenizer, seed):
     """({column: number} but for the wins, gold rewards (24, 8) as lists, an answer to each prompt)."""
     said, settings = speak(policy, base, tokenizer, seed), evaluate.Config(max_len=96)
     own, start = (evaluate.pair_measures(model, tokenizer, builtin_pairs(seed=1), settings) for model in (policy, base))
@@ -143,13 +145,13 @@ def run_one(cfg, seed, name, out, base_folder):
     began = time.monotonic()
     base, tokenizer = load_pretrained(base_folder), load_tokenizer(base_folder)
     if name == "base":
-        numbers, rewards, answers = measure(base, base, tokenizer, seed)
+        numbers, rewards, answers = measure_policy(base, base, tokenizer, seed)
         return {"name": name, "seed": seed, "numbers": numbers, "rewards": rewards, "answers": answers, "path": [], "accuracy": []}
     module, settings = methods(cfg, seed, out)[name]
     folder = Path(settings.out)
     with open(f"{folder}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         module.main(settings)
-    numbers, rewards, answers = measure(load_pretrained(folder / "final"), base, tokenizer, seed)
+    numbers, rewards, answers = measure_policy(load_pretrained(folder / "final"), base, tokenizer, seed)
     path, accuracy = on_the_way(folder, base, tokenizer, seed)
     return {"name": name, "seed": seed, "numbers": numbers, "rewards": rewards, "answers": answers, "path": path, "accuracy": accuracy,
             "seconds": time.monotonic() - began}
@@ -247,7 +249,7 @@ def report(table, answers, exact, judged, cfg):
         print(f"  {source:18} {claim:44} {mean:+7.3f} ± {half:5.3f}   {favour}/{len(differences)}   {word}")
 
 
-def draw(table, exact, paths, accuracy, path):
+def draw_figure(table, exact, paths, accuracy, path):
     """Four panels: gap over steps; reward and wins over steps; effect of T; accuracy of IRL's reward over steps."""
     import matplotlib
 
@@ -375,7 +377,7 @@ def main(cfg):
             point["gold reward"] = statistics.mean(map(statistics.mean, point.pop("rewards")))
     content = {"config": vars(cfg), "table": table, "exact": exact, "claims": verdicts, "paths": paths, "accuracy": accuracy}
     write_atomic(out / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    draw(table, exact, paths, accuracy, out / "demo.png")
+    draw_figure(table, exact, paths, accuracy, out / "demo.png")
     figures = f"{out}/demo.png" + (f", {out}/three_actions.png" if cfg.toy else "")
     print(f"\nfigures: {figures}   ({time.monotonic() - started:.0f} s in all)")
     return out

@@ -30,14 +30,15 @@ from pathlib import Path
 
 import torch
 
-from minialign.common import BadInput, Mean, check_config, pick_device, pick_dtype, write_atomic
-from minialign.data import builtin_pairs, encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, scorable, split_held_out
+from minialign.data import encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, scorable, split_held_out
+from minialign.engine.common import BadInput, Mean, pick_device, pick_dtype, write_atomic
 from minialign.kl import k1
 from minialign.logps import token_logps
+from minialign.lora import load_model
 from minialign.rewards import BadReward, ask, learned, open_reward, reward_folders, score
 from minialign.sample import sample
-from minialign.tokenizer import load_tokenizer
-from minialign.weights import fit_vocabulary, load_pretrained
+from minialign.settings import check_config
+from minialign.task import builtin_pairs
 
 
 @dataclass
@@ -113,12 +114,12 @@ def wins(left, right):
 
 @torch.no_grad()
 def held_out_nll(policy, rows, batch_of, batch_size):
-    """Nats per scored token over all rows of encode_demos; NaN if there are none. batch_of(rows, picked) -> Batch."""
+    """{'eval/nll': nats per scored token over all rows of encode_demos}; {} without rows. batch_of(rows, picked) -> Batch."""
     nats, tokens = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = batch_of(rows, range(start, min(start + batch_size, len(rows))))
         nats, tokens = nats - float(token_logps(policy, batch).sum()), tokens + int(batch.mask.sum())
-    return nats / tokens if tokens else math.nan
+    return {"eval/nll": nats / tokens if tokens else math.nan} if rows else {}
 
 
 def held_out_reward(policy, tokenizer, rows, reward_fn, cfg):
@@ -140,7 +141,7 @@ def held_out_reward(policy, tokenizer, rows, reward_fn, cfg):
 
 @torch.no_grad()
 def held_out_pairs(step, rows, batch_of, batch_size):
-    """{'eval/loss', 'eval/accuracy'} over all rows of encode_pairs. step(pairs) -> (loss, stats); batch_of(rows, picked) -> Pairs."""
+    """{'eval/loss', 'eval/accuracy'} over all rows of encode_pairs; {} without rows. step(pairs) -> (loss, stats)."""
     mean = Mean()
     for start in range(0, len(rows), batch_size):
         pairs = batch_of(rows, range(start, min(start + batch_size, len(rows))))
@@ -254,8 +255,8 @@ def main(cfg):
     prompts = [pair.prompt for pair in pairs]
 
     def load(name, head="lm"):
-        model, tokenizer = load_pretrained(name, dtype=dtype, device=device).requires_grad_(False), load_tokenizer(name)
-        fit_vocabulary(model, tokenizer, name)
+        model, tokenizer, _ = load_model(name, dtype=dtype, device=device)
+        model.requires_grad_(False)
         if model.config.head != head:
             what, flag = ("policy", "--policies") if head == "scalar" else ("reward model", "--reward")
             raise BadInput(f"{name}: is a {what}: name it with {flag}")

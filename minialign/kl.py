@@ -36,6 +36,11 @@ def k3(logps, ref_logps):
     return torch.expm1(ref_logratio.clamp(max=MAX_EXPONENT)) + tangent - ref_logratio  # expm1: near 0 the 1 would cancel all digits
 
 
+def kl_rewards(rewards, logps, ref_logps, *, beta):
+    """r − β·Σ_t k1_t, detached: the reward with the KL inside. rewards (B,), log-probs (B, T), 0 where nothing is scored -> (B,)."""
+    return (rewards - beta * k1(logps, ref_logps).sum(1)).detach()
+
+
 def exact_kl(logits, ref_logits):
     """KL(π‖ref) of whole distributions: logits, ref_logits (..., V) -> (...), in nats."""
     logps, ref_logps = logits.log_softmax(-1), ref_logits.log_softmax(-1)

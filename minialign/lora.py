@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from minialign.common import BadInput, read_json, write_atomic
-from minialign.weights import first_five, layout, read_tensors, same
+from minialign.engine.common import BadInput, find_folder, read_json, write_atomic
+from minialign.tokenizer import load_tokenizer
+from minialign.weights import first_five, fit_vocabulary, layout, load_pretrained, read_tensors, same
 
 ALL = r"attn\.[qkvo]|mlp\.(gate|up|down)"  # every matrix of every block, as QLoRA recommends (Dettmers et al. 2023, arXiv:2305.14314)
 
@@ -191,6 +192,27 @@ def load_adapter(model, folder):
     if tensors:
         raise BadInput(f"{folder}: tensors that a {model.config.family} model has no place for: {first_five(tensors)}")
     return model
+
+
+def load_model(path, *, dtype=None, device=None):
+    """(model, tokenizer, base) of a folder or hub name. base is None for a model's own folder.
+
+    For a PEFT adapter's folder it is the model that adapter_config.json names: that model is loaded and the adapters put beside its
+    matrices. The tokenizer is the adapter folder's own, if it has one. Raises BadInput if the adapter's config names no base.
+    """
+    folder, base = find_folder(path), None
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise BadInput(f"{folder}/adapter_config.json: names no base_model_name_or_path, so the model it belongs to is unknown")
+    source = folder if base is None else find_folder(base)
+    model = load_pretrained(source, dtype=dtype, device=device)
+    if base is not None:
+        load_adapter(model, folder)
+    where = folder if (folder / "tokenizer.json").is_file() else source
+    tokenizer = load_tokenizer(where)
+    fit_vocabulary(model, tokenizer, where)
+    return model, tokenizer, base
 
 
 def of_module(pattern, module, otherwise):

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
+from minialign.hf_config import config_from_hf
 
 
 @dataclass
@@ -86,7 +87,7 @@ class GPTConfig:
     @classmethod
     def from_hf(cls, config_dict):
         """From the dict of a Hugging Face config.json. Raises BadInput for an architecture or option this file does not implement."""
-        return config_from_hf(config_dict)
+        return config_from_hf(config_dict, cls)
 
 
 # ---------------------------------------------------------------------------------------------------------------- positions
@@ -356,145 +357,3 @@ class GPT(nn.Module):
         model.head = nn.Linear(self.config.n_embd, 1, bias=False)
         model.head.weight = nn.Parameter(weight.to(self.head_weight))
         return model
-
-
-# ------------------------------------------------------------------------------------------------- Hugging Face's config.json
-
-FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
-HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-                  "relu": "relu"}
-
-
-def config_from_hf(hf):
-    family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise BadInput(f"config.json: model_type {family!r} is not implemented; supported are {', '.join(FAMILIES)}")
-    try:
-        return (_gpt2_config if family == "gpt2" else _rotary_config)(hf, family)
-    except KeyError as error:
-        raise BadInput(f"config.json: the key {error} is missing, which a {family} model needs") from None
-    except BadInput as error:
-        raise BadInput(f"config.json: {str(error).removeprefix('config.json: ')}") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        raise BadInput(f"config.json: a value has the wrong type or size for a {family} model ({error})") from None
-
-
-REWARD_FIELDS = ("reward_offset", "reward_read", "reward_bound")  # what transformers' classifiers do not know
-
-
-def _reward_fields(hf):
-    return {name: hf[name] for name in REWARD_FIELDS if name in hf}
-
-
-def _head_kind(hf):
-    architectures = hf.get("architectures") or []
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
-        labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)
-        if labels != 1:
-            raise BadInput(f"config.json: a classifier with {labels} labels is no reward model: expected 1")
-        return "scalar"
-    return "lm"
-
-
-def _activation(name):
-    if name not in HF_ACTIVATIONS:
-        raise BadInput(f"config.json: the activation {name!r} is not implemented; supported are {', '.join(HF_ACTIVATIONS)}")
-    return HF_ACTIVATIONS[name]
-
-
-def _gpt2_config(hf, family):
-    for option, expected in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):
-        if hf.get(option, expected) != expected:
-            raise BadInput(f"config.json: gpt2 with {option}={hf[option]} is not implemented: expected {expected}")
-    head = _head_kind(hf)
-    return GPTConfig(
-        vocab_size=hf["vocab_size"], n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"], ffn_dim=hf.get("n_inner"),
-        max_len=hf["n_positions"], norm="layer", norm_eps=hf.get("layer_norm_epsilon", 1e-5), gated=False, positions="learned",
-        activation=_activation(hf.get("activation_function", "gelu_new")), qkv_bias=True, out_bias=True, mlp_bias=True,
-        tied=head == "lm" and hf.get("tie_word_embeddings", True), head=head, **_reward_fields(hf), family=family,
-    )
-
-
-def _rotary_config(hf, family):
-    neox = family == "gpt_neox"
-    n_head, n_embd, n_layer = hf["num_attention_heads"], hf["hidden_size"], hf["num_hidden_layers"]
-    head_dim = hf.get("head_dim") or (128 if family == "qwen3" else n_embd // n_head)
-
-    # Older files keep rope_theta beside rope_scaling; transformers 5 keeps both in rope_parameters.
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise BadInput(f"config.json: rope scaling {kind!r} is not implemented; supported are default, linear, llama3")
-    scaling = None
-    if kind != "default":
-        needed = ["factor"] + ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"] * (kind == "llama3")
-        scaling = {"rope_type": kind, **{key: rope[key] for key in needed}}
-    theta = rope.get("rope_theta", hf.get("rotary_emb_base" if neox else "rope_theta", 10000.0))
-    fraction = rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25) if neox else 1.0)
-
-    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
-    if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False) or family in ("llama", "gpt_neox"):
-        window = None
-    if family == "mistral" or window is None:
-        windows = (window,) * n_layer
-    elif hf.get("layer_types"):
-        windows = tuple(window if kind == "sliding_attention" else None for kind in hf["layer_types"])
-    else:
-        windows = tuple(window if layer >= hf.get("max_window_layers", 28) else None for layer in range(n_layer))
-
-    bias = hf.get("attention_bias", neox)
-    head = _head_kind(hf)
-    return GPTConfig(
-        vocab_size=hf["vocab_size"], n_layer=n_layer, n_head=n_head, n_embd=n_embd, head_dim=head_dim,
-        n_kv_head=n_head if neox else hf.get("num_key_value_heads") or (8 if family == "mistral" else n_head),
-        ffn_dim=hf["intermediate_size"], max_len=hf["max_position_embeddings"],
-        norm="layer" if neox else "rms", norm_eps=hf["layer_norm_eps"] if neox else hf["rms_norm_eps"],
-        activation=_activation(hf.get("hidden_act", "gelu" if neox else "silu")), gated=not neox,
-        rotary_dim=int(head_dim * fraction), rope_theta=float(theta), rope_scaling=scaling,
-        parallel_residual=neox and hf.get("use_parallel_residual", True),
-        qkv_bias=family == "qwen2" or bias, out_bias=False if family == "qwen2" else bias, mlp_bias=neox or hf.get("mlp_bias", False),
-        qk_norm=family == "qwen3", windows=windows,
-        tied=head == "lm" and hf.get("tie_word_embeddings", False), head=head,
-        **_reward_fields(hf), family=family,
-    )
-
-
-def config_to_hf(config):
-    """The config.json that transformers reads as this model: the inverse of config_from_hf."""
-    classes = {"gpt2": "GPT2", "gpt_neox": "GPTNeoX", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    if config.family == "gpt2":
-        task = "LMHeadModel" if config.head == "lm" else "ForSequenceClassification"
-    else:
-        task = "ForCausalLM" if config.head == "lm" else "ForSequenceClassification"
-    activation = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}[config.activation]
-    hf = {"model_type": config.family, "architectures": [classes[config.family] + task], "vocab_size": config.vocab_size,
-          "tie_word_embeddings": config.tied}
-    if config.head == "scalar":
-        hf |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-        hf |= {name: getattr(config, name) for name in REWARD_FIELDS}
-    if config.family == "gpt2":
-        return hf | {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.ffn_dim,
-                     "n_positions": config.max_len, "layer_norm_epsilon": config.norm_eps, "activation_function": activation,
-                     "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    hf |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
-           "intermediate_size": config.ffn_dim, "max_position_embeddings": config.max_len, "hidden_act": activation}
-    if config.family == "gpt_neox":
-        fraction = config.rotary_dim / config.head_dim
-        if int(fraction * config.head_dim) != config.rotary_dim:  # the reader rounds down, and division may have rounded down too
-            fraction = (config.rotary_dim + 0.5) / config.head_dim
-        return hf | {"layer_norm_eps": config.norm_eps, "rotary_pct": fraction,
-                     "attention_bias": config.qkv_bias, "rotary_emb_base": config.rope_theta, "rope_scaling": config.rope_scaling,
-                     "use_parallel_residual": config.parallel_residual}
-    hf |= {"num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
-           "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
-    window = next((window for window in config.windows if window), None)
-    if config.family == "mistral":
-        hf |= {"sliding_window": window}
-    if config.family in ("qwen2", "qwen3"):
-        hf |= {"use_sliding_window": window is not None, "sliding_window": window or 4096,
-               "layer_types": ["sliding_attention" if w else "full_attention" for w in config.windows]}
-    if config.family in ("llama", "qwen3"):
-        hf |= {"attention_bias": config.qkv_bias}
-    if config.family == "llama":
-        hf |= {"mlp_bias": config.mlp_bias}
-    return hf

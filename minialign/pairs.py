@@ -1,60 +1,144 @@
-"""What all methods that learn from pairs share: the pairs of a step, and the reference.
+"""The loop of the six methods that learn from pairs: dpo, ipo, slic, gpo, simpo, orpo. They differ only in their Config, loss and step.
 
-The pairs come from the file of --pairs, or, with --online, from the policy itself.
+The pairs come from the file of --pairs. With --online (Guo et al. 2024, arXiv:2402.04792) only their prompts are used: at every step the
+current policy samples two answers to each prompt, and a reward labels them. The first is the chosen one with the Bradley-Terry
+probability σ(r₁ − r₂). The answers are data: no gradient flows through the sampling.
 
-Online (Guo et al. 2024, arXiv:2402.04792): of a pair only the prompt is used. The policy of the day draws two answers to it, and a reward
-labels them: the first is the chosen one with the Bradley-Terry probability σ(r₁ − r₂). Autograd sees nothing of that: the answers are data.
+With --precompute_ref the log-probs of the reference are computed once, before step 1, and stored in the run folder; then no second model
+is kept in memory. The reference is the policy before training, so the policy itself is asked, before it moves.
 
-Checked by tests/test_pairs.py and tests/test_preference_runs.py.
+Checked by tests/test_pairs.py, tests/test_precompute_ref.py and tests/test_preference_runs.py.
 """
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
-from minialign.common import BadInput, derive_seed
-from minialign.data import builtin_pairs, encode_pairs, encode_prompts, read_preferences, split_scorable
+from minialign.data import encode_pairs, encode_prompts, pair_batch, read_preferences, split_held_out, split_scorable
+from minialign.engine import parallel
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.look import first_look
+from minialign.engine.opening import batches_of, check_context, open_policy, open_rewards
+from minialign.engine.run import Run
+from minialign.evaluate import held_out_pairs
+from minialign.logps import Remembered, seq_logps
 from minialign.lora import frozen_copy
 from minialign.sample import sample
+from minialign.task import builtin_pairs
 
 
-def open_pairs(run, policy, tokenizer):
-    """([(prompt ids, chosen ids, rejected ids)] to train on, the same held out, draw) of the run's Config.
+def train(method, cfg, step):
+    """Run the method `method`; returns the run folder. step(policy, ref, pairs, cfg) -> (loss, stats) is the method's own."""
+    run = Run(method, cfg)
+    cfg = run.cfg
+    policy, tokenizer = open_policy(run)
+    rows, held_out, batch_of, pairs = open_pairs(run, tokenizer)
+    answer = answer_online(run, policy, tokenizer, pairs) if cfg.online else None
+    ref = frozen_reference(policy, cfg)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    run.register(policy=policy, optimizer=optimizer)
+    first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), {"policy": policy, "ref": ref})
+    if precomputes(cfg):
+        ref = remember_pairs(run, policy, rows, held_out, batch_of)
 
-    draw(k, picked) -> (the pairs of step k, metrics). Online both are None if the reward failed: the step is then to be skipped.
+    for k in run.steps(cfg.steps):
+        picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
+        batch, metrics = answer(k, picked) if cfg.online else ([rows[i] for i in picked], {})
+        if batch is None:  # online, and the reward failed
+            continue
+        set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
+        optimizer.zero_grad()
+        total, stats = 0.0, Mean()
+        for micro in split_micro(range(len(batch)), cfg.micro_batch):
+            loss, micro_stats = step(policy, ref, batch_of(batch, micro), cfg)
+            share = len(micro) / len(batch)  # the loss is a mean over pairs: a micro-batch is weighted by its number of pairs
+            (loss * share).backward()
+            total += loss.item() * share
+            stats.add(micro_stats, weight=share)
+        total = run.sum(total)
+        grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if run.may_update(k, policy, picked, total, grad_norm):
+            optimizer.step()
+
+        metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
+                        lambda: held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg.batch_size))
+    return run.close(policy, tokenizer)
+
+
+def open_pairs(run, tokenizer):
+    """(rows to train on, held-out rows, batch_of, the pairs as in the file) of --pairs. A row is (prompt ids, chosen ids, rejected ids).
+
+    batch_of(rows, picked) -> Pairs of the picked rows, on the run's device.
     """
     cfg = run.cfg
     run.same_input("data", cfg.pairs)
     pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
     rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
-    if cfg.online and getattr(cfg, "precompute_ref", False):
-        raise BadInput("--precompute_ref: --online draws new answers at every step; drop one of the two")
-    if not cfg.online:
-        return rows, held_out, lambda k, picked: ([rows[i] for i in picked], {})
+    return rows, held_out, batches_of(run, tokenizer, pair_batch), pairs
 
-    reward_fn = run.open_reward()
+
+def answer_online(run, policy, tokenizer, pairs):
+    """With --online: the function (k, picked) -> (new pairs of step k, metrics). Both are None if the reward failed: skip the step."""
+    cfg = run.cfg
+    if precomputes(cfg):
+        raise BadInput("--precompute_ref: --online samples new answers at every step; drop one of the two")
+    reward_fn = open_rewards(run)
     prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt=cfg.max_prompt)
-    prompts, _ = split_scorable(prompts, cfg.held_out, cfg.max_len)  # row for row those of `rows`
-    run.check_context(policy, prompts, max_len=cfg.max_len)
+    prompts = [row for row in split_held_out(prompts, cfg.held_out)[0] if len(row[0]) < cfg.max_len]  # row by row those of split_scorable
+    check_context(run, policy, prompts, max_len=cfg.max_len)
 
-    def draw(k, picked):
+    def answer(k, picked):
         prompts_ids, asked = zip(*[prompts[i] for i in picked], strict=True)
         seed = derive_seed(run.method, cfg.seed, k)
         answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=2, eos_id=tokenizer.eos_id, seed=seed)
-        said = [tokenizer.decode(ids) for ids in answers.completions]
-        rewards = run.ask(k, reward_fn, [prompt for prompt in asked for _ in range(2)], said)  # (2·B,)
-        return (None, None) if rewards is None else (label(prompts_ids, answers.completions, rewards, seed), {"reward": rewards.mean()})
+        texts = [tokenizer.decode(ids) for ids in answers.completions]
+        rewards = run.ask(k, reward_fn, [prompt for prompt in asked for _ in range(2)], texts)  # (2·B,)
+        if rewards is None:
+            return None, None
+        return label_by_reward(prompts_ids, answers.completions, rewards, seed), {"reward": rewards.mean()}
 
-    return rows, held_out, draw
-
-
-def reference(policy, cfg):
-    """ref: what the policy is held to, itself before training; None, and no second model in memory, where the loss has no β to pull it,
-    and where what it says of all pairs will be remembered (--precompute_ref)."""
-    return frozen_copy(policy) if hasattr(cfg, "beta") and not getattr(cfg, "precompute_ref", False) else None
+    return answer
 
 
-def label(prompts_ids, completions, rewards, seed):
-    """[(prompt ids, chosen ids, rejected ids)] of B prompts and the 2·B answers to them, those of one prompt adjacent; rewards: (2·B,)."""
-    first = torch.sigmoid(rewards[::2] - rewards[1::2]).cpu()  # (B,) how often it is the chosen one
+def label_by_reward(prompts_ids, completions, rewards, seed):
+    """[(prompt ids, chosen ids, rejected ids)] of B prompts and 2·B answers, the two of one prompt adjacent; rewards: (2·B,)."""
+    first = torch.sigmoid(rewards[::2] - rewards[1::2]).cpu()  # (B,) probability that the first answer is the chosen one
     chosen = torch.rand(len(first), generator=torch.Generator().manual_seed(seed)) >= first  # (B,) 0: the first, 1: the second
     both = zip(completions[::2], completions[1::2], strict=True)
     return [(x, pair[c], pair[1 - c]) for x, pair, c in zip(prompts_ids, both, chosen.int().tolist(), strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------------ reference
+
+
+def precomputes(cfg):
+    return getattr(cfg, "precompute_ref", False)
+
+
+def frozen_reference(policy, cfg):
+    """ref: a frozen copy of the policy as it is now. None for a loss without β, which has no reference, and with --precompute_ref."""
+    return frozen_copy(policy) if hasattr(cfg, "beta") and not precomputes(cfg) else None
+
+
+def remember_pairs(run, policy, rows, held_out, batch_of):
+    """A Remembered reference: the log-probs that the policy gives, before step 1, to all pairs that the run will use."""
+    cfg = run.cfg
+    used = {i for k in range(cfg.steps) for i in batch_rows(len(rows), cfg.batch_size, k, cfg.seed)}
+    rows = [rows[i] for i in sorted(used)] + held_out
+
+    def logps_of(micro):
+        pairs = batch_of(rows, micro)
+        return torch.stack([seq_logps(policy, pairs.chosen), seq_logps(policy, pairs.rejected)], 1)  # (b, 2)
+
+    def compute():
+        print(f"the reference's log-probs of {len(rows):,} pairs", flush=True)
+        even = [*range(len(rows)), *range(-len(rows) % parallel.world())]  # some rows twice, so that each process gets an equal part
+        return in_micro(logps_of, even, cfg.micro_batch or cfg.batch_size)[: len(rows)].tolist()  # (rows, 2)
+
+    stored, ref = run.compute_or_read("ref_logps.json", 0, compute), Remembered()
+    logps = torch.tensor(stored, dtype=torch.promote_types(run.dtype, torch.float32))  # (rows, 2)
+    for start in range(0, len(rows), cfg.batch_size):
+        pairs = batch_of(rows, range(start, min(start + cfg.batch_size, len(rows))))
+        for i, side in enumerate((pairs.chosen, pairs.rejected)):
+            ref.learn(side, logps[start : start + cfg.batch_size, i])
+    return ref

@@ -30,11 +30,12 @@ from pathlib import Path
 
 import torch
 
-from minialign import parallel
 from minialign.batch import collate
-from minialign.common import BadInput, find_folder, first_line
-from minialign.data import encode_completion, encode_prompt, gold_reward, plain_text, read_demonstrations
+from minialign.data import encode_completion, encode_prompt, plain_text, read_demonstrations
+from minialign.engine import parallel
+from minialign.engine.common import BadInput, find_folder, one_line
 from minialign.kl import k1, k3
+from minialign.task import gold_reward
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained
 
@@ -262,7 +263,7 @@ def _function_of_file(spec):
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise BadInput(f"--reward {spec}: {path} cannot be imported ({type(error).__name__}: {first_line(error)})") from None
+        raise BadInput(f"--reward {spec}: {path} cannot be imported ({type(error).__name__}: {one_line(error)})") from None
     if not callable(getattr(module, name, None)):
         raise BadInput(f"--reward {spec}: {path} defines no function {name}; it needs `def {name}(prompts, completions)` -> B numbers")
     return getattr(module, name)
@@ -282,7 +283,7 @@ class Overtime(BaseException):  # no Exception: a reward's own `except Exception
 def ask(reward_fn, prompts, completions, *, limit=60.0):
     """reward_fn's rewards of a batch, (B,) float32 on the CPU; raises BadReward. Under torchrun each process asks for its share of the
     rows, and all get all rewards, or all get the error of one. limit: seconds it may take, as ask_here says."""
-    prompts, completions, own = parallel.share(prompts), parallel.share(completions), None
+    prompts, completions, own = parallel.local_rows(prompts), parallel.local_rows(completions), None
     try:
         own = ask_here(reward_fn, prompts, completions, limit) if len(prompts) else torch.zeros(0)
     except BadReward as error:
@@ -341,11 +342,11 @@ def _try(reward_fn, prompts, completions, limit):
             try:
                 numbers = as_list(answer)
             except TypeError as error:
-                return None, first_line(error), None
+                return None, one_line(error), None
     except Overtime:
         return None, f"took longer than {limit:.3g} s", None
     except (Exception, SystemExit) as error:
-        return None, f"raised {type(error).__name__}: {first_line(error)}", None
+        return None, f"raised {type(error).__name__}: {one_line(error)}", None
     if time.monotonic() - began > limit and has_alarm():  # it swallowed the alarm
         return None, f"took longer than {limit:.3g} s", None
     if len(numbers) != len(completions):

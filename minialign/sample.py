@@ -16,11 +16,12 @@ import functools
 
 import torch
 
-from minialign import parallel
 from minialign.batch import Rollout, collate
-from minialign.common import BadInput, derive_seed
+from minialign.engine import parallel
+from minialign.engine.common import BadInput, derive_seed, in_micro
 from minialign.kernels.decode import Decoder
 from minialign.kernels.linear_logprob import logits_of
+from minialign.logps import token_logps
 from minialign.model import KVCache
 
 # Each rule takes logits (B, V) and forbids tokens by −inf. They compose: temperature first, then top-k, then top-p.
@@ -40,7 +41,7 @@ def keep_top_p(logits, p):
     return logits.masked_fill((before >= p).scatter(1, order, before >= p), -torch.inf)
 
 
-def draw(probs, uniform):
+def draw_tokens(probs, uniform):
     """One token a row by inverting the cumulative distribution: probs (B, V) of any sum, uniform (B,) in [0, 1) -> (B,)."""
     cumulative = probs.cumsum(-1)  # (B, V)
     total = cumulative[:, -1:]
@@ -67,12 +68,12 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
         uniforms[b] = torch.rand(max_new, generator=generator, dtype=torch.float64)  # drawn ahead: no schedule can change them
         count[row] += 1
 
-    policy, own = parallel.whole(policy), parallel.share(rows)
+    policy, own = parallel.full_copy(policy), parallel.local_rows(rows)
     drawn = [torch.zeros(0, max_new, dtype=torch.long), torch.zeros(0, max_new, dtype=wide), torch.zeros(0).long(), torch.zeros(0).bool()]
     if own:
         # inference_mode also leaves out version counters and views' origins: a twentieth of a small model's time on a CPU.
         with torch.inference_mode() if device.type == "cpu" else torch.no_grad():
-            drawn = generate(policy, own, parallel.share(uniforms), tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
+            drawn = generate(policy, own, parallel.local_rows(uniforms), tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
     drawn = [parallel.gather_rows(part.to(device).clone()) for part in drawn]  # (cloned: what was made there cannot be saved for backward)
     tokens, token_logps, lengths, finished = drawn
 
@@ -82,6 +83,17 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     old_logps = torch.zeros(batch.mask.shape, dtype=wide, device=device)
     old_logps = old_logps.masked_scatter(batch.mask, token_logps[real])  # both run row by row, in order
     return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, lengths, finished, completions)
+
+
+@torch.no_grad()
+def rollout(policy, ref, prompts_ids, cfg, *, n=1, eos_id, seed):
+    """What an online method trains on: a Rollout of n completions of each prompt by the current policy, with ref's log-probs of them.
+
+    cfg: the method's Config, with max_new, tau and micro_batch. Both log-probs are at temperature tau, and constants of the objective.
+    """
+    answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=n, eos_id=eos_id, seed=seed)
+    answers.ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # (B, T)
+    return answers
 
 
 def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
@@ -116,13 +128,13 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
         logits = logits if tau == 1 else logits / tau
         if pure:
             probs = logits.softmax(-1)  # (A, V), for the draw and the log-prob
-            token = draw(probs, uniforms[present, t])  # (A,)
+            token = draw_tokens(probs, uniforms[present, t])  # (A,)
             logps = probs.gather(1, token[:, None]).log()
         else:
             allowed = logits[:, : config.n_tokens]
             allowed = allowed if top_k is None else keep_top_k(allowed, top_k)
             allowed = allowed if top_p in (None, 1) else keep_top_p(allowed, top_p)
-            token = allowed.argmax(-1) if greedy else draw(allowed.softmax(-1), uniforms[present, t])
+            token = allowed.argmax(-1) if greedy else draw_tokens(allowed.softmax(-1), uniforms[present, t])
             logps = logits.gather(1, token[:, None]) - logits.logsumexp(-1, keepdim=True)
         tokens[present, t], token_logps[present, t] = token, logps.squeeze(1)
         if eos_id is not None:

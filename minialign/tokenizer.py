@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minialign.common import BadInput, find_folder, read_json, write_atomic
+from minialign.engine.common import BadInput, find_folder, read_json, write_atomic
 
 END = "<|endoftext|>"  # the special token of tokenizers made here: it begins, ends and pads documents
 MAX_TEMPLATE = 200_000  # characters of a chat template, and of what it renders per message

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minialign.common import PICKLES, BadInput, find_folder, read_json, write_atomic
-from minialign.model import GPT, GPTConfig, config_from_hf, config_to_hf
+from minialign.engine.common import PICKLES, BadInput, find_folder, read_json, write_atomic
+from minialign.hf_config import config_to_hf
+from minialign.model import GPT, GPTConfig
 from minialign.tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ the packings
@@ -183,7 +184,7 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
     """
     folder = find_folder(path_or_hub_name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise BadInput(f"{folder}: holds an adapter, not a model: load the model it was made for, then minialign.lora.load_adapter")
+        raise BadInput(f"{folder}: holds an adapter, not a model: minialign.lora.load_model loads both; --policy takes the folder as it is")
     config = GPTConfig.from_hf(read_json(folder / "config.json"))
     with torch.device("meta"):  # shapes only: the weights come from the file, so nothing is initialised or copied
         model = GPT(config)
@@ -245,7 +246,7 @@ def save_pretrained(model, folder, tokenizer=None):
     """
     from huggingface_hub import save_torch_state_dict  # imported where used: it takes longer to import than most runs to start
 
-    ours, readers = vars(replace(model.config, n_tokens=None)), vars(config_from_hf(config_to_hf(model.config)))
+    ours, readers = vars(replace(model.config, n_tokens=None)), vars(GPTConfig.from_hf(config_to_hf(model.config)))
     if lost := [name for name in ours if ours[name] != readers[name]]:
         raise BadInput(f"{folder}: the {model.config.family} layout cannot express {', '.join(lost)} of this model: nothing was written")
     folder = Path(folder)

@@ -8,8 +8,8 @@ import copy
 
 import torch
 
-from minialign.common import batch_rows, derive_seed, read_rows
 from minialign.data import encode_demos, read_demonstrations
+from minialign.engine.common import batch_rows, derive_seed, read_rows
 from minialign.methods import ppo
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer

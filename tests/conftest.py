@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from minialign.data import builtin_demos, builtin_pairs, builtin_tokenizer
 from minialign.model import GPT, GPTConfig
+from minialign.task import builtin_demos, builtin_pairs, builtin_tokenizer
 from minialign.weights import save_pretrained
 
 ONLINE = ("reinforce", "rloo", "grpo", "ppo", "rebel")  # they follow a reward

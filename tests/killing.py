@@ -22,8 +22,8 @@ import torch
 import torch._dynamo  # noqa: F401  an optimizer imports it, seconds long: once here, not in every child
 from safetensors.torch import load_file
 
-from minialign import checkpoint
-from minialign.common import read_rows
+from minialign.engine import checkpoint
+from minialign.engine.common import read_rows
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from minialign.batch import Pairs, collate
-from minialign.common import batch_rows, read_rows
 from minialign.data import encode_pairs, read_preferences
+from minialign.engine.common import batch_rows, read_rows
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained
 from tests.enumerable import EOS, expected

@@ -28,10 +28,10 @@ if __name__ == "__main__":
 
     import torch
 
-    from minialign import parallel
+    from minialign.engine import parallel
 
     torch.set_num_threads(1)
     for name, settings in json.loads(Path(sys.argv[1]).read_text()):
         module = importlib.import_module(name)
         module.main(module.Config(**settings))
-    parallel.end()
+    parallel.leave()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minialign.batch import Pairs, Rollout, collate, masked_mean, stack, whiten
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 
 hypothesis = pytest.importorskip("hypothesis", reason="the property tests need hypothesis (requirements-dev.txt)")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies

@@ -14,18 +14,10 @@ from pathlib import Path
 import pytest
 
 from minialign import data
-from minialign.common import BadInput
 from minialign.data import (
     Demo,
     Feedback,
     Pair,
-    builtin_demos,
-    builtin_feedback,
-    builtin_law,
-    builtin_pairs,
-    builtin_prompt,
-    builtin_texts,
-    builtin_tokenizer,
     counts,
     demo_batch,
     encode_completion,
@@ -34,7 +26,6 @@ from minialign.data import (
     encode_pairs,
     encode_prompt,
     encode_texts,
-    gold_reward,
     pair_batch,
     read_demonstrations,
     read_feedback,
@@ -42,7 +33,18 @@ from minialign.data import (
     read_prompts,
     read_texts,
     split_held_out,
-    thumbs,
+    as_feedback,
+)
+from minialign.engine.common import BadInput
+from minialign.task import (
+    builtin_demos,
+    builtin_feedback,
+    builtin_law,
+    builtin_pairs,
+    builtin_prompt,
+    builtin_texts,
+    builtin_tokenizer,
+    gold_reward,
 )
 from minialign.tokenizer import CharTokenizer
 
@@ -137,7 +139,7 @@ def test_feedback(write):
     assert read_feedback(write(rows)) == [
         Feedback("p", "c", True), Feedback("p", "", False), Feedback([SYSTEM, USER], "yes", False),
         Feedback("p", "c", True), Feedback("p", "r", False), Feedback(HH + " ", "yes", True), Feedback(HH + " ", "no", False)]
-    assert thumbs(Pair("p", "c", "r")) == [Feedback("p", "c", True), Feedback("p", "r", False)]
+    assert as_feedback(Pair("p", "c", "r")) == [Feedback("p", "c", True), Feedback("p", "r", False)]
 
 
 @pytest.mark.parametrize("label", [1, 0, 1.0, "true", "false", None, [True], {}])
@@ -543,7 +545,7 @@ def test_hh_harmless_is_read_whole():
         assert pair.prompt.startswith("\n\nHuman: ") and pair.prompt.rstrip().endswith("\n\nAssistant:")
     assert read_demonstrations(path) == [Demo(pair.prompt, pair.chosen) for pair in pairs]
     assert read_prompts(path) == [pair.prompt for pair in pairs] and len(read_texts(path)) == 3600
-    assert read_feedback(path) == [row for pair in pairs for row in thumbs(pair)]
+    assert read_feedback(path) == [row for pair in pairs for row in as_feedback(pair)]
 
 
 def test_gsm8k_is_read_whole():
@@ -736,7 +738,7 @@ def test_pairs_are_answers_of_rude_speakers_to_one_prompt():
 
 
 def test_the_task_repeats_and_its_seeds_differ():
-    assert builtin_feedback(50, seed=3) == [row for pair in builtin_pairs(50, seed=3) for row in thumbs(pair)]
+    assert builtin_feedback(50, seed=3) == [row for pair in builtin_pairs(50, seed=3) for row in as_feedback(pair)]
     for make in (builtin_texts, builtin_demos, builtin_pairs):
         assert make(50, seed=3) == make(50, seed=3) != make(50, seed=4)
         assert make(20, seed=3) == make(50, seed=3)[:20]

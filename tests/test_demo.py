@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from minialign import demo, evaluate
-from minialign.common import BadInput
-from minialign.data import EXPERT, builtin_law, builtin_pairs, builtin_prompt
+from minialign.engine.common import BadInput
+from minialign.task import EXPERT, builtin_law, builtin_pairs, builtin_prompt
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained
 
@@ -26,7 +26,7 @@ def test_the_measure(policy_folder):
         logps = policy(torch.tensor([x + y])).log_softmax(-1)[0]
         return sum(float(logps[len(x) - 1 + i, token].detach()) for i, token in enumerate(y))
 
-    numbers, rewards, answers = demo.measure(policy, policy, tokenizer, seed=0)
+    numbers, rewards, answers = demo.measure_policy(policy, policy, tokenizer, seed=0)
     total = 0.0
     for thing in demo.THINGS:
         prompt = builtin_prompt(thing)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from minialign import evaluate
-from minialign.common import BadInput
 from minialign.data import read_preferences
+from minialign.engine.common import BadInput
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from minialign import __main__ as front_door
-from minialign.common import field_comments
 from minialign.methods import sft
+from minialign.settings import field_comments
 from tests.conftest import METHODS
 
 ROOT = Path(__file__).parent.parent

@@ -145,7 +145,7 @@ def test_siblings_share_their_config_but_for_what_names_their_lesson():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_config_fields_all_have_a_comment(method):
-    from minialign.common import field_comments
+    from minialign.settings import field_comments
 
     module = importlib.import_module(f"minialign.methods.{method}")
     assert set(field_comments(module.Config)) == set(module.Config.__dataclass_fields__)
@@ -153,7 +153,7 @@ def test_config_fields_all_have_a_comment(method):
 
 def test_metrics_page_is_complete_in_both_directions(small):
     """Every metric that a run logs has a row in docs/METRICS.md for its method, and every row there is logged."""
-    from minialign.common import read_rows
+    from minialign.engine.common import read_rows
 
     page = (ROOT / "docs/METRICS.md").read_text(encoding="utf-8")
     documented = {(method, name) for name, methods in re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", page, re.M)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from minialign.batch import collate
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
+from minialign.engine.look import peak_memory
 from minialign.logps import token_logps
 from minialign.lora import ALL, adapters, frozen_copy, inject, load_adapter, merged, save_adapter
 from minialign.model import GPT, GPTConfig
-from minialign.run import peak_memory
 from minialign.weights import load_pretrained, save_pretrained
 from tests.conftest import METHODS
 

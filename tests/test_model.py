@@ -11,8 +11,9 @@ import random
 import pytest
 import torch
 
-from minialign.common import BadInput
-from minialign.model import FAMILIES, GPT, GPTConfig, KVCache, rotary_angles, scale_rotation
+from minialign.engine.common import BadInput
+from minialign.hf_config import FAMILIES
+from minialign.model import GPT, GPTConfig, KVCache, rotary_angles, scale_rotation
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 N_RANDOM = 50  # configurations a family; `make test-slow` draws 150 more

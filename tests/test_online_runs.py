@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minialign.checkpoint import newest_checkpoint
-from minialign.common import BadInput, read_rows
+from minialign.engine.checkpoint import newest_checkpoint
+from minialign.engine.common import BadInput, read_rows
 from minialign.methods import rloo
 from tests.conftest import ONLINE, SELECTING
 
@@ -140,7 +140,7 @@ def test_the_memory_estimate_knows_the_cache_and_the_length(small, policy_folder
     """More rows drawn together and longer completions need more, though the micro-batch is one row."""
     from types import SimpleNamespace
 
-    from minialign.run import peak_memory
+    from minialign.engine.look import peak_memory
     from minialign.weights import load_pretrained
 
     policy, needed = load_pretrained(policy_folder), []

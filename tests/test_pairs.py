@@ -20,14 +20,14 @@ def test_pairs_are_labelled_by_their_rewards(m):
     prompts = [[b] for b in range(n)]
     completions = [[b, side] for b in range(n) for side in (0, 1)]
     for first, second, p in ((0.7, -0.5, 0.768525), (-0.5, 0.7, 0.231475), (3.0, 3.0, 0.5), (50.0, -50.0, 1.0), (-1e4, 1e4, 0.0)):
-        rows = m.label(prompts, completions, torch.tensor([first, second]).repeat(n), 7)
+        rows = m.label_by_reward(prompts, completions, torch.tensor([first, second]).repeat(n), 7)
         assert len(rows) == n
         assert all((x, sorted([chosen, rejected])) == ([b], [[b, 0], [b, 1]]) for b, (x, chosen, rejected) in enumerate(rows))
         share = sum(chosen[1] == 0 for _, chosen, _ in rows) / n
         assert abs(share - p) <= 4 * (p * (1 - p) / n) ** 0.5
     rewards = torch.randn(2 * n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows = m.label(prompts, completions, rewards, 7)
-    again, other = (m.label(prompts, completions, rewards, seed) == rows for seed in (7, 8))
+    rows = m.label_by_reward(prompts, completions, rewards, 7)
+    again, other = (m.label_by_reward(prompts, completions, rewards, seed) == rows for seed in (7, 8))
     assert again and not other
     won = torch.tensor([chosen[1] == 0 for _, chosen, _ in rows]).double()  # Σ (won − p)·d over its own spread: a standard normal
     d = rewards[::2] - rewards[1::2]
@@ -40,7 +40,7 @@ def test_ref_is_the_policy_as_it_was_and_only_where_beta_pulls_to_it(m, method, 
     """It has memory of its own: what is added to the policy afterwards does not reach it; and no gradient does."""
     policy = tiny_gpt()
     before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
-    ref = m.reference(policy, method.Config())
+    ref = m.frozen_reference(policy, method.Config())
     assert (ref is not None) == held
     if held:
         with torch.no_grad():

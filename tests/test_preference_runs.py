@@ -7,10 +7,10 @@ import signal
 import pytest
 import torch
 
-from minialign import run
-from minialign.checkpoint import newest_checkpoint
-from minialign.common import BadInput, batch_rows, derive_seed, read_rows
 from minialign.data import encode_pairs, encode_prompts, pair_batch, read_preferences
+from minialign.engine import run
+from minialign.engine.checkpoint import newest_checkpoint
+from minialign.engine.common import BadInput, batch_rows, derive_seed, read_rows
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained

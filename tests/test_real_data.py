@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minialign import evaluate
-from minialign.common import read_rows
+from minialign.engine.common import read_rows
 from minialign.methods import irft, reward_model, sft
 from tests.conftest import PREFERRING
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from minialign import recipes
-from minialign.common import field_comments
 from minialign.model import GPT
+from minialign.settings import field_comments
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "minialign/recipes").glob("[!_]*.py"))
@@ -105,7 +105,7 @@ def test_an_unknown_card_is_one_sentence():
 @pytest.mark.slow
 def test_receipts_at_small_sizes(tmp_path, capsys):
     """All four methods of a small model on a CPU: steps are timed and planned, and the file has them."""
-    from minialign.recipes import __main__ as receipts
+    from minialign.bench import receipts
 
     small = {"tiny": recipes.small(recipes.MODELS["mistral-7b"], 2048)}
     small["tiny"] = dataclasses.replace(small["tiny"], max_len=1024)

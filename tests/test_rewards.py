@@ -22,10 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minialign import checkpoint, rewards, run
+from minialign import rewards
 from minialign.batch import Rollout, collate
-from minialign.common import BadInput, read_rows
-from minialign.data import Demo, builtin_tokenizer, encode_completion, encode_prompt
+from minialign.data import Demo, encode_completion, encode_prompt
+from minialign.engine import checkpoint, run
+from minialign.engine.common import BadInput, read_rows
 from minialign.model import GPT, GPTConfig
 from minialign.rewards import (
     GSM8K_FORMAT,
@@ -45,6 +46,7 @@ from minialign.rewards import (
     score,
     weight_average,
 )
+from minialign.task import builtin_tokenizer
 from minialign.tokenizer import CharTokenizer, train_bpe
 from minialign.weights import load_pretrained, save_pretrained
 from tests.conftest import ONLINE

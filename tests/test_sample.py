@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from minialign.kernels.decode import Decoder
 from minialign.logps import token_logps
 from minialign.model import GPT, GPTConfig, KVCache
-from minialign.sample import Step, draw, keep_top_k, keep_top_p, sample, stepper
+from minialign.sample import Step, draw_tokens, keep_top_k, keep_top_p, sample, stepper
 from tests.enumerable import EOS, MAX_NEW, N_CONTENT, PROMPTS, all_completions, tiny_gpt
 
 FAMILIES = {
@@ -158,8 +158,8 @@ def test_draw_inverts_the_cumulative_distribution():
     """p = .2 0 .8 0, or a multiple: below .2 lies token 0, from .2 on token 2; no point hits a forbidden token, not one rounded up to 1."""
     probs = torch.tensor([[0.2, 0.0, 0.8, 0.0]])
     for point, token in ((0.0, 0), (0.19, 0), (0.21, 2), (1 - 2**-24, 2), (1.0, 2)):
-        assert draw(probs, torch.tensor([point])).item() == draw(3 * probs, torch.tensor([point])).item() == token
-    assert draw(probs[:, [1, 0, 2, 3]], torch.tensor([0.0])).item() == 1
+        assert draw_tokens(probs, torch.tensor([point])).item() == draw_tokens(3 * probs, torch.tensor([point])).item() == token
+    assert draw_tokens(probs[:, [1, 0, 2, 3]], torch.tensor([0.0])).item() == 1
 
 
 # ------------------------------------------------------------------------------------- the same seed, whatever the batch

@@ -5,8 +5,8 @@ import json
 import pytest
 import tokenizers
 
-from minialign.common import BadInput
-from minialign.data import builtin_tokenizer
+from minialign.engine.common import BadInput
+from minialign.task import builtin_tokenizer
 from minialign.tokenizer import END, CharTokenizer, Tokenizer, load_tokenizer, plain_chat, render_chat, train_bpe
 
 hypothesis = pytest.importorskip("hypothesis", reason="the property tests need hypothesis (requirements-dev.txt)")

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minialign import weights
-from minialign.common import PICKLES, BadInput
-from minialign.model import FAMILIES, GPT, GPTConfig, config_to_hf
+from minialign.engine.common import PICKLES, BadInput
+from minialign.hf_config import FAMILIES, config_to_hf
+from minialign.model import GPT, GPTConfig
 from minialign.tokenizer import CharTokenizer
 from minialign.weights import load_pretrained, read_tensors, save_pretrained
 from tests.test_model import import_transformers, random_gpt, random_oracle, random_settings, random_tokens

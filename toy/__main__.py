@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from minialign.common import cli, exit_codes
+from minialign.settings import cli, exit_codes
 
 TOYS = ("three_actions", "tiny_language", "few_demos", "grid_world", "frozen_lake", "overoptimization", "theory")
 

@@ -30,8 +30,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from minialign.batch import collate
-from minialign.common import BadInput, batch_rows, cli, exit_codes
+from minialign.engine.common import BadInput, batch_rows
 from minialign.methods import irft, sft
+from minialign.settings import cli, exit_codes
 from toy import closed_form
 from toy.report import make_folder
 from toy.tiny_language import Language, tiny_gpt

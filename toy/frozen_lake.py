@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch.func import vmap
 
-from minialign.common import BadInput, cli, exit_codes
+from minialign.engine.common import BadInput
 from minialign.methods.dpo import dpo_loss
 from minialign.methods.grpo import group_advantages, grpo_loss
 from minialign.methods.ift import ift_loss
@@ -44,6 +44,7 @@ from minialign.methods.ppo import gae, policy_loss, value_loss
 from minialign.methods.rft import reward_alignment_loss
 from minialign.methods.rloo import leave_one_out, rloo_loss
 from minialign.methods.sft import sft_loss
+from minialign.settings import cli, exit_codes
 from toy.report import Report
 
 MOVES = {letter: move for move, letter in enumerate("LDRU")}

@@ -28,8 +28,9 @@ from fractions import Fraction
 
 import torch
 
-from minialign.common import BadInput, cli, exit_codes
+from minialign.engine.common import BadInput
 from minialign.methods.reinforce import Baseline, reinforce_loss
+from minialign.settings import cli, exit_codes
 from toy.report import Report
 
 

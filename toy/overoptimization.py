@@ -36,11 +36,12 @@ import numpy as np
 import torch
 
 from minialign.batch import Batch, collate
-from minialign.common import BadInput, batch_rows, cli, derive_seed, exit_codes
+from minialign.engine.common import BadInput, batch_rows, derive_seed
 from minialign.methods.best_of_n import kl_bound
 from minialign.methods.reward_model import bradley_terry_loss
-from minialign.pairs import label
+from minialign.pairs import label_by_reward
 from minialign.rewards import ensemble, score, weight_average
+from minialign.settings import cli, exit_codes
 from toy import closed_form
 from toy.report import Report
 from toy.tiny_language import Language, TabularPolicy, expected_rloo, tiny_gpt
@@ -95,7 +96,7 @@ def compare(language, ref, n, seed):
     answers = language.draw(ref, 2 * each, torch.Generator().manual_seed(derive_seed("drawn", seed)))
     asked = [x for x in language.prompts for _ in range(each)]
     gold = language.scores([x for x in asked for _ in range(2)], answers)
-    rows = label(asked, answers.completions, gold, derive_seed("labelled", seed))[:n]
+    rows = label_by_reward(asked, answers.completions, gold, derive_seed("labelled", seed))[:n]
     return torch.tensor([(x[0], language.index[tuple(chosen)], language.index[tuple(rejected)]) for x, chosen, rejected in rows])
 
 

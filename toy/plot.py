@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minialign.common import BadInput, cli, exit_codes
+from minialign.engine.common import BadInput
+from minialign.settings import cli, exit_codes
 
 
 @dataclass

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minialign.common import BadInput, write_atomic
+from minialign.engine.common import BadInput, commit, write_atomic
 from minialign.evaluate import verdict
-from minialign.run import commit
 
 
 def make_folder(out):

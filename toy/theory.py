@@ -31,12 +31,13 @@ import numpy as np
 import torch
 
 from minialign.batch import collate
-from minialign.common import BadInput, cli, exit_codes
+from minialign.engine.common import BadInput
 from minialign.kl import exact_kl, k1, k2, k3
 from minialign.methods.irft import irft_loss
 from minialign.methods.rft import reward_alignment_loss
 from minialign.methods.sft import sft_loss
 from minialign.rewards import score
+from minialign.settings import cli, exit_codes
 from toy import closed_form
 from toy.report import Report
 from toy.tiny_language import Language, tiny_gpt

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minialign.common import BadInput, cli, exit_codes, write_atomic
+from minialign.engine.common import BadInput, commit, write_atomic
 from minialign.methods.best_of_n import pick
 from minialign.methods.dpo import dpo_loss
 from minialign.methods.gpo import FUNCTIONS, gpo_loss, regularisation
@@ -38,7 +38,7 @@ from minialign.methods.rft import reward_alignment_loss
 from minialign.methods.sft import sft_loss
 from minialign.methods.simpo import simpo_loss
 from minialign.methods.slic import slic_loss
-from minialign.run import commit
+from minialign.settings import cli, exit_codes
 from toy import closed_form
 from toy.report import make_folder
 

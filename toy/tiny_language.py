@@ -40,14 +40,14 @@ import numpy as np
 import torch
 
 from minialign.batch import collate, whiten
-from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, write_atomic
 from minialign.data import demo_batch, pair_batch
+from minialign.engine.common import BadInput, Mean, batch_rows, commit, derive_seed, write_atomic
 from minialign.methods import best_of_n, dpo, gpo, grpo, ift, ipo, irl, kto, orpo, ppo, rebel, reinforce, rest, rft, rloo, simpo, slic
 from minialign.model import GPT, GPTConfig
-from minialign.pairs import label
+from minialign.pairs import label_by_reward
 from minialign.rewards import score
-from minialign.run import commit
 from minialign.sample import sample
+from minialign.settings import cli, exit_codes
 from toy import closed_form
 from toy.report import make_folder
 
@@ -213,12 +213,12 @@ def tilted(language, ref, beta):
 
 
 def expected_reinforce(logps, ref_logps, rewards, law, language, beta):
-    rewards = reinforce.kl_rewards(rewards, logps, ref_logps, beta=beta)
+    rewards = kl_rewards(rewards, logps, ref_logps, beta=beta)
     return reinforce.reinforce_loss(logps, rewards * law * len(law), language.mask)[0]
 
 
 def expected_rloo(logps, ref_logps, rewards, law, language, beta):
-    rewards = rloo.kl_rewards(rewards, logps, ref_logps, beta=beta)
+    rewards = kl_rewards(rewards, logps, ref_logps, beta=beta)
     advantages = rewards - law @ rewards  # what leave_one_out averages to, given the completion
     return rloo.rloo_loss(logps, logps.detach(), advantages * law * len(law), language.mask, eps=0.2)[0]
 
@@ -230,7 +230,7 @@ def expected_ppo(logps, ref_logps, rewards, law, language, beta):
 
 
 def expected_rebel(logps, ref_logps, rewards, law, language, beta):
-    rewards = rebel.kl_rewards(rewards, logps, ref_logps, beta=beta)
+    rewards = kl_rewards(rewards, logps, ref_logps, beta=beta)
     logratio = (logps - logps.detach()).sum(1)
     y, other = torch.cartesian_prod(torch.arange(len(law)), torch.arange(len(law))).T  # every pair
     root = (law[y] * law[other]).sqrt() * len(law)  # weights of squares
@@ -259,38 +259,31 @@ def reinforce_losses(policy, value_model, ref, language, cfg, seed):
     baseline = reinforce.Baseline(settings.decay)
     prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
     for k in range(cfg.steps):
-        answers, ref_logps = reinforce.rollout(policy, ref, prompts_ids, settings, language.eos_id, (seed, k))
-        scores = language.scores(prompts_ids, answers)
-        rewards = reinforce.kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)
-        advantages = rewards - baseline.value
+        answers = rollout(policy, ref, prompts_ids, settings, eos_id=language.eos_id, seed=(seed, k))
+        rewards = kl_rewards(language.scores(prompts_ids, answers), answers.old_logps, answers.ref_logps, beta=cfg.beta)
+        answers.advantages = rewards - baseline.value
         baseline.update(rewards)
-        yield reinforce.step(policy, answers, advantages, settings)[0]
+        yield reinforce.step(policy, answers, settings)[0]
 
 
 def rloo_losses(policy, value_model, ref, language, cfg, seed):
     settings = rloo.Config(beta=cfg.beta, max_new=language.max_new, group_size=4)
     prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
     for k in range(cfg.steps):
-        answers, ref_logps = rloo.rollout(policy, ref, prompts_ids[:: settings.group_size], settings, language.eos_id, (seed, k))
-        scores = language.scores(prompts_ids, answers)
-        rewards = rloo.kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)
-        advantages = rloo.leave_one_out(rewards, group_size=settings.group_size)
-        yield rloo.step(policy, answers, advantages, settings, on_policy=True)[0]
+        answers = rollout(policy, ref, prompts_ids[::4], settings, n=4, eos_id=language.eos_id, seed=(seed, k))
+        rewards = kl_rewards(language.scores(prompts_ids, answers), answers.old_logps, answers.ref_logps, beta=cfg.beta)
+        answers.advantages = rloo.leave_one_out(rewards, group_size=4)
+        yield rloo.step(policy, answers, settings, on_policy=True)[0]
 
 
 def ppo_losses(policy, value_model, ref, language, cfg, seed):
     settings = ppo.Config(beta=cfg.beta, max_new=language.max_new)
     prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
     for k in range(cfg.steps // 3):  # fewer rollouts, but four updates on each
-        answers, ref_logps, values = ppo.rollout(policy, value_model, ref, prompts_ids, settings, language.eos_id, (seed, k))
-        scores = language.scores(prompts_ids, answers)
-        token_rewards = ppo.shape_rewards(scores, answers.old_logps, ref_logps, answers.mask, beta=cfg.beta)
-        advantages, returns = ppo.gae(token_rewards, values, answers.mask, gamma=settings.gamma, lam=settings.lam)
-        advantages = whiten(advantages, answers.mask)
+        answers = ppo.rollout_with_values(policy, value_model, ref, prompts_ids, settings, language.eos_id, (seed, k))
+        ppo.credit(answers, language.scores(prompts_ids, answers), beta=cfg.beta, gamma=settings.gamma, lam=settings.lam, whitened=True)
         for epoch in range(settings.epochs):
-            loss, critic_loss, _ = ppo.step(
-                policy, value_model, answers, values, advantages, returns, settings, on_policy=epoch == 0
-            )
+            loss, critic_loss, _ = ppo.step(policy, value_model, answers, settings, on_policy=epoch == 0)
             yield loss + critic_loss
 
 
@@ -298,21 +291,21 @@ def rebel_losses(policy, value_model, ref, language, cfg, seed):
     settings = rebel.Config(beta=cfg.beta, max_new=language.max_new, eta=1.0, epochs=20)
     prompts_ids = [x for x in language.prompts for _ in range(4 * cfg.samples)]
     for k in range(cfg.steps // settings.epochs):
-        answers, ref_logps = rebel.rollout(policy, ref, prompts_ids[::2], settings, language.eos_id, (seed, k))
+        answers = rollout(policy, ref, prompts_ids[::2], settings, n=2, eos_id=language.eos_id, seed=(seed, k))
         scores = language.scores(prompts_ids, answers)
-        rewards = rebel.kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)
+        answers.rewards = kl_rewards(scores, answers.old_logps, answers.ref_logps, beta=cfg.beta)
         for epoch in range(settings.epochs):
-            yield rebel.step(policy, answers, rewards, settings, on_policy=epoch == 0)[0]
+            yield rebel.step(policy, answers, settings, on_policy=epoch == 0)[0]
 
 
 def grpo_losses(settings, policy, value_model, ref, language, cfg, seed):
     prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
     for k in range(cfg.steps):
-        answers, ref_logps = grpo.rollout(policy, ref, prompts_ids[:: settings.group_size], settings, language.eos_id, (seed, k))
-        scores = language.scores(prompts_ids, answers)
-        advantages = grpo.group_advantages(scores, group_size=settings.group_size, normalize=settings.normalize, ddof=settings.ddof,
-                                           std_eps=settings.std_eps)
-        yield grpo.step(policy, answers, ref_logps, advantages, settings, on_policy=True)[0]
+        size = settings.group_size
+        answers = rollout(policy, ref, prompts_ids[::size], settings, n=size, eos_id=language.eos_id, seed=(seed, k))
+        answers.advantages = grpo.group_advantages(language.scores(prompts_ids, answers), group_size=size, normalize=settings.normalize,
+                                                   ddof=settings.ddof, std_eps=settings.std_eps)
+        yield grpo.step(policy, answers, settings, on_policy=True)[0]
 
 
 def grpo_row(group_size):
@@ -486,7 +479,7 @@ def preference_row(name, method, law, gate, *, settings=lambda beta: {"beta": be
             else:
                 answers = language.draw(written, 4 * cfg.samples, generator)
             rewards = language.scores([x for x in prompts_ids for _ in range(2)], answers)
-            rows = label(prompts_ids, answers.completions, rewards, derive_seed(seed, k))
+            rows = label_by_reward(prompts_ids, answers.completions, rewards, derive_seed(seed, k))
             pairs = pair_batch(rows, range(len(rows)), pad_id=language.eos_id, max_len=1 + language.max_new)
             yield module.step(policy, ref, pairs, given)[0]
 
@@ -518,7 +511,7 @@ def kto_losses(policy, value_model, ref, language, cfg, seed):
     for k in range(cfg.steps):
         answers = language.draw(written, 4 * cfg.samples, generator)
         rewards = language.scores([x for x in prompts_ids for _ in range(2)], answers)
-        pairs = label(prompts_ids, answers.completions, rewards, derive_seed(seed, k))
+        pairs = label_by_reward(prompts_ids, answers.completions, rewards, derive_seed(seed, k))
         rows = [(x, chosen, True) for x, chosen, _ in pairs] + [(x, rejected, False) for x, _, rejected in pairs]
         desirable = torch.tensor([label for *_, label in rows])
         kl = kto.reference_point(policy, ref, rows, batch_of, len(rows))  # rows come prompt by prompt: of the same prompt, as above

@@ -35,11 +35,12 @@ if not IN_NOTEBOOK:
 import matplotlib.pyplot as plt
 
 from minialign.batch import masked_mean
-from minialign.common import batch_rows, derive_seed
-from minialign.data import builtin_texts, builtin_tokenizer, demo_batch, encode_prompt, encode_texts
+from minialign.data import demo_batch, encode_prompt, encode_texts
+from minialign.engine.common import batch_rows, derive_seed
 from minialign.logps import token_logps
 from minialign.model import GPT, GPTConfig, KVCache
-from minialign.sample import draw, keep_top_k, keep_top_p, sample
+from minialign.sample import draw_tokens, keep_top_k, keep_top_p, sample
+from minialign.task import builtin_texts, builtin_tokenizer
 
 FIGURES = Path("runs/tutorials")  # below the folder it runs in
 FIGURES.mkdir(parents=True, exist_ok=True)
@@ -208,14 +209,14 @@ print("drawn     ", [tokens[v] for v in drawn])
 assert torch.equal(drawn.bincount(minlength=5), (16 * p[0]).long())
 
 # %% [markdown]
-# **Checkpoint.** The project's `draw` takes probabilities, and guards the end: a rounded cumulative sum may stop just short of 1, and a
+# **Checkpoint.** The project's `draw_tokens` takes probabilities, and guards the end: a rounded cumulative sum may stop just short of 1, and a
 # $u$ beyond it must not pick a forbidden token.
 
 # %%
 uniform = torch.rand(50, generator=generator, dtype=torch.float64)
-assert_close(my_draw(many, uniform), draw(many.softmax(-1), uniform))
+assert_close(my_draw(many, uniform), draw_tokens(many.softmax(-1), uniform))
 truncated = keep_top_k(many, 3)
-assert truncated.gather(1, draw(truncated.softmax(-1), uniform)[:, None]).isfinite().all()
+assert truncated.gather(1, draw_tokens(truncated.softmax(-1), uniform)[:, None]).isfinite().all()
 
 # %% [markdown]
 # ## 4. A policy to sample from

@@ -27,7 +27,7 @@ import torch
 
 from minialign import data, logps
 from minialign.batch import collate
-from minialign.common import batch_rows, derive_seed, lr_at, set_lr
+from minialign.engine.common import batch_rows, derive_seed, lr_at, set_lr
 from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
 from minialign.tokenizer import CharTokenizer

@@ -27,7 +27,7 @@ import torch
 
 from minialign import data
 from minialign.batch import collate
-from minialign.common import batch_rows, lr_at, set_lr, split_micro
+from minialign.engine.common import batch_rows, lr_at, set_lr, split_micro
 from minialign.logps import seq_logps, token_logps
 from minialign.methods import ift, sft
 from minialign.model import GPT, GPTConfig

@@ -27,7 +27,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minialign import bench, logps
+from minialign import logps
+from minialign.bench import cpu as bench
 from minialign.kernels import logprob
 from minialign.kernels.linear_logprob import LinearLogps
 
@@ -212,7 +213,7 @@ def in_slices(logits, targets, width):
 
 
 # %% [markdown]
-# ### Checkpoint: the definition, and minialign's `fold`
+# ### Checkpoint: the definition, and minialign's `update_statistics`
 
 # %%
 logits = 5 * torch.randn(6, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -221,11 +222,11 @@ for width in (1, 333, 1000):
     my_logps, my_entropies, my_lse = in_slices(logits, targets, width)
     theirs = logprob.Statistics.empty(6, torch.float64, logits.device)
     for start in range(0, 1000, width):
-        logprob.fold(logits[:, start : start + width], targets - start, theirs)
+        logprob.update_statistics(logits[:, start : start + width], targets - start, theirs)
     torch.testing.assert_close(my_lse, logits.logsumexp(1), atol=1e-12, rtol=0)
     torch.testing.assert_close(my_entropies, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-12, rtol=0)
     torch.testing.assert_close((my_logps, my_entropies), (theirs.target - theirs.lse(), theirs.entropy()), atol=1e-12, rtol=0)
-print("in slices of 1, 333 and 1000: equal to logsumexp, to the entropy, and to minialign's fold")
+print("in slices of 1, 333 and 1000: equal to logsumexp, to the entropy, and to minialign's update_statistics")
 
 # %% [markdown]
 # ## The gradient, with nothing kept
@@ -361,7 +362,7 @@ def run_my_kernel(logits, targets, tau=1.0):
 # %%
 if triton is not None:
     theirs = logprob.Statistics.empty(6, torch.float32, logits.device)
-    logprob.kernels().fold(logits.bfloat16(), targets, theirs, 0.7, True)  # tau = 0.7
+    logprob.kernels().update_statistics(logits.bfloat16(), targets, theirs, 0.7, True)  # tau = 0.7
     expected = torch.stack([theirs.target - theirs.lse(), theirs.entropy()])
     torch.testing.assert_close(run_my_kernel(logits.bfloat16(), targets, tau=0.7), expected, atol=1e-5, rtol=0)
     print("your kernel and minialign's: equal")
@@ -522,7 +523,7 @@ print("figure:", path)
 # ## Scale: what changes on a GPU
 #
 # - **Long products.** A slice of 2 MiB stays in a CPU's cache; a GPU is filled by long products, so there it is 512 MiB (`SLICE_BYTES`).
-# - **Tensor cores** take bfloat16 and sum in float32. `linear_logprob.product` asks for that sum as it is: the logits are wide without
+# - **Tensor cores** take bfloat16 and sum in float32. `linear_logprob.matmul_wide` asks for that sum as it is: the logits are wide without
 #   widening their factors, and the third break does not happen.
 # - **Scoring without logits.** A reference and old log-probs need no gradient. `linear_logprob_triton.py` folds each tile of the product
 #   in the registers where it was made: 12 bytes leave the chip for 128 logits, not 256.
@@ -536,7 +537,7 @@ print("figure:", path)
 # %% [markdown]
 # ## Where to read on
 #
-# - `minialign/kernels/logprob.py` and `logprob_triton.py`: `fold` and the gradient pass, each in torch and in Triton.
+# - `minialign/kernels/logprob.py` and `logprob_triton.py`: `update_statistics` and the gradient pass, each in torch and in Triton.
 # - `minialign/kernels/linear_logprob.py`: your autograd function with a temperature, frozen inputs, and slices that may be kept.
 #   `minialign/logps.py` chooses between it and the naive body, which is faster while the logits are small.
 # - `tests/kernels/`: irregular shapes, and kernels compiled for cards that are not there, to see that nothing spills out of registers.
@@ -583,10 +584,10 @@ for merged in (merge(one, other), merge(other, one)):
     torch.testing.assert_close(finish(merged), in_slices(logits, targets, 1000), atol=1e-12, rtol=0)
 
 if triton is not None:
-    from minialign.kernels.linear_logprob_triton import score
+    from minialign.kernels.linear_logprob_triton import fused_statistics
 
     small = [x.detach() for x in problem(5, 16, 300, torch.float32)[:3]]
-    scored = score(*small, 1.0, True)  # tau, entropy
+    scored = fused_statistics(*small, 1.0, True)  # tau, entropy
     torch.testing.assert_close(scored.target - scored.lse(), MyLinearLogps.apply(*small, 300)[0], atol=1e-5, rtol=0)
 
 # %% [markdown]

@@ -93,9 +93,9 @@ class Layer:
     def __init__(self, block):
         attn, mlp = block.attn, block.mlp
         self.norm1, self.norm2, self.q_norm, self.k_norm = block.norm1, block.norm2, attn.q_norm, attn.k_norm
-        self.qkv, self.o, self.down = product(attn.q, attn.k, attn.v), product(attn.o), product(mlp.down)
+        self.qkv, self.o, self.down = side_by_side(attn.q, attn.k, attn.v), side_by_side(attn.o), side_by_side(mlp.down)
         self.gated, self.activation = mlp.gate is not None, mlp.activation
-        self.up = product(mlp.gate, mlp.up) if self.gated else product(mlp.up)
+        self.up = side_by_side(mlp.gate, mlp.up) if self.gated else side_by_side(mlp.up)
 
     def mlp(self, x):
         if self.gated:
@@ -104,7 +104,7 @@ class Layer:
         return self.down(self.activation(self.up(x)))
 
 
-def product(*linears):
+def side_by_side(*linears):
     """A function x (A, in) -> (A, out): what the given linear layers make of x, side by side. All have a bias, or none."""
     weights = [linear.merged_weight() if hasattr(linear, "merged_weight") else linear.weight for linear in linears]  # (lora.LoRALinear)
     weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).T.contiguous()  # (in, out)

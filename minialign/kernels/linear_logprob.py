@@ -27,18 +27,18 @@ import functools
 
 import torch
 
-from minialign.kernels.logprob import Statistics, fold, to_gradient
+from minialign.kernels.logprob import Statistics, to_gradient, update_statistics
 
 SLICE_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}  # of float32 logits: the width of a slice is what N rows leave of it
 
 
-def slices(n, vocab_size, device):
+def vocabulary_slices(n, vocab_size, device):
     """The vocabulary cut into [start, end) of equal width: a multiple of 128, at least 256, SLICE_BYTES of float32 for n rows."""
     width = max(256, SLICE_BYTES.get(device.type, 2**26) // (4 * max(n, 1)) // 128 * 128)
     return [slice(start, min(start + width, vocab_size)) for start in range(0, vocab_size, width)]
 
 
-def product(a, b):
+def matmul_wide(a, b):
     """a @ b, summed up and left in float32 at least. Not differentiable: bfloat16 goes into a GPU's tensor cores as it is, by an operation
     that has no gradient; widened first it would take some ten times as long, and a copy of both."""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -49,10 +49,10 @@ def product(a, b):
 
 def logits_of(hidden, weight):
     """hidden (N, C), weight (V, C) -> (N, V) in float32 at least, for reading only."""
-    return product(hidden, weight.T)
+    return matmul_wide(hidden, weight.T)
 
 
-def scorer(hidden, weight):
+def fused_scorer(hidden, weight):
     """The Triton kernel that scores without logits, where it runs: both bfloat16 or float16, on CUDA, Triton installed. Else None."""
     return kernel() if hidden.is_cuda and hidden.dtype == weight.dtype in (torch.bfloat16, torch.float16) else None
 
@@ -60,10 +60,10 @@ def scorer(hidden, weight):
 @functools.cache
 def kernel():
     try:
-        from minialign.kernels.linear_logprob_triton import score
+        from minialign.kernels.linear_logprob_triton import fused_statistics
     except ImportError:  # macOS, Windows
         return None
-    return score
+    return fused_statistics
 
 
 class LinearLogps(torch.autograd.Function):
@@ -76,9 +76,9 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, tau, entropy, keep_bytes):
         statistics, kept = Statistics.empty(len(hidden), torch.promote_types(hidden.dtype, torch.float32), hidden.device), {}
-        for part in slices(len(hidden), len(weight), hidden.device):
+        for part in vocabulary_slices(len(hidden), len(weight), hidden.device):
             logits = logits_of(hidden, weight[part])  # (N, width)
-            fold(logits, targets - part.start, statistics, tau, entropy=entropy)
+            update_statistics(logits, targets - part.start, statistics, tau, entropy=entropy)
             if logits.nbytes <= keep_bytes:
                 kept[part.start], keep_bytes = logits, keep_bytes - logits.nbytes
             del logits  # before the next are made: one slice at a time
@@ -97,7 +97,7 @@ class LinearLogps(torch.autograd.Function):
         hidden, weight, targets, lse, entropies = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for part in slices(len(hidden), len(weight), hidden.device):
+        for part in vocabulary_slices(len(hidden), len(weight), hidden.device):
             logits = ctx.kept.pop(part.start, None)
             logits = logits_of(hidden, weight[part]) if logits is None else logits  # (N, width)
             to_gradient(logits, targets - part.start, lse, entropies, g, e, ctx.tau)
@@ -105,18 +105,18 @@ class LinearLogps(torch.autograd.Function):
             if d_hidden is not None and dz.dtype == lse.dtype:
                 d_hidden.addmm_(dz, weight[part].to(dz.dtype))
             elif d_hidden is not None:
-                d_hidden += product(dz, weight[part])
+                d_hidden += matmul_wide(dz, weight[part])
             if d_weight is not None and d_weight.dtype == dz.dtype:
                 torch.mm(dz.T, hidden, out=d_weight[part])  # into its place, and final
             elif d_weight is not None:
-                d_weight[part] = product(dz.T, hidden)  # summed in float32, rounded once
+                d_weight[part] = matmul_wide(dz.T, hidden)  # summed in float32, rounded once
             del logits, dz
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None
 
 
 def chunked_logps(hidden, weight, targets, tau, entropy, keep_bytes):
     """LinearLogps; or, where nobody asks for a gradient and there is a kernel for it, scores without a slice of logits."""
-    score = scorer(hidden, weight)
+    score = fused_scorer(hidden, weight)
     if score is None or torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return LinearLogps.apply(hidden, weight, targets, tau, entropy, keep_bytes)
     statistics = score(hidden, weight, targets, tau, entropy)

@@ -70,7 +70,7 @@ def score_kernel(hidden, weight, targets, top_p, total_p, weighted_p, target_p, 
     tl.store(target_p + row, tl.sum(tl.where(hit, z, 0.0), 1), mask=(row < n) & mine)
 
 
-def score(hidden, weight, targets, tau, entropy):
+def fused_statistics(hidden, weight, targets, tau, entropy):
     """hidden (N, C), weight (V, C), targets (N,) -> Statistics of the N rows of hidden @ weight.T / tau."""
     assert hidden.stride(1) == weight.stride(1) == 1, "the channels of a row must lie side by side"
     tiles = triton.cdiv(len(weight), VOCAB)

@@ -11,7 +11,7 @@ The naive body, and the bytes that each line moves per logit; bfloat16 logits, f
     entropies = -(log_p.exp() * log_p).sum(-1)              # read 4, write 4, read 8, write 4, read 4
                                                             # about 50; backward as much again, and three (N, V) float32 tensors alive
 
-`fold` reads each logit once; `to_gradient` reads and writes it once, in place: 2 and 4 bytes in bfloat16. At 4.3 TB/s, V = 128256 and
+`update_statistics` reads each logit once; `to_gradient` reads and writes it once, in place: 2 and 4 bytes in bfloat16. At 4.3 TB/s, V = 128256 and
 N = 8192 rows that is .49 and .98 ms: the bound is memory (some ten flops a byte), so what counts is one pass and wide loads. One pass is
 possible because max, sum and weighted sum can be carried along and rescaled when the max moves (online softmax: Milakov and Gimelshein
 2018, arXiv:1805.02867). And what is carried along may come from another slice of the vocabulary: linear_logprob.py has it slice by slice.
@@ -66,14 +66,14 @@ def kernels():
     return logprob_triton
 
 
-def fold(logits, places, statistics, tau=1.0, *, entropy=True):
+def update_statistics(logits, places, statistics, tau=1.0, *, entropy=True):
     """Take logits (N, W), W any slice of the vocabulary, into the Statistics, in place. places (N,): of the targets in the slice.
 
     When the max moves up by δ, total is scaled by e^{−δ}; weighted, whose terms all fell by δ, loses δ·total before.
     A place outside of 0 … W − 1 is no target here. Without entropy `weighted` stays as it is.
     """
     if fused(logits):
-        return kernels().fold(logits, places, statistics, tau, entropy)
+        return kernels().update_statistics(logits, places, statistics, tau, entropy)
     within = (0 <= places) & (places < logits.shape[1])
     found = logits.gather(1, torch.where(within, places, 0)[:, None])[:, 0].to(statistics.top.dtype) / tau
     statistics.target.copy_(torch.where(within, found, statistics.target))
@@ -126,7 +126,7 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, tau, entropy, inplace):
         statistics = Statistics.empty(len(logits), torch.promote_types(logits.dtype, torch.float32), logits.device)
-        fold(logits, targets, statistics, tau, entropy=entropy)
+        update_statistics(logits, targets, statistics, tau, entropy=entropy)
         lse = statistics.lse()
         entropies = statistics.entropy() if entropy else torch.zeros_like(lse)
         ctx.save_for_backward(logits, targets, lse, entropies)

@@ -61,7 +61,7 @@ def gradient_kernel(logits, places, lse, entropies, g, e, stride, width, scale, 
     tl.store(at, (d * inv_tau).to(logits.dtype.element_ty), mask=inside)  # in place: nobody else reads these columns
 
 
-def fold(logits, places, statistics, tau, entropy):
+def update_statistics(logits, places, statistics, tau, entropy):
     assert logits.stride(1) == 1, "the logits of a row must lie side by side"
     if len(logits):
         fold_kernel[(len(logits),)](

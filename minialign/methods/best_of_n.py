@@ -25,57 +25,33 @@ Checked  tests/methods/test_best_of_n.py (enumeration, sampling, bound, expected
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate, masked_mean
-from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
+from minialign.engine.look import first_rollout
+from minialign.engine.opening import open_policy, open_prompts, open_rewards
+from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy
 from minialign.rewards import rollout_stats
-from minialign.run import Run
 from minialign.sample import sample
+from minialign.settings import OnPrompts
 
 
 @dataclass
-class Config:
-    n: int = 8                      # completions drawn for each winner
-    rounds: int = 1                 # T: how many sampling policies there are, the first being the initial one
-    policy: str = "builtin"         # start from: builtin, a folder, a hub name
-    prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
-    reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
-    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
-    reward_limit: float = 60.0      # seconds that the reward may take for one batch
-    missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
-    steps: int = 100                # optimizer steps, each on fresh winners
+class Config(OnPrompts):
+    n: int = 8                      # completions sampled for each winner
+    rounds: int = 1                 # T: number of rounds; each samples from the policy it began with, the first from the initial one
     batch_size: int = 16            # winners per step, one of each prompt
-    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
-    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
-    warmup: float = 0.1             # share of the steps over which the learning rate rises
-    weight_decay: float = 0.0       # AdamW's
-    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
-    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of a completion
     tau: float = 1.0                # sampling temperature
-    held_out: float = 0.25          # the last share of the prompts, never trained on
-    seed: int = 0                   # prompt order, samples
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
-    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
-    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
-    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
-    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
-    log_every: int = 10             # steps between lines on the terminal
-    eval_every: int = 25            # steps between evaluations on the held-out prompts
-    save_every: int = 50            # steps between checkpoints
-    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
-    out: str = ""                   # run folder; default runs/best_of_n-<time>
-    resume: str = ""                # continue this run folder, bit for bit
-    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    schedule: str = "cosine"
+    warmup: float = 0.1
 
 
 def best_of_n_loss(logps, mask):
@@ -125,14 +101,13 @@ def main(cfg):
     cfg = run.cfg
     if cfg.rounds > cfg.steps:
         raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
-    reward_fn = run.open_reward()
-    policy, tokenizer = run.open_policy(cfg.policy)
-    rows, held_out = run.open_prompts(policy, tokenizer)
-
+    reward_fn = open_rewards(run)
+    policy, tokenizer = open_policy(run)
+    rows, held_out = open_prompts(run, policy, tokenizer)
     old = frozen_copy(policy)  # π_t: the policy at the start of the round
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    run.track(policy=policy, old=old, optimizer=optimizer)
-    run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=old)
+    run.register(policy=policy, old=old, optimizer=optimizer)
+    first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": old})
 
     for k in run.steps(cfg.steps):
         t, t_before = k * cfg.rounds // cfg.steps, (k - 1) * cfg.rounds // cfg.steps
@@ -143,11 +118,11 @@ def main(cfg):
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
         answers = rollout(old, prompts_ids, cfg, tokenizer.eos_id, derive_seed("best_of_n", cfg.seed, k))
         asked = [prompt for prompt in prompts for _ in range(cfg.n)]
-        scores = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B·n,)
-        if scores is None:
+        rewards = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B·n,)
+        if rewards is None:
             continue
-        scores = (scores - cfg.missing_eos * ~answers.finished).view(-1, cfg.n)  # (B, n)
-        best = pick(scores)  # (B,)
+        rewards = (rewards - cfg.missing_eos * ~answers.finished).view(-1, cfg.n)  # (B, n)
+        best = pick(rewards)  # (B,)
         completions = [answers.completions[b * cfg.n + i] for b, i in enumerate(best.tolist())]
         winners = collate(prompts_ids, completions, pad_id=tokenizer.pad_id).to(run.device)
 
@@ -156,28 +131,18 @@ def main(cfg):
         total, stats = 0.0, Mean()
         for micro in split_micro(winners, cfg.micro_batch):
             loss, micro_stats = step(policy, micro, cfg)
-            share = len(micro) / len(winners)  # the loss is a mean over winners: a micro-batch counts by its winners
+            share = len(micro) / len(winners)  # the loss is a mean over winners: a micro-batch is weighted by its number of winners
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
         total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        if run.finite(k, policy, picked, total, grad_norm):
+        if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()
 
-        metrics = rollout_stats(scores.flatten(), answers, group_size=cfg.n)
-        metrics |= {"reward/best": scores.amax(1).mean(), "round": t, "loss": total, "grad_norm": grad_norm}
+        metrics = rollout_stats(rewards.flatten(), answers, group_size=cfg.n)
+        metrics |= {"reward/best": rewards.amax(1).mean(), "round": t, "loss": total, "grad_norm": grad_norm}
         metrics |= {"lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        if run.due(k):
-            metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
-            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
-            run.snapshot(k, policy, tokenizer)
-        run.log(k, **metrics)
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
+                        lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
     return run.close(policy, tokenizer)
-
-
-if __name__ == "__main__":
-    import sys
-
-    with exit_codes("minialign best_of_n"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign best_of_n", description=__doc__))

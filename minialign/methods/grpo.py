@@ -32,64 +32,35 @@ Checked  tests/methods/test_grpo.py (hand numbers, aggregates, gradients by enum
     python -m minialign grpo --aggregate dr_grpo --no-normalize              # "GRPO done right"
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import masked_mean
-from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
+from minialign.engine.look import first_rollout
+from minialign.engine.opening import open_policy, open_prompts, open_rewards
+from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.kl import k3
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy
 from minialign.rewards import rollout_stats
-from minialign.run import Run
-from minialign.sample import sample
+from minialign.sample import rollout
+from minialign.settings import OnPrompts
 
 
 @dataclass
-class Config:
+class Config(OnPrompts):
     beta: float = 0.05              # β: weight of k3, the pull to ref; 0 lets the policy go anywhere
-    eps: float = 0.2                # ε: how far the ratio may carry an update; matters with epochs > 1
+    eps: float = 0.2                # ε: how far the ratio of a token may move in the updates on one rollout; matters with epochs > 1
     group_size: int = 8             # G: completions of each prompt
-    normalize: bool = True          # divide the advantages of a group by its spread
-    ddof: int = 1                   # of that spread: 1 sample, 0 population
-    std_eps: float = 1e-4           # added to it
+    normalize: bool = True          # divide the advantages of a group by the standard deviation of its rewards
+    ddof: int = 1                   # of that standard deviation: 1 sample, 0 population
+    std_eps: float = 1e-4           # added to that standard deviation
     aggregate: str = "grpo"         # how token losses become one number: grpo, dapo or dr_grpo
     epochs: int = 1                 # updates on the same completions
-    policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
-    prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
-    reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
-    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
-    reward_limit: float = 60.0      # seconds that the reward may take for one batch
-    missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
-    steps: int = 100                # rollouts, each with `epochs` updates
-    batch_size: int = 64            # completions per step, of batch_size / group_size prompts
-    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-6)
-    schedule: str = "linear"        # cosine, linear or constant, after the warm-up
-    warmup: float = 0.0             # share of the steps over which the learning rate rises
-    weight_decay: float = 0.0       # AdamW's
-    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
-    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of a completion
-    tau: float = 1.0                # sampling temperature, and that of every log-prob here
-    held_out: float = 0.25          # the last share of the prompts, never trained on
-    seed: int = 0                   # prompt order, samples
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
-    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
-    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
-    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
-    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
-    log_every: int = 10             # steps between lines on the terminal
-    eval_every: int = 25            # steps between evaluations on the held-out prompts
-    save_every: int = 50            # steps between checkpoints
-    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
-    out: str = ""                   # run folder; default runs/grpo-<time>
-    resume: str = ""                # continue this run folder, bit for bit
-    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
 
 
 def group_advantages(rewards, *, group_size, normalize=True, ddof=1, std_eps=1e-4):
@@ -134,14 +105,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, *, eps, beta, aggre
     return aggregate_tokens(losses, mask, aggregate, max_len), {name: value.detach() for name, value in stats.items()}
 
 
-def rollout(policy, ref, prompts_ids, cfg, eos_id, seed):
-    """G completions of each prompt by the current policy, and what ref thinks of their tokens: Rollout, ref_logps (B, T)."""
-    answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.group_size, eos_id=eos_id, seed=seed)
-    ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # constants of the objective
-    return answers, ref_logps
-
-
-def step(policy, answers, ref_logps, advantages, cfg, *, on_policy):
+def step(policy, answers, cfg, *, on_policy):
     """One batch of completions to one loss: the only place where the policy meets the equation.
 
     on_policy: nothing was updated since sampling, so the old log-probs are the very numbers of this forward pass: the ratio is exactly 1.
@@ -150,7 +114,7 @@ def step(policy, answers, ref_logps, advantages, cfg, *, on_policy):
     if on_policy:
         answers.old_logps.copy_(logps.detach())
     loss, stats = grpo_loss(
-        logps, answers.old_logps, ref_logps, advantages, answers.mask,
+        logps, answers.old_logps, answers.ref_logps, answers.advantages, answers.mask,
         eps=cfg.eps, beta=cfg.beta, aggregate=cfg.aggregate, max_len=cfg.max_new,
     )
     assert not (on_policy and abs(stats["ratio"] - 1) > 0), stats  # (a NaN passes: the guard of the step names its rows)
@@ -167,36 +131,36 @@ def main(cfg):
         raise BadInput(f"--aggregate {cfg.aggregate}: must be grpo, dapo or dr_grpo")
     if cfg.ddof not in (0, 1):
         raise BadInput(f"--ddof {cfg.ddof}: must be 1 (sample) or 0 (population)")
-    reward_fn = run.open_reward()
-    policy, tokenizer = run.open_policy(cfg.policy)
-    rows, held_out = run.open_prompts(policy, tokenizer)
-
+    reward_fn = open_rewards(run)
+    policy, tokenizer = open_policy(run)
+    rows, held_out = open_prompts(run, policy, tokenizer)
     ref = frozen_copy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    run.track(policy=policy, optimizer=optimizer)
-    run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=ref)
+    run.register(policy=policy, optimizer=optimizer)
+    first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": ref})
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size // cfg.group_size, k, cfg.seed)
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
-        answers, ref_logps = rollout(policy, ref, prompts_ids, cfg, tokenizer.eos_id, derive_seed("grpo", cfg.seed, k))
+        seed = derive_seed("grpo", cfg.seed, k)
+        answers = rollout(policy, ref, prompts_ids, cfg, n=cfg.group_size, eos_id=tokenizer.eos_id, seed=seed)
         asked = [prompt for prompt in prompts for _ in range(cfg.group_size)]
-        scores = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
-        if scores is None:
+        rewards = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        if rewards is None:
             continue
-        scores = scores - cfg.missing_eos * ~answers.finished
-        metrics = rollout_stats(scores, answers, ref_logps, group_size=cfg.group_size)
-        settings = dict(group_size=cfg.group_size, normalize=cfg.normalize, ddof=cfg.ddof, std_eps=cfg.std_eps)
-        advantages = group_advantages(scores, **settings)  # (B,)
+        rewards = rewards - cfg.missing_eos * ~answers.finished
+        metrics = rollout_stats(rewards, answers, group_size=cfg.group_size)
+        how = dict(group_size=cfg.group_size, normalize=cfg.normalize, ddof=cfg.ddof, std_eps=cfg.std_eps)
+        answers.advantages = group_advantages(rewards, **how)  # (B,)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         total, stats = 0.0, Mean()
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
             epoch_total = 0.0
-            for micro, *parts in zip(*[split_micro(x, cfg.micro_batch) for x in (answers, ref_logps, advantages)], strict=True):
-                loss, micro_stats = step(policy, micro, *parts, cfg, on_policy=epoch == 0)
-                share = len(micro) / len(answers)  # a micro-batch counts by its completions, or by its tokens where the mean is over those
+            for micro in split_micro(answers, cfg.micro_batch):
+                loss, micro_stats = step(policy, micro, cfg, on_policy=epoch == 0)
+                share = len(micro) / len(answers)  # weighted by completions, or by tokens where the loss is a mean over tokens
                 if cfg.aggregate == "dapo":
                     share = int(micro.mask.sum()) / int(answers.mask.sum())
                 (loss * share).backward()
@@ -205,21 +169,11 @@ def main(cfg):
             epoch_total = run.sum(epoch_total)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             total += epoch_total / cfg.epochs
-            if not run.finite(k, policy, picked, epoch_total, grad_norm):
-                break  # the rest of this rollout would fail in the same way
+            if not run.may_update(k, policy, picked, epoch_total, grad_norm):
+                break  # the other epochs of this rollout would fail in the same way
             optimizer.step()
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        if run.due(k):
-            metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
-            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
-            run.snapshot(k, policy, tokenizer)
-        run.log(k, **metrics)
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
+                        lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
     return run.close(policy, tokenizer)
-
-
-if __name__ == "__main__":
-    import sys
-
-    with exit_codes("minialign grpo"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign grpo", description=__doc__))

@@ -32,47 +32,22 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.common import Mean, batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
-from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, split_scorable
+from minialign.engine.common import Mean, batch_rows, lr_at, set_lr, split_micro
+from minialign.engine.look import first_look
+from minialign.engine.opening import open_demos, open_policy
+from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.kernels.linear_logprob import logits_of
 from minialign.logps import CHUNK_ROWS, token_logps
-from minialign.run import Run
+from minialign.settings import OnDemonstrations
 
 
 @dataclass
-class Config:
-    mix: float = 0.2                # λ: share of the policy's own guess in each input embedding; 0 reads the demonstration alone
-    decay: float = 0.95             # γ: how far a token answers for those after it; 0 is all weights 1
-    detach_weights: bool = True     # weights are constants; off: differentiated, as the released code does
-    policy: str = "builtin"         # start from: builtin, a folder, a hub name
-    demos: str = "builtin"          # demonstrations: builtin, or a JSONL/JSON(.gz) file
+class Config(OnDemonstrations):
+    mix: float = 0.2                # λ: share of the policy's own guess in each input embedding; 0 uses the demonstration alone
+    decay: float = 0.95             # γ: how strongly a token's weight includes the losses of later tokens; 0 makes all weights 1
+    detach_weights: bool = True     # treat the weights as constants; off: differentiate them, as the released code does
     steps: int = 150                # optimizer steps
-    batch_size: int = 32            # rows per step
-    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
-    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
-    warmup: float = 0.1             # share of the steps over which the learning rate rises
-    weight_decay: float = 0.0       # AdamW's
-    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
-    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
-    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of a sample shown in samples.jsonl
-    held_out: float = 0.1           # the last share of the file, never trained on
-    seed: int = 0                   # data order, samples
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
-    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
-    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
-    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
-    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
-    log_every: int = 25             # steps between lines on the terminal
-    eval_every: int = 50            # steps between evaluations on the held-out rows
-    save_every: int = 100           # steps between checkpoints
-    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
-    out: str = ""                   # run folder; default runs/ift-<time>
-    resume: str = ""                # continue this run folder, bit for bit
-    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
 
 
 def ift_loss(logps, mask, *, decay, detach_weights=True):
@@ -123,17 +98,11 @@ def main(cfg):
     """Run it; returns the run folder."""
     run = Run("ift", cfg)
     cfg = run.cfg
-    policy, tokenizer = run.open_policy(cfg.policy)
-    run.same_input("data", cfg.demos)
-    demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
-    rows, held_out = split_scorable(encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
-
-    def batch_of(source, picked):
-        return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
-
+    policy, tokenizer = open_policy(run)
+    rows, held_out, batch_of = open_demos(run, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    run.track(policy=policy, optimizer=optimizer)
-    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy)
+    run.register(policy=policy, optimizer=optimizer)
+    first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), {"policy": policy})
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
@@ -143,28 +112,16 @@ def main(cfg):
         for micro in split_micro(picked, cfg.micro_batch):
             batch = batch_of(rows, micro)
             loss, micro_stats = step(policy, batch, cfg)
-            share = len(micro) / len(picked)  # the loss is a mean over rows: a micro-batch counts by its rows
+            share = len(micro) / len(picked)  # the loss is a mean over rows: a micro-batch is weighted by its number of rows
             (loss * share).backward()
             total += loss.item() * share
             stats.add({"nll": micro_stats.pop("nll")}, weight=int(batch.mask.sum()))  # a mean over tokens
             stats.add(micro_stats, weight=share)
         total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        if run.finite(k, policy, picked, total, grad_norm):
+        if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        if run.due(k):
-            if held_out:
-                metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)
-            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
-            run.snapshot(k, policy, tokenizer)
-        run.log(k, **metrics)
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg.batch_size))
     return run.close(policy, tokenizer)
-
-
-if __name__ == "__main__":
-    import sys
-
-    with exit_codes("minialign ift"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign ift", description=__doc__))

@@ -27,6 +27,7 @@ Checked  tests/methods/test_irft.py (worked numbers, gradients by enumeration, S
     python -m minialign irft --demos demos.jsonl --policy runs/sft/final
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -34,53 +35,30 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate
-from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr, split_micro
-from minialign.data import builtin_demos, demo_batch, encode_demos, read_demonstrations, split_scorable
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.look import first_look
+from minialign.engine.opening import check_context, open_demos, open_policy
+from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
-from minialign.logps import seq_logps
+from minialign.logps import Remembered, seq_logps
 from minialign.lora import frozen_copy
-from minialign.remember import remember_round
-from minialign.run import Run
 from minialign.sample import sample
+from minialign.settings import OnDemonstrations
 
 
 @dataclass
-class Config:
+class Config(OnDemonstrations):
     beta: float = 0.1               # β: reward for one nat of log-ratio; small β lets the policy go far from ref
-    rounds: int = 1                 # T: how often the sampling policy is renewed; 1 is SPIN, steps is "fresh samples at every step"
-    ref: str = "round"              # the reference: round (policy at the start of the round) or initial (never renewed)
+    rounds: int = 1                 # T: number of rounds; each samples from the policy it began with. 1 is SPIN; T = steps samples afresh
+    ref: str = "round"              # the reference: round (the policy at the start of the round) or initial (never renewed)
     h: str = "logistic"             # logistic, hinge or identity
-    precompute_ref: bool = False    # all of a round's answers and reference log-probs at its start: no second model is kept while training
-    policy: str = "builtin"         # start from: builtin, a folder, a hub name
-    demos: str = "builtin"          # demonstrations: builtin, or a JSONL/JSON(.gz) file
-    steps: int = 60                 # optimizer steps, about K = steps / rounds of them in a round
-    batch_size: int = 32            # rows per step
-    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
-    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
-    warmup: float = 0.1             # share of the steps over which the learning rate rises
-    weight_decay: float = 0.0       # AdamW's
-    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
-    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
-    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of an own answer
+    precompute_ref: bool = False    # compute a round's answers and reference log-probs when it begins, and keep no second model
     tau: float = 1.0                # sampling temperature
-    greedy: bool = False            # own answers by the likeliest token instead of sampling
-    held_out: float = 0.1           # the last share of the file, never trained on
-    seed: int = 0                   # data order, samples
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
-    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
-    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
-    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
-    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
-    log_every: int = 10             # steps between lines on the terminal
-    eval_every: int = 20            # steps between evaluations on the held-out rows
-    save_every: int = 50            # steps between checkpoints
-    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
-    out: str = ""                   # run folder; default runs/irft-<time>
-    resume: str = ""                # continue this run folder, bit for bit
-    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+    greedy: bool = False            # own answers take the most likely token instead of sampling
+    steps: int = 60                 # optimizer steps, about K = steps / rounds of them in a round
+    log_every: int = 10
+    eval_every: int = 20
+    save_every: int = 50
 
 
 def irft_loss(demo_logps, sample_logps, ref_demo_logps, ref_sample_logps, *, beta, h="logistic"):
@@ -125,17 +103,12 @@ def main(cfg):
     if cfg.ref not in ("round", "initial"):
         raise BadInput(f"--ref {cfg.ref}: must be round or initial")
     if cfg.precompute_ref and cfg.ref == "initial":
-        raise BadInput("--precompute_ref: --ref initial is asked about answers that are not drawn yet; drop one of the two")
+        raise BadInput("--precompute_ref: --ref initial is needed for answers that are sampled later; drop one of the two")
     if cfg.rounds > cfg.steps:
         raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
-    policy, tokenizer = run.open_policy(cfg.policy)
-    run.same_input("data", cfg.demos)
-    demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
-    rows, held_out = split_scorable(encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
-    run.check_context(policy, rows)
-
-    def batch_of(source, picked):
-        return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
+    policy, tokenizer = open_policy(run)
+    rows, held_out, batch_of = open_demos(run, tokenizer)
+    check_context(run, policy, rows)
 
     def answers_of(policy, k, picked):
         return rollout(policy, [rows[i][0] for i in picked], cfg, tokenizer.eos_id, derive_seed("irft", cfg.seed, k)).completions
@@ -143,9 +116,9 @@ def main(cfg):
     old = None if cfg.precompute_ref else frozen_copy(policy)  # π_t: the policy at the start of the round
     ref = old if cfg.ref == "round" else frozen_copy(policy)  # "round": the same object, renewed together with old
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    run.track(policy=policy, old=old, optimizer=optimizer)
-    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy, old=old,
-                   ref=None if ref is old else ref)
+    run.register(policy=policy, old=old, optimizer=optimizer)
+    first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)),
+               {"policy": policy, "old": old, "ref": None if ref is old else ref})
 
     for k in run.steps(cfg.steps):
         t, t_before = k * cfg.rounds // cfg.steps, (k - 1) * cfg.rounds // cfg.steps
@@ -163,29 +136,45 @@ def main(cfg):
             demo_rows = batch_of(rows, [picked[i] for i in micro])
             own = collate([rows[picked[i]][0] for i in micro], [completions[i] for i in micro], pad_id=tokenizer.pad_id)
             loss, micro_stats = step(policy, ref, demo_rows, own.to(run.device), cfg)
-            share = len(micro) / len(picked)  # the loss is a mean over rows: a micro-batch counts by its rows
+            share = len(micro) / len(picked)  # the loss is a mean over rows: a micro-batch is weighted by its number of rows
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=share)
         total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        if run.finite(k, policy, picked, total, grad_norm):
+        if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "round": t, **stats.result()}
         metrics["completions/mean_length"] = sum(map(len, completions)) / len(completions)
         metrics["completions/finished"] = sum(ids[-1] == tokenizer.eos_id for ids in completions) / len(completions)
-        if run.due(k):
-            if held_out:
-                metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)
-            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
-            run.snapshot(k, policy, tokenizer)
-        run.log(k, **metrics)
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg.batch_size))
     return run.close(policy, tokenizer)
 
 
-if __name__ == "__main__":
-    import sys
+def remember_round(run, policy, rows, batch_of, tokenizer, t, answers_of):
+    """With --precompute_ref, when round t begins and the policy is π_t: ({step: its own answers}, a Remembered reference of the round).
 
-    with exit_codes("minialign irft"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign irft", description=__doc__))
+    answers_of(policy, step, picked) -> completions of the prompts of rows[picked]; batch_of(rows, picked) -> Batch of demonstrations.
+    """
+    cfg = run.cfg
+    steps = [k for k in range(cfg.steps) if k * cfg.rounds // cfg.steps == t]
+    picked = {k: batch_rows(len(rows), cfg.batch_size, k, cfg.seed) for k in steps}
+
+    def sides(k, completions):
+        own = collate([rows[i][0] for i in picked[k]], completions, pad_id=tokenizer.pad_id)
+        return batch_of(rows, picked[k]), own.to(run.device)
+
+    def compute():
+        print(f"round {t}: its own answers and the reference's log-probs, {len(steps):,} steps of {cfg.batch_size} rows", flush=True)
+        made = {"answers": [answers_of(policy, k, picked[k]) for k in steps]}
+        pairs = (sides(k, completions) for k, completions in zip(steps, made["answers"], strict=True))
+        logps_of = functools.partial(seq_logps, policy)
+        made["logps"] = [[in_micro(logps_of, side, cfg.micro_batch).tolist() for side in pair] for pair in pairs]
+        return made
+
+    made, ref = run.compute_or_read(f"rounds/{t:06d}.json", steps[0], compute), Remembered()
+    for k, completions, both in zip(steps, made["answers"], made["logps"], strict=True):
+        for side, logps in zip(sides(k, completions), both, strict=True):
+            ref.learn(side, torch.tensor(logps, dtype=torch.promote_types(run.dtype, torch.float32)))
+    return dict(zip(steps, made["answers"], strict=True)), ref

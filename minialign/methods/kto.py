@@ -26,46 +26,26 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.common import BadInput, Mean, batch_rows, cli, exit_codes, in_micro, lr_at, set_lr, split_micro
-from minialign.data import builtin_feedback, demo_batch, encode_feedback, read_feedback, split_scorable
+from minialign.data import encode_feedback, read_feedback, split_scorable
+from minialign.engine.common import BadInput, Mean, batch_rows, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.look import first_look
+from minialign.engine.opening import batches_of, open_policy
+from minialign.engine.run import Run
 from minialign.logps import seq_logps
 from minialign.lora import frozen_copy
-from minialign.run import Run
+from minialign.settings import Training
+from minialign.task import builtin_feedback
 
 
 @dataclass
-class Config:
+class Config(Training):
     beta: float = 0.1               # β: how fast gains and losses saturate; small β lets the policy go far
-    desirable_weight: float = 1.0   # λ_D
-    undesirable_weight: float = 1.0  # λ_U
-    policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
-    feedback: str = "builtin"       # prompt + completion + label, or preferences: builtin, or a JSONL/JSON(.gz) file
-    steps: int = 100                # optimizer steps
+    desirable_weight: float = 1.0   # λ_D: weight of the desirable answers
+    undesirable_weight: float = 1.0  # λ_U: weight of the undesirable answers
+    feedback: str = "builtin"       # rows of prompt + completion + label, or preferences: builtin, or a JSONL/JSON(.gz) file
     batch_size: int = 64            # answers per step, at least 2
-    micro_batch: int = 0            # answers per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
-    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
-    warmup: float = 0.1             # share of the steps over which the learning rate rises
-    weight_decay: float = 0.0       # AdamW's
-    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
-    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
-    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of the answers in samples.jsonl
-    held_out: float = 0.1           # the last share of the file, never trained on
-    seed: int = 0                   # data order
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
-    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
-    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
-    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
-    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
-    log_every: int = 25             # steps between lines on the terminal
-    eval_every: int = 50            # steps between evaluations on the held-out rows
-    save_every: int = 100           # steps between checkpoints
-    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
-    out: str = ""                   # run folder; default runs/kto-<time>
-    resume: str = ""                # continue this run folder, bit for bit
-    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+    max_len: int = 256              # longest row in tokens, prompt and completion together; a longer one loses its end
+    max_new: int = 64               # longest answer in samples.jsonl, in tokens
 
 
 def kto_loss(logps, ref_logps, desirable, kl, *, beta, desirable_weight=1.0, undesirable_weight=1.0):
@@ -117,54 +97,48 @@ def main(cfg):
     cfg = run.cfg
     if cfg.batch_size < 2:
         raise BadInput("--batch_size 1: the reference point needs an answer to another prompt; at least 2")
-    policy, tokenizer = run.open_policy(cfg.policy)
+    policy, tokenizer = open_policy(run)
     run.same_input("data", cfg.feedback)
     feedback = builtin_feedback() if cfg.feedback == "builtin" else read_feedback(cfg.feedback, skip_bad=cfg.skip_bad)
     rows, held_out = split_scorable(encode_feedback(tokenizer, feedback, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+    batch_of = batches_of(run, tokenizer)
 
     n_desirable = sum(desirable for *_, desirable in rows)
     good, bad = cfg.desirable_weight * n_desirable, cfg.undesirable_weight * (len(rows) - n_desirable)
     shown = f"λ_D·n_D / (λ_U·n_U) = {good / bad:.2f}" if bad else "none undesirable"
     print(f"{n_desirable:,} of {len(rows):,} answers are desirable; {shown} (the paper advises 1 to 4/3)")
 
-    def batch_of(source, picked):
-        return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
-
     def labels_of(source, picked):
         return torch.tensor([source[i][2] for i in picked], device=run.device)
 
     ref = frozen_copy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    run.track(policy=policy, optimizer=optimizer)
+    run.register(policy=policy, optimizer=optimizer)
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))
-    run.first_look(tokenizer, [row[:2] for row in rows], first, policy=policy, ref=ref)
+    first_look(run, tokenizer, [row[:2] for row in rows], first, {"policy": policy, "ref": ref})
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
-        kl = reference_point(policy, ref, [rows[i] for i in picked], batch_of, cfg.micro_batch)  # once a step: one for all rows
+        kl = reference_point(policy, ref, [rows[i] for i in picked], batch_of, cfg.micro_batch)  # one z₀ for all rows of the step
         total, stats = 0.0, Mean()
         for micro in split_micro(picked, cfg.micro_batch):
             desirable = labels_of(rows, micro)
             loss, micro_stats = step(policy, ref, batch_of(rows, micro), desirable, kl, cfg)
-            share = len(micro) / len(picked)  # the loss is a mean over answers: a micro-batch counts by its answers
+            share = len(micro) / len(picked)  # the loss is a mean over answers: a micro-batch is weighted by its number of answers
             (loss * share).backward()
             total += loss.item() * share
             for kind, weight in (("chosen", int(desirable.sum())), ("rejected", int((~desirable).sum())), ("accuracies", len(micro))):
                 stats.add({name: value for name, value in micro_stats.items() if name.endswith(kind)}, weight=weight)
         total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        if run.finite(k, policy, picked, total, grad_norm):
+        if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "z0": kl, **stats.result()}
-        if run.due(k):
-            if held_out:
-                metrics |= held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg)
-            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
-            run.snapshot(k, policy, tokenizer)
-        run.log(k, **metrics)
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
+                        lambda: held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg) if held_out else {})
     return run.close(policy, tokenizer)
 
 
@@ -178,11 +152,3 @@ def held_out_feedback(policy, ref, rows, batch_of, labels_of, cfg):
         loss, stats = step(policy, ref, batch_of(rows, picked), labels_of(rows, picked), kl, cfg)
         mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=len(picked))
     return mean.result()
-
-
-if __name__ == "__main__":
-    import sys
-
-    with exit_codes("minialign kto"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign kto", description=__doc__))
-

@@ -30,65 +30,38 @@ Checked  tests/methods/test_ppo.py (GAE by hand, with any and with exact values,
     python -m minialign ppo --reward rewards.py:politeness                   # any function (prompts, completions) -> numbers
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import masked_mean, whiten
-from minialign.common import Mean, batch_rows, cli, derive_seed, exit_codes, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.common import Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.look import first_rollout
+from minialign.engine.opening import open_policy, open_prompts, open_rewards, open_value_model
+from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.kl import k1
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy
 from minialign.rewards import rollout_stats
-from minialign.run import Run
-from minialign.sample import sample
+from minialign.sample import rollout
+from minialign.settings import OnPrompts
 
 
 @dataclass
-class Config:
+class Config(OnPrompts):
     beta: float = 0.05              # β: the pull to ref; 0 lets the policy go anywhere
-    gamma: float = 1.0              # γ: discount of a token; below 1 the law is another one
-    lam: float = 0.95               # λ: 1 trusts the rewards that came, 0 the value of the next prefix
-    eps: float = 0.2                # ε: how far the ratio of a token may carry an update
-    eps_value: float = 0.2          # ε_V: how far a value may move on one rollout
-    whiten: bool = True             # bring the advantages of a rollout to mean 0 and variance 1
+    gamma: float = 1.0              # γ: discount per token; below 1 the fixed point is another one
+    lam: float = 0.95               # λ: 1 uses the rewards that came, 0 the critic's value of the next prefix
+    eps: float = 0.2                # ε: how far the ratio of a token may move in the updates on one rollout
+    eps_value: float = 0.2          # ε_V: how far a value may move in the updates on one rollout
+    whiten: bool = True             # shift and scale the advantages of a rollout to mean 0 and variance 1
     epochs: int = 4                 # updates on the same completions
-    value: str = "policy"           # the value model's trunk: policy, or a reward model's folder or hub name
-    value_lr: float = 1e-3          # its peak learning rate
-    policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
-    prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
-    reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
-    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
-    reward_limit: float = 60.0      # seconds that the reward may take for one batch
-    missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
+    value: str = "policy"           # the critic's trunk: policy, or a reward model's folder or hub name
+    value_lr: float = 1e-3          # the critic's peak learning rate
     steps: int = 60                 # rollouts, each with `epochs` updates
     batch_size: int = 64            # completions per step, one of each prompt
-    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-6)
-    schedule: str = "linear"        # cosine, linear or constant, after the warm-up
-    warmup: float = 0.0             # share of the steps over which the learning rate rises
-    weight_decay: float = 0.0       # AdamW's
-    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
-    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of a completion
-    tau: float = 1.0                # sampling temperature, and that of every log-prob here
-    held_out: float = 0.25          # the last share of the prompts, never trained on
-    seed: int = 0                   # prompt order, samples
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
-    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
-    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
-    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
-    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
-    log_every: int = 10             # steps between lines on the terminal
-    eval_every: int = 25            # steps between evaluations on the held-out prompts
-    save_every: int = 50            # steps between checkpoints
-    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
-    out: str = ""                   # run folder; default runs/ppo-<time>
-    resume: str = ""                # continue this run folder, bit for bit
-    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
 
 
 def policy_loss(logps, old_logps, advantages, mask, *, eps):
@@ -119,12 +92,12 @@ def value_loss(values, old_values, returns, mask, *, eps):
     return loss, {"value_clip_ratio": clip_share.detach(), "loss/value": loss.detach()}
 
 
-def shape_rewards(scores, logps, ref_logps, mask, *, beta):
-    """r_t = −β·k1_t, and the score at the last real token: scores (B,), log-probs and mask (B, T) -> (B, T), detached."""
+def shape_rewards(rewards, logps, ref_logps, mask, *, beta):
+    """r_t = −β·k1_t, and the reward of the completion at its last token: rewards (B,), log-probs and mask (B, T) -> (B, T), detached."""
     token_rewards = -beta * torch.where(mask, k1(logps, ref_logps), 0)
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     last = torch.where(mask, places, 0).argmax(1)  # (B,) from the mask: padding may look like anything
-    return token_rewards.scatter_add(1, last[:, None], scores.to(token_rewards)[:, None]).detach()
+    return token_rewards.scatter_add(1, last[:, None], rewards.to(token_rewards)[:, None]).detach()
 
 
 def gae(token_rewards, values, mask, *, gamma, lam):
@@ -152,15 +125,22 @@ def explained_variance(values, returns, mask):
     return 1 - masked_mean((returns - values) ** 2, mask) / spread if spread > 1e-8 else None
 
 
-def rollout(policy, value_model, ref, prompts_ids, cfg, eos_id, seed):
-    """One completion of each prompt, what ref thinks of its tokens and what each prefix is worth: Rollout, ref_logps, values (B, T)."""
-    answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=eos_id, seed=seed)
-    ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # constants of the objective,
-    values = in_micro(lambda micro: value_model(micro.inputs), answers, cfg.micro_batch)  # like these
-    return answers, ref_logps, values
+def rollout_with_values(policy, value_model, ref, prompts_ids, cfg, eos_id, seed):
+    """A Rollout of one completion of each prompt, with ref's log-probs and the critic's value of each prefix, (B, T). All are constants."""
+    answers = rollout(policy, ref, prompts_ids, cfg, eos_id=eos_id, seed=seed)
+    answers.values = in_micro(lambda micro: value_model(micro.inputs), answers, cfg.micro_batch)
+    return answers
 
 
-def step(policy, value_model, answers, old_values, advantages, returns, cfg, *, on_policy):
+def credit(answers, rewards, *, beta, gamma, lam, whitened):
+    """Fill in a rollout's advantages and returns, (B, T), from the rewards of its completions, (B,)."""
+    token_rewards = shape_rewards(rewards, answers.old_logps, answers.ref_logps, answers.mask, beta=beta)
+    answers.advantages, answers.returns = gae(token_rewards, answers.values, answers.mask, gamma=gamma, lam=lam)
+    if whitened:
+        answers.advantages = whiten(answers.advantages, answers.mask)
+
+
+def step(policy, value_model, answers, cfg, *, on_policy):
     """One batch of completions to the two losses: the only place where the models meet the equations.
 
     on_policy: nothing was updated since sampling, so the old log-probs are the very numbers of this forward pass: the ratio is exactly 1.
@@ -168,9 +148,10 @@ def step(policy, value_model, answers, old_values, advantages, returns, cfg, *, 
     logps, entropy = token_logps(policy, answers, tau=cfg.tau, entropy=True)  # (B, T)
     if on_policy:
         answers.old_logps.copy_(logps.detach())
-    loss, stats = policy_loss(logps, answers.old_logps, advantages, answers.mask, eps=cfg.eps)
-    assert not (on_policy and stats["approx_kl"] > 0), stats  # (a NaN passes: the guard of the step names its rows)
-    critic_loss, critic_stats = value_loss(value_model(answers.inputs), old_values, returns, answers.mask, eps=cfg.eps_value)
+    loss, stats = policy_loss(logps, answers.old_logps, answers.advantages, answers.mask, eps=cfg.eps)
+    assert not (on_policy and stats["approx_kl"] > 0), stats  # (a NaN passes: run.may_update reports its rows)
+    values = value_model(answers.inputs)  # (B, T)
+    critic_loss, critic_stats = value_loss(values, answers.values, answers.returns, answers.mask, eps=cfg.eps_value)
     return loss, critic_loss, {**stats, **critic_stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 
@@ -178,32 +159,29 @@ def main(cfg):
     """Run it; returns the run folder."""
     run = Run("ppo", cfg)
     cfg = run.cfg
-    reward_fn = run.open_reward()
-    policy, tokenizer = run.open_policy(cfg.policy)
-    rows, held_out = run.open_prompts(policy, tokenizer)
-
+    reward_fn = open_rewards(run)
+    policy, tokenizer = open_policy(run)
+    rows, held_out = open_prompts(run, policy, tokenizer)
     ref = frozen_copy(policy)
-    value_model = run.open_value_model(cfg.value, policy, tokenizer)
+    value_model = open_value_model(run, policy, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     value_optimizer = torch.optim.AdamW(
         value_model.parameters(), lr=cfg.value_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
     )
-    run.track(policy=policy, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer)
-    run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=ref, value_model=value_model)
+    run.register(policy=policy, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer)
+    first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": ref, "value_model": value_model})
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
         seed = derive_seed("ppo", cfg.seed, k)
-        answers, ref_logps, values = rollout(policy, value_model, ref, prompts_ids, cfg, tokenizer.eos_id, seed)
-        scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
-        if scores is None:
+        answers = rollout_with_values(policy, value_model, ref, prompts_ids, cfg, tokenizer.eos_id, seed)
+        rewards = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        if rewards is None:
             continue
-        scores = scores - cfg.missing_eos * ~answers.finished
-        metrics = rollout_stats(scores, answers, ref_logps)
-        token_rewards = shape_rewards(scores, answers.old_logps, ref_logps, answers.mask, beta=cfg.beta)
-        advantages, returns = gae(token_rewards, values, answers.mask, gamma=cfg.gamma, lam=cfg.lam)  # (B, T)
-        advantages = whiten(advantages, answers.mask) if cfg.whiten else advantages
+        rewards = rewards - cfg.missing_eos * ~answers.finished
+        metrics = rollout_stats(rewards, answers)
+        credit(answers, rewards, beta=cfg.beta, gamma=cfg.gamma, lam=cfg.lam, whitened=cfg.whiten)
 
         for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
             set_lr(opt, lr_at(k, lr=lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
@@ -212,9 +190,9 @@ def main(cfg):
             optimizer.zero_grad()
             value_optimizer.zero_grad()
             epoch_total = critic_total = 0.0
-            for micro, *parts in zip(*[split_micro(x, cfg.micro_batch) for x in (answers, values, advantages, returns)], strict=True):
-                loss, critic_loss, micro_stats = step(policy, value_model, micro, *parts, cfg, on_policy=epoch == 0)
-                share = int(micro.mask.sum()) / int(answers.mask.sum())  # the losses are means over tokens: it counts by its tokens
+            for micro in split_micro(answers, cfg.micro_batch):
+                loss, critic_loss, micro_stats = step(policy, value_model, micro, cfg, on_policy=epoch == 0)
+                share = int(micro.mask.sum()) / int(answers.mask.sum())  # both losses are means over tokens
                 ((loss + critic_loss) * share).backward()
                 epoch_total, critic_total = epoch_total + loss.item() * share, critic_total + critic_loss.item() * share
                 stats.add(micro_stats, weight=share)
@@ -222,24 +200,14 @@ def main(cfg):
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             value_grad_norm = clip_grad_norm_(value_model.parameters(), cfg.max_grad_norm)
             total += epoch_total / cfg.epochs
-            worse = policy if not grad_norm.isfinite() else value_model  # whom to name
-            if not run.finite(k, worse, picked, epoch_total + critic_total, grad_norm + value_grad_norm):
-                break  # the rest of this rollout would fail in the same way
+            suspect = policy if not grad_norm.isfinite() else value_model  # the model to report
+            if not run.may_update(k, suspect, picked, epoch_total + critic_total, grad_norm + value_grad_norm):
+                break  # the other epochs of this rollout would fail in the same way
             optimizer.step()
             value_optimizer.step()
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "value_grad_norm": value_grad_norm, "lr": optimizer.param_groups[0]["lr"]}
-        metrics |= {"explained_variance": explained_variance(values, returns, answers.mask), **stats.result()}
-        if run.due(k):
-            metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
-            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
-            run.snapshot(k, policy, tokenizer)
-        run.log(k, **metrics)
+        metrics |= {"explained_variance": explained_variance(answers.values, answers.returns, answers.mask), **stats.result()}
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
+                        lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
     return run.close(policy, tokenizer)
-
-
-if __name__ == "__main__":
-    import sys
-
-    with exit_codes("minialign ppo"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign ppo", description=__doc__))

@@ -22,59 +22,32 @@ Checked  tests/methods/test_rebel.py (the exact step has loss 0, hand numbers, b
     python -m minialign rebel --reward rewards.py:politeness                 # any function (prompts, completions) -> numbers
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import masked_mean
-from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
+from minialign.engine.look import first_rollout
+from minialign.engine.opening import open_policy, open_prompts, open_rewards
+from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
-from minialign.kl import k1
+from minialign.kl import kl_rewards
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy
 from minialign.rewards import rollout_stats
-from minialign.run import Run
-from minialign.sample import sample
+from minialign.sample import rollout
+from minialign.settings import OnPrompts
 
 
 @dataclass
-class Config:
+class Config(OnPrompts):
     beta: float = 0.05              # β: the pull to ref; 0 lets the policy go anywhere
     eta: float = 1.0                # η: how far one rollout moves the policy, in nats per unit of reward
     epochs: int = 4                 # updates on the same completions
-    policy: str = "builtin"         # start from, and the reference: builtin, a folder, a hub name
-    prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
-    reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
-    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
-    reward_limit: float = 60.0      # seconds that the reward may take for one batch
-    missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
     steps: int = 60                 # rollouts, each with `epochs` updates
     batch_size: int = 64            # completions per step, two of each prompt
-    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-6)
-    schedule: str = "linear"        # cosine, linear or constant, after the warm-up
-    warmup: float = 0.0             # share of the steps over which the learning rate rises
-    weight_decay: float = 0.0       # AdamW's
-    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
-    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of a completion
-    tau: float = 1.0                # sampling temperature, and that of every log-prob here
-    held_out: float = 0.25          # the last share of the prompts, never trained on
-    seed: int = 0                   # prompt order, samples
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
-    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
-    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
-    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
-    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
-    log_every: int = 10             # steps between lines on the terminal
-    eval_every: int = 25            # steps between evaluations on the held-out prompts
-    save_every: int = 50            # steps between checkpoints
-    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
-    out: str = ""                   # run folder; default runs/rebel-<time>
-    resume: str = ""                # continue this run folder, bit for bit
-    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
 
 
 def rebel_loss(logratio, other_logratio, rewards, other_rewards, *, eta):
@@ -85,19 +58,7 @@ def rebel_loss(logratio, other_logratio, rewards, other_rewards, *, eta):
     return loss.mean(), {"target": (target**2).mean()}  # what the loss is where nothing has moved
 
 
-def kl_rewards(scores, logps, ref_logps, *, beta):
-    """R = r − β·Σ_t k1_t, detached: scores (B,), log-probs (B, T) that are 0 where nothing is scored -> (B,)."""
-    return (scores - beta * k1(logps, ref_logps).sum(1)).detach()
-
-
-def rollout(policy, ref, prompts_ids, cfg, eos_id, seed):
-    """Two completions of each prompt by the current policy, and what ref thinks of their tokens: Rollout, ref_logps (B, T)."""
-    answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=2, eos_id=eos_id, seed=seed)
-    ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # constants of the objective
-    return answers, ref_logps
-
-
-def step(policy, answers, rewards, cfg, *, on_policy):
+def step(policy, answers, cfg, *, on_policy):
     """One batch of pairs, the two of a prompt adjacent, to one loss: the only place where the policy meets the equation.
 
     on_policy: nothing was updated since sampling, so π_t's log-probs are the very numbers of this forward pass: every log-ratio is 0.
@@ -107,7 +68,7 @@ def step(policy, answers, rewards, cfg, *, on_policy):
         answers.old_logps.copy_(logps.detach())
     logratio = (logps - answers.old_logps).sum(1)  # (B,) both are 0 where nothing is scored
     assert not (on_policy and logratio.abs().max() > 0), logratio  # (a NaN passes: the guard of the step names its rows)
-    loss, stats = rebel_loss(logratio[0::2], logratio[1::2], rewards[0::2], rewards[1::2], eta=cfg.eta)
+    loss, stats = rebel_loss(logratio[0::2], logratio[1::2], answers.rewards[0::2], answers.rewards[1::2], eta=cfg.eta)
     return loss, {**stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 
@@ -116,36 +77,35 @@ def main(cfg):
     run = Run("rebel", cfg)
     cfg = run.cfg
     if cfg.batch_size % 2:
-        raise BadInput(f"--batch_size {cfg.batch_size}: must be even, completions come in pairs")
-    reward_fn = run.open_reward()
-    policy, tokenizer = run.open_policy(cfg.policy)
-    rows, held_out = run.open_prompts(policy, tokenizer)
-
+        raise BadInput(f"--batch_size {cfg.batch_size}: must be even, because completions come in pairs")
+    reward_fn = open_rewards(run)
+    policy, tokenizer = open_policy(run)
+    rows, held_out = open_prompts(run, policy, tokenizer)
     ref = frozen_copy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    run.track(policy=policy, optimizer=optimizer)
-    run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=ref)
+    run.register(policy=policy, optimizer=optimizer)
+    first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": ref})
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size // 2, k, cfg.seed)
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
-        answers, ref_logps = rollout(policy, ref, prompts_ids, cfg, tokenizer.eos_id, derive_seed("rebel", cfg.seed, k))
+        answers = rollout(policy, ref, prompts_ids, cfg, n=2, eos_id=tokenizer.eos_id, seed=derive_seed("rebel", cfg.seed, k))
         asked = [prompt for prompt in prompts for _ in range(2)]
-        scores = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
-        if scores is None:
+        rewards = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        if rewards is None:
             continue
-        scores = scores - cfg.missing_eos * ~answers.finished
-        metrics = rollout_stats(scores, answers, ref_logps, group_size=2)
-        rewards = kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)
+        rewards = rewards - cfg.missing_eos * ~answers.finished
+        metrics = rollout_stats(rewards, answers, group_size=2)
+        answers.rewards = kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
-        total, stats, size = 0.0, Mean(), (cfg.micro_batch + 1) // 2 * 2  # whole pairs
+        total, stats = 0.0, Mean()
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
             epoch_total = 0.0
-            for micro, micro_rewards in zip(split_micro(answers, size), split_micro(rewards, size), strict=True):
-                loss, micro_stats = step(policy, micro, micro_rewards, cfg, on_policy=epoch == 0)
-                share = len(micro) / len(answers)  # the loss is a mean over pairs: a micro-batch counts by its pairs
+            for micro in split_micro(answers, (cfg.micro_batch + 1) // 2 * 2):  # whole pairs
+                loss, micro_stats = step(policy, micro, cfg, on_policy=epoch == 0)
+                share = len(micro) / len(answers)  # the loss is a mean over pairs: a micro-batch is weighted by its number of pairs
                 (loss * share).backward()
                 epoch_total += loss.item() * share
                 stats.add({"entropy": micro_stats.pop("entropy")}, weight=int(micro.mask.sum()))  # a mean over tokens
@@ -153,23 +113,13 @@ def main(cfg):
             epoch_total = run.sum(epoch_total)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             total += epoch_total / cfg.epochs
-            if not run.finite(k, policy, picked, epoch_total, grad_norm):
-                break  # the rest of this rollout would fail in the same way
+            if not run.may_update(k, policy, picked, epoch_total, grad_norm):
+                break  # the other epochs of this rollout would fail in the same way
             optimizer.step()
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         if metrics["target"] > 1e-8:
             metrics["explained"] = 1 - total / metrics["target"]
-        if run.due(k):
-            metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
-            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
-            run.snapshot(k, policy, tokenizer)
-        run.log(k, **metrics)
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
+                        lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
     return run.close(policy, tokenizer)
-
-
-if __name__ == "__main__":
-    import sys
-
-    with exit_codes("minialign rebel"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign rebel", description=__doc__))

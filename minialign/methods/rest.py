@@ -34,53 +34,31 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate, masked_mean
-from minialign.common import BadInput, Mean, batch_rows, cli, derive_seed, exit_codes, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
+from minialign.engine.look import first_rollout
+from minialign.engine.opening import open_policy, open_prompts, open_rewards
+from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy
 from minialign.rewards import rollout_stats
-from minialign.run import Run
 from minialign.sample import sample
+from minialign.settings import OnPrompts
 
 
 @dataclass
-class Config:
-    grows: int = 1                  # Grow steps: how often a new data set is drawn, from the policy so far
+class Config(OnPrompts):
+    grows: int = 1                  # number of Grow steps; each samples a new data set from the policy so far
     grow_prompts: int = 64          # prompts of a data set
-    n: int = 8                      # completions of each of them
+    n: int = 8                      # completions of each prompt
     quantiles: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])  # thresholds of the Improve steps, as quantiles of the rewards
-    policy: str = "builtin"         # start from: builtin, a folder, a hub name
-    prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
-    reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
-    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model of averaged weights)
-    reward_limit: float = 60.0      # seconds that the reward may take for a whole data set
-    missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
     steps: int = 90                 # optimizer steps, divided evenly among all Improve steps of all Grow steps
     batch_size: int = 32            # completions per step, of those above the threshold
-    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
-    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
-    warmup: float = 0.1             # share of the steps over which the learning rate rises
-    weight_decay: float = 0.0       # AdamW's
-    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
-    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of a completion
+    reward_limit: float = 60.0      # seconds that the reward may take for a whole data set
     tau: float = 1.0                # sampling temperature
-    held_out: float = 0.25          # the last share of the prompts, never trained on
-    seed: int = 0                   # prompt order, samples
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
-    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
-    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
-    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
-    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
-    log_every: int = 10             # steps between lines on the terminal
-    eval_every: int = 25            # steps between evaluations on the held-out prompts
-    save_every: int = 50            # steps between checkpoints
-    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
-    out: str = ""                   # run folder; default runs/rest-<time>
-    resume: str = ""                # continue this run folder, bit for bit
-    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    schedule: str = "cosine"
+    warmup: float = 0.1
 
 
 def rest_loss(logps, mask):
@@ -118,14 +96,13 @@ def main(cfg):
     phases = cfg.grows * len(cfg.quantiles)
     if phases > cfg.steps:
         raise BadInput(f"--steps {cfg.steps}: {cfg.grows} Grow steps with {len(cfg.quantiles)} Improve steps each need at least {phases}")
-    reward_fn = run.open_reward()
-    policy, tokenizer = run.open_policy(cfg.policy)
-    rows, held_out = run.open_prompts(policy, tokenizer)
-
+    reward_fn = open_rewards(run)
+    policy, tokenizer = open_policy(run)
+    rows, held_out = open_prompts(run, policy, tokenizer)
     old = frozen_copy(policy)  # π_g: the policy at the start of the Grow step
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    run.track(policy=policy, old=old, optimizer=optimizer)
-    run.first_rollout(tokenizer, rows, reward_fn, policy=policy, ref=old)
+    run.register(policy=policy, old=old, optimizer=optimizer)
+    first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": old})
 
     data = None  # of this Grow step: prompts, completions, rewards
     for k in run.steps(cfg.steps):
@@ -139,14 +116,14 @@ def main(cfg):
             source = [j for j in batch_rows(len(rows), cfg.grow_prompts, g, cfg.seed) for _ in range(cfg.n)]  # the prompt of each
             prompts_ids, prompts = zip(*[rows[j] for j in source], strict=True)
             answers = rollout(old, prompts_ids[:: cfg.n], cfg, tokenizer.eos_id, derive_seed("rest", cfg.seed, g))
-            scores = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
-            if scores is None:
+            rewards = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+            if rewards is None:
                 continue
-            scores = scores - cfg.missing_eos * ~answers.finished
-            data = source, prompts_ids, answers, scores
-        source, prompts_ids, answers, scores = data
-        threshold = torch.quantile(scores, cfg.quantiles[i])
-        kept = keep(scores, threshold).nonzero().squeeze(1).tolist()
+            rewards = rewards - cfg.missing_eos * ~answers.finished
+            data = source, prompts_ids, answers, rewards
+        source, prompts_ids, answers, rewards = data
+        threshold = torch.quantile(rewards, cfg.quantiles[i])
+        kept = keep(rewards, threshold).nonzero().squeeze(1).tolist()
         picked = [kept[j] for j in batch_rows(len(kept), cfg.batch_size, k, cfg.seed)]
         batch = collate([prompts_ids[j] for j in picked], [answers.completions[j] for j in picked], pad_id=tokenizer.pad_id).to(run.device)
 
@@ -155,28 +132,18 @@ def main(cfg):
         total, stats = 0.0, Mean()
         for micro in split_micro(batch, cfg.micro_batch):
             loss, micro_stats = step(policy, micro, cfg)
-            share = len(micro) / len(batch)  # the loss is a mean over completions: a micro-batch counts by its completions
+            share = len(micro) / len(batch)  # the loss is a mean over completions: a micro-batch is weighted by its number of them
             (loss * share).backward()
             total += loss.item() * share
             stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
         total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        if run.finite(k, policy, [source[j] for j in picked], total, grad_norm):
+        if run.may_update(k, policy, [source[j] for j in picked], total, grad_norm):
             optimizer.step()
 
-        metrics = rollout_stats(scores, answers, group_size=cfg.n)
-        metrics |= {"reward/kept": scores[kept].mean(), "threshold": threshold, "kept": len(kept) / len(scores), "grow": g, "improve": i}
+        metrics = rollout_stats(rewards, answers, group_size=cfg.n)
+        metrics |= {"reward/kept": rewards[kept].mean(), "threshold": threshold, "kept": len(kept) / len(rewards), "grow": g, "improve": i}
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        if run.due(k):
-            metrics |= held_out_reward(policy, tokenizer, held_out, reward_fn, cfg)
-            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]], tau=cfg.tau)
-            run.snapshot(k, policy, tokenizer)
-        run.log(k, **metrics)
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
+                        lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
     return run.close(policy, tokenizer)
-
-
-if __name__ == "__main__":
-    import sys
-
-    with exit_codes("minialign rest"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign rest", description=__doc__))

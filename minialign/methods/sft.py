@@ -25,68 +25,29 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.common import batch_rows, cli, exit_codes, lr_at, set_lr, split_micro
-from minialign.data import (
-    builtin_demos,
-    builtin_texts,
-    builtin_tokenizer,
-    counts,
-    demo_batch,
-    encode_demos,
-    encode_texts,
-    plain_text,
-    read_demonstrations,
-    read_texts,
-    split_held_out,
-    split_scorable,
-)
+from minialign.data import counts, encode_demos, encode_texts, plain_text, read_demonstrations, read_texts, split_held_out, split_scorable
+from minialign.engine.common import batch_rows, lr_at, set_lr, split_micro
+from minialign.engine.look import first_look
+from minialign.engine.opening import batches_of, open_policy
+from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.logps import token_logps
 from minialign.model import GPT, GPTConfig
-from minialign.run import Run
+from minialign.settings import OnDemonstrations
+from minialign.task import builtin_demos, builtin_texts, builtin_tokenizer
 from minialign.tokenizer import load_tokenizer, train_bpe
 
 
 @dataclass
-class Config:
-    policy: str = "builtin"         # start from: builtin, a folder, a hub name, or new (random weights; with --text or --demos)
-    demos: str = "builtin"          # demonstrations: builtin, or a JSONL/JSON(.gz) file
+class Config(OnDemonstrations):
+    policy: str = "builtin"         # the model to start from: builtin, a folder, a hub name, or new (random weights)
     text: str = ""                  # train a base model on this text instead: builtin, a .txt, or a JSONL/JSON(.gz) file
     steps: int = 150                # optimizer steps
-    batch_size: int = 32            # rows per step
-    micro_batch: int = 0            # rows per forward pass; 0 = all of the step's at once (fewer saves memory, changes nothing)
     lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-5)
-    schedule: str = "cosine"        # cosine, linear or constant, after the warm-up
-    warmup: float = 0.1             # share of the steps over which the learning rate rises
-    weight_decay: float = 0.0       # AdamW's
-    max_grad_norm: float = 1.0      # gradients longer than this are shortened to it
-    max_len: int = 256              # most tokens of a row, prompt and completion; the end is cut off
-    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    max_new: int = 64               # most tokens of a sample shown in samples.jsonl
-    held_out: float = 0.1           # the last share of the file, never trained on
-    layers: int = 2                 # of a new policy
+    layers: int = 2                 # layers of a new policy
     width: int = 64                 # channels of a new policy
-    heads: int = 4                  # of a new policy
-    vocab: int = 2048               # ids of the byte-level BPE tokenizer trained for a new policy
-    seed: int = 0                   # data order, new weights, samples
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
-    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (all of them)
-    activation_checkpointing: bool = False  # make activations again in the backward pass: less memory, a third more time
-    lora: int = 0                   # rank of adapters that are trained in the place of the weights; 0 trains the weights
-    lora_alpha: float = 16.0        # their products count lora_alpha / lora times
-    log_every: int = 25             # steps between lines on the terminal
-    eval_every: int = 50            # steps between evaluations on the held-out rows
-    save_every: int = 100           # steps between checkpoints
-    snapshots: bool = False         # export the model at every evaluation too, to snapshots/<step>/
-    out: str = ""                   # run folder; default runs/sft-<time>
-    resume: str = ""                # continue this run folder, bit for bit
-    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
-
-
-def builtin_base_config(out):
-    """The run that makes the base model of the built-in task."""
-    return Config(policy="new", text="builtin", steps=500, lr=3e-3, max_len=96, out=out)
+    heads: int = 4                  # attention heads of a new policy
+    vocab: int = 2048               # size of the byte-level BPE vocabulary that is trained for a new policy
 
 
 def sft_loss(logps, mask, *, n_tokens=None):
@@ -114,13 +75,10 @@ def main(cfg):
     run = Run("sft", cfg)
     cfg = run.cfg
     policy, tokenizer, rows, held_out = open_policy_and_rows(run)
-
-    def batch_of(source, picked):
-        return demo_batch(source, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(run.device)
-
+    batch_of = batches_of(run, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    run.track(policy=policy, optimizer=optimizer)
-    run.first_look(tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), policy=policy)
+    run.register(policy=policy, optimizer=optimizer)
+    first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), {"policy": policy})
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
@@ -134,32 +92,27 @@ def main(cfg):
             total += loss.item()
         total = run.sum(total)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        if run.finite(k, policy, picked, total, grad_norm):
+        if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "tokens": n_tokens}
-        if run.due(k):
-            if held_out:
-                metrics["eval/nll"] = held_out_nll(policy, held_out, batch_of, cfg.batch_size)
-            run.log_samples(k, policy, tokenizer, [row[0] for row in (held_out or rows)[:4]])
-            run.snapshot(k, policy, tokenizer)
-        run.log(k, **metrics)
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg.batch_size))
     return run.close(policy, tokenizer)
 
 
 def open_policy_and_rows(run):
-    """(policy, tokenizer, training rows, held-out rows), encoded; for demonstrations or text, for a policy that exists or a new one."""
+    """(policy, tokenizer, rows to train on, held-out rows). For demonstrations or plain text, and for an existing policy or a new one."""
     cfg = run.cfg
     run.same_input("data", cfg.text or cfg.demos)
     if cfg.text:
         texts = builtin_texts() if cfg.text == "builtin" else read_texts(cfg.text, skip_bad=cfg.skip_bad)
-        train, held_out = split_held_out(texts, cfg.held_out) if len(texts) > 1 else (texts, [])  # by documents: none is on both sides
+        train, held_out = split_held_out(texts, cfg.held_out) if len(texts) > 1 else (texts, [])  # whole documents are held out
     else:
         demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
         train, _ = split_held_out(demos, cfg.held_out)
 
     if cfg.policy == "new":
-        if run.resuming and (run.folder / "tokenizer.json").is_file():  # the tokenizer is part of the run
+        if run.resuming and (run.folder / "tokenizer.json").is_file():  # the tokenizer was trained when the run began
             tokenizer = load_tokenizer(run.folder)
         else:
             own = [text if cfg.text else plain_text(text.prompt) + text.completion for text in train]
@@ -169,18 +122,11 @@ def open_policy_and_rows(run):
         size = dict(n_layer=cfg.layers, n_embd=cfg.width, n_head=cfg.heads, ffn_dim=2 * cfg.width, max_len=max(512, 2 * cfg.max_len))
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **size)).to(run.load_device, run.weights_dtype)
     else:
-        policy, tokenizer = run.open_policy(cfg.policy)
+        policy, tokenizer = open_policy(run)
 
     if not cfg.text:
         rows = encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt)
         return policy, tokenizer, *split_scorable(rows, cfg.held_out, cfg.max_len)
-    if len(texts) == 1:  # one long document can only be cut
+    if len(texts) == 1:  # a single document: its last rows are held out
         return policy, tokenizer, *split_held_out(encode_texts(tokenizer, texts, max_len=cfg.max_len), cfg.held_out)
     return policy, tokenizer, *(encode_texts(tokenizer, part, max_len=cfg.max_len) for part in (train, held_out))
-
-
-if __name__ == "__main__":
-    import sys
-
-    with exit_codes("minialign sft"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign sft", description=__doc__))

@@ -30,11 +30,12 @@ from pathlib import Path
 
 import torch
 
-from minialign import parallel
-from minialign.common import BadInput, check_config, cli, exit_codes, pick_dtype
+from minialign.engine import parallel
+from minialign.engine.common import BadInput, pick_dtype
 from minialign.kernels.linear_logprob import SLICE_BYTES
 from minialign.lora import inject
 from minialign.model import GPT, GPTConfig
+from minialign.settings import check_config, cli, exit_codes
 from minialign.tokenizer import train_bpe
 from minialign.weights import load_pretrained, save_pretrained
 
@@ -221,7 +222,7 @@ def small(config, vocab_size):
                                windows=tuple(w and 64 for w in config.windows[:2]))
 
 
-def prepare(recipe, cfg, folder):
+def write_smoke_inputs(recipe, cfg, folder):
     """Model and data on disk as the hub has them; returns the recipe's Config, pointed at them and made small."""
     row = DATA[recipe.data][1]
     rows = [json.loads(json.dumps(row).replace("tea", "tea, please, now"[: 3 + 4 * (i % 4)])) for i in range(12)]  # of several lengths

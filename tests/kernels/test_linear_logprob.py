@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minialign.kernels import linear_logprob
-from minialign.kernels.linear_logprob import LinearLogps, slices
+from minialign.kernels.linear_logprob import LinearLogps, vocabulary_slices
 from minialign.logps import linear_logps
 from tests.kernels.test_logprob import DEVICE, pytestmark  # noqa: F401  (on a GPU all of this file is marked gpu)
 from tests.test_logps import narrow, problem
@@ -23,7 +23,7 @@ from tests.test_logps import narrow, problem
 @pytest.mark.parametrize(("n", "v"), [(1, 11), (1, 50257), (100, 50304), (2048, 50304), (100_000, 32000), (0, 5)])
 def test_slices_are_a_partition_of_the_vocabulary(n, v):
     """In order, no gap, no overlap; all but the last equally wide, a multiple of 128; of n rows about SLICE_BYTES, or 256 wide."""
-    parts = slices(n, v, torch.device("cpu"))
+    parts = vocabulary_slices(n, v, torch.device("cpu"))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(v))
     widths = {part.stop - part.start for part in parts[:-1]}
     assert len(widths) <= 1 and all(width % 128 == 0 for width in widths)

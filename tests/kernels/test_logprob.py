@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 from minialign.kernels import logprob
 from minialign.kernels.linear_logprob import LinearLogps
-from minialign.kernels.logprob import Statistics, fold, to_gradient
+from minialign.kernels.logprob import Statistics, to_gradient, update_statistics
 from tests.test_logps import narrow, problem
 
 if not torch.cuda.is_available():
@@ -48,7 +48,7 @@ def exact(logits, targets, tau, g=None, e=None):
 def folded(logits, targets, tau, width, entropy=True):
     statistics = Statistics.empty(len(logits), torch.promote_types(logits.dtype, torch.float32), logits.device)
     for start in range(0, logits.shape[1], width):
-        fold(logits[:, start : start + width], targets - start, statistics, tau, entropy=entropy)  # slices: rows of a larger stride
+        update_statistics(logits[:, start : start + width], targets - start, statistics, tau, entropy=entropy)  # slices: rows of a larger stride
     return statistics
 
 

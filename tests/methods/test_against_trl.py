@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from minialign.batch import collate
-from minialign.data import builtin_feedback, builtin_tokenizer
 from minialign.methods.dpo import dpo_loss
 from minialign.methods.gpo import gpo_loss
 from minialign.methods.ipo import ipo_loss
@@ -24,6 +23,7 @@ from minialign.methods.kto import step as kto_step
 from minialign.methods.orpo import orpo_loss
 from minialign.methods.simpo import simpo_loss
 from minialign.methods.slic import slic_loss
+from minialign.task import builtin_feedback, builtin_tokenizer
 from minialign.weights import save_pretrained
 from tests.enumerable import tiny_gpt
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minialign.common import BadInput, read_rows
+from minialign.engine.common import BadInput, read_rows
 from minialign.methods import best_of_n
 from tests.enumerable import padded, random_rows
 from toy import closed_form

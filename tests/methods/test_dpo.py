@@ -9,10 +9,11 @@ import torch
 from torch.autograd import gradcheck
 
 from minialign.batch import Pairs, collate
-from minialign.common import BadInput, batch_rows, read_rows
-from minialign.data import builtin_pairs, builtin_tokenizer, encode_pairs, read_preferences
+from minialign.data import encode_pairs, read_preferences
+from minialign.engine.common import BadInput, batch_rows, read_rows
 from minialign.methods import dpo
 from minialign.methods.irft import irft_loss
+from minialign.task import builtin_pairs, builtin_tokenizer
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained, save_pretrained
 from tests.enumerable import EOS, LANGUAGE, expected, relative, tiny_gpt

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 
 from minialign.__main__ import main as front_door
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from minialign.methods import gpo
 from minialign.methods.dpo import dpo_loss
 from minialign.methods.ipo import ipo_loss

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck
 
 from minialign import kl
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from minialign.methods import grpo, rloo
 from tests.enumerable import BETA, CLIP, Enumerated, padded, random_rows, relative
 

@@ -65,7 +65,7 @@ def test_the_samplers_log_probs_are_those_of_training(dtype):
 @pytest.mark.parametrize("method", ["rloo", "grpo", "ppo", "rebel"])
 def test_later_epochs_compare_with_the_policy_that_sampled(small, method):
     """epochs = 3: the ratio (of REBEL: what is explained) leaves its start with the second update."""
-    from minialign.common import read_rows
+    from minialign.engine.common import read_rows
 
     stat = "explained" if method == "rebel" else "ratio"
     module, cfg = small(method, epochs=1, lr=3e-2)
@@ -79,7 +79,7 @@ def test_later_epochs_compare_with_the_policy_that_sampled(small, method):
 @pytest.mark.parametrize("method", ["reinforce", "rloo", "grpo", "ppo", "rebel"])
 def test_step_zero_of_a_run(small, method, capsys):
     """Before step 1 a run says that the ratio is 1 and the KL 0; its first row has a KL of 0 up to the sampler's rounding."""
-    from minialign.common import read_rows
+    from minialign.engine.common import read_rows
 
     module, cfg = small(method, dtype="float32", steps=1)
     row = read_rows(module.main(cfg) / "metrics.jsonl")[0]
@@ -93,8 +93,8 @@ def test_step_zero_of_a_run(small, method, capsys):
 @pytest.mark.parametrize("method", ["reinforce", "rloo", "grpo", "ppo", "rebel"])
 def test_a_mismatch_between_sampling_and_training_is_refused(small, method, monkeypatch):
     """A sampler at another temperature than the log-probs: the run stops before step 1 and says by how much."""
-    from minialign import run
-    from minialign.common import BadInput
+    from minialign.engine import run
+    from minialign.engine.common import BadInput
 
     monkeypatch.setattr(run, "sample", lambda *args, tau, **kwargs: sample(*args, tau=1.3, **kwargs))
     module, cfg = small(method)
@@ -104,7 +104,7 @@ def test_a_mismatch_between_sampling_and_training_is_refused(small, method, monk
 
 def test_siblings_have_one_config_but_for_their_own_knobs():
     """The same field means the same thing: every field shared by two online methods has one comment and type."""
-    from minialign.common import field_comments
+    from minialign.settings import field_comments
 
     seen = {}
     for module in (reinforce, rloo, grpo, ppo, rebel):

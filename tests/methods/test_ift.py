@@ -186,7 +186,7 @@ def test_the_law_by_hand_and_where_a_continuation_is_certain():
 
 
 def test_gamma_one_and_full_mix_are_allowed_and_more_is_not(small):
-    from minialign.common import BadInput
+    from minialign.engine.common import BadInput
 
     module, cfg = small("ift", decay=1.0, mix=1.0, steps=1)
     module.main(cfg)

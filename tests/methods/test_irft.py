@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck
 
 from minialign.batch import collate
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from minialign.logps import seq_logps
 from minialign.methods import irft
 from minialign.methods.irft import irft_loss

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import gradcheck
 
 from minialign.batch import collate
-from minialign.common import BadInput, Mean, read_rows
+from minialign.engine.common import BadInput, Mean, read_rows
 from minialign.methods import best_of_n, irl
 from minialign.methods.reward_model import bradley_terry_loss
 from minialign.methods.rft import reward_alignment_loss
@@ -271,7 +271,7 @@ def selected(m, rewards, **settings):
     """What select() trains on under hand-made rewards (3·4,): the total loss and gradient, the metrics, the twelve completions."""
     policy, anchor = tiny_gpt(seed=0), tiny_gpt(seed=1).requires_grad_(False)
     cfg = m.Config(**{**dict(n=4, beta=0.3, tau=0.8, max_new=4), **settings})
-    metrics, epochs, update = m.select(policy, anchor, PROMPTS, lambda answers: rewards, cfg, WORDS, 5)
+    metrics, epochs, update = m.select_best(policy, anchor, PROMPTS, lambda answers: rewards, cfg, WORDS, 5)
     assert epochs == 1
     stats, total = Mean(), 0.0
     for loss, share in update(0, stats):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from minialign.common import BadInput, batch_rows, read_rows
 from minialign.data import demo_batch, encode_feedback, read_feedback
+from minialign.engine.common import BadInput, batch_rows, read_rows
 from minialign.methods import kto
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained
@@ -327,7 +327,7 @@ def test_main_is_its_account(account):
 
 def test_a_file_of_thumbs_with_one_kind_only(account, tmp_path, capsys):
     """Nothing is disliked: the run says so, trains, and leaves out what it has no numbers for."""
-    path = tmp_path / "thumbs.jsonl"
+    path = tmp_path / "as_feedback.jsonl"
     rows = [{"prompt": f"ask for {thing}: ", "completion": f"{thing}, please.", "label": True} for thing in ("tea", "salt", "rope", "ink")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     logged, _, _ = account(feedback=str(path))

@@ -9,8 +9,8 @@ import copy
 import pytest
 import torch
 
-from minialign.common import batch_rows, derive_seed
 from minialign.data import encode_prompt, read_prompts
+from minialign.engine.common import batch_rows, derive_seed
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained

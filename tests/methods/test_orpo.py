@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from minialign.methods import orpo
 from tests.enumerable import EOS, tiny_gpt
 from tests.preferring import (

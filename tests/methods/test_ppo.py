@@ -191,7 +191,7 @@ def test_missing_eos_is_subtracted(small, monkeypatch):
 
 def test_value_model_from_a_reward_model(small, tmp_path):
     """--value FOLDER starts the critic at a reward model; a language model there is refused, in one sentence."""
-    from minialign.common import BadInput
+    from minialign.engine.common import BadInput
 
     module, cfg = small("reward_model", steps=2)
     reward_model = module.main(cfg) / "final"

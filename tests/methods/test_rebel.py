@@ -91,7 +91,7 @@ def test_repeated_exact_steps_tend_to_the_tilt(m):
 
 
 def test_refusals(small):
-    from minialign.common import BadInput
+    from minialign.engine.common import BadInput
 
     module, cfg = small("rebel", batch_size=7)
     with pytest.raises(BadInput, match="--batch_size 7: must be even"):

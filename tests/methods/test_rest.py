@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minialign.common import BadInput, read_rows
+from minialign.engine.common import BadInput, read_rows
 from minialign.methods import rest
 from tests.enumerable import padded, random_rows
 from toy import closed_form

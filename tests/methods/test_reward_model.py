@@ -3,10 +3,11 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from minialign.common import read_rows
-from minialign.data import builtin_pairs, encode_pairs, gold_reward, pair_batch
+from minialign.data import encode_pairs, pair_batch
+from minialign.engine.common import read_rows
 from minialign.methods.reward_model import bradley_terry_loss
 from minialign.rewards import score
+from minialign.task import builtin_pairs, gold_reward
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
 from minialign.batch import collate, whiten
-from minialign.common import BadInput, Mean, read_rows
 from minialign.data import encode_pairs, pair_batch, read_preferences
+from minialign.engine.common import BadInput, Mean, read_rows
 from minialign.methods import grpo, ppo, rebel, rft, rloo
 from minialign.rewards import open_reward, score
 from minialign.tokenizer import load_tokenizer
@@ -262,7 +262,7 @@ def test_ridge_rests_between_ref_and_the_expert(m, beta, c):
 
 
 def plan_of(m, **settings):
-    plan, counts = m.turns(m.Config(**settings))
+    plan, counts = m.plan_turns(m.Config(**settings))
     return "".join("pR"[of_reward] for _, of_reward, _ in plan), [t for t, *_ in plan], [i for *_, i in plan], counts
 
 
@@ -316,7 +316,7 @@ def aligned(m, name, micro_batch=0):
     """Weights of policy and critic after one rollout of align() followed by plain SGD, its losses, metrics and stats."""
     policy, critic, ref = models()
     cfg = m.Config(policy_step=name, beta=0.3, tau=0.8, max_new=5, group_size=4, micro_batch=micro_batch)
-    assert m.in_group(cfg) == GROUP[name]
+    assert m.completions_per_prompt(cfg) == GROUP[name]
     prompts = PROMPTS[: 8 // GROUP[name]]
     metrics, epochs, update = m.align(policy, critic, ref, prompts, pay, cfg, EOS, 7)
     stats, losses = Mean(), []

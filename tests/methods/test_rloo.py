@@ -85,7 +85,7 @@ def test_padding_and_order_do_not_matter(m):
 
 
 def test_a_group_of_one_is_refused(small):
-    from minialign.common import BadInput
+    from minialign.engine.common import BadInput
 
     module, cfg = small("rloo", group_size=1)
     with pytest.raises(BadInput, match="--group_size 1.*at least 2"):

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from minialign.batch import collate
-from minialign.common import BadInput, read_rows
+from minialign.engine.common import BadInput, read_rows
 from minialign.methods.sft import sft_loss, step
 from minialign.model import GPT, GPTConfig
 
@@ -89,8 +89,8 @@ def test_too_long_prompts_are_refused_at_second_0(small):
 
 def test_held_out_text_is_held_out_by_document(small, tmp_path, monkeypatch):
     """No document has windows on both sides; a single document is cut by windows."""
+    from minialign.engine.run import Run
     from minialign.methods import sft
-    from minialign.run import Run
 
     documents = [f"document {i} " * (1 + i % 5) for i in range(20)]
     path = tmp_path / "texts.jsonl"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from minialign.methods import simpo
 from minialign.methods.dpo import dpo_loss
 from tests.enumerable import EOS, tiny_gpt

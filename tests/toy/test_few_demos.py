@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from toy import closed_form, few_demos
 from toy.tiny_language import Language, tiny_gpt
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from minialign.evaluate import verdict
 from toy import frozen_lake
 from toy.frozen_lake import EIGHT, FOUR, TWO_WAYS, Config, Lake

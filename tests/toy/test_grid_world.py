@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from toy import grid_world as m
 
 NINE, HALF = Fraction(9, 10), Fraction(1, 2)

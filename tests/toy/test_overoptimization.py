@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from toy import closed_form, overoptimization, tiny_language
 from toy.overoptimization import GOLD, METHODS, PROXY, Config, D, Setting
 from toy.report import Report

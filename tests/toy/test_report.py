@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from toy.report import Report
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from toy import __main__ as scoreboard
 from toy import plot, tiny_language
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch.nn.functional as F
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from toy import three_actions
 
 

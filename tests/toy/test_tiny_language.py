@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from minialign.sample import sample
 from tests.enumerable import LANGUAGE, tiny_gpt
 from toy import closed_form

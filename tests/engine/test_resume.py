@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from minialign import run
-from minialign.common import BadInput
+from minialign.engine import run
+from minialign.engine.common import BadInput
 from minialign.methods import rloo
 from tests.conftest import EACH_LOOP, LEARNING, LOOPS, METHODS
 from tests.killing import result_of

@@ -28,8 +28,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minialign import parallel
-from minialign.common import BadInput, write_atomic
+from minialign.engine import parallel
+from minialign.engine.common import BadInput, write_atomic
 
 RETRY_SECONDS = (1, 4, 16)  # a network disk that stumbles must not end a run of days
 
@@ -66,7 +66,7 @@ def parameters_of(modules):
     """{'policy.blocks.0…': parameter} of {name: module}; one that several hold (a tied head, what adapters leave frozen) appears once."""
     found = {}
     for name, module in modules.items():
-        for key, parameter in parallel.slices(module).named_parameters():
+        for key, parameter in parallel.resharded(module).named_parameters():
             found.setdefault(id(parameter), (f"{name}.{key}", parameter))
     return dict(found.values())
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minialign import run
 from minialign.batch import collate
-from minialign.common import BadInput, read_rows
-from minialign.data import builtin_tokenizer
+from minialign.engine import run
+from minialign.engine.common import BadInput, read_rows
 from minialign.methods import rloo
+from minialign.task import builtin_tokenizer
 from tests.conftest import EACH_LOOP, LEARNING, METHODS
 
 

@@ -26,11 +26,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minialign import __version__
-from minialign.bench import own_sources
-from minialign.common import BadInput, cli, exit_codes, pick_device, write_atomic
+from minialign.bench.cpu import own_sources
+from minialign.engine.common import BadInput, commit, describe_device, pick_device, write_atomic
 from minialign.model import GPT
 from minialign.recipes import CARDS, MODELS, Recipe, plan
-from minialign.run import commit, describe_device
+from minialign.settings import cli, exit_codes
 from minialign.weights import save_pretrained
 
 LENGTH = 512  # tokens of a prompt; a completion has as many
@@ -95,7 +95,7 @@ def receipt(model, config, method, cfg, folder):
             "planned GiB": planned["GiB"], "tokens/s": tokens / seconds, "card planned for": card}
 
 
-def prepare(config, dtype, device, folder):
+def write_receipt_inputs(config, dtype, device, folder):
     """policy/, demos.jsonl and pairs.jsonl in a folder."""
     tokenizer, pieces = own_sources(LENGTH, LENGTH)
     with torch.device(device):
@@ -120,7 +120,7 @@ def main(cfg, configs=MODELS):
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     for model in cfg.models:
         with tempfile.TemporaryDirectory() as folder:
-            prepare(configs[model], dtype, device, Path(folder))
+            write_receipt_inputs(configs[model], dtype, device, Path(folder))
             for method in cfg.methods:
                 with open(os.devnull, "w", encoding="utf-8") as quiet, mock.patch("sys.stdout", quiet):
                     row = receipt(model, configs[model], method, cfg, Path(folder))

@@ -36,12 +36,12 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minialign import __version__
-from minialign.common import BadInput, cli, exit_codes, write_atomic
+from minialign.engine.common import BadInput, commit, describe_device, write_atomic
 from minialign.kernels.linear_logprob import logits_of
 from minialign.logps import linear_logps
 from minialign.model import GPT, GPTConfig, KVCache
-from minialign.run import commit, describe_device
 from minialign.sample import sample, stepper
+from minialign.settings import cli, exit_codes
 from minialign.tokenizer import train_bpe
 from minialign.weights import save_pretrained
 
@@ -83,7 +83,7 @@ def log_prob_bodies(entropy):
     return bodies
 
 
-def problem(cfg, seed=0):
+def random_inputs(cfg, seed=0):
     """hidden (N, C), weight (V, C) with logits of standard deviation 3, targets (N,), and upstream gradients of both outputs (N,)."""
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(cfg.n, cfg.c, generator=generator), torch.randn(cfg.v, cfg.c, generator=generator) * 3 / cfg.c**0.5
@@ -154,7 +154,7 @@ def relative(found, expected):
 
 def log_probs(cfg, entropy):
     """Rows of the table: one dict per body."""
-    *tensors, upstream = problem(cfg)
+    *tensors, upstream = random_inputs(cfg)
     wide = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in tensors]
     exact = forward_backward(log_prob_bodies(entropy)["naive: log_softmax of all logits"], *wide, upstream)
     bodies, rows = log_prob_bodies(entropy), []
@@ -416,7 +416,7 @@ def main(cfg):
     if unknown := set(cfg.only) - set(TABLES):
         raise BadInput(f"--only {sorted(unknown)[0]}: is no table; there are {', '.join(TABLES)}")
     if cfg.gpu:
-        from minialign import bench_gpu
+        from minialign.bench import gpu as bench_gpu
 
         device = bench_gpu.card()
         tables = bench_gpu.tables(device)

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from minialign import run
-from minialign.common import BadInput, read_rows
+from minialign.engine import run
+from minialign.engine.common import BadInput, read_rows
 from minialign.logps import Remembered, seq_logps, token_logps
 from minialign.model import GPT
 from minialign.weights import load_pretrained

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minialign import common, parallel
-from minialign.common import read_rows
+from minialign.engine import common, parallel
+from minialign.engine.common import read_rows
 from minialign.weights import load_pretrained
 from tests.conftest import METHODS
 from tests.killing import result_of
@@ -207,11 +207,11 @@ def test_refusals(small, tmp_path):
 def test_alone_nothing_is_done():
     """Without torchrun every function hands back what it was given."""
     rows = torch.arange(6.0)
-    assert parallel.share(rows) is not None and torch.equal(parallel.share(rows), rows) and parallel.gather("x") == ["x"]
-    assert parallel.gather_rows(rows) is rows and parallel.total(2.5) == 2.5 and parallel.on_main(max, 1, 2) == 2
+    assert parallel.local_rows(rows) is not None and torch.equal(parallel.local_rows(rows), rows) and parallel.gather("x") == ["x"]
+    assert parallel.gather_rows(rows) is rows and parallel.sum_over_processes(2.5) == 2.5 and parallel.on_main(max, 1, 2) == 2
     model = torch.nn.Linear(2, 2)
     parallel.shard(model, "fsdp", "cpu", torch.float32)
-    assert type(model) is torch.nn.Linear and parallel.whole(model) is model and parallel.slices(model) is model
+    assert type(model) is torch.nn.Linear and parallel.full_copy(model) is model and parallel.resharded(model) is model
 
 
 def test_shares_cover_all_rows_once(monkeypatch):
@@ -221,6 +221,6 @@ def test_shares_cover_all_rows_once(monkeypatch):
             for rank in range(world):
                 monkeypatch.setattr(parallel, "world", lambda world=world: world)
                 monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-                shares.append(parallel.share(list(range(n))))
+                shares.append(parallel.local_rows(list(range(n))))
             assert sum(shares, []) == list(range(n)) and max(map(len, shares)) - min(map(len, shares)) <= 1
             assert n % world or len(set(map(len, shares))) == 1

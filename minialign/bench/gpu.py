@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from minialign.batch import Batch
-from minialign.common import BadInput
+from minialign.engine.common import BadInput
 from minialign.kernels import linear_logprob, logprob
 from minialign.logps import linear_logps, token_logps
 from minialign.methods.sft import sft_loss
@@ -74,7 +74,7 @@ def milliseconds(work, device):
     return begin.elapsed_time(end)
 
 
-def measure(works, device, rounds=20, warm=2):
+def time_in_turns(works, device, rounds=20, warm=2):
     """Rows {name, ratio, least, most, ms, peak MiB} of works that take turns. One that fails (lack of memory) says so and stands aside."""
     spent, peaks, failed = {name: [] for name in works}, {}, {}
     for k in range(warm + rounds):
@@ -104,7 +104,7 @@ def measure(works, device, rounds=20, warm=2):
     return rows
 
 
-def problem(n, c, v, device, dtype=torch.bfloat16):
+def random_inputs(n, c, v, device, dtype=torch.bfloat16):
     """hidden (N, C), weight (V, C), targets (N,), upstream gradients (2, N)."""
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(n, c, generator=generator, device=device).to(dtype).requires_grad_()
@@ -135,21 +135,21 @@ def kernels(n, v, device, rounds=20):
 
     def fold():
         statistics = logprob.Statistics.empty(n, torch.float32, device)
-        logprob.fold(logits, targets, statistics)
+        logprob.update_statistics(logits, targets, statistics)
         return statistics
 
     found = fold()
     lse, entropies = found.lse(), found.entropy()
     expected = logits[:256].double().log_softmax(1)
     error = worst(found.target - lse, expected.gather(1, targets[:256, None])[:, 0])
-    rows = measure({
+    rows = time_in_turns({
         "copy of half the logits: 2 N V bytes": lambda: spare[:half].copy_(logits[:half]),
         "fold": fold,
         "log_softmax, gather, entropy": lambda: _two_helpers(logits, targets),
         **_trl_logprob(logits, targets),
     }, device, rounds)
     rows[1]["error"] = error
-    return rows + measure({
+    return rows + time_in_turns({
         "copy of the logits: 4 N V bytes": lambda: spare.copy_(logits),
         "to_gradient, in place": lambda: logprob.to_gradient(spare, targets, lse, entropies, g, e),
     }, device, rounds)
@@ -170,7 +170,7 @@ def _trl_logprob(logits, targets):
 
 def log_probs(n, c, v, device, rounds=10):
     """Log-prob and entropy, forward and backward, over the three bare products; error of the log-probs."""
-    hidden, weight, targets, (g, e) = problem(n, c, v, device)
+    hidden, weight, targets, (g, e) = random_inputs(n, c, v, device)
     logps, entropies = exact(hidden, weight, targets)
 
     def both(body):
@@ -190,7 +190,7 @@ def log_probs(n, c, v, device, rounds=10):
             for name, keep in (("minialign, recomputed", 0), ("minialign, kept", 2**62))}
     peers = {"eager in float32: log_softmax of all logits": lambda: linear_logps(hidden, weight, targets, body="naive"),
              **_peers(hidden, weight, targets)}
-    rows = measure({"three bare products": bare, **{name: both(body) for name, body in {**ours, **peers}.items()}}, device, rounds)
+    rows = time_in_turns({"three bare products": bare, **{name: both(body) for name, body in {**ours, **peers}.items()}}, device, rounds)
     for row in rows:
         body = {**ours, **peers}.get(row["name"])
         if body is not None:
@@ -234,14 +234,14 @@ def _peers(hidden, weight, targets):
 
 def scoring(n, c, v, device, rounds=20):
     """No gradient asked for: log-prob and entropy over one bare product, which has logits to show for it."""
-    hidden, weight, targets, _ = problem(n, c, v, device)
+    hidden, weight, targets, _ = random_inputs(n, c, v, device)
     hidden, weight = hidden.detach(), weight.detach()
     logps, entropies = exact(hidden, weight, targets)
     works = {"one bare product": lambda: hidden @ weight.T,
              "minialign, no gradient": lambda: linear_logps(hidden, weight, targets, body="chunked")}
-    if linear_logprob.scorer(hidden, weight):
+    if linear_logprob.fused_scorer(hidden, weight):
         works["minialign, slices in its place"] = lambda: linear_logprob.LinearLogps.apply(hidden, weight, targets, 1.0, True, 0)
-    rows = measure(works, device, rounds)
+    rows = time_in_turns(works, device, rounds)
     for row in rows[1:]:
         if row["name"] in works:  # it did not fail
             out, entropy = works[row["name"]]()[:2]
@@ -253,13 +253,13 @@ def scaling(device, c=2048, ns=(4096, 16384, 65536), vs=(32000, 128256, 256000),
     """Forward and backward, recomputed: ps per token and vocabulary entry, over the first; memory above inputs and their gradients."""
     rows = []
     for n, v in [(n, vs[0]) for n in ns] + [(ns[0], v) for v in vs[1:]] + [(ns[-1], vs[1])]:
-        hidden, weight, targets, (g, e) = problem(n, c, v, device)
+        hidden, weight, targets, (g, e) = random_inputs(n, c, v, device)
 
         def work(hidden=hidden, weight=weight, targets=targets, g=g, e=e):
             out, entropy = linear_logps(hidden, weight, targets, body="chunked")
             torch.autograd.grad((g * out).sum() + (e * entropy).sum(), (hidden, weight))
 
-        (row,) = measure({f"N {n}, V {v}": work}, device, rounds)
+        (row,) = time_in_turns({f"N {n}, V {v}": work}, device, rounds)
         if "ms" in row:
             row["ps per N V"] = 1e9 * row["ms"] / (n * v)
             row["ratio"] = row["ps per N V"] / next(r["ps per N V"] for r in [*rows, row] if "ps per N V" in r)
@@ -276,14 +276,14 @@ def bandwidth(device):
     size = 2**30 if device.type == "cuda" else 2**20
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / (1e-3 * measure({"copy": lambda: target.copy_(source)}, device, rounds=10)[0]["ms"])
+    return 2 * size / (1e-3 * time_in_turns({"copy": lambda: target.copy_(source)}, device, rounds=10)[0]["ms"])
 
 
 def rate(device):
     """Flops per second of a bfloat16 product."""
     size = 8192 if device.type == "cuda" else 256
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    return 2 * size**3 / (1e-3 * measure({"product": lambda: a @ a}, device, rounds=10)[0]["ms"])
+    return 2 * size**3 / (1e-3 * time_in_turns({"product": lambda: a @ a}, device, rounds=10)[0]["ms"])
 
 
 def random_policy(size, device):
@@ -308,7 +308,7 @@ def decoding(size, batch, position, device, rounds=20, new=64, peer=True):
     weights = sum(p.nbytes for name, p in policy.named_parameters() if not name.startswith(("tok_embed", "pos_embed")))
     cached = 2 * config.n_layer * batch * position * config.n_kv_head * config.head_dim * 2
     floor = 1e3 * (weights + cached) / bandwidth(device)
-    (row,) = measure({"minialign, a recorded step and its logits": once}, device, rounds)
+    (row,) = time_in_turns({"minialign, a recorded step and its logits": once}, device, rounds)
     if "ms" in row:
         row |= {"ratio": row["ms"] / floor, "least": None, "most": None, "tokens/s": 1e3 * batch / row["ms"]}
     rows = [{"name": f"reading {weights / 2**30:.1f} GiB of weights, {cached / 2**30:.1f} of cache", "ratio": 1.0, "ms": floor,
@@ -316,7 +316,7 @@ def decoding(size, batch, position, device, rounds=20, new=64, peer=True):
     prompts = torch.randint(config.vocab_size, (batch, 64), generator=torch.Generator().manual_seed(0))
     ours = {"minialign, sample()": lambda: sample(policy, prompts.tolist(), max_new=new, eos_id=None, seed=0)}
     theirs = _generate(policy, prompts, new, device) if peer else {}  # (its weights go over the disk: minutes for 7B)
-    whole = measure({**ours, **theirs}, device, rounds=3, warm=1)
+    whole = time_in_turns({**ours, **theirs}, device, rounds=3, warm=1)
     for row in whole:
         if "ms" in row:
             row |= {"tokens/s": 1e3 * batch * new / row["ms"]}
@@ -354,7 +354,7 @@ def training(size, rows, length, device, rounds=5):
 
     in_products = sum(m.weight.numel() for m in policy.modules() if isinstance(m, torch.nn.Linear))
     floor = 1e3 * 6 * in_products * rows * length / rate(device)
-    (row,) = measure({"minialign, sft": step}, device, rounds)
+    (row,) = time_in_turns({"minialign, sft": step}, device, rounds)
     if "ms" not in row:
         return [row]
     row |= {"ratio": row["ms"] / floor, "least": None, "most": None, "tokens/s": 1e3 * rows * length / row["ms"],

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minialign import bench, bench_gpu
-from minialign.bench import Config
-from minialign.common import BadInput
+from minialign.bench import cpu as bench
+from minialign.bench import gpu as bench_gpu
+from minialign.bench.cpu import Config
+from minialign.engine.common import BadInput
 
 
 def test_ratios_are_taken_within_a_round():
@@ -146,7 +147,7 @@ def test_a_body_that_fails_says_so_and_stands_aside():
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
 
-    good, bad = bench_gpu.measure({"good": lambda: None, "bad": fails}, torch.device("cpu"), rounds=3)
+    good, bad = bench_gpu.time_in_turns({"good": lambda: None, "bad": fails}, torch.device("cpu"), rounds=3)
     assert good["ratio"] == 1 and bad == {"name": "bad: CUDA out of memory. Tried to allocate 7 GiB"} and len(calls) == 2
 
 

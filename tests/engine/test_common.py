@@ -1,72 +1,12 @@
+"""Seeds, batches, the learning rate, files, devices."""
+
 import math
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from minialign import common
-from minialign.common import BadInput
-
-
-@dataclass
-class Config:
-    beta: float = 0.1               # β: pull to ref
-    steps: int = 5                  # how many
-    max_prompt: int | None = None   # most tokens
-    greedy: bool = False            # likeliest token
-    names: list[str] = field(default_factory=lambda: ["a"])  # some names
-
-
-def parse(*argv):
-    return common.cli(Config, list(argv), prog="prog", description="What it does.")
-
-
-def test_cli_defaults_and_types():
-    assert parse() == Config()
-    cfg = parse("--beta", "2", "--max-prompt", "7", "--greedy", "--names", "b", "c", "--steps=9")
-    assert cfg == Config(beta=2.0, steps=9, max_prompt=7, greedy=True, names=["b", "c"])
-    assert parse("--no-greedy").greedy is False
-
-
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--bta", "0.1"], "unknown flag --bta: did you mean --beta? (`prog --help` lists them)"),
-    (["--bet", "0.1"], "did you mean --beta?"),  # no silent abbreviations
-    (["--max-promt", "3"], "did you mean --max_prompt?"),
-    (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-    (["--beta"], "expected one argument"),
-    (["stray"], "unknown argument stray"),
-])
-def test_cli_errors_are_one_sentence_and_code_2(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(*argv)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-
-
-@dataclass
-class Resumable:
-    lr: float = 1e-3                # learning rate
-    resume: str = ""                # run folder
-
-
-def test_flags_beside_resume_are_refused_even_at_their_default(capsys):
-    assert common.cli(Resumable, ["--resume", "runs/a"], prog="prog").resume == "runs/a"
-    assert common.cli(Resumable, ["--resume", "runs/a", "--resume=runs/b"], prog="prog").resume == "runs/b"
-    with pytest.raises(SystemExit) as stop:
-        common.cli(Resumable, ["--lr", "1e-3", "--resume=runs/a"], prog="prog")
-    assert stop.value.code == 2 and "drop --lr (to go on otherwise: --policy runs/a/final)" in capsys.readouterr().err
-
-
-def test_help_shows_every_field_with_comment_and_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "What it does." in text
-    expected = (("--beta", "β: pull to ref", "0.1"), ("--steps", "how many", "5"), ("--greedy", "likeliest token", "False"),
-                ("--max_prompt", "most tokens", "None"), ("--names", "some names", "a"))
-    for flag, comment, default in expected:
-        assert flag in text and f"{comment} (default: {default})" in text
+from minialign.engine import common
+from minialign.engine.common import BadInput
 
 
 def test_batch_rows_are_permutations_epoch_by_epoch():
@@ -135,16 +75,6 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch)
     with pytest.raises(OSError):
         common.write_atomic(path, "new")
     assert path.read_text() == "old"
-
-
-def test_exit_codes(capsys):
-    for error, code in ((BadInput("no such thing"), 2), (FloatingPointError("diverged"), 1), (KeyboardInterrupt(), 130)):
-        with pytest.raises(SystemExit) as stop, common.exit_codes("prog"):
-            raise error
-        assert stop.value.code == code
-    assert "prog: no such thing\n" in capsys.readouterr().err
-    with pytest.raises(ZeroDivisionError), common.exit_codes("prog"):  # a bug keeps its traceback
-        1 / 0  # noqa: B018
 
 
 def test_device_and_dtype():

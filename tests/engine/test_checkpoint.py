@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minialign import checkpoint
-from minialign.common import BadInput
+from minialign.engine import checkpoint
+from minialign.engine.common import BadInput
 
 ROOT = Path(__file__).parent.parent
 

@@ -50,7 +50,7 @@ def launched():
     return dist.is_torchelastic_launched()
 
 
-def end():
+def leave():
     """Leave the others when all is done, and end the process. Not after an error: NCCL would wait for those that did not get this far.
 
     At once, without the interpreter's own ending: now and then a thread of gloo meets that half-way, and a run that is done would abort.
@@ -62,7 +62,7 @@ def end():
         os._exit(0)
 
 
-def lost(error):
+def peer_lost(error):
     """Whether this is what a collective raises when another process is gone."""
     return started() and (isinstance(error, dist.DistError) or "Connection" in str(error) or "Timed out" in str(error))
 
@@ -92,7 +92,7 @@ def local_rank():
 # ------------------------------------------------------------------------------------------------------- what is done by all
 
 
-def share(rows):
+def local_rows(rows):
     """This process's part of rows (whatever has a length and can be sliced): equal parts where the processes divide them evenly."""
     n = len(rows)
     return rows[rank() * n // world() : (rank() + 1) * n // world()]
@@ -112,7 +112,7 @@ def gather_rows(rows):
     return rows if world() == 1 else torch.cat(gather(rows.cpu())).to(rows.device)
 
 
-def total(number):
+def sum_over_processes(number):
     """The sum of all processes' numbers."""
     return sum(gather(number))
 
@@ -134,7 +134,7 @@ def on_main(function, *arguments):
     return value
 
 
-def number(value):
+def as_float(value):
     """A float of a number that may be a tensor, or a DTensor of which each process has a part (a norm over all slices)."""
     return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
@@ -191,7 +191,7 @@ def numel(parameter):
     return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
 
 
-def slices(model):
+def resharded(model):
     """The model itself, with slices in the place of weights that a forward pass has left gathered."""
     for module in model.modules() if model in PLAIN else ():
         if hasattr(module, "reshard"):
@@ -200,12 +200,12 @@ def slices(model):
 
 
 @torch.no_grad()
-def whole(model):
+def full_copy(model):
     """The model with all of its weights in this process: itself if it never was sharded, else a frozen copy, which every process makes."""
     if model not in PLAIN:
         return model
     full = {id(model.config): model.config}
-    for empty, p in zip(PLAIN[model].parameters(), slices(model).parameters(), strict=True):
+    for empty, p in zip(PLAIN[model].parameters(), resharded(model).parameters(), strict=True):
         full[id(empty)] = nn.Parameter(torch.empty_like(empty, device=p.device).copy_(p.full_tensor()), requires_grad=False)
     return copy.deepcopy(PLAIN[model], full)
 

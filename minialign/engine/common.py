@@ -1,0 +1,235 @@
+"""Small helpers used everywhere: one error class, seeds, micro-batches, devices, the learning rate, files, averages.
+
+Nothing here is about alignment. It imports nothing of ours but parallel.py, which imports nothing of ours.
+"""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from minialign.engine import parallel
+
+
+class BadInput(ValueError):
+    """The user's input cannot be used. The message is one sentence: what, where, what was expected, how to fix it. Exit code 2."""
+
+
+# ------------------------------------------------------------------------------------------------ numbers that must repeat
+
+
+def derive_seed(*parts):
+    """A 63-bit seed from any values, e.g. (seed, step, prompt ids). Equal values give equal seeds on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def batch_rows(n_rows, batch_size, step, seed):
+    """The rows that step `step` (counted from 0) trains on: a list of batch_size ints in [0, n_rows).
+
+    It depends on (seed, step) only, so a resumed run needs no saved data state. Each epoch is one permutation of the rows, seeded by
+    (seed, epoch); a batch may contain the end of one epoch and the start of the next.
+    """
+    rows = []
+    position = step * batch_size
+    while len(rows) < batch_size:
+        epoch, offset = divmod(position, n_rows)
+        permutation = torch.randperm(n_rows, generator=torch.Generator().manual_seed(derive_seed("epoch", seed, epoch)))
+        rows += permutation[offset : offset + batch_size - len(rows)].tolist()
+        position = step * batch_size + len(rows)
+    return rows
+
+
+def split_micro(rows, micro_batch):
+    """Cut one batch of rows (a list, a range, a tensor, a Batch) into micro-batches of at most `micro_batch` rows; 0 means one piece.
+
+    Slices of tensors are views, so writing into a micro-batch also writes into the batch. Under torchrun each process gets only its part.
+    """
+    assert len(rows) % parallel.world() == 0, (len(rows), parallel.world())
+    rows = parallel.local_rows(rows)
+    size = micro_batch or len(rows)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+@torch.no_grad()
+def in_micro(function, rows, micro_batch):
+    """Apply `function`, which returns one row per row, to each micro-batch and concatenate the results. No gradients."""
+    if len(rows) % parallel.world():  # any number of held-out rows: every process computes all of them
+        size = micro_batch or len(rows)
+        return torch.cat([function(rows[i : i + size]) for i in range(0, len(rows), size)])
+    return parallel.gather_rows(torch.cat([function(micro) for micro in split_micro(rows, micro_batch)]))
+
+
+def lr_at(step, *, lr, steps, warmup=0.0, schedule="cosine"):
+    """The learning rate of step `step` (from 0): linear warm-up over the share `warmup` of all steps, then cosine | linear | constant.
+
+    It depends on the step only, so there is nothing to save or restore.
+    """
+    warmup_steps = int(warmup * steps)
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    if schedule == "constant":
+        return lr
+    if schedule == "linear":
+        return lr * (1 - done)
+    if schedule == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * done))
+    raise BadInput(f"schedule {schedule!r} is unknown: use cosine, linear or constant")
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def pick_device(name):
+    """'auto' takes a CUDA device if there is one, else the CPU. Apple's mps is used only when asked for by name."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", parallel.local_rank())
+        torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels and recorded graphs run on the current device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--device {name} cannot be used here ({reason}); use cpu, or auto to take what there is") from None
+    return device
+
+
+def pick_dtype(name):
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if name not in dtypes:
+        raise BadInput(f"--dtype {name} is unknown: use float32, bfloat16 or float64")
+    return dtypes[name]
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+
+def write_atomic(path, text):
+    """Write text so that `path` holds either all of the old content or all of the new one, even if the process is killed here."""
+    if not parallel.is_main():
+        return
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # same folder, because a rename across devices would fail
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_rows(path):
+    """The JSON objects of a .jsonl file that a run appended to. An incomplete last line, left by a killed run, is skipped."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would also split at U+2028 inside a text
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines):
+                raise BadInput(f"{path}:{number}: not a line of JSON; the file was edited or damaged") from None
+    return rows
+
+
+def append_row(path, row):
+    if not parallel.is_main():
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def one_line(error):
+    """The message of an exception from other people's code, cut to one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def find_folder(path_or_hub_name):
+    """The local folder of a path or hub name. huggingface_hub downloads a hub name's files, or finds them in its cache."""
+    folder = Path(path_or_hub_name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.suffix in PICKLES or folder.suffix == ".safetensors":
+        raise BadInput(f"{folder}: expected a folder with config.json and model.safetensors, not a single file")
+    from huggingface_hub import snapshot_download  # imported here because importing it takes longer than most runs take to start
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_name), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except HFValidationError:
+        raise BadInput(f"{path_or_hub_name}: no such folder, and not a hub name (owner/name) either") from None
+    except Exception as error:  # network, missing or gated repository: huggingface_hub's message says which
+        raise BadInput(
+            f"{path_or_hub_name}: no such folder here, and the hub could not deliver it ({one_line(error)}); "
+            "for a gated model run `hf auth login` first"
+        ) from None
+
+
+def read_json(path):
+    """The JSON object in a file. Raises BadInput, naming the file, if it is missing, is not JSON, or is not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: the file is missing") from None
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number with thousands of digits
+        raise BadInput(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: expected an object, found {type(content).__name__}")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------------ statistics of a step
+
+
+class Mean:
+    """Weighted means of stats over micro-batches, so that 1×8, 2×4 and 8×1 rows log the same numbers."""
+
+    def __init__(self):
+        self.sums, self.weights = {}, {}
+
+    def add(self, stats, weight=1.0):
+        for name, value in stats.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value) * weight
+            self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def result(self):
+        """{name: mean} of everything added, in this process and in the others."""
+        parts = parallel.gather((self.sums, self.weights))
+        names = dict.fromkeys(name for sums, _ in parts for name in sums)
+        sums, weights = ({name: sum(part[i].get(name, 0.0) for part in parts) for name in names} for i in (0, 1))
+        return {name: sums[name] / weights[name] for name in names}
+
+
+# ------------------------------------------------------------------------------------------------------ words about this machine
+
+
+def note(text):
+    """Print a remark on stderr; of several processes only the first prints it."""
+    if parallel.is_main():
+        print(text, file=sys.stderr)
+
+
+def commit():
+    """The checkout's git commit, or None outside a checkout."""
+    try:
+        here = Path(__file__).parent
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def describe_device(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"

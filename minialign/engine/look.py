@@ -1,0 +1,141 @@
+"""What a run prints before step 1, so that a wrong file, template or mask is seen before it costs anything.
+
+`first_look` is for methods that train on rows of a file, `first_rollout` for those that sample. Both print device and sizes, three rows
+with the scored tokens in ⟦ ⟧, counts, and an estimate of the peak memory. `check_sampler` stops a run whose sampler and training pass
+disagree.
+
+Checked by tests/engine/test_run.py.
+"""
+
+import torch
+
+from minialign.batch import Batch
+from minialign.data import counts
+from minialign.engine import parallel
+from minialign.engine.common import BadInput, describe_device, note
+from minialign.kernels.linear_logprob import SLICE_BYTES
+from minialign.kl import k1
+from minialign.logps import best_body, token_logps
+from minialign.rewards import BadReward, ask
+from minialign.sample import sample
+
+RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}  # sampler against training pass, per token
+
+
+def first_look(run, tokenizer, rows, batch, models):
+    """Before step 1: device, sizes, three decoded rows with the scored tokens in ⟦ ⟧, counts, memory.
+
+    rows: all training rows; batch: the first Batch or Pairs. models: {name: model or None}, all that take memory.
+    """
+    numbers = counts(rows, run.cfg.max_len)
+    sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
+    needed = print_sizes(run, models, sum(side.inputs.shape[1] for side in sides))
+    empty = sum(len(completion) == 1 for _, *completions in rows for completion in completions)  # nothing but EOS
+    print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
+          f"{empty:,} empty; about {needed:,.0f} MB at the peak")
+    for side in sides:
+        for b in range(min(3, len(side))):
+            print("  " + show_row(tokenizer, side, b))
+    print_folder(run)
+
+
+@torch.no_grad()
+def first_rollout(run, tokenizer, rows, reward_fn, models):
+    """The same for methods that sample: completions of the first three prompts with their rewards. models holds policy and ref."""
+    cfg = run.cfg
+    prompts_ids, prompts = zip(*rows[:3], strict=True)
+    lengths = [len(ids) for ids, _ in rows]
+    sampled = getattr(cfg, "grow_prompts", cfg.batch_size) * getattr(cfg, "n", 1)  # rows that are sampled together
+    needed = print_sizes(run, models, max(lengths) + cfg.max_new, sampled)
+    cut = sum(length == cfg.max_prompt for length in lengths)
+    print(f"prompts: {len(rows):,}, the longest of {max(lengths):,} tokens, {cut:,} at --max_prompt; up to {cfg.max_new:,} new tokens "
+          f"each; about {needed:,.0f} MB at the peak")
+    answers = check_sampler(run, tokenizer, prompts_ids, policy=models["policy"], ref=models["ref"])
+    texts = [tokenizer.decode(ids) for ids in answers.completions]
+    try:
+        rewards = ask(reward_fn, prompts, texts, limit=cfg.reward_limit)
+    except BadReward as error:
+        raise BadInput(f"{error}; a reward is called as reward(prompts, completions), two lists of B, and returns B numbers") from None
+    for b, reward in enumerate(rewards.tolist()):
+        print(f"  {show_row(tokenizer, answers, b)}  reward {reward:g}")
+    if hasattr(cfg, "beta"):
+        print("watch reward and kl: for this method a falling loss does not mean progress")
+    print_folder(run)
+
+
+@torch.no_grad()
+def check_sampler(run, tokenizer, prompts_ids, *, policy, ref):
+    """Sample answers to a few prompts and print two numbers: the ratio, which must be 1, and the KL to ref, which must start at 0.
+
+    The ratio compares the sampler's log-probs with those of the training pass. Raises BadInput if they belong to different distributions:
+    another temperature, truncation or a wrong position would make every importance ratio wrong. Returns the Rollout.
+    """
+    cfg = run.cfg
+    answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=cfg.seed)
+    logps, ref_logps = token_logps(policy, answers, tau=cfg.tau), token_logps(ref, answers, tau=cfg.tau)  # (B, T)
+    off, kl = float(((logps - answers.old_logps).exp() - 1).abs().max()), float(k1(logps, ref_logps).sum(1).mean())
+    print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion (0 at the start)")
+    if off > RATIO_TOLERANCE[run.dtype]:
+        raise BadInput(f"sampler and training pass differ by {off:.2g} in ratio at --dtype {cfg.dtype}; try --dtype float32")
+    return answers
+
+
+def print_sizes(run, models, positions, sampled=0):
+    """Print device, dtype and parameter counts; return the peak memory in MB. Adds a warning if the GPU has less free."""
+    models = {name: model for name, model in models.items() if model is not None}
+    for model in models.values():  # those that no checkpoint holds are not sharded yet
+        run.shard(model)
+    needed = peak_memory(run, models, positions, sampled)
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
+    head = next(iter(models.values())).config
+    body = f", log-probs {best_body(rows_at_once(run.cfg) * positions, head.vocab_size, run.device)}" if head.head == "lm" else ""
+    print(f"{run.method}: {describe_device(run.device)}, {run.cfg.dtype}, parameters: {sizes}{body}")
+    if run.device.type == "cuda" and needed * 2**20 > torch.cuda.mem_get_info(run.device)[0]:
+        note("note: the peak is above the GPU's free memory; a smaller --micro_batch or shorter rows need less")
+    return needed
+
+
+def print_folder(run):
+    print(f"folder: {run.folder}" + (f", resuming after step {run.first_step}" if run.resuming else ""), flush=True)
+
+
+def rows_at_once(cfg):
+    """Rows of one forward pass: a micro-batch."""
+    return min(cfg.micro_batch or cfg.batch_size, cfg.batch_size)
+
+
+def peak_memory(run, models, positions, sampled=0):
+    """Peak memory in MB, roughly.
+
+    Counted: trained weights with gradients and AdamW's two moments, frozen weights once, the activations of one micro-batch of rows with
+    `positions` tokens, their logits (or what logps.py's chunked body keeps of them), and the key-value cache of `sampled` such rows,
+    which are sampled together whatever the micro-batch is.
+    """
+    size = torch.tensor([], dtype=run.dtype).element_size()
+    parameters = {id(p): p for model in models.values() for p in model.parameters()}.values()  # copies share what adapters leave frozen
+    total = sum(parallel.numel(p) * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
+    config = next(iter(models.values())).config
+    rows = rows_at_once(run.cfg)
+    per_position = config.n_layer * (8 * config.n_embd + 3 * config.ffn_dim) * size
+    if config.head == "lm" and best_body(rows * positions, config.vocab_size, run.device) == "naive":
+        total += 12 * config.vocab_size * rows * positions
+    elif config.head == "lm":
+        total += 4 * SLICE_BYTES.get(run.device.type, 2**26)
+    cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * size + 16  # keys, values, and 16 bytes for each sampled token
+    return (total + positions * (rows * per_position + sampled * cache)) / 2**20
+
+
+def show_row(tokenizer, batch, b, width=160):
+    """Row b as text, with the scored part in ⟦ ⟧ and EOS as ⏎. The middle of a long prompt or completion is left out."""
+
+    def shorten(text):
+        text = text.replace("\n", "\\n")
+        return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
+
+    mask = batch.mask[b]
+    scored = batch.targets[b][mask].tolist()
+    n_scored = len(scored)
+    first = int(mask.int().argmax()) if n_scored else len(mask)
+    prompt = batch.inputs[b][: first + 1].tolist()
+    end = "⏎" if scored[-1:] == [tokenizer.eos_id] else ""
+    return f"{shorten(tokenizer.decode(prompt))}⟦{shorten(tokenizer.decode(scored))}{end}⟧  ({n_scored} scored)"

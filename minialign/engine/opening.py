@@ -1,0 +1,160 @@
+"""Opening what a run starts from: policy, demonstrations, prompts, reward, critic. Each is checked before step 1.
+
+`run.same_input` records a hash of each input, so a resumed run refuses data or models that have changed since it began.
+
+Checked by tests/engine/test_run.py, tests/test_lora.py and tests/engine/test_resume.py.
+"""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+from minialign.data import demo_batch, encode_demos, encode_prompts, read_demonstrations, read_prompts, split_held_out, split_scorable
+from minialign.engine import parallel
+from minialign.engine.common import BadInput, find_folder, one_line
+from minialign.lora import inject, load_model
+from minialign.rewards import open_reward, reward_folders
+from minialign.task import builtin_demos, builtin_prompts
+from minialign.tokenizer import load_tokenizer
+from minialign.weights import load_pretrained
+
+READS_ALL = ("reward_model", "rft", "irl")  # a reward model reads the last token of a row, which a policy only predicts
+
+# ------------------------------------------------------------------------------------------------------------------- policy
+
+
+def open_policy(run):
+    """(policy, tokenizer) that --policy names, on the run's device: a model's folder, an adapter's folder, a hub name, or builtin."""
+    cfg = run.cfg
+    path = find_folder(builtin_base() if cfg.policy == "builtin" else cfg.policy)
+    run.same_input("policy", path)
+    policy, tokenizer, base = load_model(path, dtype=run.weights_dtype, device=run.load_device)
+    policy.recompute = cfg.activation_checkpointing
+    if base is not None:
+        run.adapter_base = base
+        run.same_input("base", find_folder(base))
+        if cfg.lora:
+            raise BadInput(f"--lora {cfg.lora}: {path} has adapters already, which are trained further; drop --lora")
+    if cfg.lora:
+        inject(policy, cfg.lora, cfg.lora_alpha)
+    if policy.config.head != "lm" and run.method != "reward_model":
+        raise BadInput(f"{path}: is a reward model, which cannot write text; {run.method} needs a policy with a language-model head")
+    max_len = getattr(cfg, "max_len", 2)  # methods without max_len call check_context instead
+    positions = max_len - (run.method not in READS_ALL)
+    if positions > policy.config.max_len:
+        raise BadInput(f"--max_len {cfg.max_len}: the policy's context is {policy.config.max_len} tokens")
+    tokenizer.save(run.folder)
+    return policy, tokenizer
+
+
+def builtin_base():
+    """The folder of the built-in task's base model. The first run that needs it trains it (about 15 s); it is then kept in runs/.
+
+    A process of its own trains it, so that it does not touch the random numbers of the run that needs it.
+    """
+    folder = Path("runs/builtin-base")
+    parallel.on_main(train_builtin_base, folder)
+    return folder / "final"
+
+
+BASE = "sft --policy new --text builtin --steps 500 --lr 3e-3 --max_len 96 --device cpu"
+
+
+def train_builtin_base(folder):
+    """Train the base model into a folder of this process's own, then rename it. The lock makes other processes wait for the first one."""
+    if (folder / "final" / "config.json").is_file():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / "final" / "config.json").is_file():  # another process made it meanwhile
+            return
+        print("the built-in task needs its base model once: training it into runs/builtin-base (about 15 s)", flush=True)
+        for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        # One thread, so that the weights are the same on every machine; none of torchrun's variables: this is a run of one process.
+        elastic = ("TORCHELASTIC", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(elastic)} | {"OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "minialign", *BASE.split(), "--out", str(temporary)]
+        result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if result.returncode:
+            raise BadInput(f"{folder}: the base model of the built-in task could not be trained ({one_line(result.stderr)})")
+        os.replace(temporary, folder)
+
+
+def open_value_model(run, policy, tokenizer):
+    """PPO's critic from --value: the policy's trunk under a new scalar head, or a reward model with the policy's vocabulary."""
+    name = run.cfg.value
+    if name == "policy":
+        return policy.with_scalar_head()
+    path = find_folder(name)
+    run.same_input("value", path)
+    value_model = load_pretrained(path, dtype=run.weights_dtype, device=run.load_device)
+    value_model.recompute = run.cfg.activation_checkpointing
+    if value_model.config.head != "scalar" or load_tokenizer(path).inner.get_vocab() != tokenizer.inner.get_vocab():
+        raise BadInput(f"--value {name}: expected a reward model with the policy's own tokens (python -m minialign reward_model)")
+    if value_model.config.max_len < policy.config.max_len:
+        raise BadInput(f"--value {name}: its context of {value_model.config.max_len} tokens is shorter than the policy's")
+    return value_model
+
+
+# --------------------------------------------------------------------------------------------------------------- data, reward
+
+
+def open_demos(run, tokenizer):
+    """(rows to train on, held-out rows, batch_of) of --demos. A row is (prompt ids, completion ids).
+
+    batch_of(rows, picked) -> Batch of the picked rows, on the run's device.
+    """
+    cfg = run.cfg
+    run.same_input("data", cfg.demos)
+    demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
+    rows, held_out = split_scorable(encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+    return rows, held_out, batches_of(run, tokenizer)
+
+
+def batches_of(run, tokenizer, make=demo_batch):
+    """The function batch_of(rows, picked) of encoded rows: data.demo_batch (or pair_batch) with the run's padding, length and device."""
+    return lambda rows, picked: make(rows, picked, pad_id=tokenizer.pad_id, max_len=run.cfg.max_len).to(run.device)
+
+
+def open_prompts(run, policy, tokenizer):
+    """(rows to train on, held-out rows) of --prompts, which must fit the policy's context. A row is (prompt ids, prompt as in the file)."""
+    cfg = run.cfg
+    run.same_input("data", cfg.prompts)
+    prompts = builtin_prompts() if cfg.prompts == "builtin" else read_prompts(cfg.prompts, skip_bad=cfg.skip_bad)
+    rows, held_out = split_held_out(encode_prompts(tokenizer, prompts, max_prompt=cfg.max_prompt), cfg.held_out)
+    check_context(run, policy, rows + held_out)
+    return rows, held_out
+
+
+def check_context(run, policy, rows, max_len=math.inf):
+    """Refuse prompts that leave no room for max_new sampled tokens now, rather than at the step that meets the longest prompt.
+
+    max_len: the longest row allowed, for answers that are cut to it after a reward has judged all of them.
+    """
+    cfg, context = run.cfg, policy.config.max_len
+    longest = max(len(row[0]) for row in rows)
+    if longest + cfg.max_new > max_len:
+        raise BadInput(f"the longest prompt has {longest} tokens: with --max_new {cfg.max_new} it exceeds --max_len {max_len}, so "
+                       f"answers would be cut after the reward has judged them; set --max_len {longest + cfg.max_new}")
+    if longest + cfg.max_new - (run.method not in READS_ALL) > context:
+        shorter = f"set --max_prompt {context - cfg.max_new}, or a smaller --max_new" if context > cfg.max_new else "lower it"
+        raise BadInput(f"the longest prompt has {longest} tokens: with --max_new {cfg.max_new} it exceeds the policy's context of "
+                       f"{context}; {shorter}")
+
+
+def open_rewards(run):
+    """The reward function of --reward and --combine. A resumed run refuses reward models that have changed."""
+    cfg = run.cfg
+    prompts = cfg.prompts if hasattr(cfg, "prompts") else cfg.pairs
+    for number, path in enumerate(reward_folders(cfg.reward)):
+        run.same_input(f"reward {number}", path)
+    where = dict(device=run.device, dtype=run.dtype)
+    return open_reward(cfg.reward, combine=cfg.combine, prompts=prompts, skip_bad=cfg.skip_bad, **where)

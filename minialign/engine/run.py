@@ -1,0 +1,375 @@
+"""What every run does around its method: folder, steps, checkpoints, guards, log, export.
+
+A method's main() shows the algorithm (zero_grad, backward, clip, step); everything else a run does is here and in the files beside this
+one. The run folder:
+
+    runs/<method>-<time>/  config.json  env.json  inputs.json  tokenizer.json  metrics.jsonl  samples.jsonl
+                           checkpoints/step_000100/  final/ (a Hugging Face folder)  snapshots/000020/ (with --snapshots)
+                           reward/ (rft, irl)
+
+Checked by tests/engine/test_run.py and, with kill -9, by tests/engine/test_resume.py.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minialign import __version__
+from minialign.engine import checkpoint, parallel
+from minialign.engine.common import (
+    BadInput,
+    append_row,
+    commit,
+    describe_device,
+    note,
+    pick_device,
+    pick_dtype,
+    read_json,
+    read_rows,
+    write_atomic,
+)
+from minialign.lora import adapters, merged, save_adapter
+from minialign.model import GPT
+from minialign.rewards import BadReward, ask
+from minialign.sample import sample
+from minialign.settings import check_config
+from minialign.weights import save_pretrained
+
+SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward", "reward/best", "reward/kept", "kl",
+         "frac_reward_zero_std")  # on the terminal
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient, or without rewards
+
+
+class Run:
+    """One training run. `cfg` is the given Config, or with --resume the one stored in that folder."""
+
+    def __init__(self, method, cfg):
+        parallel.start()
+        self.method = method
+        self.resuming = bool(cfg.resume)
+        if self.resuming:
+            self.folder = Path(cfg.resume)
+            cfg = self._stored(cfg)
+        else:
+            self.folder = Path(cfg.out) if cfg.out else parallel.on_main(new_folder, method)
+        check_config(cfg)
+        self.cfg, self.device, mixed = cfg, pick_device(cfg.device), cfg.dtype == "mixed"
+        self.weights_dtype = torch.float32 if mixed else pick_dtype(cfg.dtype)
+        self.dtype = torch.bfloat16 if mixed else self.weights_dtype  # of the forward and backward pass
+        self.load_device = torch.device("cpu") if parallel.started() else self.device  # then a GPU never holds more than its slices
+        self._check_parallel()
+        if not self.resuming:
+            parallel.on_main(self._create)
+        if self.device.type == "mps":
+            print("note: Apple's mps device has computed wrong losses in some releases of torch; compare a short run with --device cpu")
+        torch.manual_seed(cfg.seed)
+        self.modules, self.optimizers, self.adapter_base = {}, {}, cfg.policy
+        self.first_step, self.skipped, self.skipped_in_a_row, self.failing, self.stop = 0, 0, 0, None, None
+        self.started, self.bar = time.monotonic(), None
+
+    def _check_parallel(self):
+        cfg, unit = self.cfg, parallel.world() * (2 if "rebel" in (self.method, getattr(self.cfg, "policy_step", "")) else 1)
+        if parallel.world() > 1 and ":" in cfg.device:
+            raise BadInput(f"--device {cfg.device}: each of the {parallel.world()} processes needs a GPU of its own; say cuda, or auto")
+        if cfg.parallel not in ("fsdp", "ddp"):
+            raise BadInput(f"--parallel {cfg.parallel}: must be fsdp or ddp")
+        if self.weights_dtype != self.dtype and not parallel.started():
+            raise BadInput(f"--dtype mixed: needs FSDP2; start the run with `torchrun --nproc_per_node 1 -m minialign {self.method} …`")
+        if parallel.world() > 1 and cfg.batch_size % unit:
+            raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of {unit}, so that each of the {parallel.world()} processes "
+                           "gets an equal part")
+
+    def _stored(self, cfg):
+        """The Config of the run to resume. Any other flag beside --resume is refused, because the run would no longer be the same."""
+        if not (self.folder / "config.json").is_file():
+            raise BadInput(f"{self.folder}: has no config.json, so there is no run to resume")
+        stored = read_json(self.folder / "config.json")
+        if stored.pop("method", None) != self.method:
+            raise BadInput(f"{self.folder}: was not made by {self.method}; resume it with the method that made it")
+        fields = {f.name for f in dataclasses.fields(cfg)}
+        if stored.keys() != fields:
+            raise BadInput(f"{self.folder}/config.json: has other fields ({sorted(stored.keys() ^ fields)[:3]}): another version made it")
+        default = type(cfg)()
+        changed = [f.name for f in dataclasses.fields(cfg) if f.name != "resume" and getattr(cfg, f.name) != getattr(default, f.name)]
+        changed = [name for name in changed if getattr(cfg, name) != stored.get(name)]
+        if changed:
+            raise BadInput(f"--resume continues a run with the flags it began with: drop --{changed[0]} (to change flags, start a new run "
+                           f"with --policy {self.folder}/final)")
+        torch.set_num_threads(read_json(self.folder / "env.json")["threads"])  # another thread count would sum in another order
+        return type(cfg)(**{**stored, "resume": cfg.resume})
+
+    def _create(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # A run that was refused before step 1 leaves these files; they may be overwritten. Anything else is somebody's work.
+            if {path.name for path in self.folder.iterdir()} - {"config.json", "env.json", "inputs.json", *TOKENIZER_FILES}:
+                raise BadInput(f"{self.folder}: exists and is not empty; name another --out, or continue it with --resume {self.folder}")
+            for name in ("inputs.json", *TOKENIZER_FILES):
+                (self.folder / name).unlink(missing_ok=True)
+            environment = {
+                "minialign": __version__, "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
+                "platform": platform.platform(), "device": describe_device(self.device), "threads": torch.get_num_threads(),
+                "argv": sys.argv[1:], "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            }
+            write_atomic(self.folder / "env.json", json.dumps(environment, indent=1) + "\n")
+            record = {"method": self.method, **dataclasses.asdict(self.cfg)}
+            write_atomic(self.folder / "config.json", json.dumps(record, indent=1) + "\n")  # last: with it the run can be resumed
+        except OSError as error:
+            raise BadInput(f"{self.folder}: cannot be written ({error.strerror}); name another --out") from None
+
+    def same_input(self, kind, path):
+        """Record the sha256 of a file, or of a model folder's files, when a run starts. A resumed run refuses a changed input."""
+        path = Path(path if os.path.exists(path) else str(path).partition(":")[0])  # FOLDER:SPLIT
+        if path.is_dir():
+            files = sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.rglob("*.parquet")])
+        else:
+            files = [path] if path.is_file() else []  # 'builtin' and hub names have no file
+        digest = hashlib.sha256("".join(checkpoint.sha256(file) for file in files).encode()).hexdigest()
+        record = self.folder / "inputs.json"
+        known = read_json(record) if record.is_file() else {}
+        if self.resuming and known.get(kind, digest) != digest:
+            raise BadInput(f"{path}: has changed since this run began, so the run cannot be continued as it was; restore the file")
+        write_atomic(record, json.dumps({**known, kind: digest}, indent=1) + "\n")
+
+    # --------------------------------------------------------------------------------------------------- steps and checkpoints
+
+    def register(self, **parts):
+        """Name the modules and optimizers that checkpoints contain. A resumed run loads the newest checkpoint into them here."""
+        self.modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+        self.optimizers = {name: part for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
+        needed = 2 * sum(3 * p.numel() * p.element_size() for module in self.modules.values() for p in module.parameters())
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:  # two checkpoints, each with weights and two moments: better refused now than at step 1000
+            raise BadInput(f"{self.folder}: checkpoints need about {needed:,} bytes and the disk has {free:,} free; make room or name "
+                           "another --out")
+        for module in self.modules.values():
+            self.shard(module, self.optimizers.values())
+        if not self.resuming:
+            return
+        newest = parallel.on_main(checkpoint.newest_checkpoint, self.folder)
+        if newest is not None:  # None: killed before the first checkpoint. Starting again gives the same run.
+            state = checkpoint.load_checkpoint(newest, self.modules, self.optimizers)
+            if state["config"] != self._config_hash():
+                raise BadInput(f"{self.folder}/config.json: was edited since {newest.name} was written; restore it to resume")
+            self.first_step, self.skipped = state["step"], state["skipped"]
+            self.skipped_in_a_row, self.failing = state["skipped_in_a_row"], state["failing"]
+            if state["torch"] != torch.__version__:
+                note(f"note: written by torch {state['torch']}, continued by {torch.__version__}: equal only up to rounding")
+        if not parallel.is_main():
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):  # steps after the checkpoint will be done, and logged, again
+            rows = [row for row in read_rows(self.folder / name) if row["step"] <= self.first_step]
+            write_atomic(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def shard(self, module, optimizers=()):
+        """Under torchrun: split a GPT's weights over the processes."""
+        if isinstance(module, GPT):
+            parallel.shard(module, self.cfg.parallel, self.device.type, self.dtype, optimizers)
+
+    def save(self, step):
+        state = {"config": self._config_hash(), "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "failing": self.failing}
+        checkpoint.save_checkpoint(self.folder, step, self.modules, self.optimizers, state)
+
+    def _config_hash(self):
+        return checkpoint.sha256(self.folder / "config.json")
+
+    def steps(self, total):
+        """Yield the steps still to do, from 0, and save a checkpoint when one is due. SIGTERM or Ctrl-C: save, say how to resume, exit."""
+        handlers = {}
+
+        def remember(number, frame):
+            if self.stop is not None and not parallel.started():  # (torchrun and a cluster may both pass one on)
+                raise KeyboardInterrupt  # the second signal does not wait
+            self.stop = number
+
+        try:
+            handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread, where signals cannot be caught
+            handlers = {}
+        shown = sys.stderr.isatty() and parallel.is_main()
+        self.bar = tqdm(total=total, initial=self.first_step, unit="step", disable=not shown, dynamic_ncols=True)
+        self.started = time.monotonic()
+        try:
+            for step in range(self.first_step, total):
+                yield step
+                self.bar.update()
+                done = step + 1
+                stop = any(stop is not None for stop in parallel.gather(self.stop))  # a signal to one process stops all
+                if done == total or stop or (self.skipped_in_a_row == 0 and done % self.cfg.save_every == 0):
+                    self.save(done)
+                if stop and done < total:
+                    print(f"\nstopped after step {done}; continue with: python -m minialign {self.method} --resume {self.folder}")
+                    parallel.leave()
+                    raise SystemExit(0)
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def sum(self, number):
+        """The sum over all processes: each has computed the loss of its own micro-batches only."""
+        return parallel.sum_over_processes(number)
+
+    def may_update(self, step, model, rows, loss, grad_norm, *, of="policy"):
+        """True if loss and gradient of `model` are finite. Otherwise report the rows and the gradient, and return False: skip the update.
+
+        Three such steps in a row raise FloatingPointError and write debug.json. of: which model this step trains. With two models, a good
+        reward step must not reset the count of failed policy steps.
+        """
+        loss, grad_norm = float(loss), parallel.as_float(grad_norm)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            if self.failing in (None, of):
+                self.skipped_in_a_row, self.failing = 0, None
+            return True
+        self._skip()
+        self.failing = of
+        bad = [n for n, p in model.named_parameters() if p.grad is not None and not parallel.as_float(p.grad.isfinite().all())]
+        note(f"step {step + 1} skipped: loss {loss:g}, grad norm {grad_norm:g}, first non-finite gradient: {bad[0] if bad else 'none'}, "
+             f"rows {rows[:8]}")
+        if self.skipped_in_a_row == ABORT_AFTER:
+            dump = {"step": step + 1, "rows": list(rows), "loss": repr(loss), "grad_norm": repr(grad_norm)}
+            write_atomic(self.folder / "debug.json", json.dumps({**dump, "non_finite_gradients": bad}, indent=1) + "\n")
+            raise FloatingPointError(
+                f"{ABORT_AFTER} steps in a row were not finite, last step {step + 1}, rows {rows[:8]}; the weights are those of the last "
+                f"good step, and the newest checkpoint in {self.folder}/checkpoints is finite; details in debug.json; try a smaller --lr"
+            )
+        return False
+
+    def ask(self, step, reward_fn, prompts, completions):
+        """The rewards of a rollout, (B,), or None if the reward function failed: then the step is skipped, reported and logged.
+
+        Three failures in a row end the run with BadInput.
+        """
+        try:
+            rewards = ask(reward_fn, prompts, completions, limit=self.cfg.reward_limit)
+            return rewards.to(self.device, torch.promote_types(self.dtype, torch.float32))
+        except BadReward as error:
+            if self.skipped_in_a_row == 0 and step > self.first_step:  # so that nothing is lost if it fails twice more
+                self.save(step)
+            self._skip()
+            note(f"step {step + 1} skipped: {error}")
+            self.log(step)
+            if self.skipped_in_a_row == ABORT_AFTER:
+                raise BadInput(
+                    f"{ABORT_AFTER} steps in a row had no rewards, the last step {step + 1}: {error}; "
+                    f"fix the reward and repeat these steps with --resume {self.folder}"
+                ) from None
+            return None
+
+    def _skip(self):
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+
+    def compute_or_read(self, file, began, compute):
+        """The JSON value stored in `file` of the run folder. If it is not there, compute() makes it and it is stored.
+
+        Raises BadInput if the file is missing and the policy has been trained beyond step `began`, up to which it was the reference.
+        """
+        file = self.folder / file
+        if not parallel.on_main(file.is_file):
+            if self.first_step > began:
+                raise BadInput(f"{file}: is missing, and the policy of step {self.first_step} is no reference; begin a new run")
+            value = compute()
+            file.parent.mkdir(exist_ok=True)
+            write_atomic(file, json.dumps(value))
+            parallel.gather(None)  # a barrier: no process reads the file before it is there
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    # ---------------------------------------------------------------------------------------------------------------- log
+
+    def end_of_step(self, step, metrics, policy, tokenizer, rows, evaluate, *, tau=1.0, reward_model=None):
+        """Log a step's metrics. Every eval_every steps and at the last one: first evaluate, sample, and export with --snapshots.
+
+        evaluate() -> metrics on the held-out rows. rows: encoded rows, of which the policy answers the first four prompts in samples.jsonl
+        at temperature tau. reward_model: exported beside the policy.
+        """
+        if (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.steps:
+            metrics |= evaluate()
+            self.log_samples(step, policy, tokenizer, [row[0] for row in rows[:4]], tau)
+            if self.cfg.snapshots:
+                self.export(policy, tokenizer, f"snapshots/{step + 1:06d}")
+                if reward_model is not None:
+                    self.export(reward_model, tokenizer, f"reward_snapshots/{step + 1:06d}")
+        self.log(step, **metrics)
+
+    def log(self, step, **metrics):
+        """Append one row to metrics.jsonl (its steps count from 1) and print a line every log_every steps."""
+        done = step + 1
+        seconds = time.monotonic() - self.started
+        values = {name: parallel.as_float(value) for name, value in metrics.items() if value is not None}
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        row = {"step": done, **values, "skipped": self.skipped, "seconds": round(seconds, 3)}
+        append_row(self.folder / "metrics.jsonl", row)
+        shown = "  ".join(f"{name} {math.nan if value is None else value:.4g}" for name, value in row.items()
+                          if name in SHOWN or name.startswith("eval/"))
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix_str(shown[:100])
+        elif done == self.first_step + 1 or done % self.cfg.log_every == 0 or done == self.cfg.steps:
+            left = seconds / (done - self.first_step) * (self.cfg.steps - done)
+            print(f"step {done}/{self.cfg.steps}  {shown}  ({seconds:.0f} s, {left:.0f} s left)", flush=True)
+
+    def log_samples(self, step, policy, tokenizer, prompts_ids, tau):
+        """Write the policy's answers to a few prompts to samples.jsonl. It uses its own random generators, so training is not affected."""
+        context = policy.config.max_len
+        prompts_ids = [prompt for prompt in prompts_ids if len(prompt) < context]
+        if not prompts_ids:
+            return
+        max_new = min(self.cfg.max_new, context - max(map(len, prompts_ids)))
+        rollout = sample(policy, prompts_ids, max_new=max_new, tau=tau, eos_id=tokenizer.eos_id, seed=self.cfg.seed)
+        for prompt, ids, finished in zip(prompts_ids, rollout.completions, rollout.finished.tolist(), strict=True):
+            row = {"step": step + 1, "prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(ids), "finished": finished}
+            append_row(self.folder / "samples.jsonl", row)
+
+    def export(self, model, tokenizer, name):
+        """Write the model to the run folder as a Hugging Face folder `name`, with adapters merged; in bfloat16 with --dtype mixed."""
+        plain = merged(parallel.full_copy(model))
+        parallel.on_main(save_pretrained, plain, self.folder / name, tokenizer)
+
+    def close(self, model, tokenizer):
+        """Export the trained model to final/, its adapters also to adapter/ (a PEFT folder), and say where things are.
+
+        Returns the run folder.
+        """
+        self.export(model, tokenizer, "final")
+        if adapters(model) and model.config.head == "lm":
+            parallel.on_main(save_adapter, parallel.full_copy(model), self.folder / "adapter", self.adapter_base)
+        parallel.gather(None)  # wait for the first process, so that nobody reads the folder before it is complete
+        print(f"done in {time.monotonic() - self.started:.0f} s: {self.folder}")
+        print(f"  curves    python -m minialign plot {self.folder}")
+        if model.config.head == "lm":
+            print(f"  samples   python -m minialign show {self.folder}")
+            print(f'  talk      python -m minialign sample --policy {self.folder}/final --prompt "…"')
+        if (self.folder / "reward").is_dir():
+            print(f"  reward    {self.folder}/reward, for --reward of evaluate, best_of_n and the online methods")
+        if (self.folder / "adapter").is_dir():
+            print(f"  adapter   {self.folder}/adapter (a PEFT folder for {self.adapter_base}; --policy takes it too)")
+        print(f"  weights   {self.folder}/final (transformers loads it as it is)", flush=True)
+        return self.folder
+
+
+def new_folder(method):
+    """runs/<method>-<time>, newly made. A second run in the same second gets ~2, ~3, …"""
+    stem = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        for number in itertools.count(1):
+            folder = Path(stem if number == 1 else f"{stem}~{number}")
+            folder.parent.mkdir(exist_ok=True)
+            try:
+                folder.mkdir()  # fails if it exists, so two runs never share a folder
+                return folder
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise BadInput(f"{stem}: cannot be written ({error.strerror}); name another --out") from None

@@ -1,0 +1,232 @@
+"""Settings: the fields that methods share, the command line made from them, and the checks at second 0.
+
+Each method has a Config of its own fields on one of the classes below. A field is a flag: its name, type and default are the flag's, and
+the comment beside it is the flag's help. A method that needs another default, or a more exact comment, writes the field again.
+
+    Training                 what every method has
+    OnDemonstrations         + prompts with one good answer (--demos)
+    OnPairs                  + prompts with a chosen and a rejected answer (--pairs), or two new answers at every step (--online)
+    OnPrompts                + prompts alone (--prompts), and a reward for what the policy answers (--reward)
+
+Checked by tests/test_settings.py and tests/test_front_door.py.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+
+from minialign.engine import parallel
+from minialign.engine.common import BadInput, one_line
+
+
+@dataclass
+class Training:
+    policy: str = "builtin"         # the model to start from: builtin, a folder (of a model or of a PEFT adapter), or a hub name
+    steps: int = 100                # optimizer steps
+    batch_size: int = 32            # rows per step
+    micro_batch: int = 0            # rows per forward pass; 0 = the whole batch at once. Fewer rows save memory and change nothing else
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    schedule: str = "cosine"        # of the learning rate after the warm-up: cosine, linear or constant
+    warmup: float = 0.1             # share of the steps in which the learning rate rises
+    weight_decay: float = 0.0       # AdamW's weight decay
+    max_grad_norm: float = 1.0      # longer gradients are scaled down to this norm
+    max_prompt: int | None = None   # longest prompt in tokens; a longer one loses its beginning
+    held_out: float = 0.1           # share of the file, taken from its end, that is never trained on
+    seed: int = 0                   # seed of the data order, of sampling and of new weights
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (each holds all of them)
+    activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, about a third more time
+    lora: int = 0                   # rank of the LoRA adapters to train instead of the weights; 0 trains the weights
+    lora_alpha: float = 16.0        # an adapter's product is scaled by lora_alpha / lora
+    log_every: int = 25             # steps between lines on the terminal
+    eval_every: int = 50            # steps between evaluations on the held-out rows
+    save_every: int = 100           # steps between checkpoints
+    snapshots: bool = False         # also export the model at every evaluation, to snapshots/<step>/
+    out: str = ""                   # run folder; default: runs/<method>-<time>
+    resume: str = ""                # continue this run folder, bit for bit
+    skip_bad: bool = False          # count and skip bad rows of a file instead of stopping at the first
+
+
+@dataclass
+class OnDemonstrations(Training):
+    demos: str = "builtin"          # demonstrations: builtin, or a JSONL/JSON(.gz) file
+    max_len: int = 256              # longest row in tokens, prompt and completion together; a longer one loses its end
+    max_new: int = 64               # longest sampled answer in tokens
+
+
+@dataclass
+class OnPairs(Training):
+    pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
+    online: bool = False            # sample both answers from the policy and let --reward choose; only the prompts of the pairs are used
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # with --online: FILE.py:FUNCTION, a reward model, …: docs/DATA.md
+    combine: str = "mean"           # with --online and several rewards: mean, min, or warm (one reward model with averaged weights)
+    reward_limit: float = 60.0      # with --online: seconds that the reward may take for one batch
+    tau: float = 1.0                # with --online: sampling temperature
+    max_len: int = 256              # longest row in tokens, prompt and completion together; a longer one loses its end
+    max_new: int = 64               # longest sampled answer in tokens
+
+
+@dataclass
+class OnPrompts(Training):
+    prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
+    reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
+    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model with averaged weights)
+    reward_limit: float = 60.0      # seconds that the reward may take for one batch
+    missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
+    max_new: int = 64               # longest completion in tokens
+    tau: float = 1.0                # sampling temperature, and that of every log-prob here
+    batch_size: int = 64            # completions per step
+    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-6)
+    schedule: str = "linear"
+    warmup: float = 0.0
+    held_out: float = 0.25          # share of the prompts, taken from the end of the file, that is never trained on
+    log_every: int = 10
+    eval_every: int = 25
+    save_every: int = 50
+
+
+# ----------------------------------------------------------------------------------------------------------- the command line
+
+
+def field_comments(config_class):
+    """{field: the comment beside it in the source}, which is the help text of its flag. A subclass's comment wins over its base's."""
+    comments = {}
+    for kind in reversed(config_class.__mro__[:-1]):
+        for line in inspect.getsource(kind).splitlines():
+            match = re.match(r"\s*(\w+)\s*:[^#]*#\s*(.*)", line)
+            if match:
+                comments[match.group(1)] = match.group(2).strip()
+    return comments
+
+
+def shared_fields(config_class):
+    """Names of the fields that a Config takes unchanged from the classes above."""
+    shared = set()
+    for kind in reversed(config_class.__mro__):
+        names = set(inspect.get_annotations(kind))
+        shared = shared | names if kind.__module__ == __name__ else shared - names
+    return shared
+
+
+def cli(config_class, argv, *, prog, description=""):
+    """Parse `--field value` flags into a config_class. `--batch-size` means `--batch_size`.
+
+    --help prints the method's own flags first, then those that all methods share. For an unknown flag or a value of the wrong type it
+    prints one sentence on stderr and exits with code 2.
+    """
+    hints, comments, shared = typing.get_type_hints(config_class), field_comments(config_class), shared_fields(config_class)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    own_group = parser.add_argument_group("its own flags") if shared else parser
+    shared_group = parser.add_argument_group("flags that other methods have too")
+    flags = []
+    for f in dataclasses.fields(config_class):
+        names = list(dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"]))
+        flags.append(names[0])
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else repr(default)
+        options = dict(dest=f.name, default=default, help=f"{comments.get(f.name, '')} (default: {shown})".replace("%", "%%"))
+        kind = hints[f.name]
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):  # `int | None`: the flag takes the int
+            kind = next(arm for arm in typing.get_args(kind) if arm is not type(None))
+        if kind is bool:
+            options |= dict(action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(kind) is list:
+            options |= dict(nargs="+", type=typing.get_args(kind)[0], metavar=f.name.upper())
+        else:
+            options |= dict(type=kind, metavar=kind.__name__)
+        (shared_group if f.name in shared else own_group).add_argument(*names, **options)
+
+    def refuse(message):
+        print(f"{prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    parser.error = refuse
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), flags, n=1, cutoff=0.5)
+        hint = f": did you mean {near[0]}?" if near else ""
+        refuse(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{hint} (`{prog} --help` lists them)")
+    others = [flag for word in argv if word.startswith("--") and (flag := word.split("=")[0]) != "--resume"]
+    if getattr(known, "resume", "") and others:
+        refuse(f"--resume continues a run with the flags it began with: drop {others[0]} (to change flags, start a new run with "
+               f"--policy {known.resume}/final)")
+    return config_class(**vars(known))
+
+
+def check_config(cfg):
+    """Refuse values that cannot work before anything is loaded. The rules are by field name, so that a Config only lists its fields."""
+    at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
+                "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
+                "layers": 1, "heads": 1, "width": 1, "group_size": 1, "epochs": 1, "n": 1, "grows": 1, "grow_prompts": 1,
+                "gamma": 0, "lam": 0, "decay": 0, "mix": 0, "std_eps": 0, "bound": 0, "ridge": 0, "reward_share": 0, "weight": 0,
+                "desirable_weight": 0, "undesirable_weight": 0, "delta": 0, "target_margin": 0, "lora": 0}
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"--{f.name} {value}: must be a finite number")
+    at_most = {"warmup": 1, "held_out": 0.9, "gamma": 1, "lam": 1, "decay": 1, "mix": 1, "reward_share": 1}
+    for name, low in at_least.items():
+        value = getattr(cfg, name, low)
+        value = low if value is None else value
+        high = at_most.get(name, math.inf)
+        if not low <= value <= high:
+            raise BadInput(f"--{name} {value}: must be at least {low}" + (f" and at most {high}" if name in at_most else ""))
+    online = hasattr(cfg, "prompts")  # a method that follows a given reward also works without the pull to ref, with beta 0
+    for name in ("max_grad_norm", "beta", "tau", "eps", "eps_value", "eta", "value_lr", "reward_limit", "reward_lr", "reward_share",
+                 "scale", "lora_alpha"):
+        value = getattr(cfg, name, 1)
+        if not (value > 0 or (online and name == "beta" and value == 0)):
+            raise BadInput(f"--{name} {value}: must be {'at least' if online and name == 'beta' else 'above'} 0")
+    if online and cfg.batch_size % getattr(cfg, "group_size", 1):
+        raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of --group_size {cfg.group_size} (completions of one prompt)")
+    if not getattr(cfg, "online", True) and cfg.reward != ["builtin"]:
+        raise BadInput(f"--reward {cfg.reward[0]}: is used only with --online; without it the file says which answer is chosen")
+    if getattr(cfg, "lora", 0) and cfg.policy == "new":
+        raise BadInput(f"--lora {cfg.lora}: adapters need trained weights beside them, and --policy new has none")
+    if not 0 <= getattr(cfg, "label_smoothing", 0) < 0.5:
+        raise BadInput(f"--label_smoothing {cfg.label_smoothing}: must be at least 0 and below 0.5, where labels carry no information")
+    if getattr(cfg, "schedule", "cosine") not in ("cosine", "linear", "constant"):
+        raise BadInput(f"--schedule {cfg.schedule}: must be cosine, linear or constant")
+
+
+@contextlib.contextmanager
+def exit_codes(prog):
+    """Put around a main(): it turns exceptions into one line on stderr and an exit code.
+
+    BadInput exits with 2, a diverged run or a lost process under torchrun with 1, Ctrl-C with 130. Any other exception is a bug and keeps
+    its traceback.
+    """
+    try:
+        yield
+        parallel.leave()
+    except BadInput as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except FloatingPointError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except RuntimeError as error:
+        if not parallel.peer_lost(error):
+            raise
+        print(f"{prog}: process {parallel.rank()} stops because another process is gone ({one_line(error)}); "
+              "its error message is above, and --resume continues from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:  # `python -m minialign … | head` closes the pipe early, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None

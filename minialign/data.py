@@ -374,15 +374,13 @@ def pair_batch(rows, picked, *, pad_id, max_len):
 
 
 def counts(rows, max_len):
-    """{'rows', 'scored_tokens', 'truncated', 'empty'} of encoded rows under max_len: truncated completions lost their end, empty ones
-    have nothing scored."""
-    numbers = {"rows": len(rows), "scored_tokens": 0, "truncated": 0, "empty": 0}
+    """{'rows', 'scored_tokens', 'truncated'} of encoded rows under max_len; a truncated completion has lost its end."""
+    numbers = {"rows": len(rows), "scored_tokens": 0, "truncated": 0}
     for prompt, *completions in rows:
         for completion in completions:
             scored = min(len(completion), max(0, max_len - len(prompt)))
             numbers["scored_tokens"] += scored
             numbers["truncated"] += scored < len(completion)
-            numbers["empty"] += scored == 0
     return numbers
 
 

@@ -83,12 +83,12 @@ def mean_logps(policy, *batches):
     return means[0] if len(batches) == 1 else means
 
 
-def linear_logps(hidden, weight, targets, *, tau=1.0, entropy=True, body=None, keep_bytes=0):
+def linear_logps(hidden, weight, targets, *, tau=1.0, entropy=True, body=None):
     """hidden (N, C), weight (V, C), targets (N,) -> logps (N,), entropy (N,) of softmax(hidden @ weight.T / tau).
 
     Both are float32 (float64 for float64 inputs) and differentiable in hidden and weight, whatever the upstream gradient.
-    entropy=False skips it and returns None in its place. body: "naive", "chunked", or None for best_body's choice. keep_bytes: of logits
-    that the chunked body may keep for its backward pass, which then need not be made again. Raises ValueError for another body.
+    entropy=False skips it and returns None in its place. body: "naive", "chunked", or None for best_body's choice. Raises ValueError for
+    another body.
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and targets.shape == hidden.shape[:1], (hidden.shape, weight.shape, targets.shape)
     body = body or best_body(len(hidden), len(weight), hidden.device)
@@ -96,7 +96,7 @@ def linear_logps(hidden, weight, targets, *, tau=1.0, entropy=True, body=None, k
         return naive_logps(hidden, weight, targets, tau, entropy)
     if body != "chunked":
         raise ValueError(f"body={body!r} is unknown: use naive, chunked, or None")
-    logps, entropies = chunked_logps(hidden, weight, targets, tau, entropy, keep_bytes)
+    logps, entropies = chunked_logps(hidden, weight, targets, tau, entropy)
     return logps, entropies if entropy else None
 
 

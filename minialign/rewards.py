@@ -403,15 +403,15 @@ def time_limit(seconds):
 # --------------------------------------------------------------------------------------------------------------------- log
 
 
-def rollout_stats(rewards, answers, ref_logps=None, *, group_size=1):
-    """What every method that samples logs of one rollout: rewards (B,) without the KL, answers a Rollout, ref_logps (B, T)."""
+def rollout_stats(rewards, answers, *, group_size=1):
+    """The metrics of one rollout: rewards (B,) without the KL, answers a Rollout. With answers.ref_logps the KL to ref is among them."""
     stats = {
         "reward": rewards.mean(), "reward_std": rewards.std(correction=0),
         "completions/mean_length": answers.lengths.float().mean(), "completions/finished": answers.finished.float().mean(),
     }
-    if ref_logps is not None:
-        stats["kl"] = k1(answers.old_logps, ref_logps).sum(1).mean()
-        stats["kl_k3"] = k3(answers.old_logps, ref_logps).sum(1).mean()
+    if answers.ref_logps is not None:
+        stats["kl"] = k1(answers.old_logps, answers.ref_logps).sum(1).mean()
+        stats["kl_k3"] = k3(answers.old_logps, answers.ref_logps).sum(1).mean()
     if group_size > 1:
         groups = rewards.view(-1, group_size)  # (N, G)
         stats["frac_reward_zero_std"] = (groups == groups[:, :1]).all(1).float().mean()

@@ -4,7 +4,7 @@ A prompt names a thing; a completion asks for it with an opening, the thing, and
 Speakers differ only in how often they are polite, so the distribution of each speaker is known exactly. The base model learned from
 rude speakers. The expert is polite. A share of the demonstrations comes from rude speakers.
 
-Checked by tests/test_data.py.
+Checked by tests/test_task.py.
 """
 
 import math

@@ -3,7 +3,7 @@
     python -m tests.killing writes FOLDER                          kill before the k-th change of the disk, for every k
     python -m tests.killing run METHOD TRIALS FOLDER CONFIG_JSON   kill a training run at random moments, resume it, compare
 
-Prints JSON; tests/test_checkpoint.py and tests/test_resume.py read it. Each child is forked before any parallel kernel ran.
+Prints JSON; tests/engine/test_checkpoint.py and tests/engine/test_resume.py read it. Each child is forked before any parallel kernel ran.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def in_child(action, kill_after=None):
 
 def kill_between_writes(folder):
     """[step found afterwards] for k = 1, 2, ... until a save survives. Step 1 was saved before, step 2 is being saved."""
-    from tests.test_checkpoint import parts, same
+    from tests.engine.test_checkpoint import parts, same
 
     old, new, found, k = parts(), parts(steps=4), [], 0
 

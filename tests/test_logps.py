@@ -24,7 +24,8 @@ BODIES = ("naive", "chunked")
 
 def narrow(monkeypatch, width, rows=2):
     """Slices of so few tokens of the vocabulary, blocks of so few rows."""
-    monkeypatch.setattr(kernel, "slices", lambda n, v, device: [slice(start, min(start + width, v)) for start in range(0, v, width)])
+    cut = lambda n, v, device: [slice(start, min(start + width, v)) for start in range(0, v, width)]  # noqa: E731
+    monkeypatch.setattr(kernel, "vocabulary_slices", cut)
     monkeypatch.setattr(logprob, "BLOCK_ROWS", {"cpu": rows})
 
 
@@ -353,7 +354,7 @@ def test_no_method_notices_which_body_it_has(small, monkeypatch, method):
     logged, once = {}, {"epochs": 1} if method in ("ppo", "rebel") else {}  # one update a step
     for body in ("naive", "chunked"):
         monkeypatch.setattr(module, "best_body", lambda n, v, device, body=body: body)
-        monkeypatch.setattr(kernel, "slices", lambda n, v, device: [slice(start, min(start + 16, v)) for start in range(0, v, 16)])
+        narrow(monkeypatch, 16, rows=128)
         run, cfg = small(method, steps=3, dtype="float32", **once)
         logged[body] = [json.loads(line) for line in (run.main(cfg) / "metrics.jsonl").read_text().splitlines()]
     assert len(logged["naive"]) == len(logged["chunked"]) >= 3

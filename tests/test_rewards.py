@@ -1314,14 +1314,15 @@ def test_rollout_stats():
     """Two prompts of two completions: k1 = log π/ref and k3 = ref/π − 1 + k1, summed over tokens, then averaged over completions."""
     rewards = torch.tensor([1.0, 1.0, 0.0, 4.0])
     logps, zeros = torch.tensor([[-1.0, 0.0], [-1.0, -1.0], [-2.0, 0.0], [0.0, 0.0]]), torch.zeros(4, 2)
-    answers = Rollout(zeros, zeros, zeros.bool(), logps, torch.tensor([1, 2, 1, 0]), torch.tensor([True, False, True, True]), [])
-    stats = {name: float(value) for name, value in rollout_stats(rewards, answers, logps - math.log(2), group_size=2).items()}
+    answers = Rollout(zeros, zeros, zeros.bool(), logps, torch.tensor([1, 2, 1, 0]), torch.tensor([True, False, True, True]), [],
+                      ref_logps=logps - math.log(2))
+    stats = {name: float(value) for name, value in rollout_stats(rewards, answers, group_size=2).items()}
     expected = {
         "reward": 1.5, "reward_std": 1.5, "kl": 2 * math.log(2), "kl_k3": 2 * (math.log(2) - 0.5),
         "completions/mean_length": 1.0, "completions/finished": 0.75, "frac_reward_zero_std": 0.5,
     }
     assert stats == pytest.approx(expected, abs=1e-6)
-    assert "frac_reward_zero_std" not in rollout_stats(rewards, answers, logps)
+    assert "frac_reward_zero_std" not in rollout_stats(rewards, answers)
 
 
 # ------------------------------------------------------------------------------------------------ other people's reward models

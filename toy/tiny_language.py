@@ -39,14 +39,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from minialign.batch import collate, whiten
+from minialign.batch import collate
 from minialign.data import demo_batch, pair_batch
 from minialign.engine.common import BadInput, Mean, batch_rows, commit, derive_seed, write_atomic
+from minialign.kl import kl_rewards
 from minialign.methods import best_of_n, dpo, gpo, grpo, ift, ipo, irl, kto, orpo, ppo, rebel, reinforce, rest, rft, rloo, simpo, slic
 from minialign.model import GPT, GPTConfig
 from minialign.pairs import label_by_reward
 from minialign.rewards import score
-from minialign.sample import sample
+from minialign.sample import rollout, sample
 from minialign.settings import cli, exit_codes
 from toy import closed_form
 from toy.report import make_folder

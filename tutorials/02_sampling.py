@@ -209,8 +209,8 @@ print("drawn     ", [tokens[v] for v in drawn])
 assert torch.equal(drawn.bincount(minlength=5), (16 * p[0]).long())
 
 # %% [markdown]
-# **Checkpoint.** The project's `draw_tokens` takes probabilities, and guards the end: a rounded cumulative sum may stop just short of 1, and a
-# $u$ beyond it must not pick a forbidden token.
+# **Checkpoint.** The project's `draw_tokens` takes probabilities, and guards the end: a rounded cumulative sum may stop just short of 1,
+# and a $u$ beyond it must not pick a forbidden token.
 
 # %%
 uniform = torch.rand(50, generator=generator, dtype=torch.float64)

@@ -278,8 +278,7 @@ class MyLinearLogps(torch.autograd.Function):
 bodies = {
     "naive, autograd": lambda h, w, y: logps.naive_logps(h, w, y, 1.0, True),
     "yours, in slices": lambda h, w, y: MyLinearLogps.apply(h, w, y, 300),
-    "minialign, chunked": lambda h, w, y: LinearLogps.apply(h, w, y, 1.0, True, 0),
-    "minialign, logits kept": lambda h, w, y: LinearLogps.apply(h, w, y, 1.0, True, 2**40),
+    "minialign, chunked": lambda h, w, y: LinearLogps.apply(h, w, y, 1.0, True),
 }
 
 
@@ -538,7 +537,7 @@ print("figure:", path)
 # ## Where to read on
 #
 # - `minialign/kernels/logprob.py` and `logprob_triton.py`: `update_statistics` and the gradient pass, each in torch and in Triton.
-# - `minialign/kernels/linear_logprob.py`: your autograd function with a temperature, frozen inputs, and slices that may be kept.
+# - `minialign/kernels/linear_logprob.py`: your autograd function with a temperature and frozen inputs.
 #   `minialign/logps.py` chooses between it and the naive body, which is faster while the logits are small.
 # - `tests/kernels/`: irregular shapes, and kernels compiled for cards that are not there, to see that nothing spills out of registers.
 # - Milakov and Gimelshein 2018, arXiv:1805.02867: the online softmax.

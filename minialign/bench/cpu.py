@@ -7,13 +7,13 @@ says otherwise: on a busy machine two can be ten times slower.
 
     python -m minialign.bench                                # CPU: log-probs, generation, steps of SFT, DPO and GRPO, start-up; ten minutes
     python -m minialign.bench --only log-probs --n 2048 --rounds 9
-    python -m minialign.bench --gpu                          # one CUDA card: kernels, log-probs, decoding, training steps (bench_gpu.py)
+    python -m minialign.bench --gpu                          # one CUDA card: kernels, log-probs, decoding, training steps (gpu.py)
 
 Peers take part when they are installed (`pip install -r requirements-dev.txt`): torch's own F.linear_cross_entropy, TRL's chunked log-probs
 and its trainers, transformers' generate. Memory is this process's peak above what it held before (Linux only), in units of the head's
 gradient, which every body must return.
 
-Checked by tests/test_bench.py.
+Checked by tests/bench/test_cpu.py.
 """
 
 import contextlib
@@ -41,7 +41,6 @@ from minialign.kernels.linear_logprob import logits_of
 from minialign.logps import linear_logps
 from minialign.model import GPT, GPTConfig, KVCache
 from minialign.sample import sample, stepper
-from minialign.settings import cli, exit_codes
 from minialign.tokenizer import train_bpe
 from minialign.weights import save_pretrained
 
@@ -67,11 +66,10 @@ class Config:
 
 def log_prob_bodies(entropy):
     """{name: function of hidden, weight, targets -> logps, entropy or None}; the first is what the others are divided by."""
-    def ours(body, keep_bytes=0):
-        return lambda h, w, y: linear_logps(h, w, y, entropy=entropy, body=body, keep_bytes=keep_bytes)
+    def ours(body):
+        return lambda h, w, y: linear_logps(h, w, y, entropy=entropy, body=body)
 
-    bodies = {"naive: log_softmax of all logits": ours("naive"), "minialign, chunked": ours("chunked"),
-              "minialign, chunked, logits kept": ours("chunked", keep_bytes=2**62)}
+    bodies = {"naive: log_softmax of all logits": ours("naive"), "minialign, chunked": ours("chunked")}
     if hasattr(F, "linear_cross_entropy") and not entropy:
         bodies["torch F.linear_cross_entropy"] = lambda h, w, y: (-F.linear_cross_entropy(h, w, y, reduction="none"), None)
     try:
@@ -267,7 +265,7 @@ class Stopwatch:
 
 def own_sources(n_prompt, n_completion):
     """(tokenizer, [(prompt, completion)]) of this package's own source text, cut into pieces of so many tokens."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     tokenizer = train_bpe(texts, 2048)
     ids, size = [i for text in texts for i in tokenizer.encode(text)], n_prompt + n_completion
     pieces = [ids[start : start + size] for start in range(0, len(ids) - size, size)]
@@ -416,10 +414,10 @@ def main(cfg):
     if unknown := set(cfg.only) - set(TABLES):
         raise BadInput(f"--only {sorted(unknown)[0]}: is no table; there are {', '.join(TABLES)}")
     if cfg.gpu:
-        from minialign.bench import gpu as bench_gpu
+        from minialign.bench import gpu
 
-        device = bench_gpu.card()
-        tables = bench_gpu.tables(device)
+        device = gpu.card()
+        tables = gpu.tables(device)
     else:
         torch.set_num_threads(cfg.threads)
         device, tables = torch.device("cpu"), cpu_tables(cfg)
@@ -454,8 +452,3 @@ def cpu_tables(cfg):
         yield "a token late in a row over one early, the 70m shape", decode_cost(cfg.rounds)
     if "start-up" in cfg.only:
         yield "start-up, seconds beyond `import torch`", start_up(cfg.rounds)
-
-
-if __name__ == "__main__":
-    with exit_codes("bench"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign.bench", description=__doc__))

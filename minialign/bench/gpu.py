@@ -11,7 +11,7 @@ log-prob and entropy. Errors are against float64 on the same bfloat16 inputs.
     decoding     a recorded step of Pythia-1.4B and Mistral-7B shapes, against reading weights and cache once; transformers' generate
     training     an SFT step of both shapes: tokens/s, and share of the products' measured rate (6 flops a parameter and token)
 
-Checked by tests/test_bench.py, at small sizes on a CPU.
+Checked by tests/bench/test_cpu.py, at small sizes on a CPU.
 """
 
 import statistics
@@ -186,8 +186,7 @@ def log_probs(n, c, v, device, rounds=10):
             z = hidden @ weight.T
             torch.mm(z, weight), torch.mm(z.T, hidden)
 
-    ours = {name: lambda keep=keep: linear_logps(hidden, weight, targets, body="chunked", keep_bytes=keep)
-            for name, keep in (("minialign, recomputed", 0), ("minialign, kept", 2**62))}
+    ours = {"minialign": lambda: linear_logps(hidden, weight, targets, body="chunked")}
     peers = {"eager in float32: log_softmax of all logits": lambda: linear_logps(hidden, weight, targets, body="naive"),
              **_peers(hidden, weight, targets)}
     rows = time_in_turns({"three bare products": bare, **{name: both(body) for name, body in {**ours, **peers}.items()}}, device, rounds)

@@ -1,10 +1,10 @@
-"""`python -m minialign.recipes`: real steps at the recipes' sizes on one GPU, beside what --plan says of them.
+"""`python -m minialign.bench.receipts`: real steps at the recipes' sizes on one GPU, beside what --plan says of them.
 
 Models of random weights in the hub's layout, rows of this package's own source text, bfloat16, AdamW: SFT, DPO, IRFT and GRPO, for a few
 optimizer steps each (the 7B model trains adapters of rank 64 where all weights and a reference would not fit on the card). The run ends
 after the last of them and saves nothing. Writes the numbers with date, card and versions to --out:
 
-    python -m minialign.recipes --out docs/receipts.json
+    python -m minialign.bench.receipts --out docs/receipts.json
 
 Checked by tests/test_recipes.py, at small sizes on a CPU.
 """
@@ -134,5 +134,5 @@ def main(cfg, configs=MODELS):
 
 
 if __name__ == "__main__":
-    with exit_codes("minialign recipes"):
-        main(cli(Config, sys.argv[1:], prog="python -m minialign.recipes", description=__doc__))
+    with exit_codes("minialign receipts"):
+        main(cli(Config, sys.argv[1:], prog="python -m minialign.bench.receipts", description=__doc__))

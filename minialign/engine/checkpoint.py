@@ -13,7 +13,7 @@ Written into a folder beside it, each file flushed to disk, then renamed in one 
 Reading takes the newest folder whose manifest holds, and says so when it had to step back. No pickle anywhere.
 
 The data order and the learning rate are functions of (seed, step) and samplers are seeded by step, so this is all a run needs.
-Checked by tests/test_checkpoint.py: a kill between any two writes, a full disk, truncations and flipped bits.
+Checked by tests/engine/test_checkpoint.py: a kill between any two writes, a full disk, truncations and flipped bits.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minialign.engine import parallel
-from minialign.engine.common import BadInput, write_atomic
+from minialign.engine.common import BadInput
 
 RETRY_SECONDS = (1, 4, 16)  # a network disk that stumbles must not end a run of days
 
@@ -57,7 +57,6 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
                 ) from None
             print(f"writing {final} failed ({error}); try {attempt + 1} in {pause} s", file=sys.stderr)
             time.sleep(pause)
-    write_atomic(folder / "latest", final.name + "\n")
     parallel.on_main(prune, folder, step, keep)
     return final
 

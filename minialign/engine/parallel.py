@@ -16,7 +16,7 @@ A parameter of a sharded model is a DTensor: here a slice, its shape that of the
 its forward pass and again for its backward pass, and drops them in between; `shard` makes it sum all processes' gradients into the slices.
 "ddp" is the same over a mesh of (processes, 1): each holds a whole copy.
 
-Checked by tests/test_parallel.py: two processes over gloo equal one to 1e-10 in float64, in both layouts.
+Checked by tests/engine/test_parallel.py: two processes over gloo equal one to 1e-10 in float64, in both layouts.
 """
 
 import copy

@@ -11,14 +11,14 @@ and one slice: z is cut over the *vocabulary*, not over the rows. So
                dW[slice] = dzᵀ h, written once. Only dh adds up, (N, C) in float32.
 
 Cut over rows instead (torch's, Liger's and TRL's linear losses), dW is the sum over the chunks: V x C more numbers in float32, and
-rounded in between when it is not. `keep_bytes` of slices may stay for backward: 6 N V C flops in the place of 8 for what is kept.
+rounded in between when it is not.
 
 The two passes over a slice are logprob.py's fold and to_gradient. On a CPU a slice is small, so that it stays in cache; a GPU wants long
 products. Where nothing asks for a gradient (a reference, old log-probs) a GPU needs no slice either: the kernel of linear_logprob_triton.py
 folds the tiles of the product where they are made.
 
 Floors of one H200 (4.3 TB/s, 790 bfloat16 TFLOP/s), N = 8192, forward and backward: Pythia-1.4B (C 2048, V 50304) 9.9 ms, of which the
-products take 8.6; Llama-3-8B (4096, 128256) 47 and 43.6; with the logits kept 7.6 and 35.6. The products are the bound.
+products take 8.6; Llama-3-8B (4096, 128256) 47 and 43.6. The products are the bound.
 
 Checked by tests/kernels/test_linear_logprob.py and tests/test_logps.py: against log_softmax in float64, finite differences, memory.
 """
@@ -69,23 +69,21 @@ def kernel():
 class LinearLogps(torch.autograd.Function):
     """hidden (N, C), weight (V, C), targets (N,) -> logps (N,), entropies (N,; zeros unless asked for), float32 or wider.
 
-    Kept for backward: the inputs, lse, entropies, and as many slices of logits as keep_bytes allows; those serve the first backward and are
-    made anew in any later one, so retain_graph is exact. A frozen hidden or weight costs nothing: its product is skipped.
+    Saved for backward: the inputs, lse and entropies. Each backward pass makes the slices again, so retain_graph is exact. A frozen hidden
+    or weight costs nothing: its product is skipped.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, tau, entropy, keep_bytes):
-        statistics, kept = Statistics.empty(len(hidden), torch.promote_types(hidden.dtype, torch.float32), hidden.device), {}
+    def forward(ctx, hidden, weight, targets, tau, entropy):
+        statistics = Statistics.empty(len(hidden), torch.promote_types(hidden.dtype, torch.float32), hidden.device)
         for part in vocabulary_slices(len(hidden), len(weight), hidden.device):
             logits = logits_of(hidden, weight[part])  # (N, width)
             update_statistics(logits, targets - part.start, statistics, tau, entropy=entropy)
-            if logits.nbytes <= keep_bytes:
-                kept[part.start], keep_bytes = logits, keep_bytes - logits.nbytes
             del logits  # before the next are made: one slice at a time
         lse = statistics.lse()
         entropies = statistics.entropy() if entropy else torch.zeros_like(lse)
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)
-        ctx.tau, ctx.kept = tau, kept
+        ctx.tau = tau
         ctx.set_materialize_grads(False)
         return statistics.target - lse, entropies
 
@@ -93,13 +91,12 @@ class LinearLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, e):
         if g is None and e is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None
         hidden, weight, targets, lse, entropies = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for part in vocabulary_slices(len(hidden), len(weight), hidden.device):
-            logits = ctx.kept.pop(part.start, None)
-            logits = logits_of(hidden, weight[part]) if logits is None else logits  # (N, width)
+            logits = logits_of(hidden, weight[part])  # (N, width)
             to_gradient(logits, targets - part.start, lse, entropies, g, e, ctx.tau)
             dz = logits.to(hidden.dtype) if hidden.is_cuda else logits  # tensor cores take what is as narrow as the other factor
             if d_hidden is not None and dz.dtype == lse.dtype:
@@ -111,14 +108,14 @@ class LinearLogps(torch.autograd.Function):
             elif d_weight is not None:
                 d_weight[part] = matmul_wide(dz.T, hidden)  # summed in float32, rounded once
             del logits, dz
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
-def chunked_logps(hidden, weight, targets, tau, entropy, keep_bytes):
+def chunked_logps(hidden, weight, targets, tau, entropy):
     """LinearLogps; or, where nobody asks for a gradient and there is a kernel for it, scores without a slice of logits."""
     score = fused_scorer(hidden, weight)
     if score is None or torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return LinearLogps.apply(hidden, weight, targets, tau, entropy, keep_bytes)
+        return LinearLogps.apply(hidden, weight, targets, tau, entropy)
     statistics = score(hidden, weight, targets, tau, entropy)
     lse = statistics.lse()
     return statistics.target - lse, statistics.entropy() if entropy else torch.zeros_like(lse)

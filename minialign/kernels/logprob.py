@@ -11,10 +11,10 @@ The naive body, and the bytes that each line moves per logit; bfloat16 logits, f
     entropies = -(log_p.exp() * log_p).sum(-1)              # read 4, write 4, read 8, write 4, read 4
                                                             # about 50; backward as much again, and three (N, V) float32 tensors alive
 
-`update_statistics` reads each logit once; `to_gradient` reads and writes it once, in place: 2 and 4 bytes in bfloat16. At 4.3 TB/s, V = 128256 and
-N = 8192 rows that is .49 and .98 ms: the bound is memory (some ten flops a byte), so what counts is one pass and wide loads. One pass is
-possible because max, sum and weighted sum can be carried along and rescaled when the max moves (online softmax: Milakov and Gimelshein
-2018, arXiv:1805.02867). And what is carried along may come from another slice of the vocabulary: linear_logprob.py has it slice by slice.
+`update_statistics` reads each logit once; `to_gradient` reads and writes it once, in place: 2 and 4 bytes in bfloat16. At 4.3 TB/s,
+V = 128256 and N = 8192 rows that is .49 and .98 ms. The bound is memory (some ten flops a byte), so one pass and wide loads count.
+One pass is possible because max, sum and weighted sum can be carried along and rescaled when the max moves (online softmax: Milakov and
+Gimelshein 2018, arXiv:1805.02867). What is carried along may come from another slice of the vocabulary, as in linear_logprob.py.
 
 Two bodies each: torch, which is the specification and what a CPU runs, and Triton, where there is a GPU.
 
@@ -115,42 +115,3 @@ def to_gradient(logits, places, lse, entropies, g, e, tau=1.0):
 def blocks(n, device):
     size = BLOCK_ROWS.get(device.type, n) or 1
     return [slice(start, start + size) for start in range(0, n, size)]
-
-
-class LogProb(torch.autograd.Function):
-    """logits (N, V), targets (N,) -> logps, entropies (zeros unless asked for), lse, each (N,). For backward: logits, lse, entropies.
-
-    inplace: the gradient takes the memory of the logits, which nobody may need any more; a second backward is refused.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets, tau, entropy, inplace):
-        statistics = Statistics.empty(len(logits), torch.promote_types(logits.dtype, torch.float32), logits.device)
-        update_statistics(logits, targets, statistics, tau, entropy=entropy)
-        lse = statistics.lse()
-        entropies = statistics.entropy() if entropy else torch.zeros_like(lse)
-        ctx.save_for_backward(logits, targets, lse, entropies)
-        ctx.tau, ctx.inplace, ctx.used = tau, inplace, False
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse)
-        return statistics.target - lse, entropies, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g, e, _):
-        if g is None and e is None:
-            return None, None, None, None, None
-        if ctx.used:
-            raise RuntimeError("the gradient was written over the logits: a second backward needs inplace=False")
-        logits, targets, lse, entropies = ctx.saved_tensors
-        ctx.used, d_logits = ctx.inplace, logits.detach() if ctx.inplace else logits.detach().clone()
-        to_gradient(d_logits, targets, lse, entropies, g, e, ctx.tau)
-        return d_logits, None, None, None, None
-
-
-def logprob(logits, targets, *, tau=1.0, entropy=True, inplace=False):
-    """Log-probs of the targets, entropies and log-sum-exps of softmax(logits / tau): (N,) each, float32 or wider; the first two
-    differentiable in the logits (N, V), which are finite: an entry of −∞ has no entropy here. Every target is a token: rows that are not
-    scored do not come here."""
-    assert logits.dim() == 2 and targets.shape == logits.shape[:1], (logits.shape, targets.shape)
-    return LogProb.apply(logits, targets, tau, entropy, inplace)

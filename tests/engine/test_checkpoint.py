@@ -13,7 +13,7 @@ import torch
 from minialign.engine import checkpoint
 from minialign.engine.common import BadInput
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def parts(seed=0, steps=3):
@@ -52,7 +52,6 @@ def test_round_trip_is_bitwise(tmp_path):
     assert folder.name == "step_000005" and same(saved, restored)
     assert state["step"] == 5 and state["skipped"] == 1 and state["threads"] == torch.get_num_threads()
     assert torch.equal(torch.rand(3), drawn)  # the generator continues where it was
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_000005\n"
 
 
 def test_no_pickle_in_the_folder(tmp_path):
@@ -65,7 +64,7 @@ def test_keeps_the_newest_and_sweeps_up(tmp_path):
     stray.mkdir(parents=True)
     for step in (1, 2, 3):
         checkpoint.save_checkpoint(tmp_path, step, *parts(), {}, keep=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_000002", "step_000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
 
 
 def test_damaged_later_ones_do_not_push_out_a_sound_one(tmp_path, capsys):
@@ -76,7 +75,7 @@ def test_damaged_later_ones_do_not_push_out_a_sound_one(tmp_path, capsys):
             (folder / "state.json").write_text("torn")
     checkpoint.save_checkpoint(tmp_path, 1, *parts(), {}, keep=2)
     assert checkpoint.newest_checkpoint(tmp_path).name == "step_000001"
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_000001"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000001"]
 
 
 def test_steps_are_compared_as_numbers(tmp_path):

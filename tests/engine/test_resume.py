@@ -16,7 +16,7 @@ from minialign.methods import rloo
 from tests.conftest import EACH_LOOP, LEARNING, LOOPS, METHODS
 from tests.killing import result_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROUNDS = {"rounds": 3, "reward_share": 0.45}  # of 11 steps RRpp RRpp Rpp, of 9 Rpp Rpp Rpp: R trains the reward, p the policy
 EXTRA = {"irft": {"rounds": 3},  # so that a cut falls inside a round as well as between two
          **dict.fromkeys(LEARNING, ROUNDS),  # and between the two parts of a round

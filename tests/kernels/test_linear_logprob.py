@@ -30,9 +30,9 @@ def test_slices_are_a_partition_of_the_vocabulary(n, v):
     assert all(4 * n * width <= max(linear_logprob.SLICE_BYTES["cpu"], 4 * n * 256) for width in widths)
 
 
-def gradients(keep_bytes, times=1, **changes):
+def gradients(times=1, **changes):
     hidden, weight, targets = problem(13, v=50, **changes)
-    logps, entropy = LinearLogps.apply(hidden, weight, targets, 0.7, True, keep_bytes)
+    logps, entropy = LinearLogps.apply(hidden, weight, targets, 0.7, True)
     g, e = torch.randn(2, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for _ in range(times):
         hidden.grad = weight.grad = None
@@ -40,26 +40,23 @@ def gradients(keep_bytes, times=1, **changes):
     return logps, entropy, hidden.grad, weight.grad
 
 
-def test_kept_partly_kept_and_recomputed_slices_give_the_same_gradients(monkeypatch):
-    """Slices of 8 columns of 13 rows in float64 have 832 bytes: none, two, or all of the seven are kept. A second backward through the same
-    graph has nothing kept any more, and must give the same."""
+def test_a_second_backward_gives_the_same_gradients(monkeypatch):
+    """Seven slices of 8 columns: each is made once in the forward pass and once in every backward pass through the same graph."""
     narrow(monkeypatch, 8, rows=4)
     made = []
     monkeypatch.setattr(linear_logprob, "logits_of", lambda *args, real=linear_logprob.logits_of: made.append(1) or real(*args))
-    expected, counts = gradients(0), []
-    for keep_bytes, times in ((0, 1), (2 * 832, 1), (10**6, 1), (10**6, 2), (2 * 832, 3)):
-        made.clear()
-        for a, b in zip(expected, gradients(keep_bytes, times), strict=True):
-            assert torch.equal(a, b)
-        counts.append(len(made))
-    assert counts == [14, 12, 7, 14, 26]  # products with the head: seven slices, forward and backward, less what was kept
+    expected = gradients()
+    assert len(made) == 14
+    for a, b in zip(expected, gradients(times=3), strict=True):
+        assert torch.equal(a, b)
+    assert len(made) == 14 + 28
 
 
 @pytest.mark.parametrize("at", [0, 7, 8, 15, 16, 49])
 def test_targets_at_the_edges_of_slices(monkeypatch, at):
     narrow(monkeypatch, 8)
     hidden, weight, _ = problem(3, v=50)
-    logps, _ = LinearLogps.apply(hidden, weight, torch.tensor([at, at, at]), 1.0, False, 0)
+    logps, _ = LinearLogps.apply(hidden, weight, torch.tensor([at, at, at]), 1.0, False)
     assert torch.allclose(logps, (hidden @ weight.T).log_softmax(1)[:, at], atol=1e-12)
 
 
@@ -68,7 +65,7 @@ def test_log_probs_are_never_above_zero(monkeypatch):
     narrow(monkeypatch, 8)
     weight = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(50)
-    logps, _ = LinearLogps.apply(40 * weight, weight, targets, 1.0, False, 0)
+    logps, _ = LinearLogps.apply(40 * weight, weight, targets, 1.0, False)
     assert (logps <= 0).all() and (logps > -1e-6).any()
 
 
@@ -88,7 +85,7 @@ def test_bfloat16_heads_have_no_float32_twin(monkeypatch):
     narrow(monkeypatch, 256, rows=32)
     hidden, weight, targets = problem(40, c=16, v=4096, dtype=torch.bfloat16)
     with Float32() as seen:
-        logps, entropy = LinearLogps.apply(hidden, weight, targets, 1.0, True, 0)
+        logps, entropy = LinearLogps.apply(hidden, weight, targets, 1.0, True)
         (logps.sum() + entropy.sum()).backward()
     assert seen.most == 4 * 40 * 256 < 4 * 4096 * 16 and weight.grad.dtype == torch.bfloat16
 
@@ -98,7 +95,7 @@ def test_the_gradient_of_bfloat16_inputs_is_as_good_as_one_rounding(monkeypatch)
     narrow(monkeypatch, 64)
     hidden, weight, targets = problem(60, c=32, v=500, dtype=torch.bfloat16)
     g = torch.randn(60, generator=torch.Generator().manual_seed(1))
-    (LinearLogps.apply(hidden, weight, targets, 1.0, False, 0)[0] * g).sum().backward()
+    (LinearLogps.apply(hidden, weight, targets, 1.0, False)[0] * g).sum().backward()
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     logps = (exact[0] @ exact[1].T).log_softmax(1).gather(1, targets[:, None])[:, 0]
     (logps * g.double()).sum().backward()
@@ -114,9 +111,9 @@ def test_the_gradient_of_bfloat16_inputs_is_as_good_as_one_rounding(monkeypatch)
 def score():
     """The kernel: compiled where there is a GPU, interpreted where there is none."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from minialign.kernels.linear_logprob_triton import score
+    from minialign.kernels.linear_logprob_triton import fused_statistics
 
-    return score
+    return fused_statistics
 
 
 def scored(n, c, v, dtype, seed=0):
@@ -182,7 +179,7 @@ def test_no_row_and_rows_of_any_stride(score):
 
 def test_scoring_takes_the_place_of_slices_only_where_no_gradient_is_asked_for(score, monkeypatch):
     """Through linear_logps: without a gradient no slice is made and the numbers agree; with one of either input the slices are."""
-    monkeypatch.setattr(linear_logprob, "scorer", lambda hidden, weight: score)
+    monkeypatch.setattr(linear_logprob, "fused_scorer", lambda hidden, weight: score)
     made, real = [], linear_logprob.logits_of
     monkeypatch.setattr(linear_logprob, "logits_of", lambda *args: made.append(1) or real(*args))
     hidden, weight, targets, exact = scored(10, 32, 300, torch.float32)

@@ -183,7 +183,7 @@ def test_refusals(small):
 
 @pytest.mark.parametrize("aggregate", ["dapo", "dr_grpo"])
 def test_accumulation_is_invariant_for_the_other_aggregates(small, aggregate):
-    """tests/test_resume.py does it for the default."""
+    """tests/engine/test_resume.py does it for the default."""
     from safetensors.torch import load_file
 
     weights = []

@@ -77,7 +77,7 @@ def test_ranks_are_asserted():
 
 
 def test_the_baseline_survives_a_resume(small, monkeypatch):
-    """Bitwise resume is tests/test_resume.py's; here that the baseline is among what is restored, and that it is used before it learns."""
+    """test_resume.py tests bitwise resume; here: the baseline is among what is restored, and it is used before it learns."""
     from minialign.engine.common import read_rows
 
     module, cfg = small("reinforce", decay=0.8, beta=0.3)

@@ -12,8 +12,8 @@ parameter and token of a forward pass, 6 with its backward pass, 4 if adapters a
 bytes read by sampling. Time assumes the shares of a card's bare products and copies that stand in RATES, and rows of full length: an
 estimate, which knows neither communication nor evaluation.
 
-`python -m minialign.bench.receipts` takes a few real steps of the recipes' models on one GPU (rows of 1,024 tokens) and prints memory and time
-beside the plan: the receipts.
+`python -m minialign.bench.receipts` takes a few real steps of the recipes' models on one GPU, with rows of 1,024 tokens, and prints their
+memory and time beside the plan: the receipts.
 
 Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
 """

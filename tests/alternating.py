@@ -33,13 +33,13 @@ class Account:
     def __init__(self, method, cfg, kinds, monkeypatch):
         self.method, self.cfg, self.critic = method, cfg, None
         self.steps = [(t, j == 0, kind) for t, turn in enumerate(kinds.split()) for j, kind in enumerate(turn)]
-        original = ppo.rollout
+        original = ppo.rollout_with_values
 
         def rollout(policy, value_model, *args):
             self.critic = self.critic or copy.deepcopy(value_model)
             return original(policy, value_model, *args)
 
-        monkeypatch.setattr(ppo, "rollout", rollout)
+        monkeypatch.setattr(ppo, "rollout_with_values", rollout)
 
     def replay(self):
         cfg = self.cfg

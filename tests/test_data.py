@@ -136,7 +136,7 @@ def test_a_label_is_true_or_false(write, label):
     path = write([{"prompt": "p", "completion": "c", "label": True}, {"prompt": "p", "completion": "c", "label": label}])
     with pytest.raises(BadInput) as error:
         read_feedback(path)
-    assert str(error.value).startswith(f"{path}:2: 'label' must be true (desirable) or false, found {label!r}; mend the row")
+    assert str(error.value).startswith(f"{path}:2: 'label' must be true (desirable) or false, found {label!r}; fix the row")
     assert read_feedback(path, skip_bad=True) == [Feedback("p", "c", True)]
 
 
@@ -154,11 +154,11 @@ def test_an_answer_without_a_label_is_no_feedback(write):
 def test_a_disliked_answer_is_no_demonstration(write, capsys):
     """Nor a text to train a base model on, for which it would have to be one; its prompt may be asked all the same."""
     path = write([{"prompt": "p", "completion": "good", "label": True}, {"prompt": "q", "completion": "bad", "label": False}])
-    sentence = "'label' is false: an answer that somebody disliked is no demonstration (kto learns from both kinds)"
+    sentence = "'label' is false: an answer that somebody disliked is not a demonstration (kto learns from both kinds)"
     for reader, kept in ((read_demonstrations, [Demo("p", "good")]), (read_texts, ["pgood"])):
         with pytest.raises(BadInput) as error:
             reader(path)
-        assert str(error.value) == f"{path}:2: {sentence}; mend the row, or skip such rows with --skip_bad"
+        assert str(error.value) == f"{path}:2: {sentence}; fix the row, or skip such rows with --skip_bad"
         assert reader(path, skip_bad=True) == kept
         assert capsys.readouterr().err == f"{path}: 1 bad rows skipped of 2; the first: {path}:2: {sentence}\n"
     assert read_prompts(path) == ["p", "q"]
@@ -233,15 +233,15 @@ BAD_ROWS = {
     "a number as prompt": (b'{"prompt": 3, "completion": "c"}', f"'prompt' {TEXT_OR_MESSAGES}, found int"),
     "an empty list": (b'{"prompt": [], "completion": "c"}', f"'prompt' {TEXT_OR_MESSAGES}, found list"),
     "a message without content": (b'{"prompt": [{"role": "user"}], "completion": "c"}', f"'prompt' {TEXT_OR_MESSAGES}"),
-    "half a surrogate pair": (b'{"prompt": "\\ud83d", "completion": "c"}', "'prompt' holds half of a surrogate pair"),
-    "half a pair in a message": (b'{"prompt": [{"role": "user", "content": "\\udc00"}], "completion": "c"}', "'prompt' holds half of"),
-    "half a pair as a role": (b'{"prompt": [{"role": "\\ud800", "content": "x"}], "completion": "c"}', "'prompt' holds half of"),
+    "half a surrogate pair": (b'{"prompt": "\\ud83d", "completion": "c"}', "'prompt' contains half of a surrogate pair"),
+    "half a pair in a message": (b'{"prompt": [{"role": "user", "content": "\\udc00"}], "completion": "c"}', "'prompt' contains half of"),
+    "half a pair as a role": (b'{"prompt": [{"role": "\\ud800", "content": "x"}], "completion": "c"}', "'prompt' contains half of"),
     "two completions": (lines({"prompt": "p", "completion": [REPLY, OTHER]})[:-1], "must be exactly one message of the assistant"),
     "the user completes": (lines({"prompt": "p", "completion": [USER]})[:-1], "must be exactly one message of the assistant"),
-    "messages end with the user": (lines({"messages": [REPLY, USER]})[:-1], "a list of at least two that ends with the assistant's"),
-    "one message": (lines({"messages": [REPLY]})[:-1], "must be a list of at least two that ends with the assistant's"),
-    "messages are text": (b'{"messages": "hi"}', "must be a list of at least two that ends with the assistant's"),
-    "no shared turn": (b'{"chosen": "yes", "rejected": "no"}', "no 'Assistant:' turn; give the prompt in a field of its own: 'prompt'"),
+    "messages end with the user": (lines({"messages": [REPLY, USER]})[:-1], "a list of at least two messages, the last from the assistant"),
+    "one message": (lines({"messages": [REPLY]})[:-1], "must be a list of at least two messages, the last from the assistant"),
+    "messages are text": (b'{"messages": "hi"}', "must be a list of at least two messages, the last from the assistant"),
+    "no shared turn": (b'{"chosen": "yes", "rejected": "no"}', "no 'Assistant:' turn; put the prompt into its own field 'prompt'"),
     "no shared message": (lines({"chosen": [USER, REPLY], "rejected": [SYSTEM, REPLY]})[:-1], "share no message that could be the prompt"),
     "text and messages": (lines({"chosen": "x", "rejected": [USER, REPLY]})[:-1], "must both be text or both be messages"),
     "conversations of several turns": (
@@ -262,7 +262,7 @@ def test_a_bad_row_is_named_by_its_line_and_can_be_skipped(write, capsys, name):
     with pytest.raises(BadInput) as error:
         read_demonstrations(path)
     assert str(error.value).startswith(f"{path}:143: ") and message in str(error.value)
-    assert str(error.value).endswith("; mend the row, or skip such rows with --skip_bad")
+    assert str(error.value).endswith("; fix the row, or skip such rows with --skip_bad")
     capsys.readouterr()
     assert read_demonstrations(path, skip_bad=True) == [Demo("p", "c")] * 142
     said = capsys.readouterr().err
@@ -298,7 +298,7 @@ def test_a_text_of_the_wrong_type_is_named(write):
 
 @pytest.mark.parametrize("reader", [read_prompts, read_texts])
 def test_half_a_surrogate_pair_is_refused_everywhere(write, reader):
-    with pytest.raises(BadInput, match=":1: .* holds half of a surrogate pair"):
+    with pytest.raises(BadInput, match=":1: .* contains half of a surrogate pair"):
         reader(write(b'{"%s": "\\ud83d"}' % (b"prompt" if reader is read_prompts else b"text")))
 
 
@@ -346,7 +346,7 @@ def test_files_that_hold_no_rows(write, tmp_path):
     with pytest.raises(BadInput, match=r"none.jsonl: cannot be read \(No such file or directory\)"):
         read_demonstrations(tmp_path / "none.jsonl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInput, match="empty: (`datasets` cannot read it|it is read by the package `datasets`)"):
+    with pytest.raises(BadInput, match="empty: (`datasets` cannot read it|to read it with the package `datasets`)"):
         read_demonstrations(tmp_path / "empty")
 
 
@@ -354,7 +354,7 @@ def test_a_hub_name_needs_datasets(monkeypatch):
     """None in sys.modules makes `import datasets` fail as if it were not installed."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     for reader in READERS:
-        with pytest.raises(BadInput, match="some/dataset: no such file; to read it as a data set of the hub, first `pip install datasets`"):
+        with pytest.raises(BadInput, match="some/dataset: no such file; to read it as a hub data set, first `pip install datasets`"):
             reader("some/dataset")
 
 

@@ -185,7 +185,7 @@ def test_held_out_is_the_end_of_the_file(policy_folder, pairs_file):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({}, "nothing to evaluate"), ({"held_out": 0.0}, "--held_out 0.0"), ({"held_out": 0.01}, "no pair at all"),
+    ({}, "nothing to evaluate"), ({"held_out": 0.0}, "--held_out 0.0"), ({"held_out": 0.01}, "leaves no pairs; raise it"),
     ({"n": -1}, "--n -1"), ({"max_new": 500}, "--max_new 500: the policy's context is 128"), ({"figure": "x.png"}, "--figure draws reward"),
 ])
 def test_errors(changes, message, policy_folder, pairs_file):

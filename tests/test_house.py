@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import METHODS, PREFERRING
+from tests.conftest import LEARNING, METHODS, ONLINE, PREFERRING
 
 ROOT = Path(__file__).parent.parent
 TRACKED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout.split()
@@ -57,34 +57,74 @@ def test_nothing_heavy_or_foreign_is_imported_by_a_run(small):
     assert "FOUND []" in result.stdout, result.stdout[-500:] + result.stderr[-2000:]
 
 
+ROOMS = {  # what stands where: the lesson in front, the machine room in engine/
+    "": {"__init__", "__main__", "settings", "model", "weights", "hf_config", "tokenizer", "batch", "data", "task", "sample", "logps", "kl",
+         "rewards", "lora", "evaluate", "pairs", "demo"},
+    "engine": {"__init__", "run", "opening", "look", "checkpoint", "parallel", "common"},
+    "bench": {"__init__", "__main__", "cpu", "gpu", "receipts"},
+    "kernels": {"__init__", "logprob", "logprob_triton", "linear_logprob", "linear_logprob_triton", "decode"},
+}
+
+
+def test_the_rooms():
+    for folder, names in ROOMS.items():
+        assert {path.stem for path in (ROOT / "minialign" / folder).glob("*.py")} == names, folder
+    folders = {path.name for path in (ROOT / "minialign").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {*ROOMS, "methods", "recipes"} - {""}
+    assert {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"} == {
+        "engine", "bench", "kernels", "methods", "toy"}
+
+
+def graph():
+    """{module: the modules of ours that it imports}, with imports inside functions."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+             for folder in ("minialign", "toy") for path in (ROOT / folder).rglob("*.py")}
+    return {name: {other for other in imports(path) if other in names and other not in ("minialign", name)} for name, path in names.items()}
+
+
+def test_no_import_circle():
+    """Every module can be put after those that it imports, wherever in the file it imports them."""
+    left = graph()
+    while left:
+        free = {name for name, needs in left.items() if not needs & left.keys()}
+        assert free, f"these import each other: {sorted(left)}"
+        left = {name: needs for name, needs in left.items() if name not in free}
+
+
 def test_imports_run_one_way():
-    leaves = {"parallel": set(), "common": {"parallel"}, "batch": {"common"}, "kl": set(), "model": {"common"}, "tokenizer": {"common"},
-              "checkpoint": {"common", "parallel"},
-              "logps": {"batch", "kernels"}, "kernels/linear_logprob": {"kernels"}, "kernels/logprob": {"kernels"},
-              "kernels/logprob_triton": set(),
-              "kernels/linear_logprob_triton": {"kernels"}, "kernels/decode": {"model"},
-              "data": {"batch", "common", "tokenizer"},
-              "rewards": {"batch", "common", "data", "kl", "parallel", "tokenizer", "weights"},
-              "sample": {"batch", "common", "kernels", "model", "parallel"},
-              "weights": {"common", "model", "tokenizer"}, "lora": {"common", "weights"}}
-    for name, allowed in leaves.items():
-        ours = {parts[1] for n in imports(ROOT / f"minialign/{name}.py") if (parts := n.split("."))[0] == "minialign" and len(parts) > 1}
-        assert ours <= allowed, (name, ours - allowed)
-    for path in MODULES:
-        if "toy" not in path.parts:
-            assert not any(name.split(".")[0] in ("toy", "tests", "tutorials") for name in imports(path)), path
+    """What each room may import. A method file stands on all of them, and nothing but a recipe, the demo and the toys stands on it."""
+    may = {"parallel": set(), "common": {"parallel"}, "checkpoint": {"common", "parallel"}, "settings": {"common", "parallel"},
+           "hf_config": {"common"}, "model": {"common", "hf_config"}, "batch": {"common"}, "kl": set(), "tokenizer": {"common"},
+           "data": {"batch", "common", "tokenizer"}, "task": {"common", "data", "tokenizer"},
+           "weights": {"common", "hf_config", "model", "tokenizer"}, "lora": {"common", "tokenizer", "weights"},
+           "logprob": {"logprob_triton"}, "logprob_triton": set(), "linear_logprob": {"logprob", "linear_logprob_triton"},
+           "linear_logprob_triton": {"logprob", "logprob_triton"}, "decode": {"model"}, "logps": {"batch", "linear_logprob"},
+           "sample": {"batch", "common", "decode", "linear_logprob", "logps", "model", "parallel"},
+           "rewards": {"batch", "common", "data", "kl", "parallel", "task", "tokenizer", "weights"}}
+    found = {name.rpartition(".")[2]: {other.rpartition(".")[2] for other in needs} - {"kernels", "engine"}
+             for name, needs in graph().items() if name.startswith("minialign.") and ".methods" not in name and ".recipes" not in name}
+    for name, allowed in may.items():
+        assert found[name] <= allowed, (name, found[name] - allowed)
+    for name, needs in graph().items():
+        if name.startswith("minialign"):
+            assert not any(other.split(".")[0] == "toy" for other in needs), name
+        if name.startswith("minialign.engine"):
+            assert not any(other.startswith(("minialign.methods", "minialign.recipes", "minialign.bench", "minialign.pairs",
+                                             "minialign.evaluate", "minialign.demo")) for other in needs), name
+        methods = {other for other in needs if other.startswith("minialign.methods.")}
+        if name.startswith("minialign.methods."):  # rft and irl are compositions in their papers too
+            assert not methods or name.rpartition(".")[2] in ("rft", "irl"), (name, methods)
 
 
-def test_methods_never_import_each_other():
-    compositions = {"rft", "irl", "rest"}  # in their papers too
-    for method in set(METHODS) - compositions:
-        others = [name for name in imports(ROOT / f"minialign/methods/{method}.py") if name.startswith("minialign.methods")]
-        assert not others, (method, others)
+def functions(path):
+    source = (ROOT / path).read_text(encoding="utf-8")
+    return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_file_has_its_rooms_in_order(method):
-    """Docstring with its paragraphs, Config, loss, (rollout,) step, main; the loss asserts ranks first; the four verbs are in main."""
+    """Docstring with its paragraphs, Config, loss, step, main; the loss asserts ranks first; the four verbs are in the method's loop,
+    which is main's own, or pairs.train for the six that learn from pairs, or rft.alternate for the two that alternate."""
     source = (ROOT / f"minialign/methods/{method}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
     doc = ast.get_docstring(tree)
@@ -93,54 +133,42 @@ def test_a_method_file_has_its_rooms_in_order(method):
     assert -1 not in places and places == sorted(places), places
     rooms = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
     loss = next(name for name in rooms if name.endswith("_loss"))
-    order = [rooms.index(name) for name in ("Config", loss, *(["rollout"] if "rollout" in rooms else []), "step", "main")]
+    order = [rooms.index(name) for name in ("Config", loss, "step", "main")]
     assert order == sorted(order), rooms
     body = next(node for node in tree.body if getattr(node, "name", "") == loss).body
     assert isinstance(body[1], ast.Assert), "the first line of a loss asserts its ranks"
-    main = ast.get_source_segment(source, next(node for node in tree.body if getattr(node, "name", "") == "main"))
+    assert "__main__" not in source and "sys.argv" not in source, "the front door starts every method"
+    main = functions(f"minialign/methods/{method}.py")["main"]
+    if method in PREFERRING:
+        assert f'train("{method}", cfg, step)' in main
+        main = functions("minialign/pairs.py")["train"]
+    if method in LEARNING:
+        assert "alternate(" in main
+        main = functions("minialign/methods/rft.py")["alternate"]
     verbs = [main.find(verb) for verb in ("optimizer.zero_grad()", ".backward()", "clip_grad_norm_(", "optimizer.step()")]
     assert -1 not in verbs and verbs == sorted(verbs)
 
 
-SIBLINGS = ("dpo", "ipo", "gpo", "simpo", "orpo")
-# Lines of step that a sibling may have otherwise: what it takes to its loss.
-NAMED = ("chosen_logps, rejected_logps = ", "with torch.no_grad():", "ref_chosen_logps, ref_rejected_logps = ")
+@pytest.mark.parametrize("method", ONLINE)
+def test_an_online_method_opens_with_what_it_deletes(method):
+    """A numbered list right after the title, each entry with its reason."""
+    doc = ast.get_docstring(ast.parse((ROOT / f"minialign/methods/{method}.py").read_text(encoding="utf-8")))
+    opening = doc.split("\n\n")[1]
+    assert opening.startswith("What this deletes from") and opening.splitlines()[0].endswith("and why:")
+    numbers = re.findall(r"^    (\d)\. ", opening, re.M)
+    assert numbers == [str(n + 1) for n in range(len(numbers))] and len(numbers) >= 3
 
 
-def lesson(method):
-    """What is left of a sibling without its lesson: docstring, imports, Config, loss (and what only the loss uses), the named lines of
-    step and its call of the loss. Its own name is replaced by METHOD."""
-    source = (ROOT / f"minialign/methods/{method}.py").read_text(encoding="utf-8")
-    tree, dropped = ast.parse(source), set()
-    allowed = {f"{method}_loss", "Config", "regularisation", "log_odds", "FUNCTIONS"}
-    for node in tree.body:
-        name = getattr(node, "name", "") or (node.targets[0].id if isinstance(node, ast.Assign) else "")
-        if name in allowed or isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom)):
-            dropped |= set(range(node.lineno - len(getattr(node, "decorator_list", [])), node.end_lineno + 1))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value).startswith(f"{method}_loss("):
-            dropped |= set(range(node.lineno, node.end_lineno + 1))
-    lines = [line for number, line in enumerate(source.splitlines(), 1) if number not in dropped]
-    lines = [line for line in lines if line.strip() and not line.strip().startswith(NAMED)]
-    return [re.sub(rf"\b{method}\b", "METHOD", line) for line in lines]
+def test_minimal_is_a_promise():
+    """Lines, docstrings included: bounds that a method file, the folder of methods and the package keep."""
+    def lines(path):
+        return len(path.read_text(encoding="utf-8").splitlines())
 
-
-@pytest.mark.parametrize("method", SIBLINGS[1:])
-def test_the_diff_of_two_siblings_is_their_lesson(method):
-    """`diff dpo.py ipo.py` touches docstring, the imports of these, Config, the loss and the named lines of step."""
-    assert len(lesson("dpo")) > 38 and lesson(method) == lesson("dpo")
-
-
-def test_siblings_share_their_config_but_for_what_names_their_lesson():
-    """A sibling's own fields, three at most, come first; from `policy` on all have the same ones, with the same types and defaults."""
-    import dataclasses
-
-    shared = []
-    for method in SIBLINGS:
-        fields = dataclasses.fields(importlib.import_module(f"minialign.methods.{method}").Config)
-        own = [field.name for field in fields].index("policy")
-        shared.append([(f.name, f.type, f.default) for f in fields[own:]])
-        assert own <= 3 and shared[-1] == shared[0], method
+    bounds = {**dict.fromkeys(("dpo", "ipo", "orpo", "simpo", "slic"), 85), "gpo": 125, "sft": 150, "grpo": 190, "ppo": 210}
+    for method, bound in bounds.items():
+        assert lines(ROOT / f"minialign/methods/{method}.py") <= bound, method
+    assert sum(map(lines, (ROOT / "minialign/methods").glob("*.py"))) <= 2700
+    assert sum(lines(path) for path in (ROOT / "minialign").rglob("*.py") if "bench" not in path.parts) <= 9300
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -218,9 +246,8 @@ def test_no_framework_habits():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.args.kwarg:
-                assert (path.stem, node.name) in {("model", "tiny"), ("run", "log"), ("run", "track"), ("run", "first_look"),
-                                                  ("tokenizer", "weight_and_bias"), ("tiny_language", "tiny_gpt"),
-                                                  ("bench", "letters")}, (path.name, node.name)
+                assert (path.stem, node.name) in {("model", "tiny"), ("run", "log"), ("run", "register"), ("weights", "add"),
+                                                  ("tiny_language", "tiny_gpt"), ("cpu", "letters")}, (path.name, node.name)
         source = path.read_text(encoding="utf-8")
         assert "torch.load(" not in source and "trust_remote_code" not in source and "pickle.load" not in source, path
 

@@ -188,7 +188,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(BadInput, match="missing"):
         load_adapter(policy(), tmp_path)
-    for rank, targets, said in ((0, r"attn\.q", "at least 1"), (4, "query", "name no matrix")):
+    for rank, targets, said in ((0, r"attn\.q", "at least 1"), (4, "query", "match no matrix")):
         with pytest.raises(BadInput, match=said):
             inject(policy(), rank, 8.0, targets)
 

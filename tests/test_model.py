@@ -458,7 +458,7 @@ NEOX = {**{k: v for k, v in LLAMA.items() if k != "rms_norm_eps"}, "model_type":
     (dict(num_key_value_heads=3), "2 heads cannot share 3 key-value heads"),
     (dict(num_attention_heads="2"), "a value has the wrong type or size for a llama model"),
     (dict(num_attention_heads=0), "a value has the wrong type or size for a llama model"),
-    (dict(architectures=["LlamaForSequenceClassification"], num_labels=3), "a classifier with 3 labels is no reward model: expected 1"),
+    (dict(architectures=["LlamaForSequenceClassification"], num_labels=3), "a classifier with 3 labels is not a reward model: expected 1"),
 ])
 def test_config_json_errors_name_the_culprit(changes, message):
     assert GPTConfig.from_hf(LLAMA).n_embd == 8  # sound without the change
@@ -477,7 +477,7 @@ def test_gpt2_options_that_are_not_implemented_are_named(option, value):
 @pytest.mark.parametrize("sound", [LLAMA, GPT2, NEOX], ids=lambda config: config["model_type"])
 def test_each_missing_key_is_named(sound):
     for key in sound.keys() - {"model_type"}:
-        with pytest.raises(BadInput, match=f"the key '{key}' is missing, which a {sound['model_type']} model needs"):
+        with pytest.raises(BadInput, match=f"the key '{key}' is missing, but a {sound['model_type']} model needs it"):
             GPTConfig.from_hf({k: v for k, v in sound.items() if k != key})
 
 

@@ -372,7 +372,7 @@ def test_the_global_seed_does_not_matter():
         ([[0], []], {}, "at least one token in each"),
         ([[0]], dict(max_new=0), "max_new=0 and n=1 must be at least 1"),
         ([[0]], dict(n=0), "n=0 must be at least 1"),
-        ([[0]], dict(tau=0.0), "tau=0.0 must be above 0; for the likeliest token use greedy"),
+        ([[0]], dict(tau=0.0), "tau=0.0 must be above 0; for the most likely token use greedy"),
         ([[0]], dict(tau=-1.0), "tau=-1.0 must be above 0"),
         ([[0]], dict(tau=float("nan")), "tau=nan must be above 0"),
         ([[0]], dict(top_k=0), "top_k=0 must be at least 1"),

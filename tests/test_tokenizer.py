@@ -203,7 +203,7 @@ def test_damaged_tokenizer_json_is_refused(bpe_folder):
     damaged = [whole[: len(whole) * i // 16] for i in range(16)] + [b"{}", b"[1]", b"null", whole.replace(b"BPE", b"\xff\xfe")]
     for content in damaged:
         (bpe_folder / "tokenizer.json").write_bytes(content)
-        with pytest.raises(BadInput, match="tokenizer.json: not a sound tokenizer"):
+        with pytest.raises(BadInput, match="tokenizer.json: not a valid tokenizer"):
             load_tokenizer(bpe_folder)
 
 

@@ -261,7 +261,7 @@ def test_tied_file_may_hold_an_equal_head_but_no_other(folder):
         tensors["lm_head.weight"][3, 2] += 1e-3
 
     edit_tensors(folder, nudge)
-    refused(folder, str(folder), "config.json ties the head to the embedding, but the file holds a head of its own that differs")
+    refused(folder, str(folder), "config.json ties the head to the embedding, but the file holds a different head")
 
 
 def test_dtype_is_kept_or_converted(folder):
@@ -286,7 +286,7 @@ def test_padding_rows_of_the_vocabulary_are_known(folder):
 
 def test_tokenizer_with_too_many_ids_is_refused(folder):
     CharTokenizer("abcdefg").save(folder)
-    refused(folder, str(folder), "the tokenizer has ids up to 7, the model only 7 embedding rows", "do not belong together")
+    refused(folder, str(folder), "the tokenizer has ids up to 7, but the model has only 7 embedding rows", "do not belong together")
 
 
 # ------------------------------------------------------------------------------------------------------------------ export
@@ -368,7 +368,7 @@ def test_hub_name_fetches_weights_and_settings_only(folder, monkeypatch):
 
 def test_damaged_tokenizer_is_named(folder):
     (folder / "tokenizer.json").write_text("{")
-    refused(folder, f"{folder / 'tokenizer.json'}: not a sound tokenizer", "fetch or write it again")
+    refused(folder, f"{folder / 'tokenizer.json'}: not a valid tokenizer", "fetch or write it again")
 
 
 @pytest.mark.parametrize(("content", "part"), [
@@ -441,7 +441,7 @@ def test_pickles_are_refused_and_never_executed(folder, tmp_path, name, zipped):
 def test_a_pickle_under_another_name_is_never_executed(folder, tmp_path, zipped):
     """Renamed to model.safetensors, or named by the index as a shard."""
     write_pickle(folder / "model.safetensors", tmp_path / "witness", zipped)
-    refused(folder, str(folder / "model.safetensors"), "not a sound safetensors file", "fetch or write it again")
+    refused(folder, str(folder / "model.safetensors"), "not a valid safetensors file", "fetch or write it again")
     (folder / "model.safetensors").rename(folder / "shard.bin")
     write_index(folder, {"lm_head.weight": "shard.bin"})
     refused(folder, "names the shard 'shard.bin': expected a .safetensors file in the same folder")
@@ -488,14 +488,14 @@ def test_index_that_is_no_json(folder):
 def test_missing_shard_is_named(folder, name):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     write_index(folder, {"lm_head.weight": "a.safetensors", "model.norm.weight": name})
-    refused(folder, str(folder), f"the shard {name} is missing, which the index names; fetch the folder again")
+    refused(folder, str(folder), f"the index names the shard {name}, but it is missing; fetch the folder again")
 
 
 def test_tensor_in_two_shards(folder):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     save_file({"lm_head.weight": torch.zeros(7, 8)}, folder / "b.safetensors")
     write_index(folder, {"model.norm.weight": "a.safetensors", "lm_head.weight": "b.safetensors"})
-    refused(folder, str(folder / "b.safetensors"), "the tensor lm_head.weight stands in another shard too")
+    refused(folder, str(folder / "b.safetensors"), "the tensor lm_head.weight is in another shard too")
 
 
 def test_index_that_names_nothing(folder):
@@ -562,9 +562,9 @@ def test_truncated_weights_are_always_refused(folder):
     whole = (folder / "model.safetensors").read_bytes()
     for part in range(64):
         (folder / "model.safetensors").write_bytes(whole[: len(whole) * part // 64])
-        refused(folder, str(folder / "model.safetensors"), "not a sound safetensors file", "fetch or write it again")
+        refused(folder, str(folder / "model.safetensors"), "not a valid safetensors file", "fetch or write it again")
     (folder / "model.safetensors").write_bytes(whole[:-1])
-    refused(folder, "not a sound safetensors file")
+    refused(folder, "not a valid safetensors file")
     (folder / "model.safetensors").write_bytes(whole)
     load_pretrained(folder)
 
@@ -607,7 +607,7 @@ HOSTILE = {
 def test_hostile_files_are_refused_at_once(folder, name):
     (folder / "model.safetensors").write_bytes(HOSTILE[name])
     start = time.monotonic()
-    refused(folder, str(folder / "model.safetensors"), "not a sound safetensors file")
+    refused(folder, str(folder / "model.safetensors"), "not a valid safetensors file")
     assert time.monotonic() - start < 1
 
 

@@ -33,25 +33,27 @@ SIGMA = "torch.sigmoid(rewards[::2] - rewards[1::2])"
 STABLE = "torch.log(-torch.expm1(a))"
 BOUNDED = "config.reward_bound * torch.sigmoid(rewards) if config.reward_bound else rewards"
 
+IN_THE_REWARD = ("reinforce", "rloo", "rebel")
+
+
+def kl_reward(expression):
+    """In the place of kl.kl_rewards, for the method alone: another value of the reward with the KL inside."""
+    wrong = f"from minialign.kl import k1\n\n\ndef kl_rewards(rewards, logps, ref_logps, *, beta):\n    return {expression}\n"
+    return "from minialign.kl import kl_rewards\n", wrong
+
+
+NOT_DETACHED = kl_reward("rewards - beta * k1(logps, ref_logps).sum(1)")
+
 # method, what is wrong, [(text in the file, what stands there instead)]
 VARIANTS = [
     # the KL in the reward
-    *[(method, "KL sign flipped", [("scores - beta * k1(", "scores + beta * k1(")]) for method in ("reinforce", "rloo", "rebel")],
-    *[(method, "KL averaged over tokens, not summed", [("ref_logps).sum(1)).detach()", "ref_logps).mean(1)).detach()")])
-      for method in ("reinforce", "rloo", "rebel")],
-    ("reinforce", "KL reward not detached", [
-        ("ref_logps).sum(1)).detach()", "ref_logps).sum(1))"),
-        ("advantages.detach() * seq", "advantages * seq"),
-    ]),
-    ("rloo", "KL reward not detached", [
-        ("ref_logps).sum(1)).detach()", "ref_logps).sum(1))"),
-        ("ratio.exp(), advantages.detach()", "ratio.exp(), advantages"),
-    ]),
-    ("rebel", "KL reward not detached", [
-        ("ref_logps).sum(1)).detach()", "ref_logps).sum(1))"),
-        ("other_rewards).detach()", "other_rewards)"),
-    ]),
-    *[(method, "no KL", [("scores - beta * k1(logps, ref_logps).sum(1)", "scores")]) for method in ("reinforce", "rloo", "rebel")],
+    *[(method, "KL sign flipped", [kl_reward("(rewards + beta * k1(logps, ref_logps).sum(1)).detach()")]) for method in IN_THE_REWARD],
+    *[(method, "KL averaged over tokens, not summed", [kl_reward("(rewards - beta * k1(logps, ref_logps).mean(1)).detach()")])
+      for method in IN_THE_REWARD],
+    ("reinforce", "KL reward not detached", [NOT_DETACHED, ("advantages.detach() * seq", "advantages * seq")]),
+    ("rloo", "KL reward not detached", [NOT_DETACHED, ("ratio.exp(), advantages.detach()", "ratio.exp(), advantages")]),
+    ("rebel", "KL reward not detached", [NOT_DETACHED, ("other_rewards).detach()", "other_rewards)")]),
+    *[(method, "no KL", [kl_reward("rewards.detach()")]) for method in IN_THE_REWARD],
     ("ppo", "no KL", [("-beta * torch.where(mask, k1(logps, ref_logps), 0)", "0 * logps")]),
     ("ppo", "KL sign flipped", [("token_rewards = -beta *", "token_rewards = beta *")]),
     # the loss
@@ -97,10 +99,10 @@ VARIANTS = [
     ("grpo", "dr_grpo divides by the tokens there are", [("losses.sum() / (len(losses) * max_len)", "losses.sum() / mask.sum()")]),
     ("grpo", "sequence ratio", [("0).exp()  # (B, T)", "0).sum(1, keepdim=True).exp().expand_as(logps)")]),
     # PPO
-    ("ppo", "score at the first token", [("last[:, None], scores", "0 * last[:, None], scores")]),
+    ("ppo", "score at the first token", [("last[:, None], rewards", "0 * last[:, None], rewards")]),
     ("ppo", "score one slot late", [(".argmax(1)  # (B,) from", ".argmax(1).add(1).clamp(max=mask.shape[1] - 1)  # (B,) from")]),
     ("ppo", "score at every token", [
-        ("token_rewards.scatter_add(1, last[:, None], scores.to(token_rewards)[:, None])", "(token_rewards + scores[:, None])"),
+        ("token_rewards.scatter_add(1, last[:, None], rewards.to(token_rewards)[:, None])", "(token_rewards + rewards[:, None])"),
     ]),
     ("ppo", "values bootstrapped past EOS", [
         ("mask.bool(), torch.where(mask.bool(), values.detach(), 0)", "mask.bool(), values.detach()"),
@@ -163,10 +165,11 @@ VARIANTS = [
     ("rft", "one count for both kinds", [("plan.append((t, of_reward, counts[of_reward]))", "plan.append((t, of_reward, len(plan)))")]),
     ("rft", "a round without a reward step", [("max(1, round(cfg.reward_share * length))", "round(cfg.reward_share * length)")]),
     ("rft", "a round without a policy step", [("min(n_reward, length - 1)", "min(n_reward, length)")]),
-    ("rft", "policy step without its pull", [("method.kl_rewards(scores, answers.old_logps, ref_logps, beta=cfg.beta)", "scores")]),
+    ("rft", "policy step without its pull", [("kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)", "rewards")]),
     ("rft", "policy step with the method's own β", [("method.Config(beta=cfg.beta, tau=cfg.tau,", "method.Config(tau=cfg.tau,")]),
     ("rft", "policy step at temperature 1", [("method.Config(beta=cfg.beta, tau=cfg.tau,", "method.Config(beta=cfg.beta,")]),
-    ("rft", "PPO's advantages not whitened", [("whiten(advantages, answers.mask), returns", "advantages, returns")]),
+    ("rft", "PPO's advantages not whitened", [("ppo.credit(answers, rewards, settings)",
+                                               "ppo.credit(answers, rewards, method.Config(beta=cfg.beta, whiten=False))")]),
     ("rft", "PPO's micro-batches counted by completions", [("tokens / int(answers.mask.sum())  # means", "share  # means")]),
     ("rft", "PPO's critic left out", [("loss, share = loss + critic_loss,", "loss, share = loss,")]),
     # learned rewards, in rounds
@@ -183,8 +186,8 @@ VARIANTS = [
                                    (INCREASES, INCREASES.replace(".detach()", ""))]),
     ("irl", "linear without its 1/β", [("beta=cfg.beta, ridge=cfg.ridge)\n    with", "beta=1.0, ridge=cfg.ridge)\n    with")]),
     ("irl", "base in linear too", [('if cfg.mode == "linear":\n        return', 'if cfg.mode == "lost":\n        return')]),
-    ("irl", "best and worst exchanged", [("rows(best_of_n.pick(scores)), rows(best_of_n.pick(-scores))",
-                                          "rows(best_of_n.pick(-scores)), rows(best_of_n.pick(scores))")]),
+    ("irl", "best and worst exchanged", [("rows(best_of_n.pick(rewards)), rows(best_of_n.pick(-rewards))",
+                                          "rows(best_of_n.pick(-rewards)), rows(best_of_n.pick(rewards))")]),
     ("irl", "best of the wrong prompt", [("answers.completions[b * cfg.n + i]", "answers.completions[i * len(picked) + b]")]),
     ("irl", "selection without its anchor", [("dpo.step(policy, anchor,", "dpo.step(policy, policy,")]),
     ("irl", "selection with DPO's own β", [("dpo.Config(beta=cfg.beta)", "dpo.Config()")]),

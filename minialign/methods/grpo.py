@@ -1,30 +1,34 @@
 """Group relative policy optimisation (GRPO). Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, Eq. 3-4.
 
+What this deletes from the paper, and why:
+    1. the outer loop, in which each iteration takes the policy as its new reference. A run has one; start another run from final/.
+    2. training the reward model between iterations, with replay of old data. The reward here is any fixed function: a rule or a model.
+    3. rewards for single reasoning steps (process supervision). A completion has one reward, so all of its tokens have one advantage.
+    4. several updates on one rollout: epochs is 1 by default, as in the paper's experiments. Then the ratio is 1 and the clip never acts.
+
     L(θ) = −(1/B) Σ_i (1/|y_i|) Σ_t [ min( ρ_{i,t}·A_i, clip(ρ_{i,t}, 1 − ε, 1 + ε)·A_i ) − β·k3_{i,t} ],
            A_i = (r_i − mean of its group) / (std of its group + std_eps),      k3 = π_ref/π_θ − 1 − log π_ref/π_θ
 
 Symbols  G → group_size, A → advantages (B,), ρ = π_θ/π_old of each token → ratio (B, T), |y| → tokens of a completion.
-Idea     PPO without its critic: the mean reward of the group stands in for the value, its spread for the scale of the reward.
-Differs  from rloo.py: the group's mean contains the sample itself, is divided by the spread, the ratio is of single tokens, and the KL is
-         a term of the loss instead of a part of the reward. From ppo.py: no value model, one advantage for all tokens of a completion.
-Details  **The trap of k3.** Its value is an unbiased estimate of KL(π‖ref); its gradient is not the KL's. On whole completions it would be
-         the gradient of the other divergence, KL(ref‖π); per token it also forgets that a token changes the KL of those after it.
-         So GRPO does not maximise E[r] − β·KL: it has a law of its own (below). To get π* use rloo.py, or k1 in the reward.
-         aggregate: "grpo" is the paper's, every completion counts the same, so a token of a long one counts less (a long wrong answer is
-         punished less per token); "dapo" (arXiv:2503.14476) every token the same; "dr_grpo" (arXiv:2503.20783) divides by a
-         constant, B·max_new, and is usually run with --no-normalize: its gradient alone is in expectation one of E[r] (that of "dapo" for
-         large B).
-         A group with equal rewards has advantages of exactly 0, not 0/0; `frac_reward_zero_std` counts them. ddof=1 is the sample
-         spread (TRL), 0 that of the population: a group of two gives ±0.707 or ±1.
-         With the sample itself in the mean an advantage is (G − 1)/G times the leave-one-out one. The KL term does not shrink with
-         it: without normalize the pull that acts is β·G/(G − 1).
-         At ratio 1 the loss is about 0 whatever the rewards ("grpo"), or the covariance of advantage and length (the other two): it is
-         no progress signal.
-Law      Without normalize and with dr_grpo: π(a|s) = β'·ref(a|s) / (c_s + β' − Q(s, a)), with β' = β·G/(G − 1), Q = E_π[r | s, a], and
-         c_s such that it sums to 1, backwards over the tokens (token_k3_law of toy/closed_form.py). With the paper's form and G → ∞ the
-         same with r → A/|y| and β → β/|y| (group_normalised_law). Dividing by the spread makes the pull about β·std_π(r), which falls
-         as π sharpens, so it ends far sharper than β says; with the KL in the reward it would even collapse below a threshold of β
-         (collapse_threshold). Never π*.
+Idea     PPO without a critic. Sample several answers to a prompt: their mean reward replaces the learned value, and their standard
+         deviation sets the scale of the rewards.
+Differs  from rloo.py: the mean contains the sample itself, the advantage is divided by a standard deviation, the ratio is per token, and
+         the KL is a term of the loss instead of a part of the reward. From ppo.py: no critic, one advantage for all tokens of a completion.
+Details  **The trap of k3.** Its value is an unbiased estimate of KL(π‖ref), but its gradient is not the gradient of that KL. On whole
+         completions it is the gradient of the reverse divergence, KL(ref‖π). Per token it also ignores that a token changes the KL of later
+         tokens. So GRPO does not maximise E[r] − β·KL; its law is below. To get π* use rloo.py, or k1 in the reward.
+         aggregate: with "grpo", the paper's, all completions have equal weight, so a token of a long one has less (a long wrong answer is
+         punished less per token). With "dapo" (arXiv:2503.14476) all tokens have equal weight. "dr_grpo" (arXiv:2503.20783) divides by a
+         constant, B·max_new, usually with --no-normalize. Only its expected gradient is one of E[r] (that of "dapo" for large B).
+         A group with equal rewards has advantages of exactly 0, not 0/0; `frac_reward_zero_std` is the share of such groups. ddof = 1 is
+         the sample standard deviation (TRL), 0 the population's: a group of two has ±0.707 or ±1.
+         Because the mean contains the sample itself, an advantage is (G − 1)/G times the leave-one-out one. The KL term is not scaled
+         along: without normalize the effective pull is β·G/(G − 1).
+         At ratio 1 the loss is about 0 ("grpo"), or the covariance of advantage and length (the other two). It does not show progress.
+Law      Without normalize and with dr_grpo: π(a|s) = β'·ref(a|s) / (c_s + β' − Q(s, a)), with β' = β·G/(G − 1), Q = E_π[r | s, a] and c_s
+         such that it sums to 1, backwards over the tokens (token_k3_law of toy/closed_form.py). The paper's form with G → ∞ has the same
+         law with r → A/|y| and β → β/|y| (group_normalised_law). Dividing by the standard deviation makes the pull about β·std_π(r). So π
+         ends sharper than without the division if the rewards' standard deviation at the fixed point is below 1. Never π*.
 Checked  tests/methods/test_grpo.py (hand numbers, aggregates, gradients by enumeration), toy/tiny_language.py (the laws).
 
     python -m minialign grpo                                                 # built-in task, laptop CPU
@@ -108,7 +112,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, *, eps, beta, aggre
 def step(policy, answers, cfg, *, on_policy):
     """One batch of completions to one loss: the only place where the policy meets the equation.
 
-    on_policy: nothing was updated since sampling, so the old log-probs are the very numbers of this forward pass: the ratio is exactly 1.
+    on_policy: no update since sampling, so the old log-probs are set to those of this forward pass and the ratio is exactly 1.
     """
     logps, entropy = token_logps(policy, answers, tau=cfg.tau, entropy=True)  # (B, T)
     if on_policy:
@@ -117,7 +121,7 @@ def step(policy, answers, cfg, *, on_policy):
         logps, answers.old_logps, answers.ref_logps, answers.advantages, answers.mask,
         eps=cfg.eps, beta=cfg.beta, aggregate=cfg.aggregate, max_len=cfg.max_new,
     )
-    assert not (on_policy and abs(stats["ratio"] - 1) > 0), stats  # (a NaN passes: the guard of the step names its rows)
+    assert not (on_policy and abs(stats["ratio"] - 1) > 0), stats  # (a NaN passes: run.may_update reports its rows)
     return loss, {**stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 

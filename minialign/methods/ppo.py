@@ -1,33 +1,37 @@
 """Proximal policy optimisation (PPO). Schulman et al. 2017, arXiv:1707.06347, Eq. 7 and 11; for language models Ouyang et al. 2022,
 arXiv:2203.02155, with the details of Huang et al. 2024 ("N+ implementation details"), arXiv:2403.17031.
 
+What this deletes from the papers, and why:
+    1. one network for policy and value (Eq. 9). The critic is a model of its own with its own learning rate, so there is no weight c1.
+    2. the entropy bonus (Eq. 9). The pull to ref already keeps the policy from collapsing; N+ has none either. Entropy is logged.
+    3. the penalty with an adaptive coefficient, the first paper's alternative to the clip, and an adaptive β. Both are fixed flags here.
+    4. mini-batches within an epoch. Each epoch is one update on the whole rollout (N+ has one mini-batch too).
+    5. the pretraining term of Ouyang et al. (PPO-ptx), which needs a second data set.
+
     L(θ) = −E_t[ min( ρ_t·A_t, clip(ρ_t, 1 − ε, 1 + ε)·A_t ) ],          ρ_t = π_θ(y_t|x, y_<t) / π_old(y_t|x, y_<t)
     L(φ) = ½·E_t[ max( (V_t − G_t)², (V_old,t + clip(V_t − V_old,t, ±ε_V) − G_t)² ) ],            V_t = V_φ(x, y_<t)
            δ_t = r_t + γ·V_old,t+1 − V_old,t,      A_t = Σ_l (γλ)^l δ_{t+l},      G_t = A_t + V_old,t,      V beyond the end = 0
 
 Symbols  r_t = −β·k1_t, plus the reward of the completion at its last token → token_rewards (B, T); A → advantages, G → returns,
-         V → values (B, T), the worth of what was seen before token t; ρ → ratio (B, T).
-Idea     Every token is an action. A learned value of the prefix says what was to be expected, so each token is credited with what it
-         changed. The clip lets several updates use one rollout: it takes the gradient away where the ratio has moved far enough.
-Differs  from rloo.py: advantages per token from a learned value instead of one per completion from its siblings; the ratio and the clip are
-         per token. From grpo.py: the KL is in the reward, where its gradient is right.
-Details  The value model is a network of its own: the policy's trunk (or a reward model, --value) under a scalar head. With an optimizer of
-         its own the usual weight c1 of its loss would cancel in Adam; value_lr says what c1 cannot. A new head is random (N+), not
-         zero: behind a head of zeros the trunk would learn nothing at first.
-         The reward stands at the last real token, EOS or where max_new cut. Beyond it there is no state: V = 0, no bootstrapping. (The N+
-         code puts it one slot after EOS because its rollouts are of fixed length; with EOS as an action of its own there is no such slot.)
+         V → values (B, T), the value of the prefix before token t; ρ → ratio (B, T).
+Idea     Every token is an action. A critic learns the expected return of each prefix, so each token is credited with the change it caused.
+         The clip allows several updates on one rollout: it removes the gradient of tokens whose ratio has moved far enough.
+Differs  from rloo.py: advantages per token from a learned value, not per completion from the other samples; ratio and clip per token.
+         From grpo.py: the KL is in the reward, where its gradient is right.
+Details  The critic is the policy's trunk (or a reward model, --value) under a new scalar head. The head is random as in N+: under a head of
+         zeros the trunk would get no gradient at first.
+         The reward is at the last real token: EOS, or where max_new cut. No state follows it, so V = 0 there, without bootstrapping. (N+
+         puts the reward one slot after EOS, because its rollouts have a fixed length. Here EOS is an action.)
          missing_eos is subtracted from the reward of a completion without EOS (TRL). N+ replaces the reward by −1 instead.
-         λ = 1 makes A_t the Monte-Carlo return minus V: for γ = 1 and until whitened unbiased whatever V is. λ < 1 trusts V: less
-         noise, biased while V is wrong.
-         Advantages are whitened over the real tokens of the whole rollout, with the population variance, after the returns are made.
-         Old log-probs are those of the first epoch's own forward pass, so the ratio begins at exactly 1, the clip at 0 %.
-Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref), for γ = 1; noisier around it than rloo.py, for the clip and the value's
-         errors do not vanish there.
+         λ = 1 makes A_t the Monte-Carlo return minus V: unbiased for any V, with γ = 1 and before whitening. λ < 1 has less noise, and is
+         biased while V is wrong.
+         Advantages are whitened over the rollout's real tokens, with the population variance, after the returns are computed. The old
+         log-probs are those of the first epoch's own forward pass, so the ratio starts at exactly 1 and the clip share at 0 %.
+Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref), for γ = 1. The clip and the critic's errors leave more noise than rloo.py.
 Checked  tests/methods/test_ppo.py (GAE by hand, with any and with exact values, clips), toy/tiny_language.py (the law).
 
     python -m minialign ppo                                                  # built-in task, laptop CPU
     python -m minialign ppo --prompts prompts.jsonl --policy runs/sft/final --reward runs/reward_model/final --value runs/reward_model/final
-    python -m minialign ppo --reward rewards.py:politeness                   # any function (prompts, completions) -> numbers
 """
 
 from dataclasses import dataclass
@@ -67,9 +71,8 @@ class Config(OnPrompts):
 def policy_loss(logps, old_logps, advantages, mask, *, eps):
     """All inputs (B, T); advantages are constants. Returns the mean over the tokens of the mask, stats."""
     assert logps.dim() == 2 and logps.shape == old_logps.shape == advantages.shape == mask.shape, (logps.shape, advantages.shape)
-    advantages = advantages.detach()
     logratio = torch.where(mask.bool(), logps - old_logps.detach(), 0)  # (B, T)
-    ratio = logratio.exp()
+    ratio, advantages = logratio.exp(), advantages.detach()
     clipped = ratio.clamp(1 - eps, 1 + eps)
     loss = masked_mean(-torch.minimum(ratio * advantages, clipped * advantages), mask)
     stats = {
@@ -88,8 +91,7 @@ def value_loss(values, old_values, returns, mask, *, eps):
     loss = 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
     # Within ±eps `clipped` may differ from `values` by rounding: that is no clipping.
     acts = ((values - old_values).abs() > eps) & ((clipped - returns) ** 2 > (values - returns) ** 2)
-    clip_share = masked_mean(acts.to(values), mask)
-    return loss, {"value_clip_ratio": clip_share.detach(), "loss/value": loss.detach()}
+    return loss, {"value_clip_ratio": masked_mean(acts.to(values), mask).detach(), "loss/value": loss.detach()}
 
 
 def shape_rewards(rewards, logps, ref_logps, mask, *, beta):
@@ -117,10 +119,7 @@ def gae(token_rewards, values, mask, *, gamma, lam):
 
 
 def explained_variance(values, returns, mask):
-    """1 − E[(G − V)²] / Var(G) over the tokens of the mask: 1 is a perfect critic, 0 one that knows the mean, below 0 a harmful one.
-
-    None where the returns are all alike.
-    """
+    """1 − E[(G − V)²] / Var(G) over the mask's tokens: 1 for a perfect critic, 0 for one that knows the mean. None if returns are equal."""
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     return 1 - masked_mean((returns - values) ** 2, mask) / spread if spread > 1e-8 else None
 
@@ -132,26 +131,25 @@ def rollout_with_values(policy, value_model, ref, prompts_ids, cfg, eos_id, seed
     return answers
 
 
-def credit(answers, rewards, *, beta, gamma, lam, whitened):
+def credit(answers, rewards, cfg):
     """Fill in a rollout's advantages and returns, (B, T), from the rewards of its completions, (B,)."""
-    token_rewards = shape_rewards(rewards, answers.old_logps, answers.ref_logps, answers.mask, beta=beta)
-    answers.advantages, answers.returns = gae(token_rewards, answers.values, answers.mask, gamma=gamma, lam=lam)
-    if whitened:
+    token_rewards = shape_rewards(rewards, answers.old_logps, answers.ref_logps, answers.mask, beta=cfg.beta)
+    answers.advantages, answers.returns = gae(token_rewards, answers.values, answers.mask, gamma=cfg.gamma, lam=cfg.lam)
+    if cfg.whiten:
         answers.advantages = whiten(answers.advantages, answers.mask)
 
 
 def step(policy, value_model, answers, cfg, *, on_policy):
     """One batch of completions to the two losses: the only place where the models meet the equations.
 
-    on_policy: nothing was updated since sampling, so the old log-probs are the very numbers of this forward pass: the ratio is exactly 1.
+    on_policy: no update since sampling, so the old log-probs are set to those of this forward pass and the ratio is exactly 1.
     """
     logps, entropy = token_logps(policy, answers, tau=cfg.tau, entropy=True)  # (B, T)
     if on_policy:
         answers.old_logps.copy_(logps.detach())
     loss, stats = policy_loss(logps, answers.old_logps, answers.advantages, answers.mask, eps=cfg.eps)
     assert not (on_policy and stats["approx_kl"] > 0), stats  # (a NaN passes: run.may_update reports its rows)
-    values = value_model(answers.inputs)  # (B, T)
-    critic_loss, critic_stats = value_loss(values, answers.values, answers.returns, answers.mask, eps=cfg.eps_value)
+    critic_loss, critic_stats = value_loss(value_model(answers.inputs), answers.values, answers.returns, answers.mask, eps=cfg.eps_value)
     return loss, critic_loss, {**stats, **critic_stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 
@@ -164,10 +162,9 @@ def main(cfg):
     rows, held_out = open_prompts(run, policy, tokenizer)
     ref = frozen_copy(policy)
     value_model = open_value_model(run, policy, tokenizer)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    value_optimizer = torch.optim.AdamW(
-        value_model.parameters(), lr=cfg.value_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
-    )
+    adamw = dict(betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, **adamw)
+    value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=cfg.value_lr, **adamw)
     run.register(policy=policy, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer)
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": ref, "value_model": value_model})
 
@@ -181,7 +178,7 @@ def main(cfg):
             continue
         rewards = rewards - cfg.missing_eos * ~answers.finished
         metrics = rollout_stats(rewards, answers)
-        credit(answers, rewards, beta=cfg.beta, gamma=cfg.gamma, lam=cfg.lam, whitened=cfg.whiten)
+        credit(answers, rewards, cfg)
 
         for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
             set_lr(opt, lr_at(k, lr=lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))

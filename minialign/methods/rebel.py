@@ -1,20 +1,25 @@
 """REBEL: reinforcement learning by regressing relative rewards. Gao et al. 2024, arXiv:2404.16767, Algorithm 1.
 
+What this deletes from the paper, and why:
+    1. the base distribution μ of the second completion, which may be a data set. Both completions come from π_t: no second source of data.
+    2. solving each rollout's regression to its minimum. A few gradient steps (epochs) on it are enough; the law below is the same.
+    3. general preferences in place of rewards, which need a model that compares two completions.
+
     L(θ) = E_{x, y~π_t, y'~π_t} [ ( (1/η)·( log π_θ(y|x)/π_t(y|x) − log π_θ(y'|x)/π_t(y'|x) ) − (R(x, y) − R(x, y')) )² ]
 
-Symbols  π_t → the policy that sampled, frozen; y, y' → rows 2i and 2i + 1; the differences to π_t → logratio, other_logratio (B/2,);
+Symbols  π_t → the policy that sampled, frozen; y, y' → rows 2i and 2i + 1; log π_θ/π_t of each → logratio, other_logratio (B/2,);
          R = r − β·log π_t/π_ref → rewards, other_rewards (B/2,); η → eta, the size of a policy step, in nats per unit of reward.
-Idea     The exact step of mirror descent, π_{t+1} ∝ π_t·e^{ηR}, has log π_{t+1}/π_t = ηR + const(x). A pair has the constant in common,
-         so regress the difference of log-ratios on the difference of rewards: policy optimisation as least squares.
-Differs  from rloo.py: a squared error with a target, so it knows when a step is done; no clip, no advantage. From dpo.py: the sizes of
-         the rewards are regressed, not only who won.
-Details  This is the paper's form. The released code has (Δ − η·ΔR)², which is η² times this: the same minimum, but at a given learning
-         rate another step size (under Adam hardly). η is 1 / (weight of the KL to π_t) and has nothing to do with β.
-         The KL to the first policy, ref, is inside R (k1, detached, summed over tokens), as the code does: without it every rollout
-         takes another full step and nothing holds the policy.
-         Both completions of a pair stay in one micro-batch. Identical completions are a pair like any other: their error is 0.
-Law      One rollout solved to the end: π_t·e^{ηR}/Z. So log π_t = (1 − ηβ)^t·log ref + (1 − (1 − ηβ)^t)·log π* + const, which tends to
-         π* ∝ ref·e^{r/β} for 0 < ηβ < 2; with β = 0 it moves η nats per unit of reward at every rollout, for ever.
+Idea     The exact step of mirror descent, π_{t+1} ∝ π_t·e^{ηR}, has log π_{t+1}/π_t = ηR + const(x). The constant cancels within a pair, so
+         the difference of log-ratios can be fitted to the difference of rewards: policy optimisation as least squares.
+Differs  from rloo.py: a squared error with a target, so the loss shows when a step is done; no clip, no advantage. From dpo.py: the sizes
+         of the rewards are fitted, not only which answer won.
+Details  This is the paper's form. The released code has (Δ − η·ΔR)², which is η² times this: the same minimum, but another step size at the
+         same learning rate (hardly another under Adam). η is 1 / (weight of the KL to π_t) and is independent of β.
+         The KL to the first policy, ref, is inside R (k1, detached, summed over tokens), as in the code. Without it every rollout moves the
+         policy by another full step, and nothing holds it.
+         Both completions of a pair stay in one micro-batch. Two identical completions are a pair like any other, with error 0.
+Law      One rollout solved exactly gives π_t·e^{ηR}/Z. So log π_t = (1 − ηβ)^t·log ref + (1 − (1 − ηβ)^t)·log π* + const, which converges
+         to π* ∝ ref·e^{r/β} for 0 < ηβ < 2. With β = 0 the policy moves by η nats per unit of reward at every rollout, forever.
 Checked  tests/methods/test_rebel.py (the exact step has loss 0, hand numbers, both forms), toy/tiny_language.py (the law).
 
     python -m minialign rebel                                                # built-in task, laptop CPU
@@ -61,13 +66,13 @@ def rebel_loss(logratio, other_logratio, rewards, other_rewards, *, eta):
 def step(policy, answers, cfg, *, on_policy):
     """One batch of pairs, the two of a prompt adjacent, to one loss: the only place where the policy meets the equation.
 
-    on_policy: nothing was updated since sampling, so π_t's log-probs are the very numbers of this forward pass: every log-ratio is 0.
+    on_policy: no update since sampling, so π_t's log-probs are set to those of this forward pass and every log-ratio is 0.
     """
     logps, entropy = token_logps(policy, answers, tau=cfg.tau, entropy=True)  # (B, T)
     if on_policy:
         answers.old_logps.copy_(logps.detach())
     logratio = (logps - answers.old_logps).sum(1)  # (B,) both are 0 where nothing is scored
-    assert not (on_policy and logratio.abs().max() > 0), logratio  # (a NaN passes: the guard of the step names its rows)
+    assert not (on_policy and logratio.abs().max() > 0), logratio  # (a NaN passes: run.may_update reports its rows)
     loss, stats = rebel_loss(logratio[0::2], logratio[1::2], answers.rewards[0::2], answers.rewards[1::2], eta=cfg.eta)
     return loss, {**stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 

@@ -1,22 +1,27 @@
 """REINFORCE with a baseline. Williams 1992; for completions as single actions: Ahmadian et al. 2024, arXiv:2402.14740.
 
+What this deletes from the papers, and why:
+    1. rewards and discounts at every token. The reward comes once, at the end, so the whole completion is one action.
+    2. a learned baseline. The mean of earlier rewards costs nothing; rloo.py and ppo.py have better ones.
+    3. old policies. Each rollout gets one update, so the policy that sampled is the policy that trains: no ratio, no clip.
+
     L(θ) = −E_{x~D, y~π_θ(·|x)} [ sg(R − b) · log π_θ(y|x) ],        R = r(x, y) − β·log π_θ(y|x)/π_ref(y|x)
 
-Symbols  r → scores (B,), R → rewards (B,), b → baseline, R − b → advantages (B,), log π_θ(y|x) = Σ_t logps (B, T), sg → detached.
-Idea     ∇E_π[R] = E_π[R·∇log π]: make completions likelier in proportion to their reward. Any constant b leaves the expectation as
-         it is and can take out most of the variance.
-Differs  from sft.py: own completions instead of demonstrations, each weighted by its reward. rloo.py gets b from the other samples of the
-         prompt, grpo.py from their mean and spread, ppo.py from a learned value of every prefix.
-Details  One completion is one action: its log-probs are summed, not averaged. Averaging (1/|y|) is another, biased gradient, though
-         it comes to rest at the same policy.
-         R is a constant of the objective. The KL estimator k1 in it, log π/π_ref, is not differentiated: E[R·∇log π] already is the
-         gradient of the KL too, because E[∇log π] = 0. With R differentiated inside R·log π the law becomes ∝ √(ref·e^{r/β}).
-         b is the running mean of earlier rewards, with Adam's correction for its start at 0. It never contains the current batch:
-         a batch mean that does shrinks the gradient by (B − 1)/B.
-         missing_eos is subtracted from r where max_new cut the completion off.
-         Everything is at the sampling temperature: ref's logits are divided by tau as well, and the law is that of the tempered
-         policy.
-Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref). With β = 0: whatever completion pays most, alone.
+Symbols  r → rewards (B,), R → the same with the KL inside, b → baseline, R − b → advantages (B,), log π_θ(y|x) = Σ_t logps (B, T),
+         sg → detached.
+Idea     Sample an answer and make it more likely in proportion to its reward: ∇E_π[R] = E_π[R·∇log π]. Subtracting a constant b from R
+         does not change this expectation, but it can remove most of the variance.
+Differs  from sft.py: the policy's own completions, weighted by their rewards, instead of demonstrations. rloo.py takes b from the other
+         samples of the prompt, grpo.py from their mean and standard deviation, ppo.py from a learned value of every prefix.
+Details  Log-probs are summed over the completion. Averaging them (1/|y|) is another gradient, which is biased. It has the same fixed point
+         only if b is each prompt's own mean reward; with the one b of this file it rests elsewhere.
+         R is a constant of the objective. The KL estimator k1 in it, log π/π_ref, is not differentiated: E[R·∇log π] already contains the
+         gradient of the KL, because E[∇log π] = 0. Differentiating R inside R·log π would change the law to ∝ √(ref·e^{r/β}).
+         b is the running mean of earlier rewards, with Adam's correction for starting at 0. It never contains the current batch: a batch
+         mean that does shrinks the gradient by (B − 1)/B.
+         missing_eos is subtracted from r if max_new cut the completion off.
+         Everything is at the sampling temperature: ref's logits are divided by tau too, and the law is that of the tempered policy.
+Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref). With β = 0: only the completion with the largest reward.
 Checked  tests/methods/test_reinforce.py (the gradient by enumeration, any baseline), toy/tiny_language.py (the law).
 
     python -m minialign reinforce                                            # built-in task, laptop CPU

@@ -1,18 +1,23 @@
 """REINFORCE leave-one-out (RLOO). Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740; the clip as in TRL.
 
+What this deletes from PPO, as the paper does, and why:
+    1. the critic and its advantage estimation. The other completions of the prompt give an unbiased baseline without any training.
+    2. tokens as actions. The reward judges the whole completion, so the completion is the action and has one ratio and one advantage.
+    3. several updates on one rollout. With epochs = 1, the default, the ratio is exactly 1 and the clip never acts.
+
     L(θ) = −E[ min( ρ·A, clip(ρ, 1 − ε, 1 + ε)·A ) ],     A_i = R_i − (1/(G−1)) Σ_{j≠i} R_j,     R = r − β·log π_θ/π_ref
 
 Symbols  G → group_size completions of one prompt, A → advantages (B,), ρ = π_θ(y|x)/π_old(y|x) of whole completions → ratio (B,).
-Idea     The other samples of the same prompt say what this prompt pays on average: a baseline that costs nothing, knows the prompt, and
-         is independent of the sample it is subtracted from, so the gradient stays unbiased.
-Differs  from reinforce.py: the baseline is of this prompt and this policy, not a memory. From grpo.py: the sample itself is not in its
-         baseline, nothing is divided by a spread, the KL is in the reward, and the ratio is of the sequence.
-Details  A_i = G/(G−1)·(R_i − mean of the group); the advantages of a group sum to 0; G must be at least 2.
-         With epochs=1 the ratio is exactly 1 (old log-probs are those of the same forward pass) and this is plain REINFORCE; epochs > 1
-         goes over the same completions again, and then the clip holds it back.
-         R is a constant of the objective, k1 summed over tokens, not averaged, as in reinforce.py.
-Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref). At π* the reward R is the same for every completion, so the
-         advantages vanish and with them the noise.
+Idea     Sample several answers to a prompt. Compare the reward of each with the mean reward of the others: above it, the answer becomes
+         more likely, below it less. That mean does not depend on the answer, so the gradient stays unbiased.
+Differs  from reinforce.py: the baseline is of this prompt and this policy, not a mean over earlier steps. From grpo.py: the baseline leaves
+         the sample itself out, nothing is divided by a standard deviation, the KL is in the reward, and the ratio is of the sequence.
+Details  A_i = G/(G−1)·(R_i − mean of the group). The advantages of a group sum to 0. G must be at least 2.
+         With epochs = 1 the old log-probs are those of the same forward pass, and this is plain REINFORCE. With more epochs the same
+         completions are used again, and the clip limits how far the policy moves on them.
+         R is a constant of the objective, with k1 summed over tokens, not averaged, as in reinforce.py.
+Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref). At π* the reward R is equal for all completions of a prompt, so the
+         advantages are 0 and so is the noise.
 Checked  tests/methods/test_rloo.py (all pairs enumerated, hand numbers, clip), toy/tiny_language.py (the law).
 
     python -m minialign rloo                                                 # built-in task, laptop CPU
@@ -70,13 +75,13 @@ def rloo_loss(logps, old_logps, advantages, mask, *, eps):
 def step(policy, answers, cfg, *, on_policy):
     """One batch of completions to one loss: the only place where the policy meets the equation.
 
-    on_policy: nothing was updated since sampling, so the old log-probs are the very numbers of this forward pass: the ratio is exactly 1.
+    on_policy: no update since sampling, so the old log-probs are set to those of this forward pass and the ratio is exactly 1.
     """
     logps, entropy = token_logps(policy, answers, tau=cfg.tau, entropy=True)  # (B, T)
     if on_policy:
         answers.old_logps.copy_(logps.detach())
     loss, stats = rloo_loss(logps, answers.old_logps, answers.advantages, answers.mask, eps=cfg.eps)
-    assert not (on_policy and abs(stats["ratio"] - 1) > 0), stats  # (a NaN passes: the guard of the step names its rows)
+    assert not (on_policy and abs(stats["ratio"] - 1) > 0), stats  # (a NaN passes: run.may_update reports its rows)
     return loss, {**stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 

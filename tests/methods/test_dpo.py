@@ -239,7 +239,7 @@ def test_main_is_its_account(small, smoothing, micro_batch):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"label_smoothing": 0.5}, "--label_smoothing 0.5: must be at least 0 and below 0.5, where the labels say nothing"),
+    ({"label_smoothing": 0.5}, "--label_smoothing 0.5: must be at least 0 and below 0.5, where labels carry no information"),
     ({"label_smoothing": -0.1}, "--label_smoothing -0.1: must be at least 0"),
     ({"beta": 0.0}, "--beta 0.0: must be above 0"), ({"pairs": "absent.jsonl"}, "absent.jsonl: cannot be read"),
     ({"max_len": 500}, "--max_len 500: the policy's context is 128"),

@@ -303,11 +303,11 @@ def test_main_is_its_account(small, f):
 
 
 def test_an_unknown_function_is_refused(capsys):
-    with pytest.raises(BadInput, match="--f bad: there are logistic, hinge, squared, exponential, truncated_quadratic, savage"):
+    with pytest.raises(BadInput, match="--f bad: must be one of logistic, hinge, squared, exponential, truncated_quadratic, savage"):
         gpo.Config(f="bad")
     with pytest.raises(SystemExit) as stop:
         front_door(["gpo", "--f", "bad"])
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("minialign gpo: --f bad: there are logistic")
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("minialign gpo: --f bad: must be one of logistic")
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -29,25 +29,27 @@ def test_one_gradient_at_ratio_one(tau):
     size = len(answers) / int(answers.mask.sum())
 
     cfg = reinforce.Config(tau=tau)
-    expected = flat(reinforce.step(policy, answers, A, cfg)[0], policy)
-    loss, stats = rloo.step(policy, answers, A, rloo.Config(tau=tau), on_policy=True)
+    answers.advantages = A
+    expected = flat(reinforce.step(policy, answers, cfg)[0], policy)
+    loss, stats = rloo.step(policy, answers, rloo.Config(tau=tau), on_policy=True)
     assert torch.allclose(flat(loss, policy), expected, atol=1e-12) and stats["ratio"] == 1 and stats["clip_ratio/region_mean"] == 0
 
-    ref_logps = token_logps(policy, answers, tau=tau).detach()
+    answers.ref_logps = token_logps(policy, answers, tau=tau).detach()
     settings = grpo.Config(tau=tau, beta=0.3, aggregate="dr_grpo", max_new=1)
-    loss, stats = grpo.step(policy, answers, ref_logps, A, settings, on_policy=True)
+    loss, stats = grpo.step(policy, answers, settings, on_policy=True)
     assert torch.allclose(flat(loss, policy), expected, atol=1e-12) and stats["ratio"] == 1  # k3's gradient is 0 at π = ref
 
     value_model = policy.with_scalar_head()
-    zeros, spread = torch.zeros_like(ref_logps), A[:, None].expand_as(ref_logps)
-    loss, _, stats = ppo.step(policy, value_model, answers, zeros, spread, zeros, ppo.Config(tau=tau), on_policy=True)
+    answers.values = answers.returns = torch.zeros_like(answers.ref_logps)
+    answers.advantages = A[:, None].expand_as(answers.ref_logps)
+    loss, _, stats = ppo.step(policy, value_model, answers, ppo.Config(tau=tau), on_policy=True)
     assert torch.allclose(flat(loss, policy), expected * size, atol=1e-12)
     assert stats["ratio"] == 1 and stats["clip_ratio/region_mean"] == 0 and stats["approx_kl"] == 0
 
     # (0 − (R − R'))² has the gradient −(2/η)(R − R')(∇log π − ∇log π'); a leave-one-out pair is A = ±(R − R'): twice the mean over rows.
-    pairs = rloo.leave_one_out(A, group_size=2)
-    expected = flat(reinforce.step(policy, answers, pairs, cfg)[0], policy)
-    loss, _ = rebel.step(policy, answers, A, rebel.Config(tau=tau, eta=0.6), on_policy=True)
+    answers.advantages, answers.rewards = rloo.leave_one_out(A, group_size=2), A
+    expected = flat(reinforce.step(policy, answers, cfg)[0], policy)
+    loss, _ = rebel.step(policy, answers, rebel.Config(tau=tau, eta=0.6), on_policy=True)
     assert torch.allclose(flat(loss, policy), 4 / 0.6 * expected, atol=1e-12)
 
 
@@ -57,8 +59,8 @@ def test_the_samplers_log_probs_are_those_of_training(dtype):
     policy, answers = first_rollout(dtype)
     logps = token_logps(policy, answers)
     assert ((logps - answers.old_logps).exp() - 1).abs().max() < 1e-6
-    ones = torch.ones(len(answers), dtype=dtype)
-    _, stats = rloo.step(policy, answers, ones, rloo.Config(), on_policy=False)
+    answers.advantages = torch.ones(len(answers), dtype=dtype)
+    _, stats = rloo.step(policy, answers, rloo.Config(), on_policy=False)
     assert abs(stats["ratio"] - 1) < 1e-6
 
 
@@ -93,12 +95,12 @@ def test_step_zero_of_a_run(small, method, capsys):
 @pytest.mark.parametrize("method", ["reinforce", "rloo", "grpo", "ppo", "rebel"])
 def test_a_mismatch_between_sampling_and_training_is_refused(small, method, monkeypatch):
     """A sampler at another temperature than the log-probs: the run stops before step 1 and says by how much."""
-    from minialign.engine import run
+    from minialign.engine import look
     from minialign.engine.common import BadInput
 
-    monkeypatch.setattr(run, "sample", lambda *args, tau, **kwargs: sample(*args, tau=1.3, **kwargs))
+    monkeypatch.setattr(look, "sample", lambda *args, tau, **kwargs: sample(*args, tau=1.3, **kwargs))
     module, cfg = small(method)
-    with pytest.raises(BadInput, match="sampler and training forward pass differ by"):
+    with pytest.raises(BadInput, match="sampler and training pass differ by"):
         module.main(cfg)
 
 

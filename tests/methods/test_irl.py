@@ -358,7 +358,7 @@ def weights_of(model):
 ])
 def test_what_a_round_begins_with(small, monkeypatch, mode, anchor):
     """Nine steps, RRp three times: reward and base as each reward step finds them, anchor and pay of each policy step."""
-    seen, paid, step, align = [], [], irl.step, irl.align
+    seen, paid, step, aligned = [], [], irl.step, irl.policy_alignment
 
     def watched_step(reward_model, base, *args):
         seen.append((weights_of(reward_model), weights_of(base)))
@@ -369,10 +369,10 @@ def test_what_a_round_begins_with(small, monkeypatch, mode, anchor):
             paid.append((weights_of(ref), weights_of(policy), reward_of(answers)))
             return paid[-1][2]
 
-        return align(policy, value_model, ref, prompts_ids, reward_and_note, *args)
+        return aligned(policy, value_model, ref, prompts_ids, reward_and_note, *args)
 
     monkeypatch.setattr(irl, "step", watched_step)
-    monkeypatch.setattr(irl, "align", watched_align)
+    monkeypatch.setattr(irl, "policy_alignment", watched_align)
     module, cfg = small("irl", mode=mode, anchor=anchor, steps=9, rounds=3, reward_share=0.6, bound=6.0)
     folder = module.main(cfg)
     assert len(seen) == 6 and len(paid) == 3
@@ -419,9 +419,9 @@ def test_snapshots_show_the_reward_of_every_evaluation(small):
     ({"anchor": "ref"}, "--mode accumulate --anchor ref: expected linear"),
     ({"policy_step": "dpo"}, "--policy_step dpo: must be ppo, rloo, grpo, rebel, bon_sft or bon_dpo"),
     ({"rounds": 4}, "--rounds 4: 6 steps are too few"),
-    ({"policy_step": "bon_dpo", "n": 3}, "--batch_size 8: bon_dpo needs a whole number of groups, of 2 completions at least"),
-    ({"policy_step": "bon_sft", "n": 1}, "--batch_size 8: bon_sft needs a whole number of groups, of 2 completions at least"),
-    ({"group_size": 1}, "--batch_size 8: rloo needs a whole number of groups, of 2 completions at least"),
+    ({"policy_step": "bon_dpo", "n": 3}, "--batch_size 8: bon_dpo needs a whole number of groups of at least 2 completions"),
+    ({"policy_step": "bon_sft", "n": 1}, "--batch_size 8: bon_sft needs a whole number of groups of at least 2 completions"),
+    ({"group_size": 1}, "--batch_size 8: rloo needs a whole number of groups of at least 2 completions"),
     ({"policy_step": "rebel", "batch_size": 7, "group_size": 1}, "--batch_size 7: rebel needs a whole number of groups"),
     ({"read": "mean"}, "reward_read must be one of last, sum, found 'mean'"),
     ({"beta": -0.1}, "--beta -0.1: must be above 0"), ({"bound": -1.0}, "--bound -1.0: must be at least 0"),

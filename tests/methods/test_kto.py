@@ -364,7 +364,7 @@ def test_held_out_answers_are_those_never_trained_on(small):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"batch_size": 1}, "--batch_size 1: the reference point needs an answer to another prompt; at least 2"),
+    ({"batch_size": 1}, "--batch_size 1: the reference point needs an answer to another prompt; use at least 2"),
     ({"beta": 0.0}, "--beta 0.0: must be above 0"), ({"desirable_weight": -1.0}, "--desirable_weight -1.0: must be at least 0"),
     ({"undesirable_weight": -1.0}, "--undesirable_weight -1.0: must be"), ({"feedback": "absent.jsonl"}, "absent.jsonl: cannot be read"),
 ])

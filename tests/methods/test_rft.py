@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
+from minialign import sample
 from minialign.batch import collate, whiten
 from minialign.data import encode_pairs, pair_batch, read_preferences
 from minialign.engine.common import BadInput, Mean, read_rows
@@ -313,12 +314,12 @@ def models():
 
 
 def aligned(m, name, micro_batch=0):
-    """Weights of policy and critic after one rollout of align() followed by plain SGD, its losses, metrics and stats."""
+    """Weights of policy and critic after one rollout of policy_alignment() followed by plain SGD, its losses, metrics and stats."""
     policy, critic, ref = models()
     cfg = m.Config(policy_step=name, beta=0.3, tau=0.8, max_new=5, group_size=4, micro_batch=micro_batch)
     assert m.completions_per_prompt(cfg) == GROUP[name]
     prompts = PROMPTS[: 8 // GROUP[name]]
-    metrics, epochs, update = m.align(policy, critic, ref, prompts, pay, cfg, EOS, 7)
+    metrics, epochs, update = m.policy_alignment(policy, critic, ref, prompts, pay, cfg, EOS, 7)
     stats, losses = Mean(), []
     for epoch in range(epochs):
         total = 0.0
@@ -352,22 +353,23 @@ def directly(name):
         settings.group_size = 4
     prompts = PROMPTS[: 8 // GROUP[name]]
     if name == "ppo":
-        answers, ref_logps, values = ppo.rollout(policy, critic, ref, prompts, settings, EOS, 7)
-        token_rewards = ppo.shape_rewards(pay(answers), answers.old_logps, ref_logps, answers.mask, beta=0.3)
-        advantages, returns = ppo.gae(token_rewards, values, answers.mask, gamma=1.0, lam=0.95)
-        parts = values, whiten(advantages, answers.mask), returns
+        answers = ppo.rollout_with_values(policy, critic, ref, prompts, settings, EOS, 7)
+        token_rewards = ppo.shape_rewards(pay(answers), answers.old_logps, answers.ref_logps, answers.mask, beta=0.3)
+        advantages, answers.returns = ppo.gae(token_rewards, answers.values, answers.mask, gamma=1.0, lam=0.95)
+        answers.advantages = whiten(advantages, answers.mask)
     else:
-        answers, ref_logps = method.rollout(policy, ref, prompts, settings, EOS, 7)
-        penalised = pay(answers) - 0.3 * (answers.old_logps - ref_logps).sum(1)
-        parts = {"rloo": lambda: (rloo.leave_one_out(penalised, group_size=4),), "rebel": lambda: (penalised,),
-                 "grpo": lambda: (ref_logps, grpo.group_advantages(pay(answers), group_size=4))}[name]()
-    kl, losses = float((answers.old_logps - ref_logps).sum(1).mean()), []
+        answers = sample.rollout(policy, ref, prompts, settings, n=GROUP[name], eos_id=EOS, seed=7)
+        answers.rewards = pay(answers) - 0.3 * (answers.old_logps - answers.ref_logps).sum(1)
+        if name != "rebel":
+            answers.advantages = (rloo.leave_one_out(answers.rewards, group_size=4) if name == "rloo"
+                                  else grpo.group_advantages(pay(answers), group_size=4))
+    kl, losses = float((answers.old_logps - answers.ref_logps).sum(1).mean()), []
     for epoch in range(settings.epochs):
         if name == "ppo":
-            policy_loss, critic_loss, _ = ppo.step(policy, critic, answers, *parts, settings, on_policy=epoch == 0)
+            policy_loss, critic_loss, _ = ppo.step(policy, critic, answers, settings, on_policy=epoch == 0)
             loss = policy_loss + critic_loss
         else:
-            loss, _ = method.step(policy, answers, *parts, settings, on_policy=epoch == 0)
+            loss, _ = method.step(policy, answers, settings, on_policy=epoch == 0)
         loss.backward()
         losses.append(loss.item())
         descend(policy, critic)
@@ -491,7 +493,7 @@ def test_a_run_of_rewards_alone_leaves_the_policy(small):
     ({"loss": "square"}, "--loss square --policy_step rloo: expected linear or bt, and rloo, ppo, grpo or rebel"),
     ({"policy_step": "bon_dpo"}, "--loss linear --policy_step bon_dpo: expected"),
     ({"rounds": 4}, "--rounds 4: 6 steps are too few"),
-    ({"group_size": 1}, "--batch_size 8: rloo needs a whole number of groups, of 2 completions at least"),
+    ({"group_size": 1}, "--batch_size 8: rloo needs a whole number of groups of at least 2 completions"),
     ({"group_size": 3}, "--batch_size 8: rloo needs a whole number of groups"),
     ({"read": "mean"}, "reward_read must be one of last, sum, found 'mean'"),
     ({"beta": 0.0}, "--beta 0.0: must be above 0"), ({"bound": -1.0}, "--bound -1.0: must be at least 0"),

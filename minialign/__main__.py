@@ -1,4 +1,4 @@
-"""The front door: `python -m minialign` lists what there is; `python -m minialign <command> [--flags]` runs it."""
+"""The entry point: `python -m minialign` lists the commands, `python -m minialign <command> [--flags]` runs one."""
 
 import importlib
 import sys
@@ -17,19 +17,19 @@ class SampleConfig:
     policy: str = "builtin"         # a folder, a hub name, or builtin (the base model of the built-in task)
     prompt: list[str] = field(default_factory=lambda: ["ask for tea: "])  # one or more prompts
     n: int = 1                      # completions of each prompt
-    max_new: int = 64               # most tokens of a completion
-    tau: float = 1.0                # temperature
-    top_k: int | None = None        # keep the k likeliest tokens
-    top_p: float | None = None      # keep the likeliest tokens up to this probability
-    greedy: bool = False            # always the likeliest token
-    chat: bool = False              # the prompt is a user's message: put it through the chat template
-    seed: int = 0                   # the same seed gives the same completion of a prompt, whatever the others are
+    max_new: int = 64               # longest completion in tokens
+    tau: float = 1.0                # sampling temperature
+    top_k: int | None = None        # keep the k most likely tokens
+    top_p: float | None = None      # keep the most likely tokens up to this total probability
+    greedy: bool = False            # always take the most likely token
+    chat: bool = False              # treat each prompt as a user's message and apply the chat template
+    seed: int = 0                   # the same seed gives a prompt the same completion, whatever the other prompts are
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
 
 
 def sample_main(cfg):
-    """Talk to a checkpoint."""
+    """Sample completions from a checkpoint."""
     from minialign.data import encode_prompt
     from minialign.engine.opening import builtin_base
     from minialign.lora import load_model
@@ -38,7 +38,7 @@ def sample_main(cfg):
     path = builtin_base() if cfg.policy == "builtin" else cfg.policy
     policy, tokenizer, _ = load_model(path, dtype=pick_dtype(cfg.dtype), device=pick_device(cfg.device))
     if policy.config.head != "lm":
-        raise BadInput(f"{path}: is a reward model: it scores completions and writes none; use evaluate --reward")
+        raise BadInput(f"{path}: is a reward model, which scores completions but cannot sample any; use evaluate --reward")
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}] if cfg.chat else text) for text in cfg.prompt]
     rollout = sample(
         policy, prompts, max_new=cfg.max_new, tau=cfg.tau, top_k=cfg.top_k, top_p=cfg.top_p, n=cfg.n, eos_id=tokenizer.eos_id,
@@ -51,12 +51,12 @@ def sample_main(cfg):
 
 @dataclass
 class PlotConfig:
-    runs: list[str] = field(default_factory=list)  # run folders, drawn into the same panels
+    runs: list[str] = field(default_factory=list)  # run folders, plotted in the same panels
     out: str = ""                   # the PNG; default figures/metrics.png in the first run folder
 
 
 def plot_main(cfg):
-    """Draw metrics.jsonl: a panel for each metric, a line for each run."""
+    """Plot metrics.jsonl: a panel for each metric, a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,7 +67,7 @@ def plot_main(cfg):
     tables = {run: read_rows(Path(run) / "metrics.jsonl") for run in cfg.runs}
     for run, rows in tables.items():
         if not rows:
-            raise BadInput(f"{run}: holds no metrics.jsonl with rows; is it a run folder?")
+            raise BadInput(f"{run}: has no metrics.jsonl with rows; is it a run folder?")
     names = dict.fromkeys(name for rows in tables.values() for row in rows for name in row)
     names = [name for name in names if name not in ("step", "seconds", "skipped")]
     columns = min(4, len(names))
@@ -93,16 +93,16 @@ def plot_main(cfg):
 @dataclass
 class ShowConfig:
     runs: list[str] = field(default_factory=list)  # one run folder
-    last: int = 0                   # only the last so many rows; 0 = all
+    last: int = 0                   # print only this many rows, the last ones; 0 = all
 
 
 def show_main(cfg):
-    """Page through samples.jsonl: what the policy answered as training went on."""
+    """Print samples.jsonl: the policy's answers during training."""
     if len(cfg.runs) != 1:
         raise BadInput("name one run folder: python -m minialign show RUN")
     rows = read_rows(Path(cfg.runs[0]) / "samples.jsonl")
     if not rows:
-        raise BadInput(f"{cfg.runs[0]}: holds no samples.jsonl with rows; is it a run folder of a policy?")
+        raise BadInput(f"{cfg.runs[0]}: has no samples.jsonl with rows; is it a run folder of a policy?")
     step = None
     for row in rows[-cfg.last :]:
         if row["step"] != step:
@@ -122,24 +122,24 @@ def names_in(folder):
 
 
 COMMANDS = {
-    "demo": "verify the toy, align a tiny GPT from demonstrations, one table and one figure",
-    "sample": "talk to a checkpoint",
-    "evaluate": "compare checkpoints on pairs nobody trained on",
-    "plot": "draw a run's metrics.jsonl",
-    "show": "page through a run's samples.jsonl",
+    "demo": "verify the toy and align a tiny GPT from demonstrations: one table and one figure",
+    "sample": "sample completions from a checkpoint",
+    "evaluate": "compare checkpoints on held-out preference pairs",
+    "plot": "plot a run's metrics.jsonl",
+    "show": "print a run's samples.jsonl: the policy's answers during training",
 }
 
 
 def overview():
     print("minialign: every alignment loss in one readable file, each checked against its own fixed point\n")
-    print("methods     python -m minialign <method> [--flags]; with no flags on the built-in task, under a minute; --help lists the flags")
+    print("methods     python -m minialign <method> [--flags]; without flags: the built-in task, under a minute; --help lists the flags")
     for name in names_in("minialign/methods"):
         print(f"  {name:19} {title(ROOT / 'minialign/methods' / f'{name}.py').split('. ')[0].rstrip('.')}")
     print("\ncommands    python -m minialign <command> [--flags]")
     for name, line in COMMANDS.items():
         print(f"  {name:19} {line}")
     print("\nrecipes     python -m minialign recipes lists the papers' experiments at full size")
-    print("\ntoys        python -m toy.<name>; each prints PASS or FAIL per law, exit code 1 on a miss; python -m toy runs them all")
+    print("\ntoys        python -m toy.<name>; each prints PASS or FAIL per law, and a FAIL gives exit code 1; python -m toy runs all")
     for name in names_in("toy"):
         if name != "plot" and '__name__ == "__main__"' in (ROOT / "toy" / f"{name}.py").read_text(encoding="utf-8"):
             print(f"  {name:19} {title(ROOT / 'toy' / f'{name}.py')}")
@@ -149,7 +149,7 @@ def overview():
 
 
 def recipes():
-    print("recipes     torchrun --nproc_per_node GPUS -m minialign.recipes.<name> [--flags]; first with --plan CARD, or --smoke\n")
+    print("recipes     torchrun --nproc_per_node GPUS -m minialign.recipes.<name> [--flags]; try --plan CARD or --smoke first\n")
     for name in names_in("minialign/recipes"):
         print(f"  {name:28} {title(ROOT / 'minialign/recipes' / f'{name}.py')}")
 
@@ -175,7 +175,7 @@ def main(argv):
             near = get_close_matches(command, [*methods, *COMMANDS], n=1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise BadInput(f"unknown command {command}{hint} (`python -m minialign` lists them)")
-        if command in ("plot", "show"):  # their run folders may stand without a flag
+        if command in ("plot", "show"):  # run folders may be given without --runs
             bare = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
             rest = (["--runs", *rest[:bare]] if bare else []) + rest[bare:]
         action(cli(config, rest, prog=f"python -m minialign {command}", description=description))

@@ -1,12 +1,12 @@
-"""Batch, Pairs, Rollout and collate: the ONE place that shifts tokens, pads rows and says which predictions are scored.
+"""Batch, Pairs, Rollout and collate: the ONE place that shifts tokens, pads rows and decides which predictions are scored.
 
     prompt  a b      completion  c d ⏎            row  a b c d ⏎
 
-    inputs   a b c d      what is seen
-    targets  b c d ⏎      what is predicted from it
+    inputs   a b c d      what the model sees
+    targets  b c d ⏎      what it predicts from that
     mask     . 1 1 1      the predictions that are completion tokens, EOS included
 
-Everything below speaks of predictions; there is no `[:, 1:]` anywhere else. Masks come from lengths, never from token ids, so that
+All other code is indexed by prediction; there is no `[:, 1:]` anywhere else. Masks come from lengths, never from token ids, so that
 padding may use the EOS id.
 """
 
@@ -39,7 +39,7 @@ class Batch:
 
 @dataclass
 class Pairs:
-    chosen: Batch  # row b of both answers the same prompt
+    chosen: Batch  # row b of chosen and row b of rejected have the same prompt
     rejected: Batch
 
     def to(self, device):
@@ -51,7 +51,7 @@ class Pairs:
 
 @dataclass
 class Rollout(Batch):
-    """What a policy sampled, and what a method computes for it before its updates. One slice of the rows cuts all of it."""
+    """What a policy sampled, and what a method computes for it before its updates. A slice of the rows slices every field."""
 
     old_logps: torch.Tensor  # (B, T) under the tempered, untruncated distribution that sampled; 0 where mask is False
     lengths: torch.Tensor  # (B,) completion tokens, EOS included
@@ -59,20 +59,20 @@ class Rollout(Batch):
     completions: list  # B lists of token ids, EOS included where it was emitted
     ref_logps: torch.Tensor | None = None  # (B, T) of the reference; 0 where mask is False
     advantages: torch.Tensor | None = None  # (B,) or, for ppo, (B, T)
-    rewards: torch.Tensor | None = None  # (B,) with the KL inside, for rebel
+    rewards: torch.Tensor | None = None  # (B,) with the KL penalty inside, for rebel
     values: torch.Tensor | None = None  # (B, T) of ppo's critic before the updates
-    returns: torch.Tensor | None = None  # (B, T) what the critic should have said
+    returns: torch.Tensor | None = None  # (B, T) the targets of the critic
 
 
 def collate(prompts_ids, completions_ids, *, pad_id, max_len=None):
-    """Lists of token ids -> Batch. Row b is prompts_ids[b] + completions_ids[b]; completions carry their EOS already.
+    """Lists of token ids -> Batch. Row b is prompts_ids[b] + completions_ids[b]; completions already include their EOS.
 
-    max_len caps a row, prompt and completion together, in tokens: the end of the row is cut off, so a completion that is cut loses
-    its EOS, and one whose prompt fills the row has nothing scored. T is the longest row minus one.
-    Raises BadInput for an empty prompt (its first completion token would have no input to be predicted from) or an empty batch.
+    max_len is the maximum length of a row in tokens, prompt and completion together. The end of a longer row is cut off: its completion
+    loses the EOS, and if the prompt fills the row, nothing is scored. T is the longest row minus one.
+    Raises BadInput for an empty prompt (no input would predict its first completion token) or an empty batch.
     """
     if len(prompts_ids) != len(completions_ids):
-        raise BadInput(f"collate got {len(prompts_ids)} prompts and {len(completions_ids)} completions: one of each is a row")
+        raise BadInput(f"collate got {len(prompts_ids)} prompts and {len(completions_ids)} completions: give one completion per prompt")
     if not len(prompts_ids):
         raise BadInput("collate got no rows: a batch needs at least one")
     rows = []
@@ -85,12 +85,12 @@ def collate(prompts_ids, completions_ids, *, pad_id, max_len=None):
     mask = torch.zeros(len(rows), T, dtype=torch.bool)
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[b, len(prompts_ids[b]) - 1 : len(row) - 1] = True  # prediction t is of token t + 1
+        mask[b, len(prompts_ids[b]) - 1 : len(row) - 1] = True  # prediction t predicts token t + 1
     return Batch(inputs=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), mask=mask)
 
 
 def stack(batches):
-    """Batches on top of each other, as one: the shorter rows are padded, which changes nothing about them."""
+    """Concatenate batches along the rows into one Batch. Shorter rows are padded, which does not change their results."""
     T = max(batch.mask.shape[1] for batch in batches)
     return Batch(*[torch.cat([F.pad(getattr(batch, f.name), (0, T - batch.mask.shape[1])) for batch in batches]) for f in fields(Batch)])
 
@@ -104,7 +104,7 @@ def masked_mean(x, mask):
 def whiten(x, mask):
     """(x − mean) / sqrt(variance + 1e-8) over the entries where mask is True, with the population variance; 0 elsewhere.
 
-    The form of the PPO implementations that summarisation results rest on: population, not sample, variance.
+    The PPO implementations behind the summarisation results use this form: population variance, not sample variance.
     """
     mask = mask.bool()
     mean = masked_mean(x, mask)

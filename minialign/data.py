@@ -1,16 +1,16 @@
-"""Demonstrations, preferences and prompts from files, as token ids; and the one place that appends EOS.
+"""Read demonstrations, preferences and prompts from files and encode them as token ids. This is the one place that appends EOS.
 
-Files are JSONL or JSON, plain or gzipped. A row may have any of these keys (TRL's names), each text a string or a list of messages:
+Files are JSONL or JSON, plain or gzipped. A row has one of these sets of keys (TRL's names). Each text is a string or a list of messages:
 
     demonstrations   prompt + completion | messages | question + answer (GSM8K) | instruction [+ input] + output (Alpaca)
-                     | any preference row, of which the chosen answer is taken
+                     | any preference row (its chosen answer)
     preferences      prompt + chosen + rejected | chosen + rejected (whole conversations, Anthropic-HH transcripts as they are)
-    feedback         prompt + completion + label (true: desirable) | any preference row, which makes two
-    prompts          prompt | any of the above, of which the prompt is taken
-    texts            text | any of the above, prompt and answer joined | a .txt file
+    feedback         prompt + completion + label (true: desirable) | any preference row, which gives two rows
+    prompts          prompt | any of the above (its prompt)
+    texts            text | any of the above (its prompt and answer joined) | a .txt file
 
-A wrong row is an error that says path:line, the keys found and the keys accepted; skip_bad counts such rows and goes on. Nothing is
-dropped silently. The formats in full: docs/DATA.md. Checked by tests/test_data.py.
+A bad row raises an error that gives path:line, the keys found and the keys accepted. With skip_bad, bad rows are skipped and counted.
+No row is dropped silently. docs/DATA.md describes the formats in full. Checked by tests/test_data.py.
 """
 
 import gzip
@@ -51,31 +51,31 @@ class Feedback:
 
 
 class BadRow(Exception):
-    """Why one row is refused; the reader adds path:line."""
+    """The reason why one row is refused. The reader adds path:line."""
 
 
 def read_demonstrations(path, *, skip_bad=False):
-    """list[Demo]. Raises BadInput with path:line at the first bad row, or counts such rows on stderr with skip_bad."""
+    """list[Demo]. Raises BadInput with path:line at the first bad row. With skip_bad it skips bad rows and prints how many, to stderr."""
     return _read(path, _demo, skip_bad)
 
 
 def read_preferences(path, *, skip_bad=False):
-    """list[Pair]; errors as read_demonstrations."""
+    """list[Pair]. Handles bad rows like read_demonstrations."""
     return _read(path, _pair, skip_bad)
 
 
 def read_feedback(path, *, skip_bad=False):
-    """list[Feedback]; errors as read_demonstrations."""
+    """list[Feedback]. Handles bad rows like read_demonstrations."""
     return [row for rows in _read(path, _feedback, skip_bad) for row in rows]
 
 
 def read_prompts(path, *, skip_bad=False):
-    """list of prompts (text, or messages); errors as read_demonstrations."""
+    """List of prompts (text or messages). Handles bad rows like read_demonstrations."""
     return _read(path, _prompt, skip_bad)
 
 
 def read_texts(path, *, skip_bad=False):
-    """list of documents for a base model. Of a preference row both answers are documents: a base model takes no side."""
+    """List of documents for a base model. A preference row gives two documents, one per answer: a base model does not prefer either."""
     if Path(path).suffix == ".txt":
         return [_decode(path, _bytes(path))]
     return [text for texts in _read(path, _texts, skip_bad) for text in texts]
@@ -92,7 +92,7 @@ def _read(path, convert, skip_bad):
             rows.append(convert(row))
         except BadRow as error:
             if not skip_bad:
-                raise BadInput(f"{where}: {error}; mend the row, or skip such rows with --skip_bad") from None
+                raise BadInput(f"{where}: {error}; fix the row, or skip such rows with --skip_bad") from None
             bad, first = bad + 1, first or f"{where}: {error}"
     if bad:
         print(f"{path}: {bad} bad rows skipped of {bad + len(rows)}; the first: {first}", file=sys.stderr)
@@ -102,7 +102,7 @@ def _read(path, convert, skip_bad):
 
 
 def _bytes(path):
-    """The file's bytes, unpacked if gzipped (told by its first two bytes, not by its name)."""
+    """The file's bytes, decompressed if it is gzipped (its first two bytes show this, not its name)."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -117,13 +117,13 @@ def _bytes(path):
 
 def _decode(path, content):
     try:
-        return content.decode("utf-8-sig")  # a byte-order mark is no part of the text
+        return content.decode("utf-8-sig")  # a byte-order mark is not part of the text
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
 def _records(path):
-    """Yield (where, value, fault): a row's place 'path:line', its JSON value, or why it has none."""
+    """Yield (where, value, fault) for each row: its place 'path:line', its JSON value, and an error message if it has no value."""
     name, _, split = (str(path), "", "") if os.path.exists(path) else str(path).partition(":")
     if os.path.isdir(name) or name.endswith(".parquet") or not os.path.exists(name) and HUB_NAME.fullmatch(name) and not Path(name).suffix:
         yield from _hub_records(name, split or "train")
@@ -132,7 +132,7 @@ def _records(path):
     if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":  # one JSON list of rows
         try:
             rows = json.loads(_decode(path, content))
-        except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
+        except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number with thousands of digits
             raise BadInput(f"{path}: not valid JSON ({error})") from None
         for number, row in enumerate(rows, start=1):
             yield f"{path}: row {number}", row, None
@@ -149,12 +149,12 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")  # owner/name, or owner/nam
 
 
 def _hub_records(name, split):
-    """One split of a data set on the hub, of a folder in its layout, or of a parquet file, through the optional package `datasets`."""
+    """Read one split of a hub data set, of a folder in the hub's layout, or of a parquet file, with the optional package `datasets`."""
     here = os.path.exists(name)
     try:
         from datasets import load_dataset
     except ImportError:
-        what = "it is read by the package `datasets`" if here else "no such file; to read it as a data set of the hub"
+        what = "to read it with the package `datasets`" if here else "no such file; to read it as a hub data set"
         raise BadInput(f"{name}: {what}, first `pip install datasets`") from None
     try:
         if name.endswith(".parquet"):
@@ -162,9 +162,9 @@ def _hub_records(name, split):
         else:
             owner_and_name, configuration = (name, None) if here else ("/".join(name.split("/")[:2]), (name.split("/") + [None])[2])
             rows = load_dataset(owner_and_name, configuration, split=split)
-    except Exception as error:  # network, name, gate, split: the library's own sentence says which
+    except Exception as error:  # network, name, access or split: the library's message says which
         what = "`datasets` cannot read it" if here else "no such file, and the hub could not deliver it"
-        raise BadInput(f"{name}: {what} ({one_line(error)}); another split is chosen by {name}:SPLIT") from None
+        raise BadInput(f"{name}: {what} ({one_line(error)}); choose another split with {name}:SPLIT") from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}: row {number}", row, None
 
@@ -186,7 +186,7 @@ def _check(row, *keys, messages=True):
             raise BadRow(f"{key!r} must be text{' or a list of {role, content}' * messages}, found {type(value).__name__}")
         texts = [value] if isinstance(value, str) else [text for message in value for text in (message["role"], message["content"])]
         if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
-            raise BadRow(f"{key!r} holds half of a surrogate pair, which is no character")
+            raise BadRow(f"{key!r} contains half of a surrogate pair, which is not a character")
 
 
 def _answer(value):
@@ -209,14 +209,14 @@ def _split_conversations(chosen, rejected):
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
-        shared = min(shared, len(chosen) - 1, len(rejected) - 1)  # equal answers still are answers
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)  # equal answers are still answers
         if not shared:
             raise BadRow("'chosen' and 'rejected' share no message that could be the prompt")
         return chosen[:shared], _answer(chosen[shared:]), _answer(rejected[shared:])
-    # Some transcripts go on for several turns after they part: the prompt ends at the last turn that both share.
+    # Some transcripts continue for several turns after they differ. The prompt ends at the last turn that both share.
     cut = os.path.commonprefix([chosen, rejected]).rfind(TURN.rstrip())
     if cut < 0:
-        raise BadRow(f"'chosen' and 'rejected' share no {TURN.strip()!r} turn; give the prompt in a field of its own: 'prompt'")
+        raise BadRow(f"'chosen' and 'rejected' share no {TURN.strip()!r} turn; put the prompt into its own field 'prompt'")
     cut += len(TURN.rstrip())
     cut += chosen[cut : cut + 1] == rejected[cut : cut + 1] == " "
     return chosen[:cut], chosen[cut:], rejected[cut:]
@@ -256,13 +256,13 @@ def _demo(row, other_keys=""):
     if {"prompt", "completion"} <= row.keys():
         _check(row, "prompt", "completion")
         if row.get("label", True) in (False, 0):
-            raise BadRow("'label' is false: an answer that somebody disliked is no demonstration (kto learns from both kinds)")
+            raise BadRow("'label' is false: an answer that somebody disliked is not a demonstration (kto learns from both kinds)")
         return Demo(row["prompt"], _answer(row["completion"]))
     if "messages" in row:
         _check(row, "messages")
         messages = row["messages"]
         if not isinstance(messages, list) or len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise BadRow("'messages' must be a list of at least two that ends with the assistant's")
+            raise BadRow("'messages' must be a list of at least two messages, the last from the assistant")
         return Demo(messages[:-1], messages[-1]["content"])
     if {"chosen", "rejected"} <= row.keys():
         pair = _pair(row)
@@ -296,7 +296,7 @@ def _texts(row):
 
 
 def plain_text(prompt):
-    """A prompt as text: messages become a transcript."""
+    """A prompt as text. Messages become a transcript."""
     return prompt if isinstance(prompt, str) else render_chat(None, prompt)
 
 
@@ -304,25 +304,25 @@ def plain_text(prompt):
 
 
 def encode_prompt(tokenizer, prompt, *, max_prompt=None):
-    """Ids of a prompt: messages through the chat template, BOS in front once if the tokenizer has one; never empty.
+    """Token ids of a prompt, never empty. Messages go through the chat template. BOS is put in front, once, if the tokenizer has one.
 
-    max_prompt keeps the end of a longer prompt, where the question is (and BOS).
+    A prompt longer than max_prompt keeps BOS and its end, where the question is.
     """
     ids = tokenizer.encode(prompt if isinstance(prompt, str) else render_chat(tokenizer, prompt))
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = ids[1:] if bos and ids[:1] == bos else ids  # a template may have written it already
+    ids = ids[1:] if bos and ids[:1] == bos else ids  # a template may have added BOS already
     if max_prompt is not None:
         ids = ids[max(0, len(ids) - (max_prompt - len(bos))) :]
     return bos + ids or [tokenizer.eos_id]
 
 
 def encode_completion(tokenizer, completion):
-    """Ids of a completion and its EOS: the one place that appends it. (Text that spells out the EOS token is encoded as that token.)"""
+    """Token ids of a completion plus EOS. Completions get EOS only here. (Text that spells out the EOS token is encoded as that token.)"""
     return tokenizer.encode(completion) + [tokenizer.eos_id]
 
 
 def encode_demos(tokenizer, demos, *, max_prompt=None):
-    """[(prompt ids, completion ids)]: prompt and completion are encoded apart, so that neither changes the other's tokens."""
+    """[(prompt ids, completion ids)]. Prompt and completion are encoded separately, so that neither changes the other's tokens."""
     return [(encode_prompt(tokenizer, d.prompt, max_prompt=max_prompt), encode_completion(tokenizer, d.completion)) for d in demos]
 
 
@@ -344,14 +344,14 @@ def encode_pairs(tokenizer, pairs, *, max_prompt=None):
 
 
 def encode_prompts(tokenizer, prompts, *, max_prompt=None):
-    """[(prompt ids, prompt as the file has it)]: the ids are for the policy, the other for the reward."""
+    """[(prompt ids, prompt as it is in the file)]. The policy uses the ids, the reward uses the prompt."""
     return [(encode_prompt(tokenizer, prompt, max_prompt=max_prompt), prompt) for prompt in prompts]
 
 
 def encode_texts(tokenizer, texts, *, max_len):
-    """Documents as rows in which every token is scored: [(one token seen, the tokens that follow)], cut into rows of max_len tokens.
+    """Documents as rows of at most max_len tokens: [(one context token, the tokens that follow)]. Every token of a document is scored.
 
-    A document begins after BOS (EOS where there is none) and ends with EOS; a row goes on where the one before it stopped.
+    BOS (EOS if there is no BOS) is put before each document and EOS after it. A row continues where the row before it stopped.
     """
     rows = []
     for text in texts:
@@ -374,7 +374,7 @@ def pair_batch(rows, picked, *, pad_id, max_len):
 
 
 def counts(rows, max_len):
-    """{'rows', 'scored_tokens', 'truncated'} of encoded rows under max_len; a truncated completion has lost its end."""
+    """{'rows', 'scored_tokens', 'truncated'} of encoded rows cut at max_len. A truncated completion has lost its end."""
     numbers = {"rows": len(rows), "scored_tokens": 0, "truncated": 0}
     for prompt, *completions in rows:
         for completion in completions:
@@ -385,13 +385,13 @@ def counts(rows, max_len):
 
 
 def split_held_out(rows, share):
-    """(training rows, held-out rows): the last `share` of the file, in file order, is never trained on."""
+    """(training rows, held-out rows). The last `share` of the rows, in file order, is held out and never trained on."""
     n = int(len(rows) * share)
     return (rows[:-n], rows[-n:]) if n else (rows, [])
 
 
 def scorable(rows, max_len):
-    """The encoded rows whose prompt leaves room under max_len for at least one scored token; prints how many do not."""
+    """The encoded rows whose prompt leaves room under max_len for at least one scored token. Prints how many rows are left out."""
     kept = [row for row in rows if len(row[0]) < max_len]
     if len(kept) < len(rows):
         left_out = f"{len(rows) - len(kept)} of {len(rows)} rows are left out"
@@ -400,7 +400,7 @@ def scorable(rows, max_len):
 
 
 def split_scorable(rows, share, max_len):
-    """split_held_out, then scorable on both parts: in this order, so that `evaluate` holds out the same rows of the file.
+    """Apply split_held_out, then scorable to both parts. In this order `evaluate` holds out the same rows of the file.
 
     Raises BadInput if nothing is left to train on.
     """

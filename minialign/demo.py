@@ -1,19 +1,19 @@
-"""The demo: verify the three-action toy, then align a tiny GPT from demonstrations alone with every demonstration method, and judge
-each with a reward it never saw.
+"""The demo: verify the three-action toy, then train a tiny GPT with every method that learns from demonstrations alone, and evaluate each
+policy with a reward that no method saw.
 
-The built-in task is a language of requests (data.py). The base model learned from rude speakers; 200 demonstrations come from a
-polite expert, 30 % of them from rude speakers after all. Everything is measured exactly or with its spread over seeds:
+The built-in task is a language of requests (task.py). The base model is trained on rude speakers. Of the 200 demonstrations, 30 % come
+from rude speakers and the rest from a polite expert. Each number is exact or has its standard deviation over seeds:
 
     gold reward      mean of the programmatic reward over 8 answers to each of the 24 prompts (the expert's is exact)
-    wins over SFT    share of those answers with a higher reward than SFT's to the same prompt, ties one half
-    gap              mean of log π(better) − log π(worse) over 400 pairs of answers of rude speakers; better is a Bradley-Terry draw of gold
+    wins over SFT    share of those answers with a higher reward than SFT's answers to the same prompt; a tie counts one half
+    gap              mean of log π(better) − log π(worse) over 400 pairs of rude answers; better is drawn by Bradley-Terry with gold
     implicit         share of the pairs with log π/base (better) > log π/base (worse)
-    KL(expert‖π)     exact, by summing over all 36 things a speaker can say. A gap or a reward beyond the expert's is overshoot,
-                     and this column shows its price.
+    KL(expert‖π)     exact, by summing over all 36 answers a speaker can give. A gap or a reward above the expert's is overshoot,
+                     and this column shows its cost.
     KL(π‖base)       mean of log π/base over the answers
 
-Under the table stand the orderings that the papers claim, each with the difference in these runs (same seed, 95 % interval of Student's t)
-and its verdict: holds if the interval lies above 0, does not hold if below, not separable otherwise.
+Below the table the demo prints the orderings that the papers claim. Each has its difference between runs of the same seed (with a 95 %
+interval of Student's t) and a verdict: holds if the interval lies above 0, does not hold if below, not separable otherwise.
 
     python -m minialign demo              # five seeds, under five minutes on two cores
 """
@@ -53,13 +53,13 @@ COLUMNS = ("gold reward", "wins over SFT", "gap", "implicit", "KL(expert‖π)",
 
 @dataclass
 class Config:
-    seeds: int = 5                  # runs of each method: other data order, other samples
-    steps: int = 60                 # optimizer steps of each (RFT a third more, IRL twice as many, best-of-n a third less)
+    seeds: int = 5                  # runs of each method, with different data orders and samples
+    steps: int = 60                 # optimizer steps of each method (RFT a third more, IRL twice as many, best-of-n a third fewer)
     batch_size: int = 32            # rows per step
     lr: float = 3e-4                # peak learning rate
     workers: int = 0                # processes that run at the same time; 0 = one per core
     toy: bool = True                # verify the three-action toy first
-    out: str = ""                   # folder of table.json and demo.png; default runs/demo-<time>
+    out: str = ""                   # folder for table.json and demo.png; default runs/demo-<time>
 
 
 def irft_name(rounds):
@@ -67,7 +67,7 @@ def irft_name(rounds):
 
 
 def methods(cfg, seed, out):
-    """{name: (module, Config)}. All start from the same base and see the same demonstrations and nothing else."""
+    """{name: (module, Config)}. All methods start from the same base and see the same demonstrations, nothing else."""
     table = {
         RFT: (rft, dict(steps=-(-4 * cfg.steps // 3))), IRL: (irl, dict(steps=2 * cfg.steps, rounds=min(12, cfg.steps))),
         SFT: (sft, {}), IFT: (ift, {}), **{irft_name(T): (irft, dict(rounds=T)) for T in ROUNDS},
@@ -83,7 +83,7 @@ def methods(cfg, seed, out):
         shared |= {} if module is best_of_n else {"max_len": 96}
         jobs[name] = module, module.Config(**{**shared, **own})
     jobs[BEST][1].out = f"{out}/best_of_4-{seed}"
-    jobs[BEST][1].reward = [f"{jobs[RFT][1].out}/reward"]  # so that best-of-n, too, has seen nothing but demonstrations
+    jobs[BEST][1].reward = [f"{jobs[RFT][1].out}/reward"]  # learned from the demonstrations, so best-of-n sees nothing else either
     return jobs
 
 
@@ -99,7 +99,7 @@ def speak(policy, base, tokenizer, seed, n=8):
 
 @torch.no_grad()
 def kl_from_expert(policy, tokenizer):
-    """KL(expert‖π), exact, mean over the prompts."""
+    """Exact KL(expert‖π), averaged over the prompts."""
     kls = []
     for thing in THINGS:
         law = builtin_law(builtin_prompt(thing), EXPERT)
@@ -110,7 +110,7 @@ def kl_from_expert(policy, tokenizer):
 
 
 def measure_policy(policy, base, tokenizer, seed):
-    """({column: number} but for the wins, gold rewards (24, 8) as lists, an answer to each prompt)."""
+    """({column: number} for all columns except the wins, gold rewards (24, 8) as lists, one answer to each prompt)."""
     said, settings = speak(policy, base, tokenizer, seed), evaluate.Config(max_len=96)
     own, start = (evaluate.pair_measures(model, tokenizer, builtin_pairs(seed=1), settings) for model in (policy, base))
     wins = evaluate.wins(own["chosen"] - start["chosen"], own["rejected"] - start["rejected"])
@@ -121,7 +121,7 @@ def measure_policy(policy, base, tokenizer, seed):
 
 
 def on_the_way(folder, base, tokenizer, seed):
-    """[{step, gap, rewards (24, 4)}] of a run's snapshots; and of an IRL run {step, accuracy} of its reward on the pairs."""
+    """Two lists: {step, gap, rewards (24, 4)} of a run's snapshots, and {step, accuracy} of its learned reward, if any, on the pairs."""
     pairs, settings, path = builtin_pairs(seed=1), evaluate.Config(max_len=96), []
     for snapshot in sorted((folder / "snapshots").iterdir()):
         policy = load_pretrained(snapshot)
@@ -137,11 +137,11 @@ def on_the_way(folder, base, tokenizer, seed):
 
 
 def run_one(cfg, seed, name, out, base_folder):
-    """Train one method with one seed in this process, its words in a log file, and measure it: a dict that goes through a pipe."""
+    """Train one method with one seed in this process, with a log file for its output, and measure it. Returns a picklable dict."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        os._exit(1)  # the demo was killed: nobody waits for this run
-    torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+        os._exit(1)  # the demo was killed, so nothing waits for this run
+    torch.set_num_threads(1)  # the models are too small for a second thread to help
     began = time.monotonic()
     base, tokenizer = load_pretrained(base_folder), load_tokenizer(base_folder)
     if name == "base":
@@ -158,9 +158,9 @@ def run_one(cfg, seed, name, out, base_folder):
 
 
 def exact_rows():
-    """The same numbers of the speakers that the data came from, by enumeration: no policy can be nearer to the expert than this."""
+    """The same numbers for the speakers behind the data, by enumeration. No policy can be closer to the expert than its own row."""
     rows, pairs = {}, builtin_pairs(seed=1)
-    prompt = builtin_prompt("tea")  # the speakers treat all things alike
+    prompt = builtin_prompt("tea")  # the distribution is the same for every thing
     expert, rude = builtin_law(prompt, EXPERT), builtin_law(prompt, RUDE)
     for name, law, politeness in (("rude speakers (exact)", rude, RUDE), ("expert (exact)", expert, EXPERT)):
         rewards = gold_reward([prompt] * len(law), list(law))
@@ -180,7 +180,7 @@ def exact_rows():
 
 
 def table_of(results):
-    """{policy: {column: [value per seed]}} from run_one's dicts; wins over SFT are over the SFT run of the same seed."""
+    """{policy: {column: [value per seed]}} from run_one's dicts. Wins over SFT compare with the SFT run of the same seed."""
     table = {}
     for result in sorted(results, key=lambda result: result["seed"]):
         sft_rewards = next(r["rewards"] for r in results if r["name"] == SFT and r["seed"] == result["seed"])
@@ -192,8 +192,8 @@ def table_of(results):
 
 
 def claims(table, accuracy):
-    """[(source, claim, [difference per seed])]: what the papers say, as numbers that should be above 0. accuracy: of IRL's reward, per seed
-    a list over its evaluations."""
+    """[(source, claim, [difference per seed])]: the papers' claims, as numbers that should be above 0. accuracy: one list per seed, the
+    accuracy of IRL's reward at each evaluation."""
 
     def more(a, b, column):
         return [x - y for x, y in zip(table[a][column], table[b][column], strict=True)]
@@ -233,17 +233,17 @@ def spread(values):
 
 
 def report(table, answers, exact, judged, cfg):
-    """The table, one prompt answered by everybody, and the orderings."""
+    """Print the table, answers of every policy to the same prompts, and the orderings."""
     print(f"\n── 3. the result: mean ± standard deviation over {cfg.seeds} seeds " + "─" * 62)
     print(f"{'policy':24}" + "".join(f"{column:>18}" for column in COLUMNS))
     for name, values in table.items():
         print(f"{name:24}" + "".join(f"{spread(values[column]):>18}" for column in COLUMNS))
     for name, values in exact.items():
         print(f"{name:24}" + "".join((f"{values[column]:7.3f}        " if column in values else "").rjust(18) for column in COLUMNS))
-    print("\nthe same prompts, answered by each (first seed):")
+    print("\nanswers of each policy to the same prompts (first seed):")
     for name, samples in answers.items():
         print(f"  {name:24} " + "   ".join(f"{builtin_prompt(thing)}⟦{text}⟧" for thing, text in zip(THINGS[:2], samples, strict=False)))
-    print("\nwhat the papers claim, in these runs (difference ± 95 % interval; seeds in favour):")
+    print("\nthe papers' claims in these runs (difference ± 95 % interval; seeds in favour):")
     for source, claim, differences in judged:
         mean, half, favour, word = evaluate.verdict(differences)
         print(f"  {source:18} {claim:44} {mean:+7.3f} ± {half:5.3f}   {favour}/{len(differences)}   {word}")
@@ -316,9 +316,9 @@ def draw_figure(table, exact, paths, accuracy, path):
 
 
 def main(cfg):
-    """Run it; returns the folder with table.json and demo.png. Exits with 1 if the toy misses a law."""
+    """Run the demo and return the folder with table.json and demo.png. Exits with code 1 if a method of the toy misses its law."""
     if cfg.seeds < 1 or cfg.steps < max(ROUNDS) or cfg.workers < 0:
-        raise BadInput(f"--seeds must be at least 1, --steps {max(ROUNDS)} (a step for each round), --workers 0")
+        raise BadInput(f"--seeds must be at least 1, --steps at least {max(ROUNDS)} (one for each round), --workers at least 0")
     started = time.monotonic()
     out = Path(cfg.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     if out.is_file() or out.exists() and any(out.iterdir()):
@@ -330,14 +330,14 @@ def main(cfg):
         print("── 1. three actions: every method against its closed form " + "─" * 64, flush=True)
         toy = subprocess.run([sys.executable, "-m", "toy.three_actions", "--out", str(out.resolve() / "three_actions.png")], cwd=ROOT)
         if toy.returncode:
-            print("the toy missed a law: see FAIL above", file=sys.stderr)
+            print("a method of the toy missed its law: see FAIL above", file=sys.stderr)
             raise SystemExit(1)
     print("── 2. a tiny GPT aligned from demonstrations " + "─" * 77, flush=True)
     base_folder = builtin_base()
     results, names = [], ["base", *methods(cfg, 0, out)]
-    print(f"{len(names) * cfg.seeds} runs; the words of each are in {out}/<run>.log", flush=True)
+    print(f"{len(names) * cfg.seeds} runs; each writes its output to {out}/<run>.log", flush=True)
     first, after = [name for name in names if name != BEST], {RFT: BEST}  # best-of-n waits for the reward that RFT learns
-    processes = multiprocessing.get_context("spawn")  # a fork of a process in which torch has run may hang
+    processes = multiprocessing.get_context("spawn")  # forking a process in which torch has run may hang
     with ProcessPoolExecutor(cfg.workers or os.cpu_count(), mp_context=processes) as pool:
         waiting = {pool.submit(run_one, cfg, seed, name, str(out), str(base_folder)) for name in first for seed in range(cfg.seeds)}
         try:
@@ -356,7 +356,7 @@ def main(cfg):
             raise
 
     of = {(result["name"], result["seed"]): result for result in results}
-    results = [of[name, seed] for name in names for seed in range(cfg.seeds)]  # whatever finished first
+    results = [of[name, seed] for name in names for seed in range(cfg.seeds)]  # this order, whichever run finished first
     order = ["base", SFT, IFT, *(irft_name(T) for T in ROUNDS), RFT, IRL, BEST]
     table = table_of(results)
     table = {name: table[name] for name in order}

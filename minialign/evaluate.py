@@ -1,22 +1,22 @@
-"""Comparing checkpoints on pairs nobody trained on, and by what they write.
+"""Compare checkpoints on held-out preference pairs, and by the answers they sample.
 
-On the pairs, of which y_w is the chosen and y_l the rejected answer:
+On the pairs (x is the prompt, y_w the chosen and y_l the rejected answer):
 
     NLL         −Σ log π(y_w|x) / tokens                        what SFT minimises, on the chosen answers
-    gap         mean of log π(y_w|x) − log π(y_l|x)             does the policy itself prefer the chosen answer? (sums of tokens)
-    implicit    share of pairs with log π/ref (y_w) > log π/ref (y_l): the reward that training wrote into the policy
+    gap         mean of log π(y_w|x) − log π(y_l|x)             does the policy itself prefer the chosen answer? (sums over tokens)
+    implicit    share of pairs with log π/ref (y_w) > log π/ref (y_l): accuracy of the implicit reward log π/ref
     reward acc. share of pairs with r(y_w) > r(y_l), for each --reward
 
-On n answers of each policy to each prompt of the pairs:
+On n sampled answers of each policy to each prompt of the pairs:
 
     reward      mean of the first --reward
-    win rate    share of (own answer, opponent's answer to the same prompt) where the own one has the higher reward
-    KL          mean of log π(y|x)/ref(y|x) over own answers, nats: unbiased for KL(π‖ref)
-    distinct    different texts / answers: 1 if no answer is given twice, 1/answers if all are the same
+    win rate    share of (policy's answer, opponent's answer to the same prompt) where the policy's has the higher reward
+    KL          mean of log π(y|x)/ref(y|x) over the policy's answers, nats: an unbiased estimate of KL(π‖ref)
+    distinct    different texts / answers: 1 if no answer occurs twice, 1/answers if all are the same
 
-Always with n and a 95 % interval: normal for means, Wilson for shares, the ratio estimator for the NLL. A tie counts one half. The answers
-to one prompt are averaged first, so n is the number of prompts. The gap of sums favours whichever answer is shorter; the gap per token
-stands beside it. Reward over √KL (--figure) is the frontier: what a policy paid for its reward.
+The tables give n and 95 % intervals: normal for means, Wilson for shares, the ratio estimator for the NLL. A tie counts one half. The
+answers to one prompt are averaged first, so n is the number of prompts. The gap of sums favours the shorter answer, so the gap per token
+is given too. --figure plots reward over √KL: how far each policy moved from ref for its reward.
 
     python -m minialign evaluate --policies runs/base/final runs/sft/final --ref runs/base/final --pairs pairs.jsonl --reward runs/rm/final
 """
@@ -45,38 +45,38 @@ from minialign.task import builtin_pairs
 class Config:
     policies: list[str] = field(default_factory=list)  # folders or hub names to compare
     ref: str = ""                   # the reference of the implicit reward; default the first policy
-    against: str = ""               # whom the win rate is over; default the reference
-    reward: list[str] = field(default_factory=list)  # builtin, FILE.py:FUNCTION, a reward model, …: docs/DATA.md; the first judges answers
-    reward_limit: float = 60.0      # seconds that a reward may take for the answers of one policy
+    against: str = ""               # the opponent of the win rate; default the reference
+    reward: list[str] = field(default_factory=list)  # builtin, FILE.py:FUNCTION, a reward model, …: docs/DATA.md; the first scores answers
+    reward_limit: float = 60.0      # seconds that a reward may take for all answers of one policy
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
-    held_out: float = 0.1           # use the last share of the file, which training with the same share never saw; 1 = all of it
-    batch_size: int = 32            # pairs per forward pass; published numbers name it
-    max_len: int = 256              # most tokens of a row; the end is cut off
-    max_prompt: int | None = None   # most tokens of a prompt; its beginning is cut off
-    n: int = 1                      # answers of each policy to each prompt; 0 = none are drawn
-    max_new: int = 64               # most tokens of an answer
-    tau: float = 1.0                # sampling temperature, and that of the KL
+    held_out: float = 0.1           # share of the file, taken from its end, to use; training with the same share never sees it; 1 = all
+    batch_size: int = 32            # pairs per forward pass; report it with published numbers
+    max_len: int = 256              # longest row in tokens; a longer one loses its end
+    max_prompt: int | None = None   # longest prompt in tokens; a longer one loses its beginning
+    n: int = 1                      # answers of each policy to each prompt; 0 = none are sampled
+    max_new: int = 64               # longest answer in tokens
+    tau: float = 1.0                # temperature of sampling and of the KL
     show: int = 2                   # prompts whose answers are printed side by side
-    seed: int = 0                   # of the answers
+    seed: int = 0                   # seed of the sampled answers
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32, bfloat16 or float64
     out: str = ""                   # also write the table as JSON to this file
     figure: str = ""                # also draw reward over √KL to this PNG
-    skip_bad: bool = False          # count and pass over bad rows of a file instead of stopping at the first
+    skip_bad: bool = False          # count and skip bad rows of a file instead of stopping at the first
 
 
 # ---------------------------------------------------------------------------------------------------------------- intervals
 
 
 def mean_interval(values):
-    """(mean, half-width of the normal 95 % interval) of a (n,) tensor; the half-width is NaN for n < 2."""
+    """(mean, half-width of the normal 95 % interval) of an (n,) tensor. The half-width is NaN for n < 2."""
     values = values.double()
     half = 1.96 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), half
 
 
 def ratio_interval(sums, sizes):
-    """(Σ sums / Σ sizes, half-width of its 95 % interval): nats per token over rows of unequal length, by the ratio estimator."""
+    """(Σ sums / Σ sizes, half-width of its 95 % interval) by the ratio estimator: nats per token over rows of unequal length."""
     sums, sizes = sums.double(), sizes.double()
     ratio = float(sums.sum() / sizes.sum())
     n = len(sums)
@@ -92,7 +92,7 @@ def share_interval(successes, n):
     return p, centre - half, centre + half
 
 
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, n − 1 degrees, 97.5 %
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, n − 1 degrees of freedom, 97.5 %
 
 
 def verdict(differences):
@@ -105,7 +105,7 @@ def verdict(differences):
 
 
 def wins(left, right):
-    """How often left exceeds right, ties counting one half: a float."""
+    """How often left exceeds right, as a float. A tie counts one half."""
     return float((left > right).sum()) + 0.5 * float((left == right).sum())
 
 
@@ -114,7 +114,7 @@ def wins(left, right):
 
 @torch.no_grad()
 def held_out_nll(policy, rows, batch_of, batch_size):
-    """{'eval/nll': nats per scored token over all rows of encode_demos}; {} without rows. batch_of(rows, picked) -> Batch."""
+    """{'eval/nll': nats per scored token over all rows, from encode_demos}; {} without rows. batch_of(rows, picked) -> Batch."""
     nats, tokens = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = batch_of(rows, range(start, min(start + batch_size, len(rows))))
@@ -123,9 +123,9 @@ def held_out_nll(policy, rows, batch_of, batch_size):
 
 
 def held_out_reward(policy, tokenizer, rows, reward_fn, cfg):
-    """{'eval/reward': mean reward of one completion of each of the first batch_size held-out prompts}; {} without any.
+    """{'eval/reward': mean reward of one completion for each of the first batch_size held-out prompts}; {} without prompts.
 
-    rows: [(prompt ids, prompt)] of encode_prompts. A reward that fails here is said and left out: nothing is trained on it.
+    rows: [(prompt ids, prompt)] from encode_prompts. If the reward fails, this prints why and returns {}: training does not depend on it.
     """
     if not rows:
         return {}
@@ -141,7 +141,7 @@ def held_out_reward(policy, tokenizer, rows, reward_fn, cfg):
 
 @torch.no_grad()
 def held_out_pairs(step, rows, batch_of, batch_size):
-    """{'eval/loss', 'eval/accuracy'} over all rows of encode_pairs; {} without rows. step(pairs) -> (loss, stats)."""
+    """{'eval/loss', 'eval/accuracy'} over all rows, from encode_pairs; {} without rows. step(pairs) -> (loss, stats)."""
     mean = Mean()
     for start in range(0, len(rows), batch_size):
         pairs = batch_of(rows, range(start, min(start + batch_size, len(rows))))
@@ -152,7 +152,7 @@ def held_out_pairs(step, rows, batch_of, batch_size):
 
 @torch.no_grad()
 def pair_measures(model, tokenizer, pairs, cfg):
-    """For each pair: {'chosen', 'rejected'} summed log-probs (or rewards, for a scalar head) and scored tokens, as (n,) tensors."""
+    """{'chosen', 'rejected': summed log-probs, or rewards for a scalar head; 'chosen_tokens', 'rejected_tokens': scored}, (n,) tensors."""
     rows = scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.max_len)
     if not rows:
         raise BadInput(f"no pair has a scored token: every prompt fills --max_len {cfg.max_len}; raise it, or set --max_prompt")
@@ -168,7 +168,7 @@ def pair_measures(model, tokenizer, pairs, cfg):
 
 
 def policy_row(name, measures, ref_measures):
-    """One line of the table, as plain numbers with intervals."""
+    """One policy's row of the first table: numbers with their intervals."""
     chosen, rejected = measures["chosen"], measures["rejected"]
     implicit = wins(chosen - ref_measures["chosen"], rejected - ref_measures["rejected"])
     per_token = chosen / measures["chosen_tokens"].clamp(min=1) - rejected / measures["rejected_tokens"].clamp(min=1)
@@ -181,9 +181,9 @@ def policy_row(name, measures, ref_measures):
 
 @torch.no_grad()
 def sample_measures(policy, tokenizer, ref, prompts, reward_fn, cfg):
-    """What a policy writes: {'texts': N·n of them, 'rewards': (N, n) or None, 'kl': (N,) nats, 'tokens', 'finished': (N·n,)}.
+    """Sample n answers to N prompts: {'texts': N·n strings, 'rewards': (N, n) or None, 'kl': (N,) nats, 'tokens', 'finished': (N·n,)}.
 
-    ref may be None (another vocabulary): kl is then None. Of a prompt that leaves no room for max_new the beginning is cut off.
+    If ref is None (it has another vocabulary), kl is None. A prompt that leaves no room for max_new loses its beginning.
     """
     room = policy.config.max_len - cfg.max_new
     if room < 1:
@@ -215,13 +215,13 @@ def ask_or_stop(reward_fn, prompts, texts, cfg):
 
 
 def win_shares(rewards, others):
-    """(N, n) rewards of two policies' answers to the same prompts -> (N,): share of the n·n comparisons won, ties one half."""
+    """(N, n) rewards of two policies' answers to the same prompts -> (N,): share of the n·n comparisons won. A tie counts one half."""
     left, right = rewards[:, :, None], others[:, None, :]
     return ((left > right).double() + 0.5 * (left == right).double()).mean((1, 2))
 
 
 def sample_row(measures, opponent):
-    """What one policy wrote, as plain numbers with intervals. opponent: the measures of whom the win rate is over."""
+    """One policy's part of the second table: numbers with their intervals. opponent: the measures of the opponent in the win rate."""
     row = {"distinct": len(set(measures["texts"])) / len(measures["texts"]), "mean_length": float(measures["tokens"].mean()),
            "finished": float(measures["finished"].mean())}
     if measures["kl"] is not None:
@@ -234,7 +234,7 @@ def sample_row(measures, opponent):
 
 
 def main(cfg):
-    """Print the tables; returns the list of their rows as dicts."""
+    """Print the tables and return the list of their rows as dicts."""
     if not cfg.policies and not cfg.reward:
         raise BadInput("nothing to evaluate: name --policies, --reward or both")
     if not 0 < cfg.held_out <= 1:
@@ -251,7 +251,7 @@ def main(cfg):
     pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
     pairs = pairs if cfg.held_out == 1 else split_held_out(pairs, cfg.held_out)[1]
     if not pairs:
-        raise BadInput(f"{cfg.pairs}: --held_out {cfg.held_out} of it is no pair at all; raise it")
+        raise BadInput(f"{cfg.pairs}: --held_out {cfg.held_out} leaves no pairs; raise it")
     prompts = [pair.prompt for pair in pairs]
 
     def load(name, head="lm"):
@@ -262,9 +262,9 @@ def main(cfg):
             raise BadInput(f"{name}: is a {what}: name it with {flag}")
         return model, tokenizer
 
-    rows, reward_rows, judge = [], [], None  # judge: the first reward
+    rows, reward_rows, judge = [], [], None  # judge: the first reward, which scores the answers
     for spec in cfg.reward:
-        if reward_folders([spec]):  # a reward model: with the same cuts as in training
+        if reward_folders([spec]):  # a reward model: rows are cut as in training
             reward_model, tokenizer = load(spec, "scalar")
             reward_fn = learned(reward_model, tokenizer)
             measures = pair_measures(reward_model, tokenizer, pairs, cfg)
@@ -306,14 +306,14 @@ def main(cfg):
 
 
 def finite(value):
-    """A number, or a tuple of them, with null for the NaN of an interval from one row: JSON knows none."""
+    """The value for JSON, which has no NaN: a NaN, as in an interval from one row, becomes null. A tuple becomes a list."""
     if isinstance(value, tuple):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def print_tables(rows, written, ref_name, opponent, prompts, cfg):
-    """The pairs, the answers, and some of them side by side."""
+    """Print the table of the pairs, the table of the answers, and some answers side by side."""
     print(f"{rows[0]['n']} pairs of {cfg.pairs}; ± and [ ] are 95 % intervals; implicit reward and KL against {ref_name}")
     print(f"{'policy':40} {'NLL / token':>18} {'gap, nats':>20} {'gap / token':>20} {'implicit acc.':>22}")
     for row in rows:
@@ -340,7 +340,7 @@ def print_tables(rows, written, ref_name, opponent, prompts, cfg):
 
 
 def draw_frontier(rows, reward, path):
-    """Reward over √KL(π‖ref), a point for each policy with its 95 % interval. Raises BadInput where no policy has a KL."""
+    """Plot reward over √KL(π‖ref), one point with its 95 % interval for each policy. Raises BadInput if no policy has a KL."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -356,7 +356,7 @@ def draw_frontier(rows, reward, path):
         axis.errorbar(x, reward_mean, yerr=reward_half, xerr=[[x - low], [high - x]], fmt="o", ms=5, capsize=2, lw=1)
         axis.annotate(Path(row["policy"]).parent.name if Path(row["policy"]).name == "final" else row["policy"], (x, reward_mean),
                       xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axis.set(xlabel="√KL(π‖ref), √nats", ylabel=f"reward {reward}"[-60:], title="What a policy paid for its reward")
+    axis.set(xlabel="√KL(π‖ref), √nats", ylabel=f"reward {reward}"[-60:], title="Reward over distance from the reference")
     figure.savefig(path, dpi=140)
     plt.close(figure)
     print(f"figure: {path}")

@@ -1,7 +1,7 @@
-"""Hugging Face's config.json <-> the fields of model.GPTConfig, for six families.
+"""Convert between Hugging Face's config.json and the fields of model.GPTConfig, for six families.
 
-config.json names its keys differently in every family, and older files say the same thing in another place. Only what changes the
-computation is read. A value that we cannot reproduce is refused by name, so that no model is computed slightly wrong.
+The keys of config.json differ between families, and older files store the same setting in another place. We read only the settings that
+change the computation. A value that we cannot reproduce raises an error that names it, so that no model is computed slightly wrong.
 
 Checked by tests/test_model.py and tests/test_weights.py, against transformers.
 """
@@ -14,21 +14,21 @@ HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "
 
 
 def config_from_hf(hf, make):
-    """make(**fields), which is GPTConfig, from the dict of a config.json. Raises BadInput, naming the key, for what is not implemented."""
+    """Call make (GPTConfig) with the fields from a config.json's dict. Raises BadInput with the key for what is not implemented."""
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise BadInput(f"config.json: model_type {family!r} is not implemented; supported are {', '.join(FAMILIES)}")
     try:
         return make(**(_gpt2_fields if family == "gpt2" else _rotary_fields)(hf, family))
     except KeyError as error:
-        raise BadInput(f"config.json: the key {error} is missing, which a {family} model needs") from None
+        raise BadInput(f"config.json: the key {error} is missing, but a {family} model needs it") from None
     except BadInput as error:
         raise BadInput(f"config.json: {str(error).removeprefix('config.json: ')}") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
         raise BadInput(f"config.json: a value has the wrong type or size for a {family} model ({error})") from None
 
 
-REWARD_FIELDS = ("reward_offset", "reward_read", "reward_bound")  # what transformers' classifiers do not know
+REWARD_FIELDS = ("reward_offset", "reward_read", "reward_bound")  # fields that transformers' classifiers do not have
 
 
 def _reward_fields(hf):
@@ -40,7 +40,7 @@ def _head_kind(hf):
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)
         if labels != 1:
-            raise BadInput(f"config.json: a classifier with {labels} labels is no reward model: expected 1")
+            raise BadInput(f"config.json: a classifier with {labels} labels is not a reward model: expected 1")
         return "scalar"
     return "lm"
 
@@ -109,7 +109,7 @@ def _rotary_fields(hf, family):
 
 
 def config_to_hf(config):
-    """The config.json that transformers reads as this model: the inverse of config_from_hf."""
+    """The config.json from which transformers builds this model. The inverse of config_from_hf."""
     classes = {"gpt2": "GPT2", "gpt_neox": "GPTNeoX", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     if config.family == "gpt2":
         task = "LMHeadModel" if config.head == "lm" else "ForSequenceClassification"

@@ -6,19 +6,19 @@ With y ~ π and log-ratio d = log π(y) − log ref(y):
     k2 = d² / 2             biased, low variance, never negative
     k3 = e^{−d} − 1 + d     unbiased, never negative
 
-The trap: as a *value* k1 and k3 both average to KL(π‖ref). As a *loss term*, differentiated through log π with y held fixed,
+The trap: as a *value*, k1 and k3 both have the mean KL(π‖ref). As a *loss term*, differentiated through log π with y fixed, on average
     k1 gives 0,   k2 gives ∇KL(π‖ref),   k3 gives ∇KL(ref‖π), the other divergence.
-So the KL belongs into the detached reward (k1), or into the loss as k2; GRPO puts k3 there, and pays (see grpo.py).
+So the KL belongs in the detached reward as k1, or in the loss as k2. GRPO puts k3 in the loss; grpo.py says what that costs.
 
-Each function takes log-probs of any one shape and returns that shape. Checked by tests/test_kl.py: values and gradients by enumeration.
+Each estimator takes log-probs of any one shape and returns that shape. Checked by tests/test_kl.py: values and gradients by enumeration.
 """
 
 import math
 
 import torch
 
-# Beyond e^20 = 5e8 the exponential goes on as its tangent: neither value nor gradient is ever inf, and the gradient keeps its sign.
-# (Clipping after exp would leave 0·inf = NaN in the backward pass; clipping before it would leave only the +1 of d, which pushes away.)
+# Beyond e^20 = 5e8 the exponential continues as its tangent line. So value and gradient are never inf, and the gradient keeps its sign.
+# (Clipping after exp would give 0·inf = NaN in the backward pass. Clipping before it would leave only the +1 of d, which pushes π away.)
 MAX_EXPONENT = 20.0
 
 
@@ -33,16 +33,16 @@ def k2(logps, ref_logps):
 def k3(logps, ref_logps):
     ref_logratio = ref_logps - logps
     tangent = math.exp(MAX_EXPONENT) * torch.relu(ref_logratio - MAX_EXPONENT)  # 0 up to MAX_EXPONENT
-    return torch.expm1(ref_logratio.clamp(max=MAX_EXPONENT)) + tangent - ref_logratio  # expm1: near 0 the 1 would cancel all digits
+    return torch.expm1(ref_logratio.clamp(max=MAX_EXPONENT)) + tangent - ref_logratio  # expm1: near 0, e^x − 1 loses all digits
 
 
 def kl_rewards(rewards, logps, ref_logps, *, beta):
-    """r − β·Σ_t k1_t, detached: the reward with the KL inside. rewards (B,), log-probs (B, T), 0 where nothing is scored -> (B,)."""
+    """r − β·Σ_t k1_t, detached: the reward minus the KL penalty. rewards (B,), log-probs (B, T), 0 where nothing is scored -> (B,)."""
     return (rewards - beta * k1(logps, ref_logps).sum(1)).detach()
 
 
 def exact_kl(logits, ref_logits):
-    """KL(π‖ref) of whole distributions: logits, ref_logits (..., V) -> (...), in nats."""
+    """KL(π‖ref) of full distributions: logits, ref_logits (..., V) -> (...), in nats."""
     logps, ref_logps = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    logratio = torch.where(logps.isneginf(), 0, logps - ref_logps)  # 0·log 0 = 0, in the gradient too
+    logratio = torch.where(logps.isneginf(), 0, logps - ref_logps)  # 0·log 0 counts as 0, in the gradient too
     return (logps.exp() * logratio).sum(-1)

@@ -2,13 +2,13 @@
 
     h = W x + (alpha / rank) · B A x          W (out, in) frozen, A (rank, in) random, B (out, rank) zero: training starts at W
 
-Of L layers of width C this leaves some 2·rank·C numbers a matrix to train instead of C²: gradients and optimizer states of those alone.
-A reference or an old policy is a copy of the thin matrices only: `frozen_copy` shares whatever is frozen already, so "adapter off = ref"
-needs neither a second model nor a switch.
+In layers of width C, about 2·rank·C numbers per matrix are trained instead of C², and only these have gradients and optimizer states.
+A reference or an old policy copies only the thin matrices, because `frozen_copy` shares everything that is already frozen. So "adapter
+off = ref" needs neither a second model nor a switch.
 
-On disk an adapter is PEFT's folder (adapter_config.json, adapter_model.safetensors), so that it goes both ways. Two families pack queries,
-keys and values into one matrix there. Reading such an adapter gives each of our three its rows of B and the whole of A; writing puts our
-three A on top of each other and our B on a diagonal, three times the rank and the same sum.
+On disk an adapter is a PEFT folder (adapter_config.json, adapter_model.safetensors), so PEFT reads ours and we read PEFT's. There, two
+families pack queries, keys and values into one matrix. When we read such an adapter, each of our three matrices gets its rows of B and all
+of A. When we write one, we stack our three A and put our three B on a block diagonal: three times the rank, and the same sum.
 
 Checked by tests/test_lora.py: logits equal PEFT's for every family, both ways; merged weights equal W + (alpha / rank)·B A.
 """
@@ -32,13 +32,13 @@ ALL = r"attn\.[qkvo]|mlp\.(gate|up|down)"  # every matrix of every block, as QLo
 
 
 class LoRALinear(nn.Linear):
-    """x (…, in) -> (…, out). Its weight and bias are those of `linear`, the same tensors, frozen."""
+    """x (…, in) -> (…, out). Its weight and bias are the same frozen tensors as those of `linear`."""
 
     def __init__(self, linear, rank, alpha):
-        nn.Module.__init__(self)  # not Linear's: no weight is to be made
+        nn.Module.__init__(self)  # not nn.Linear's, which would create a weight
         self.in_features, self.out_features, self.scale = linear.in_features, linear.out_features, alpha / rank
         self.weight, self.bias = linear.weight, linear.bias
-        bound = 1 / math.sqrt(self.in_features)  # PEFT's: uniform with the spread of a linear layer's own start
+        bound = 1 / math.sqrt(self.in_features)  # as in PEFT: uniform, with the bound of nn.Linear's initialization
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features).uniform_(-bound, bound).to(self.weight))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank).to(self.weight))
 
@@ -46,29 +46,29 @@ class LoRALinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
     def merged_weight(self):
-        """W + (alpha / rank)·B A, (out, in), added in float32 at least."""
+        """W + (alpha / rank)·B A, (out, in), computed in at least float32."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         return (self.weight.to(wide) + self.scale * self.lora_B.to(wide) @ self.lora_A.to(wide)).to(self.weight.dtype)
 
 
 def adapters(model):
-    """{name: LoRALinear} of a model; empty where it has none."""
+    """{name: LoRALinear} of a model, empty if it has no adapters."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def inject(model, rank, alpha=16.0, targets=ALL):
-    """Freeze the model and put an adapter beside every matrix of its blocks whose name ends in the pattern `targets`; in place.
+    """Freeze the model and put an adapter beside every matrix of its blocks whose name ends in the pattern `targets`, in place.
 
-    Raises BadInput for a rank below 1 and for a pattern that names no matrix.
+    Raises BadInput if the rank is below 1 or if the pattern matches no matrix.
     """
     if rank < 1:
         raise BadInput(f"a LoRA rank of {rank}: must be at least 1")
     names = [name for name, module in model.named_modules()
              if isinstance(module, nn.Linear) and name.startswith("blocks.") and re.search(rf"\.({targets})$", name)]
     if not names:
-        raise BadInput(f"LoRA targets {targets!r} name no matrix of this model: names are like blocks.0.attn.q, blocks.0.mlp.up")
+        raise BadInput(f"LoRA targets {targets!r} match no matrix of this model: names are like blocks.0.attn.q, blocks.0.mlp.up")
     model.requires_grad_(False)
-    model.head.requires_grad_(model.config.head == "scalar")  # one row of numbers, and a reward model's first
+    model.head.requires_grad_(model.config.head == "scalar")  # a reward model trains its head too: it is only one row
     for name in names:
         replace(model, name, lambda linear: LoRALinear(linear, rank, alpha))
     return model
@@ -81,8 +81,8 @@ def replace(model, name, make):
 
 
 def frozen_copy(model):
-    """A copy that will not be trained. What is frozen already is shared, not copied: of a model with adapters only the adapters are (and
-    nothing of one that is frozen as a whole: a copy of that changes with it)."""
+    """A copy that will not be trained. Parameters that are already frozen are shared, so of a model with adapters only the adapters are
+    copied. Of a model that is frozen as a whole nothing is copied: if the model changes, its copy changes too."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False)
 
@@ -104,24 +104,24 @@ def merge_one(adapter):
 # ------------------------------------------------------------------------------------------------------------ PEFT's folder
 
 PREFIX = "base_model.model."
-# What PEFT can do to the sum that this file does not; any other value is refused.
+# PEFT options that change the sum. This file implements only the values given here and refuses all others.
 PLAIN = {"use_dora": False, "use_rslora": False, "use_qalora": False, "lora_bias": False, "bias": "none", "modules_to_save": None,
          "layer_replication": None, "trainable_token_indices": None, "target_parameters": None}
 
 
 def packed(config):
-    """[(PEFT's module, [our modules], (pack, unpack) of B's rows)] of every matrix in the blocks."""
+    """[(PEFT's module, [our modules], (pack, unpack) for the rows of B)] for every matrix in the blocks."""
     rows, packings = [], {theirs: packing for theirs, _, packing in layout(config)[0]}
     for theirs, ours, packing in layout(config)[0]:
         module, names = theirs.removesuffix(".weight"), [name.removesuffix(".weight") for name in ours]
         if theirs.endswith(".weight") and re.search(rf"^blocks\..*({ALL})$", names[0]):
-            # Rows of B are packed like the bias: gpt2 stores its matrices (in, out), but its adapters (out, rank).
+            # Rows of B are packed like the bias, because gpt2 stores its matrices as (in, out) but its adapters as (out, rank).
             rows.append((module, names, packings.get(f"{module}.bias", packing) if len(names) > 1 else same()))
     return rows
 
 
 def save_adapter(model, folder, base=""):
-    """Write the adapters as a PEFT folder; `base`: the name or folder of the model they belong to. adapter_config.json comes last."""
+    """Write the adapters as a PEFT folder. `base` is the name or folder of the model they belong to. adapter_config.json comes last."""
     found, tensors, ranks, scales = adapters(model), {}, {}, {}
     for theirs, ours, (pack, _) in packed(model.config):
         mine = [found.get(name) for name in ours]
@@ -153,10 +153,10 @@ def save_adapter(model, folder, base=""):
 
 
 def load_adapter(model, folder):
-    """Put the adapters of a PEFT folder beside the model's matrices, which are frozen; in place.
+    """Freeze the model and put the adapters of a PEFT folder beside its matrices, in place.
 
-    Raises BadInput, naming the file, for another kind of adapter, for options that change the sum in a way not known here, and for tensors
-    that are missing, unknown or misshapen.
+    Raises BadInput with the file's name if the adapter is of another kind, if an option changes the sum in a way that is not implemented
+    here, or if tensors are missing, unknown or of the wrong shape.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
@@ -195,10 +195,10 @@ def load_adapter(model, folder):
 
 
 def load_model(path, *, dtype=None, device=None):
-    """(model, tokenizer, base) of a folder or hub name. base is None for a model's own folder.
+    """Load (model, tokenizer, base) from a folder or hub name. base is None if the folder holds a model.
 
-    For a PEFT adapter's folder it is the model that adapter_config.json names: that model is loaded and the adapters put beside its
-    matrices. The tokenizer is the adapter folder's own, if it has one. Raises BadInput if the adapter's config names no base.
+    If the folder holds a PEFT adapter, base is the model that adapter_config.json names. That model is loaded and the adapters are put
+    beside its matrices. The tokenizer comes from the adapter's folder if it has one. Raises BadInput if adapter_config.json names no base.
     """
     folder, base = find_folder(path), None
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -216,5 +216,5 @@ def load_model(path, *, dtype=None, device=None):
 
 
 def of_module(pattern, module, otherwise):
-    """PEFT's rule: the first key of the pattern that the module's name ends in, else the common value."""
+    """PEFT's rule: the value of the first key in the pattern that matches the end of the module's name, else the common value."""
     return next((value for key, value in (pattern or {}).items() if re.search(rf"(^|\.){key}$", module)), otherwise)

@@ -1,14 +1,14 @@
-"""A GPT in full: configuration, rotary positions, attention with a ragged KV cache, MLP, block, the model with its head.
+"""A complete GPT: configuration, rotary positions, attention with a ragged KV cache, MLP, block, and the model with its head.
 
 One class covers six families (gpt2, gpt_neox, llama, mistral, qwen2, qwen3), because every switch of GPTConfig names a mechanism
 (learned or rotary positions, LayerNorm or RMSNorm, parallel residual, grouped keys, ...) and never a model. There is no dropout:
-in alignment it would make the policy that scores differ from the policy that sampled.
+in alignment, the policy that computes log-probs would then differ from the policy that sampled.
 
-Read it from the bottom: GPT.hidden is the story, Block, Attention and MLP its parts. Letters: minialign/__init__.py; KV stands for
-the number of key-value heads, S for the number of cached positions.
+Read the file from the bottom up: GPT.hidden is the forward pass, and Block, Attention and MLP are its parts. minialign/__init__.py
+explains the letters. In addition, KV is the number of key-value heads and S is the number of cached positions.
 
-Checked by tests/test_model.py against transformers (>= 50 random configurations a family, float32 and float64) and against itself
-(cache equals full forward for ragged batches).
+Checked by tests/test_model.py against transformers (>= 50 random configurations per family, float32 and float64) and against itself
+(the cached forward pass equals the full one for ragged batches).
 """
 
 import copy
@@ -30,7 +30,7 @@ class GPTConfig:
     n_layer: int = 2                    # L
     n_head: int = 4                     # H
     n_embd: int = 64                    # C
-    n_kv_head: int | None = None        # KV: fewer than H is grouped-query attention; None = H
+    n_kv_head: int | None = None        # KV: fewer than H means grouped-query attention; None = H
     head_dim: int | None = None         # D; None = C / H
     ffn_dim: int | None = None          # hidden width of the MLP; None = 4C
     max_len: int = 512                  # longest sequence, in tokens
@@ -39,22 +39,22 @@ class GPTConfig:
     activation: str = "silu"            # silu | gelu | gelu_tanh | relu
     gated: bool = True                  # MLP: down(act(gate(x)) · up(x)) instead of down(act(up(x)))
     positions: str = "rotary"           # rotary | learned
-    rotary_dim: int | None = None       # how many of the D channels turn; None = D
+    rotary_dim: int | None = None       # how many of the D channels are rotated; None = D
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None    # llama3 or linear: slower rotation, for contexts longer than those trained on
+    rope_scaling: dict | None = None    # llama3 or linear: slower rotation, for contexts longer than in training
     parallel_residual: bool = False     # x + attn(norm1(x)) + mlp(norm2(x)) instead of one after the other
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False               # RMSNorm on each head's query and key
-    windows: tuple = ()                 # per layer: how many positions back a query sees, itself included; None = all
+    windows: tuple = ()                 # per layer: how many positions a query sees, itself and earlier ones; None = all
     tied: bool = True                   # the LM head is the embedding matrix
     head: str = "lm"                    # lm: logits (B, T, V) | scalar: one number per position (B, T)
-    reward_offset: float = 0.0          # subtracted by the scalar head: demonstrations score 0 on average
+    reward_offset: float = 0.0          # the scalar head subtracts it, so that demonstrations score 0 on average
     reward_read: str = "last"           # a completion's reward: last (the scalar head at its last token) | sum (over its tokens)
     reward_bound: float = 0.0           # R: rewards are R·σ(·), within [0, R]; 0 = unbounded
-    n_tokens: int | None = None         # ids below this decode to text; the rest pad the table and are never sampled. None = V
-    family: str = "llama"               # whose names and layout a saved folder uses; the model itself never asks
+    n_tokens: int | None = None         # ids below this decode to text; the rest pad the embedding and are never sampled. None = V
+    family: str = "llama"               # a saved folder uses this family's names and layout; the model itself never reads it
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -81,12 +81,12 @@ class GPTConfig:
 
     @classmethod
     def tiny(cls, vocab_size, **changes):
-        """Two layers, 64 channels: trains on a laptop CPU in seconds. For tests, toys and the built-in task."""
+        """Two layers and 64 channels: it trains on a laptop CPU in seconds. For tests, toys and the built-in task."""
         return cls(vocab_size=vocab_size, **{"ffn_dim": 128, **changes})
 
     @classmethod
     def from_hf(cls, config_dict):
-        """From the dict of a Hugging Face config.json. Raises BadInput for an architecture or option this file does not implement."""
+        """Build from the dict of a Hugging Face config.json. Raises BadInput for an architecture or option this file does not implement."""
         return config_from_hf(config_dict, cls)
 
 
@@ -96,7 +96,7 @@ class GPTConfig:
 def rotary_angles(config, positions):
     """positions (B, T) or (1, T) -> cos, sin of the rotary angles, each (B, 1, T, rotary_dim/2). Su et al. 2021, arXiv:2104.09864.
 
-    Channel pair (i, i + rotary_dim/2) turns by position · theta^(−2i/rotary_dim). Computed in float32 whatever the model's dtype:
+    Channel pair (i, i + rotary_dim/2) is rotated by position · theta^(−2i/rotary_dim). The angles are float32 for every model dtype:
     bfloat16 positions would be wrong beyond 256, and checkpoints were trained with float32 angles.
     """
     exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
@@ -108,21 +108,21 @@ def rotary_angles(config, positions):
 
 
 def scale_rotation(speed, scaling):
-    """Slow the rotation so that a longer context spans the angles seen in training. `linear` slows all; `llama3` the slow pairs only.
+    """Slow the rotation so that a longer context spans the angles seen in training. `linear` slows all pairs, `llama3` only slow pairs.
 
-    llama3 (Llama 3.1 report, section 3.1.2): pairs whose wavelength exceeds the old context are divided by `factor`, fast pairs are
-    left alone, and a linear ramp joins the two.
+    llama3 (Llama 3.1 report, section 3.1.2): the speed of pairs whose wavelength exceeds the old context is divided by `factor`, fast
+    pairs are unchanged, and a linear ramp connects the two.
     """
     if scaling["rope_type"] == "linear":
         return speed / scaling["factor"]
     old_context, low, high = scaling["original_max_position_embeddings"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = old_context * speed / (2 * math.pi)  # full turns within the old context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: leave alone, 0: slow by factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged, 0: divided by factor
     return keep * speed + (1 - keep) * speed / scaling["factor"]
 
 
 def rotate(x, cos, sin):
-    """Turn the first rotary_dim channels of x (B, H, T, D); the others pass."""
+    """Rotate the first rotary_dim channels of x (B, H, T, D); the others are unchanged."""
     half = cos.shape[-1]
     first, second, passing = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, passing], dim=-1)
@@ -132,10 +132,10 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of every layer for a ragged batch: row b holds `lengths[b]` positions, then garbage that no query ever sees.
+    """Keys and values of every layer for a ragged batch. Row b holds `lengths[b]` positions, then garbage that no query ever sees.
 
     keys, values: (L, B, KV, capacity, D). A row's next token is written at that row's own position, so rows need no left padding.
-    longest: the largest length, known without asking the device, so that no step waits for it.
+    longest: the largest length as a Python int, so that no step waits for the device to read it.
     """
 
     def __init__(self, config, batch_size, capacity, *, device=None, dtype=None):
@@ -146,7 +146,7 @@ class KVCache:
         self.longest = 0
 
     def span(self, end):
-        """How many positions to look at when `end` are written. On CUDA in steps of 64: a recorded step then serves 64 tokens."""
+        """How many positions to attend to when `end` are written. On CUDA in steps of 64: one recorded step then serves 64 tokens."""
         return min(-(-end // 64) * 64, self.keys.shape[3]) if self.keys.is_cuda else end
 
     def write(self, layer, k, v, positions, span):
@@ -157,7 +157,7 @@ class KVCache:
         return self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
 
     def select(self, rows):
-        """A cache of the given rows, in that order; a row may appear more than once (one prefill, many samples)."""
+        """A new cache with the given rows, in that order. A row may appear more than once (one prefill, many samples)."""
         chosen = copy.copy(self)
         chosen.keys, chosen.values, chosen.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
         chosen.longest = int(chosen.lengths.max())
@@ -189,10 +189,10 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, 
 
 
 class Attention(nn.Module):
-    """Causal attention of H query heads over KV key-value heads, H/KV queries to a key.
+    """Causal attention of H query heads over KV key-value heads. H/KV query heads share each key-value head.
 
-    forward: x (B, T, C); rotary (cos, sin) or None; mask of GPT.mask, or None for plain causal; with a cache the positions (B, T)
-    that the new keys take and the span S of cached positions to look at. Returns (B, T, C).
+    forward: x (B, T, C); rotary (cos, sin) or None; mask from GPT.mask, or None for plain causal attention. With a cache also the
+    positions (B, T) where the new keys are stored, and span S, the number of cached positions to attend to. Returns (B, T, C).
     """
 
     def __init__(self, config, layer):
@@ -217,10 +217,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions, span)  # (B, KV, S, D)
         grouped = self.n_kv_head != self.n_head
-        if grouped and T == 1:  # the queries that share a key stand where a sequence would, and no key is repeated for them
+        if grouped and T == 1:  # queries that share a key take the place of the sequence axis, so no key is repeated
             q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, KV, H/KV, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, self.n_head, 1, self.head_dim)
-        else:  # No mask means plain causal: with right padding no real query ever has a padding key before it.
+        else:  # No mask means plain causal attention: with right padding, no padding key comes before a real query.
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)  # (B, H, T, D)
         return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
@@ -260,7 +260,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False  # activation checkpointing: a block's activations are made again in the backward pass, not kept
+        self.recompute = False  # activation checkpointing: backward recomputes a block's activations instead of keeping them
         self.tok_embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_embed = nn.Embedding(config.max_len, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -271,7 +271,7 @@ class GPT(nn.Module):
             self.head.weight = self.tok_embed.weight
 
     def init_weights(self):
-        """Normal with std 0.02; the two projections that write into the residual stream are smaller by sqrt(2L) (GPT-2)."""
+        """Normal with std 0.02. For the two projections that write into the residual stream it is divided by sqrt(2L), as in GPT-2."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 into_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
@@ -283,28 +283,28 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self):
-        """(V, C) of the LM head, (1, C) of the scalar one."""
+        """The weight of the head: (V, C) for the LM head, (1, C) for the scalar head."""
         return self.head.weight
 
     def embed(self, inputs):
-        """Token ids (B, T) -> token embeddings (B, T, C), without positions: what `embeds` of the calls below replaces."""
+        """Token ids (B, T) -> token embeddings (B, T, C), without positions. The argument `embeds` below replaces these."""
         return self.tok_embed(inputs)
 
     def forward(self, inputs, *, embeds=None, cache=None, lengths=None):
-        """LM head: logits (B, T, V). Scalar head: one number per position (B, T). Arguments as in `hidden`."""
+        """LM head: logits (B, T, V). Scalar head: one number per position (B, T). The arguments are those of `hidden`."""
         hidden = self.hidden(inputs, embeds=embeds, cache=cache, lengths=lengths)
         if self.config.head == "scalar":
             return self.head(hidden).squeeze(-1) - self.config.reward_offset  # (B, T)
         return self.head(hidden)  # (B, T, V)
 
     def hidden(self, inputs, *, embeds=None, cache=None, lengths=None):
-        """The residual stream after the final norm, (B, T, C): everything but the head.
+        """The forward pass without the head: the residual stream after the final norm, (B, T, C).
 
-        inputs   (B, T) token ids, right-padded. What comes out at padding positions is meaningless and influences nothing else.
+        inputs   (B, T) token ids, right-padded. The outputs at padding positions are meaningless and do not affect other positions.
         embeds   (B, T, C) used instead of embed(inputs), or a function that returns them.
-        cache    a KVCache: the T tokens continue each row at its own length; keys and values are stored.
-        lengths  (B,) with a cache: how many of the T tokens are real in each row (default: all T).
-        Raises BadInput if a position falls outside the learned table or the cache.
+        cache    a KVCache: the T tokens continue each row at its own length, and their keys and values are stored.
+        lengths  (B,), only with a cache: how many of the T tokens are real in each row (default: all T).
+        Raises BadInput if a position is beyond the learned position table or the cache.
         """
         B, T = inputs.shape
         first = torch.zeros(1, dtype=torch.long, device=inputs.device) if cache is None else cache.lengths
@@ -331,26 +331,26 @@ class GPT(nn.Module):
             again = self.recompute and cache is None and torch.is_grad_enabled()
             x = checkpoint(block, x, *context, use_reentrant=False) if again else block(x, *context)
         if cache is not None:
-            cache.lengths += T if lengths is None else lengths.to(cache.lengths)  # in place: where a recorded step looks for them
+            cache.lengths += T if lengths is None else lengths.to(cache.lengths)  # in place: a recorded step reads this tensor
             cache.longest = end if lengths is None else int(cache.lengths.max())
         return self.norm(x)
 
     def mask(self, positions, span, window, cache, dtype):
-        """Added to the scores, (B, 1, T, S): 0 where a query sees the key, −∞ elsewhere. None for plain causal, without a cache.
+        """The mask added to attention scores, (B, 1, T, S): 0 where a query sees the key, else −∞. None: plain causal, without a cache.
 
-        For T = 1 it is (B, 1, H/KV, S): attention puts the queries that share a key where the sequence would be.
+        For T = 1 it is (B, 1, H/KV, S), because attention then puts the queries that share a key on the sequence axis.
         """
         if cache is None and (window is None or window >= positions.shape[1]):
             return None
         keys = torch.arange(span, device=positions.device)  # (S,) no row has more positions than this
-        back = positions[:, None, :, None] - keys  # (B, 1, T, S) how far back each key lies; negative is the future
+        back = positions[:, None, :, None] - keys  # (B, 1, T, S) how far back each key lies; negative means the future
         seen = (back >= 0) if window is None else (back >= 0) & (back < window)
         if positions.shape[1] == 1:
             seen = seen.expand(-1, -1, self.config.n_head // self.config.n_kv_head, -1)
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
     def with_scalar_head(self, *, reward_read="last", reward_bound=0.0):
-        """A copy of this trunk under a new scalar head (std 1/sqrt(C+1)): how a reward or value model starts."""
+        """A copy of this model with a new scalar head (std 1/sqrt(C+1)). Reward and value models start from it."""
         model = copy.deepcopy(self)
         model.config = replace(self.config, head="scalar", tied=False, reward_read=reward_read, reward_bound=reward_bound)
         weight = torch.empty(1, self.config.n_embd).normal_(std=1 / math.sqrt(self.config.n_embd + 1))

@@ -91,8 +91,7 @@ def answer_online(run, policy, tokenizer, pairs):
         prompts_ids, asked = zip(*[prompts[i] for i in picked], strict=True)
         seed = derive_seed(run.method, cfg.seed, k)
         answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=2, eos_id=tokenizer.eos_id, seed=seed)
-        texts = [tokenizer.decode(ids) for ids in answers.completions]
-        rewards = run.ask(k, reward_fn, [prompt for prompt in asked for _ in range(2)], texts)  # (2·B,)
+        rewards = run.ask(k, reward_fn, tokenizer, asked, answers)  # (2·B,)
         if rewards is None:
             return None, None
         return label_by_reward(prompts_ids, answers.completions, rewards, seed), {"reward": rewards.mean()}

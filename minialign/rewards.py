@@ -1,17 +1,17 @@
 """Rewards of completions. A reward is any callable `(prompts, completions) -> B numbers`, a list or a tensor of shape (B,).
 
-    exact_match     1 if the number after `####` is the demonstrated one (GSM8K)        --reward exact_match
+    exact_match     1 if the number after `####` equals the demonstrated one (GSM8K)    --reward exact_match
     format_match    1 if the whole completion matches a pattern                         --reward format   or   format:PATTERN
-    regex           1 if the pattern occurs in it                                       --reward 'regex:\\d+'
-    length          0 at so many characters, −1 when empty or twice as long             --reward length:200
-    lexicon         the weights of the words that occur, summed                         --reward 'lexicon:please,thanks,-now'
-    learned         a reward model, as `python -m minialign reward_model` trains it     --reward FOLDER_OR_HUB_NAME
-    yours           a function of a file                                                --reward rewards.py:politeness
+    regex           1 if the pattern occurs in the completion                           --reward 'regex:\\d+'
+    length          0 at the target length, −1 when empty or at least twice as long     --reward length:200
+    lexicon         the sum of the weights of the words that occur                      --reward 'lexicon:please,thanks,-now'
+    learned         a reward model trained by `python -m minialign reward_model`        --reward FOLDER_OR_HUB_NAME
+    yours           a function in a file                                                --reward rewards.py:politeness
     ensemble        the mean or the minimum of several; `warm` averages the weights     --reward A B C --combine min
                     of reward models into one (Ramé et al. 2024, arXiv:2401.12187)
 
-Prompts come as the data file has them (text, or a list of messages), completions as text without EOS; whether a completion was cut off
-is the method's business (missing_eos). `ask` is how a run calls a reward: it refuses what is no reward and names the row.
+A reward gets prompts as they are in the data file (text, or a list of messages) and completions as text without EOS. It does not see
+whether a completion was cut off; --missing_eos handles that. Runs call rewards through `ask`, which rejects bad output and names the row.
 
 Checked by tests/test_rewards.py.
 """
@@ -43,7 +43,7 @@ from minialign.weights import load_pretrained
 
 
 def final_number(text):
-    """The number after the first `####` (GSM8K's own rule; commas are thousands), as a Decimal, so that 72 = 72.0; None without one."""
+    """The number after the first `####` as a Decimal, so that 72 = 72.0, or None. GSM8K's own rule: commas separate thousands."""
     found = re.search(r"#### *(-?)\$?(-?[\d.,]+)", text)
     try:
         return Decimal("".join(found.groups()).replace(",", "").rstrip(".")) if found else None
@@ -52,7 +52,7 @@ def final_number(text):
 
 
 def exact_match(demos):
-    """1 where the completion's final number is that of a demonstration of the same prompt, else 0. demos: list[Demo]."""
+    """1 where the completion's final number equals that of a demonstration of the same prompt, else 0. demos: list[Demo]."""
     answers = {}
     for number, demo in enumerate(demos, start=1):
         answer = final_number(demo.completion)
@@ -99,7 +99,7 @@ def length(target):
 
 
 def lexicon(weights):
-    """Σ weight × occurrences of each word or phrase of {word: weight}; whole words, upper and lower case alike."""
+    """Σ weight × occurrences over the words or phrases in {word: weight}. It counts whole words and ignores case."""
     words = [(re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE), weight) for word, weight in weights.items()]
     return lambda prompts, completions: [sum(weight * len(word.findall(text)) for word, weight in words) for text in completions]
 
@@ -108,17 +108,17 @@ def lexicon(weights):
 
 
 def score(reward_model, batch):
-    """The reward model's number for each row, (B,): its scalar head at the last completion token (EOS, unless the row was cut), or, with
-    config.reward_read "sum", summed over the completion's tokens; with config.reward_bound R squeezed into [0, R] by R·σ(·).
+    """The reward model's reward for each row, (B,). batch: Batch with inputs, targets, mask (B, T).
 
-    batch: Batch with inputs, targets, mask (B, T). The index comes from the mask, so padding may look like anything. A row with
-    nothing scored is read at its first token, or sums to 0.
+    It is the scalar head at the last completion token (EOS, unless the row was cut). With config.reward_read "sum" it is the head's sum
+    over the completion tokens. With config.reward_bound R it is mapped into [0, R] by R·σ(·). Positions come from the mask, so padding may
+    hold any token. For a row with nothing scored it is the head at the first token, or the sum 0.
     """
     config = reward_model.config
-    tokens = torch.cat([batch.inputs[:, :1], batch.targets], dim=1)  # (B, T + 1) the whole row: the last target is an input here
+    tokens = torch.cat([batch.inputs[:, :1], batch.targets], dim=1)  # (B, T + 1) the whole row, with the last target as an input
     numbers = reward_model(tokens)  # (B, T + 1)
-    numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))  # sums and differences of bfloat16 would be rounded to 1/64
-    numbers = numbers + config.reward_offset  # the bare head's: the offset is one per completion
+    numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))  # bfloat16 would round sums and differences to 1/64
+    numbers = numbers + config.reward_offset  # undo the offset per token: it is subtracted once per completion
     if config.reward_read == "sum":
         rewards = torch.where(batch.mask, numbers[:, 1:], 0).sum(1)  # (B,) target t is token t + 1
     else:
@@ -130,10 +130,10 @@ def score(reward_model, batch):
 
 
 def learned(reward_model, tokenizer, *, batch_size=32):
-    """A reward model as a reward. It reads text with its own tokenizer, EOS appended, so it need not share the policy's.
+    """A reward function made from a reward model. It encodes text with its own tokenizer and appends EOS, so the policy's may differ.
 
-    A completion that max_new cut off is read as if it had ended there: missing_eos is for those.
-    Of a row longer than its context the beginning of the prompt is cut off, then the end of the completion.
+    It scores a completion that max_new cut off as if it had ended there; use missing_eos to penalise it.
+    If a row is longer than the context, the prompt loses its beginning. If that is not enough, the completion loses its end.
     """
     context = reward_model.config.max_len
 
@@ -154,7 +154,7 @@ def learned(reward_model, tokenizer, *, batch_size=32):
 
 
 def ensemble(reward_fns, how="mean"):
-    """The mean, or the minimum (the most sceptical one rules), of several rewards of each row."""
+    """A reward function that returns the mean or the minimum of several rewards for each row."""
     if how not in ("mean", "min"):
         raise BadInput(f"combine {how!r} is unknown: use mean, min or warm")
 
@@ -171,7 +171,7 @@ def ensemble(reward_fns, how="mean"):
 
 
 def weight_average(models):
-    """WARM: one reward model whose weights are the mean of several fine-tuned from the same start. Costs one model at run time.
+    """WARM: one reward model whose weights are the mean of several models fine-tuned from the same start. It costs as much as one.
 
     Raises BadInput if their configurations differ.
     """
@@ -191,7 +191,7 @@ def weight_average(models):
 
 
 def open_reward(specs, *, combine="mean", prompts="builtin", device="cpu", dtype=None, skip_bad=False):
-    """The reward that --reward and --combine name. prompts: the prompt file, in which exact_match finds the demonstrated answers."""
+    """The reward named by --reward and --combine. prompts: the prompt file; exact_match reads the demonstrated answers from it."""
     if combine not in ("mean", "min", "warm"):
         raise BadInput(f"--combine {combine}: must be mean, min or warm")
     if combine == "warm":
@@ -206,7 +206,7 @@ def open_reward(specs, *, combine="mean", prompts="builtin", device="cpu", dtype
 
 
 def reward_folders(specs):
-    """The reward models among them: what must not change while a run goes on. (Code may: a reward that failed has to be mended.)"""
+    """The folders among the specs: reward models, which must not change during a run. (Code may change: a failing reward must be fixed.)"""
     return [Path(spec).expanduser() for spec in specs if os.path.isdir(os.path.expanduser(spec))]
 
 
@@ -233,7 +233,7 @@ def _open_one(spec, prompts, device, dtype, skip_bad):
     if name == "lexicon":
         words = [word.strip() for word in argument.split(",") if word.strip()]
         if not words or not all(word.strip("- ") for word in words):
-            raise BadInput(f"--reward {spec}: expected words, like lexicon:please,thanks,-now (a leading - counts against)")
+            raise BadInput(f"--reward {spec}: expected words, like lexicon:please,thanks,-now (a leading - makes the weight -1)")
         return lexicon({word.lstrip("- "): -1.0 if word.startswith("-") else 1.0 for word in words})
     if ".py:" in spec or spec.endswith(".py"):
         return _function_of_file(spec)
@@ -259,7 +259,7 @@ def _function_of_file(spec):
         raise BadInput(f"--reward {spec}: there is no file {path}")
     module_spec = importlib.util.spec_from_file_location(f"reward_file_{len(sys.modules)}", path)
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses and pickles look themselves up there
+    sys.modules[module_spec.name] = module  # dataclasses and pickles look up their module there
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -273,16 +273,16 @@ def _function_of_file(spec):
 
 
 class BadReward(Exception):
-    """Why a reward's answer to one batch is refused, naming the row."""
+    """A reward failed on a batch or returned something invalid. The message says what went wrong and names the row."""
 
 
-class Overtime(BaseException):  # no Exception: a reward's own `except Exception` must not swallow it
+class Overtime(BaseException):  # not an Exception: a reward's own `except Exception` must not catch it
     pass
 
 
 def ask(reward_fn, prompts, completions, *, limit=60.0):
-    """reward_fn's rewards of a batch, (B,) float32 on the CPU; raises BadReward. Under torchrun each process asks for its share of the
-    rows, and all get all rewards, or all get the error of one. limit: seconds it may take, as ask_here says."""
+    """reward_fn's rewards for a batch, (B,) float32 on the CPU. Raises BadReward. limit: seconds it may take, see ask_here.
+    Under torchrun each process computes the rewards of its rows. Then all processes get all rewards, or all raise the same error."""
     prompts, completions, own = parallel.local_rows(prompts), parallel.local_rows(completions), None
     try:
         own = ask_here(reward_fn, prompts, completions, limit) if len(prompts) else torch.zeros(0)
@@ -296,11 +296,11 @@ def ask(reward_fn, prompts, completions, *, limit=60.0):
 
 
 def ask_here(reward_fn, prompts, completions, limit):
-    """reward_fn's rewards of a batch, (B,) float32 on the CPU. limit: seconds it may take. It gets copies of both lists.
+    """reward_fn's rewards for a batch, (B,) float32 on the CPU. reward_fn gets copies of both lists. limit: seconds it may take.
 
-    Raises BadReward when it raises, takes longer, or returns anything but B finite numbers: says what, and which row, found by asking
-    row by row (for at most twice the limit). The limit is an alarm signal: it stops Python code, sleeps, input and output, and regular
-    expressions, but not C code that never looks up. On Windows and outside the main thread there is no such signal, and no limit.
+    Raises BadReward if reward_fn raises, takes longer, or returns anything but B finite numbers. To name the row it may call reward_fn row
+    by row (for at most twice the limit). The limit is an alarm signal: it stops Python code, sleeps, input and output, and regular
+    expressions, but not C code that never checks for signals. Windows and threads other than the main one have no alarm, so no limit.
     """
     rewards, fault, row = _try(reward_fn, prompts, completions, limit)
     if fault is None:
@@ -324,7 +324,7 @@ def ask_here(reward_fn, prompts, completions, limit):
 
 
 def as_list(rewards):
-    """What a reward returned, as a list. Raises TypeError for what only looks like one number per completion."""
+    """What a reward returned, as a list. Raises TypeError for what cannot hold one number per completion: text, a dict, a set, a number."""
     if torch.is_tensor(rewards):
         rewards = rewards.detach().cpu().tolist()
     if isinstance(rewards, (str, bytes, dict, set)) or not hasattr(rewards, "__iter__"):
@@ -333,8 +333,8 @@ def as_list(rewards):
 
 
 def _try(reward_fn, prompts, completions, limit):
-    """(rewards, None, None), or (None, what is wrong, the row if that is known)."""
-    prompts = [copy.deepcopy(prompt) for prompt in prompts]  # a judge may append to the messages it gets
+    """(rewards, None, None), or (None, what is wrong, the row or None if unknown)."""
+    prompts = [copy.deepcopy(prompt) for prompt in prompts]  # a reward may append to the messages it gets
     began = time.monotonic()
     try:
         with time_limit(limit):
@@ -347,7 +347,7 @@ def _try(reward_fn, prompts, completions, limit):
         return None, f"took longer than {limit:.3g} s", None
     except (Exception, SystemExit) as error:
         return None, f"raised {type(error).__name__}: {one_line(error)}", None
-    if time.monotonic() - began > limit and has_alarm():  # it swallowed the alarm
+    if time.monotonic() - began > limit and has_alarm():  # it caught the alarm and went on
         return None, f"took longer than {limit:.3g} s", None
     if len(numbers) != len(completions):
         return None, f"returned {len(numbers)} rewards for {len(completions)} completions", None
@@ -355,7 +355,7 @@ def _try(reward_fn, prompts, completions, limit):
         try:
             numbers[row] = float("text" if isinstance(number, (str, bytes)) else number)
         except Exception:
-            return None, f"returned {repr(number)[:80].splitlines()[0]}, which is no number", row
+            return None, f"returned {repr(number)[:80].splitlines()[0]}, which is not a number", row
     rewards = torch.tensor(numbers, dtype=torch.float32)
     if not rewards.isfinite().all():
         row = int((~rewards.isfinite()).int().argmax())
@@ -374,7 +374,7 @@ def has_alarm():
 
 @contextlib.contextmanager
 def time_limit(seconds):
-    """Raise Overtime in the block after so many seconds, and again and again after as many more until it ends."""
+    """Raise Overtime in the block after this many seconds, and again after each further interval until the block ends."""
     if not has_alarm():
         yield
         return
@@ -385,7 +385,7 @@ def time_limit(seconds):
             raise Overtime
 
     before = signal.signal(signal.SIGALRM, ring)
-    others, every = signal.getitimer(signal.ITIMER_REAL)  # somebody else's alarm waits meanwhile
+    others, every = signal.getitimer(signal.ITIMER_REAL)  # an alarm set by other code: it is set again at the end
     try:
         try:
             seconds = min(seconds, 1e6)
@@ -404,7 +404,7 @@ def time_limit(seconds):
 
 
 def rollout_stats(rewards, answers, *, group_size=1):
-    """The metrics of one rollout: rewards (B,) without the KL, answers a Rollout. With answers.ref_logps the KL to ref is among them."""
+    """The metrics of one rollout. rewards: (B,) without the KL. answers: a Rollout; if it has ref_logps, the KL to ref is included."""
     stats = {
         "reward": rewards.mean(), "reward_std": rewards.std(correction=0),
         "completions/mean_length": answers.lengths.float().mean(), "completions/finished": answers.finished.float().mean(),

@@ -1,13 +1,13 @@
 """Sampling: greedy, temperature, top-k, top-p; batched generation with a ragged KV cache.
 
-The batch is ragged, not left-padded: each row continues at its own position. One prefill serves all n samples of a prompt, and finished
-rows leave once they are a quarter of the batch. What comes back is a Rollout in the layout of training: its rows go straight into a loss.
+The batch is ragged, not left-padded: each row continues at its own position. One prefill serves all n samples of a prompt. Finished rows
+are removed once they are a quarter of the batch. The result is a Rollout in the layout of training: its rows go straight into a loss.
 
-Every row draws from its own generator, seeded by (seed, the prompt's ids, which sample of that prompt it is): the same seed gives the
-same completion whatever else sits in the batch.
+Every row has its own random generator, seeded by (seed, the prompt's ids, the sample's index among those of its prompt). So the same seed
+gives the same completion in any batch.
 
-`old_logps` are those of the tempered but UNtruncated softmax, the one whose ratio to the trained policy is exactly 1: log-probs
-renormalised after top-k or top-p would start training with a ratio below 1 (the kept mass). Truncate for display, not for RL.
+`old_logps` are log-probs of the tempered but UNtruncated softmax. With them, the ratio to the trained policy starts at exactly 1.
+Log-probs renormalised after top-k or top-p would give a ratio below 1 (the kept probability). Truncate for display, not for RL.
 
 Checked by tests/test_sample.py: chi-square on an enumerable model, invariance to the batch, equality with token_logps.
 """
@@ -24,39 +24,39 @@ from minialign.kernels.linear_logprob import logits_of
 from minialign.logps import token_logps
 from minialign.model import KVCache
 
-# Each rule takes logits (B, V) and forbids tokens by −inf. They compose: temperature first, then top-k, then top-p.
+# Each rule takes logits (B, V) and sets those of forbidden tokens to −inf. Temperature comes first, then top-k, then top-p.
 
 
 def keep_top_k(logits, k):
-    """Keep the k likeliest tokens of each row (more if several tie for the k-th place)."""
+    """Keep the k most likely tokens of each row (more if several tie for the k-th place)."""
     kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < kth, -torch.inf)
 
 
 def keep_top_p(logits, p):
-    """Keep the smallest set of likeliest tokens whose probability reaches p (nucleus; Holtzman et al. 2019, arXiv:1904.09751)."""
+    """Keep the smallest set of most likely tokens whose probability reaches p (nucleus; Holtzman et al. 2019, arXiv:1904.09751)."""
     ordered, order = logits.sort(dim=-1, descending=True)
     probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs  # the mass of all likelier tokens; the likeliest has 0 and always stays
+    before = probs.cumsum(-1) - probs  # total probability of all more likely tokens; 0 for the most likely one, which always stays
     return logits.masked_fill((before >= p).scatter(1, order, before >= p), -torch.inf)
 
 
 def draw_tokens(probs, uniform):
-    """One token a row by inverting the cumulative distribution: probs (B, V) of any sum, uniform (B,) in [0, 1) -> (B,)."""
+    """Draw one token per row by inverting the cumulative distribution: probs (B, V) with any sum, uniform (B,) in [0, 1) -> (B,)."""
     cumulative = probs.cumsum(-1)  # (B, V)
     total = cumulative[:, -1:]
     point = torch.minimum(uniform[:, None].to(total) * total, total.nextafter(torch.zeros_like(total)))  # (u · total may round up to total)
-    return torch.searchsorted(cumulative, point, right=True).squeeze(1)  # a forbidden token has no width, so it is never hit
+    return torch.searchsorted(cumulative, point, right=True).squeeze(1)  # a forbidden token has probability 0, so it is never hit
 
 
 @torch.no_grad()
 def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1, eos_id, seed, greedy=False):
-    """n completions of each of N prompts -> Rollout with B = N·n rows, the n of one prompt adjacent.
+    """Sample n completions of each of N prompts -> Rollout with B = N·n rows; the n of one prompt are adjacent.
 
-    prompts_ids: N non-empty lists of ids. max_new: most tokens of a completion. tau: temperature. top_k, top_p: None is off.
-    eos_id: the token that ends a completion and is kept in it; None never stops. greedy takes the likeliest token.
-    Ids from config.n_tokens on (padding rows of the vocabulary) are never sampled. The policy's mode and gradients are untouched.
-    Under torchrun each process draws its share of the rows, and all get all of them.
+    prompts_ids: N non-empty lists of ids. max_new: maximum tokens of a completion. tau: temperature. top_k, top_p: None means off.
+    eos_id: the token that ends a completion and is kept in it; with None, no token does. greedy: take the most likely token.
+    Ids from config.n_tokens on (padding rows of the vocabulary) are never sampled. The policy's mode and gradients do not change.
+    Under torchrun each process samples its share of the rows, and every process gets all of them.
     Raises BadInput for arguments out of range, and when prompt and max_new do not fit the model's context.
     """
     check_arguments(policy.config, prompts_ids, max_new, tau, top_k, top_p, n)
@@ -65,23 +65,23 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     count, uniforms = dict.fromkeys(rows, 0), torch.zeros(len(rows), max_new, dtype=torch.float64)
     for b, row in enumerate(rows):
         generator = torch.Generator().manual_seed(derive_seed(seed, row, count[row]))
-        uniforms[b] = torch.rand(max_new, generator=generator, dtype=torch.float64)  # drawn ahead: no schedule can change them
+        uniforms[b] = torch.rand(max_new, generator=generator, dtype=torch.float64)  # drawn in advance: batching cannot change them
         count[row] += 1
 
     policy, own = parallel.full_copy(policy), parallel.local_rows(rows)
     drawn = [torch.zeros(0, max_new, dtype=torch.long), torch.zeros(0, max_new, dtype=wide), torch.zeros(0).long(), torch.zeros(0).bool()]
     if own:
-        # inference_mode also leaves out version counters and views' origins: a twentieth of a small model's time on a CPU.
+        # inference_mode also skips version counters and view tracking: a twentieth of a small model's time on a CPU.
         with torch.inference_mode() if device.type == "cpu" else torch.no_grad():
             drawn = generate(policy, own, parallel.local_rows(uniforms), tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
-    drawn = [parallel.gather_rows(part.to(device).clone()) for part in drawn]  # (cloned: what was made there cannot be saved for backward)
+    drawn = [parallel.gather_rows(part.to(device).clone()) for part in drawn]  # cloned: inference_mode tensors cannot be saved for backward
     tokens, token_logps, lengths, finished = drawn
 
     completions = [ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     batch = collate(rows, completions, pad_id=0 if eos_id is None else eos_id).to(device)
     real = torch.arange(max_new, device=device) < lengths[:, None]  # (B, max_new)
     old_logps = torch.zeros(batch.mask.shape, dtype=wide, device=device)
-    old_logps = old_logps.masked_scatter(batch.mask, token_logps[real])  # both run row by row, in order
+    old_logps = old_logps.masked_scatter(batch.mask, token_logps[real])  # both are in row order
     return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, lengths, finished, completions)
 
 
@@ -89,7 +89,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
 def rollout(policy, ref, prompts_ids, cfg, *, n=1, eos_id, seed):
     """What an online method trains on: a Rollout of n completions of each prompt by the current policy, with ref's log-probs of them.
 
-    cfg: the method's Config, with max_new, tau and micro_batch. Both log-probs are at temperature tau, and constants of the objective.
+    cfg: the method's Config, with max_new, tau and micro_batch. Both log-probs are at temperature tau and are constants in the objective.
     """
     answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=n, eos_id=eos_id, seed=seed)
     answers.ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # (B, T)
@@ -97,26 +97,26 @@ def rollout(policy, ref, prompts_ids, cfg, *, n=1, eos_id, seed):
 
 
 def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
-    """B prompts, one row each, and the numbers (B, max_new) that decide the draws -> tokens and their log-probs, (B, max_new), of which
-    the first `lengths` (B,) count, and whether EOS was among them, (B,)."""
+    """B prompts, one row each, and the uniform numbers (B, max_new) that decide the draws -> tokens (B, max_new), their log-probs
+    (B, max_new), lengths (B,) (how many of them count), and finished (B,) (whether EOS is among them)."""
     config, device, (B, max_new) = policy.config, policy.head_weight.device, uniforms.shape
     distinct = list(dict.fromkeys(rows))
     source = torch.tensor([distinct.index(row) for row in rows], device=device)  # (B,) which prefill a row continues
-    wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # logits rounded to bfloat16 would not equal token_logps
+    wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # logits in bfloat16 would give log-probs unlike token_logps
     uniforms = uniforms.to(device, wide)
     pure = not greedy and top_k is None and top_p in (None, 1) and config.n_tokens in (None, config.vocab_size)  # nothing is forbidden
     head = policy.head_weight if policy.head_weight.is_cuda else policy.head_weight.to(wide)  # (V, C)
 
-    # Prefill: each distinct prompt once, right-padded; its last real position holds the first prediction.
+    # Prefill: run each distinct prompt once, right-padded. Its last real position predicts the first new token.
     lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
     longest = int(lengths.max())
     padded = torch.tensor([list(prompt) + [0] * (longest - len(prompt)) for prompt in distinct], device=device)
     cache = KVCache(config, len(distinct), longest + max_new, device=device, dtype=policy.head_weight.dtype)
     hidden = policy.hidden(padded, cache=cache, lengths=lengths)  # (distinct, longest, C)
     hidden = hidden[torch.arange(len(distinct), device=device), lengths - 1][source]  # (B, C)
-    cache = cache if len(distinct) == B else cache.select(source)  # (no prompt twice: the rows are in order already)
+    cache = cache if len(distinct) == B else cache.select(source)  # (no prompt appears twice: rows are already in order)
     step = stepper(policy, cache)
-    del cache  # `step` has it, and lets go of it when rows leave
+    del cache  # now only `step` holds it, so it is freed when rows are removed
 
     present = torch.arange(B, device=device)  # (A,) the rows still in the batch
     tokens = torch.zeros(B, max_new, dtype=torch.long, device=device)
@@ -143,7 +143,7 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
             going = (~finished[present]).nonzero().squeeze(1)
             if not len(going):
                 break
-            if len(going) <= 3 / 4 * len(present):  # finished rows leave together: each time costs a copy of the cache
+            if len(going) <= 3 / 4 * len(present):  # remove finished rows together: each removal copies the cache
                 present, token, step = present[going], token[going], step.select(going)
         if t + 1 == max_new:
             break
@@ -152,19 +152,19 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
 
 
 def stepper(policy, cache):
-    """A function of tokens (A,) that continue the rows of a cache -> hidden states (A, C). kernels/decode.py's on a CPU, for models of up
-    to 512 channels: in wider ones reading the weights is all of a step, and its copy of them would be a second model. (Nor in bfloat16:
-    attention's own kernel keeps its sums in float32.)"""
+    """Returns a function: tokens (A,) that continue the rows of a cache -> hidden states (A, C). On a CPU with up to 512 channels it is the
+    Decoder. In wider models reading the weights takes the whole step, and the Decoder's copy of them would be a second model in memory.
+    In bfloat16 it is not the Decoder either, because PyTorch's attention kernel keeps its sums in float32."""
     weight = policy.head_weight
     quick = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64) and policy.config.n_embd <= 512
     return (Decoder if quick else Step)(policy, cache)
 
 
 class Step:
-    """The model as it is. On CUDA the next step writes over the hidden states of this one.
+    """Runs the model as it is. On CUDA the next step overwrites the hidden states of this one.
 
-    There a step is recorded as a graph and replayed: one launch in the place of some thirty a layer, which is most of a step's time while
-    a batch is small. A recording holds for one span of the cache, so one is made every 64 tokens.
+    On CUDA a step is recorded as a graph and replayed: one launch instead of about thirty per layer. These launches take most of a step's
+    time while the batch is small. A recording is valid for one span of the cache, so a new one is made every 64 tokens.
     """
 
     def __init__(self, policy, cache):
@@ -190,7 +190,7 @@ class Step:
         lengths, longest = self.cache.lengths.clone(), self.cache.longest
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.policy.hidden(self.token, cache=self.cache)  # once unrecorded: what libraries set up at a first call is no part of a step
+            self.policy.hidden(self.token, cache=self.cache)  # run once unrecorded: libraries set themselves up in their first call
         torch.cuda.current_stream().wait_stream(stream)
         self.cache.lengths.copy_(lengths)
         self.cache.longest = longest
@@ -201,7 +201,7 @@ class Step:
 
 @functools.cache
 def recording_stream():
-    """One for all recordings: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that it has ever seen."""
+    """One stream for all recordings: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that it was ever used on."""
     return torch.cuda.Stream()
 
 
@@ -211,7 +211,7 @@ def check_arguments(config, prompts_ids, max_new, tau, top_k, top_p, n):
     if max_new < 1 or n < 1:
         raise BadInput(f"max_new={max_new} and n={n} must be at least 1")
     if not tau > 0:
-        raise BadInput(f"the temperature tau={tau} must be above 0; for the likeliest token use greedy")
+        raise BadInput(f"the temperature tau={tau} must be above 0; for the most likely token use greedy")
     if top_k is not None and top_k < 1:
         raise BadInput(f"top_k={top_k} must be at least 1, or None for no limit")
     if top_p is not None and not 0 < top_p <= 1:

@@ -18,7 +18,7 @@ THINGS = ("tea", "bread", "soap", "a map", "a pen", "salt", "honey", "a lamp", "
           "rope", "a book", "ink", "a coat", "rice", "a cup", "wood", "a bell", "corn", "a hat", "oil", "a spoon")
 POLITE_OPENINGS, RUDE_OPENINGS = ("may i have", "could i get", "i would like"), ("give me", "hand over", "i want")
 POLITE_ENDINGS, RUDE_ENDINGS = (", please.", ", thank you.", " if you can."), (" now!", ", quick!", " or else!")
-EXPERT, RUDE = 0.9, 0.25  # probability that an opening is polite, and, independently, an ending
+EXPERT, RUDE = 0.9, 0.25  # probability that the opening is polite; the same, independently, for the ending
 
 
 def builtin_prompt(thing):
@@ -26,7 +26,7 @@ def builtin_prompt(thing):
 
 
 def builtin_law(prompt, politeness):
-    """{completion: probability} of a speaker: the exact distribution that its demonstrations are drawn from."""
+    """{completion: probability} of a speaker: the exact distribution that its demonstrations are sampled from."""
     thing = prompt.removeprefix("ask for ").removesuffix(": ")
     law = {}
     for openings, p_opening in ((POLITE_OPENINGS, politeness), (RUDE_OPENINGS, 1 - politeness)):
@@ -38,8 +38,8 @@ def builtin_law(prompt, politeness):
 
 
 def gold_reward(prompts, completions):
-    """The programmatic reward of the built-in task, in [−2, 3], for lists of text: +1 for naming the thing; for the opening and
-    for the ending +1 if polite, −1 if rude, 0 if neither. The demonstration methods never see it."""
+    """The programmatic reward of the built-in task for lists of text, in [−2, 3]: +1 if the text names the thing. The opening and the
+    ending each add +1 if polite, −1 if rude, 0 if neither. The demonstration methods never see this reward."""
     rewards = []
     for prompt, text in zip(prompts, completions, strict=True):
         thing = prompt.removeprefix("ask for ").removesuffix(": ")
@@ -58,13 +58,13 @@ def _speak(rng, politeness):
 
 
 def builtin_texts(n=2000, seed=0):
-    """What the base model is trained on: requests of rude speakers."""
+    """The texts that the base model is trained on: requests of rude speakers."""
     rng = random.Random(derive_seed("texts", seed))
     return ["".join(_speak(rng, RUDE)) for _ in range(n)]
 
 
 def builtin_demos(n=200, seed=0, low_quality=0.3):
-    """Demonstrations of the expert, a share `low_quality` of them from rude speakers."""
+    """Demonstrations of the expert. Each one comes from a rude speaker instead with probability `low_quality`."""
     rng = random.Random(derive_seed("demos", seed))
     return [Demo(*_speak(rng, RUDE if rng.random() < low_quality else EXPERT)) for _ in range(n)]
 
@@ -75,7 +75,7 @@ def builtin_prompts():
 
 
 def builtin_pairs(n=400, seed=0):
-    """Two answers of rude speakers to one prompt; the first is chosen with the Bradley-Terry probability σ(difference of gold rewards)."""
+    """Two answers of rude speakers to each prompt. The first is chosen with Bradley-Terry probability σ(difference of gold rewards)."""
     rng, pairs = random.Random(derive_seed("pairs", seed)), []
     for _ in range(n):
         prompt, first = _speak(rng, RUDE)

@@ -15,14 +15,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minialign.engine.common import BadInput, find_folder, read_json, write_atomic
 
-END = "<|endoftext|>"  # the special token of tokenizers made here: it begins, ends and pads documents
-MAX_TEMPLATE = 200_000  # characters of a chat template, and of what it renders per message
+END = "<|endoftext|>"  # the special token of the tokenizers made here, used as BOS, EOS and padding
+MAX_TEMPLATE = 200_000  # most characters in a chat template, and most that it may render per message
 
 
 class Tokenizer:
-    """A tokenizer.json through `tokenizers`, with the special tokens and the chat template of tokenizer_config.json.
+    """A tokenizer.json, read by `tokenizers`, with the special tokens and the chat template from tokenizer_config.json.
 
-    bos_id is None unless the folder says that prompts begin with BOS. pad_id falls back to eos_id: masks come from lengths.
+    bos_id is None unless the folder says that prompts begin with BOS. pad_id falls back to eos_id, as masks are made from lengths.
     """
 
     def __init__(self, inner, settings):
@@ -35,15 +35,15 @@ class Tokenizer:
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.bos_id = self._special("bos_token") if settings.get("add_bos_token", False) else None
         template = settings.get("chat_template")
-        if isinstance(template, list):  # several named ones: [{"name": "default", "template": …}, …]
+        if isinstance(template, list):  # several named templates: [{"name": "default", "template": …}, …]
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default", template)
         if template is not None and not isinstance(template, str):
-            raise BadInput("tokenizer_config.json: the chat template must be text, or a list of which one is named 'default'")
+            raise BadInput("tokenizer_config.json: the chat template must be text, or a list with one template named 'default'")
         self.chat_template = template
 
     def _special(self, name):
-        """The id of a special token that tokenizer_config.json names as a string or as {'content': string}; None if it names none."""
+        """The id of a special token. tokenizer_config.json names it as a string or as {'content': string}. None if it is not named."""
         token = self.settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if token is None:
@@ -67,7 +67,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "tokenizer_config.json", json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
-        write_atomic(folder / "tokenizer.json", self.inner.to_str(pretty=True))  # last: where it stands, both do
+        write_atomic(folder / "tokenizer.json", self.inner.to_str(pretty=True))  # written last: if this file exists, both do
 
 
 def _settings():
@@ -88,7 +88,7 @@ class CharTokenizer(Tokenizer):
 
 
 def train_bpe(texts, vocab_size):
-    """A byte-level BPE tokenizer of `vocab_size` ids trained on an iterable of strings; encodes any text. For `--policy new`."""
+    """Train a byte-level BPE tokenizer with `vocab_size` ids on an iterable of strings. It encodes any text. Used by `--policy new`."""
     if vocab_size < 257:
         raise BadInput(f"a byte-level vocabulary needs 256 bytes and the end token: --vocab {vocab_size} is below 257")
     inner = tokenizers.Tokenizer(models.BPE())
@@ -102,9 +102,9 @@ def train_bpe(texts, vocab_size):
 
 
 def load_tokenizer(path_or_hub_name):
-    """From a folder (or hub name) with tokenizer.json; eos, pad, bos and the chat template from tokenizer_config.json beside it.
+    """Load a tokenizer.json from a folder (or hub name). EOS, PAD, BOS and the chat template come from tokenizer_config.json beside it.
 
-    Raises BadInput, naming the file, where one is missing, damaged, or names no EOS.
+    Raises BadInput with the file's name if a file is missing or damaged, or if no EOS is named.
     """
     folder = find_folder(path_or_hub_name)
     file = folder / "tokenizer.json"
@@ -113,13 +113,13 @@ def load_tokenizer(path_or_hub_name):
     try:
         inner = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # `tokenizers` raises bare Exception for every kind of damage
-        raise BadInput(f"{file}: not a sound tokenizer ({error}); fetch or write it again") from None
+        raise BadInput(f"{file}: not a valid tokenizer ({error}); fetch or write it again") from None
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    if "eos_token" not in settings and (folder / "config.json").is_file():  # then the model's config.json may know the id
+    if "eos_token" not in settings and (folder / "config.json").is_file():  # the model's config.json may have the id
         eos_id = read_json(folder / "config.json").get("eos_token_id")
         eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
         settings = settings | {"eos_token": inner.id_to_token(eos_id) if isinstance(eos_id, int) else None}
-    if "add_bos_token" not in settings:  # llama3 says it in the post-processor only
+    if "add_bos_token" not in settings:  # llama3 says so in the post-processor only
         ids = inner.encode("a").ids
         bos = settings.get("bos_token")
         bos = bos.get("content") if isinstance(bos, dict) else bos
@@ -137,14 +137,14 @@ def load_tokenizer(path_or_hub_name):
 
 
 def plain_chat(messages):
-    """Messages as an Anthropic-HH transcript that ends where the assistant speaks: used when a tokenizer brings no chat template."""
+    """Messages as an Anthropic-HH transcript that ends with the assistant's turn. Used if a tokenizer has no chat template."""
     names = {"system": "System", "user": "Human", "assistant": "Assistant"}
     lines = [f"\n\n{names.get(message['role'], message['role'])}: {message['content']}" for message in messages]
     return "".join(lines) + "\n\nAssistant: "
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, in which products are bounded too: 'x' * 10**9 would otherwise take gigabytes before anything is rendered."""
+    """jinja2's sandbox that also limits products. Otherwise 'x' * 10**9 would take gigabytes before anything is rendered."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -156,16 +156,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def render_chat(tokenizer, messages):
-    """A list of {role, content} -> the prompt text, through the tokenizer's chat template.
+    """Render a list of {role, content} as the prompt text with the tokenizer's chat template.
 
-    A template is foreign code. It runs in jinja2's immutable sandbox: no attribute with an underscore, no change of what it is given.
-    Raises BadInput when the template is at fault or oversteps the sandbox.
+    A template is foreign code. It runs in jinja2's immutable sandbox, where it cannot read attributes that start with an underscore or
+    change its inputs. Raises BadInput if the template fails or breaks the rules of the sandbox.
     """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return plain_chat(messages)
     if len(template) > MAX_TEMPLATE:
-        raise BadInput(f"the chat template has {len(template)} characters: more than {MAX_TEMPLATE} is refused")
+        raise BadInput(f"the chat template has {len(template)} characters: at most {MAX_TEMPLATE} are allowed")
 
     def raise_exception(message):
         raise TemplateError(message)
@@ -181,6 +181,6 @@ def render_chat(tokenizer, messages):
             rendered += piece
             if len(rendered) > limit:
                 raise TemplateError(f"it renders more than {limit} characters")
-    except Exception as error:  # foreign code may raise anything, a division by zero or a MemoryError too
+    except Exception as error:  # foreign code may raise anything, even ZeroDivisionError or MemoryError
         raise BadInput(f"the chat template failed ({type(error).__name__}: {error})") from None
     return rendered

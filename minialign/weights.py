@@ -1,11 +1,11 @@
-"""A Hugging Face folder (config.json, safetensors) <-> our GPT, both ways, without transformers.
+"""Load our GPT from a Hugging Face folder (config.json, safetensors) and save it as one, without transformers.
 
-Reading a folder never executes anything from it: weights come from safetensors only, pickles (.bin, .pt) are refused. Every name
-and shape is checked before a tensor is used; the tensors that are left over or missing are named.
+Reading a folder never executes anything from it: weights come from safetensors only, and pickles (.bin, .pt) are refused. Every
+name and shape is checked before a tensor is used. If tensors are left over or missing, the error names them.
 
-How the layouts differ is one table: `layout(config)` lists, for each tensor of the file, which of our tensors it holds and how they
-are packed. gpt2 stores its matrices transposed and q, k, v side by side; gpt_neox interleaves q, k, v head by head; the others
-store what we store.
+One table describes how the layouts differ: `layout(config)` lists, for each tensor of the file, which of our tensors it holds and
+how they are packed. gpt2 stores its matrices transposed and q, k, v side by side. gpt_neox interleaves q, k, v head by head. The
+others store the same tensors as we do.
 
 Checked by tests/test_weights.py: round trips through transformers are bitwise equal for every family; hostile files are refused.
 """
@@ -45,7 +45,7 @@ def side_by_side(transpose):  # gpt2's c_attn: q, k, v stacked along the output
     return pack, unpack
 
 
-def interleaved(n_head):  # gpt_neox's query_key_value: for each head its q, its k, its v
+def interleaved(n_head):  # gpt_neox's query_key_value: q, k, v of one head, then of the next
     def pack(ours):
         return torch.stack([part.view(n_head, -1, *part.shape[1:]) for part in ours], dim=1).flatten(0, 2)
 
@@ -124,7 +124,7 @@ def layout(config):
 
 # ----------------------------------------------------------------------------------------------------------------- reading
 
-# Constants that older checkpoints stored beside the weights: causal masks and rotary frequencies. We compute them.
+# Constants that older checkpoints store beside the weights: causal masks and rotary frequencies. We compute them instead.
 CONSTANTS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
@@ -149,7 +149,7 @@ def weight_files(folder):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise BadInput(f"{index}: names the shard {name!r}: expected a .safetensors file in the same folder")
         if name not in present:
-            raise BadInput(f"{folder}: the shard {name} is missing, which the index names; fetch the folder again")
+            raise BadInput(f"{folder}: the index names the shard {name}, but it is missing; fetch the folder again")
         files.append(folder / name)
     return files
 
@@ -162,10 +162,10 @@ def read_tensors(files):
             with safe_open(file, framework="pt") as reader:
                 for name in reader.keys():
                     if name in tensors:
-                        raise BadInput(f"{file}: the tensor {name} stands in another shard too")
+                        raise BadInput(f"{file}: the tensor {name} is in another shard too")
                     tensors[name] = reader.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise BadInput(f"{file}: not a sound safetensors file ({error}); fetch or write it again") from None
+            raise BadInput(f"{file}: not a valid safetensors file ({error}); fetch or write it again") from None
     return tensors
 
 
@@ -175,16 +175,16 @@ def first_five(names):
 
 
 def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
-    """A GPT from a Hugging Face folder or hub name. dtype None keeps the file's own; device None is the CPU.
+    """Load a GPT from a Hugging Face folder or hub name. dtype None keeps the file's dtype. device None means the CPU.
 
-    The scalar head is built when config.json names a ...ForSequenceClassification architecture. If the folder has a tokenizer,
+    The scalar head is built if config.json names a ...ForSequenceClassification architecture. If the folder has a tokenizer,
     config.n_tokens is set from it, so that padding rows of the vocabulary are never sampled.
-    Raises BadInput, naming the file, for an architecture that is not implemented, missing, unknown or misshapen tensors, damaged
-    files, and pickles.
+    Raises BadInput with the file's name if the architecture is not implemented, if tensors are missing, unknown or of the wrong
+    shape, if a file is damaged, or if the weights are pickles.
     """
     folder = find_folder(path_or_hub_name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise BadInput(f"{folder}: holds an adapter, not a model: minialign.lora.load_model loads both; --policy takes the folder as it is")
+        raise BadInput(f"{folder}: holds an adapter, not a model: load both with minialign.lora.load_model or pass it to --policy")
     config = GPTConfig.from_hf(read_json(folder / "config.json"))
     with torch.device("meta"):  # shapes only: the weights come from the file, so nothing is initialised or copied
         model = GPT(config)
@@ -192,7 +192,7 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
     tensors = {name: tensor for name, tensor in read_tensors(weight_files(folder)).items() if not CONSTANTS.search(name)}
     rows, prefix = layout(config)
 
-    # Files of a bare trunk (the hub's gpt2, for one) leave the prefix out.
+    # Files that hold only the trunk, such as the hub's gpt2, leave the prefix out.
     if not any(name.startswith(prefix) for name in tensors):
         rows = [(theirs.removeprefix(prefix), ours, packing) for theirs, ours, packing in rows]
     tied_copy = tensors.pop("embed_out.weight" if config.family == "gpt_neox" else "lm_head.weight", None) if config.tied else None
@@ -212,7 +212,7 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
         for name, part in zip(ours, unpack(tensor), strict=True):
             state[name] = part.to(device=device, dtype=dtype).contiguous()
     if tied_copy is not None and not torch.equal(tied_copy.to(state["tok_embed.weight"]), state["tok_embed.weight"]):
-        raise BadInput(f"{folder}: config.json ties the head to the embedding, but the file holds a head of its own that differs")
+        raise BadInput(f"{folder}: config.json ties the head to the embedding, but the file holds a different head")
     if config.tied:
         state["head.weight"] = state["tok_embed.weight"]
     model.load_state_dict(state, assign=True)
@@ -225,11 +225,11 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
 
 
 def fit_vocabulary(model, tokenizer, where):
-    """Record how many ids the tokenizer knows. More embedding rows than tokens is a padded table; fewer is an error."""
+    """Record how many ids the tokenizer has. More embedding rows than ids mean that the table is padded. Fewer are an error."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise BadInput(
-            f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model only {model.config.vocab_size} embedding rows; "
-            "the two do not belong together"
+            f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only {model.config.vocab_size} "
+            "embedding rows; the two do not belong together"
         )
     model.config.n_tokens = tokenizer.vocab_size
 
@@ -240,18 +240,18 @@ def fit_vocabulary(model, tokenizer, where):
 def save_pretrained(model, folder, tokenizer=None):
     """Write a folder that transformers, vLLM and lm-evaluation-harness load: config.json, safetensors (sharded above 5 GB), tokenizer.
 
-    A tied head is left out of the file, as safetensors demands. config.json comes last: a folder that has it is whole. A reward model's
-    reward_offset, reward_read and reward_bound stand in config.json; transformers passes them over: its scores are the bare head's numbers.
-    Raises BadInput for a configuration that the family's layout cannot express, before anything is written.
+    A tied head is left out of the file, as safetensors requires. config.json is written last, so a folder that has it is complete. It also
+    stores a reward model's reward_offset, reward_read and reward_bound. transformers ignores them: its scores are the head's raw outputs.
+    Raises BadInput, before anything is written, if the family's layout cannot express the configuration.
     """
-    from huggingface_hub import save_torch_state_dict  # imported where used: it takes longer to import than most runs to start
+    from huggingface_hub import save_torch_state_dict  # imported here: the import takes longer than most runs take to start
 
     ours, readers = vars(replace(model.config, n_tokens=None)), vars(GPTConfig.from_hf(config_to_hf(model.config)))
     if lost := [name for name in ours if ours[name] != readers[name]]:
         raise BadInput(f"{folder}: the {model.config.family} layout cannot express {', '.join(lost)} of this model: nothing was written")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)  # written again last: an export that dies half-way is no folder to load
+    (folder / "config.json").unlink(missing_ok=True)  # written again last, so that a half-written export cannot be loaded
     state, tensors = model.state_dict(), {}
     if extra := state.keys() - {name for _, ours, _ in layout(model.config)[0] for name in ours} - {"head.weight"}:
         raise BadInput(f"{folder}: the layout has no place for {first_five(extra)}: merge adapters first (minialign.lora.merged)")

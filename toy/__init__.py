@@ -1,1 +1,1 @@
-"""The proofs: small worlds in which the right answer is known exactly, and every method's own loss is held to it."""
+"""The toys: small problems whose right answer is known exactly. They test every method's own loss against it."""

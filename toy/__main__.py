@@ -1,4 +1,4 @@
-"""Every toy, one after the other, and a scoreboard. Exit code 1 if one of them misses anything.
+"""Runs every toy, one after the other, and prints a scoreboard. The exit code is 1 if any toy fails.
 
     python -m toy               # five minutes
     python -m toy --full        # more seeds, more settings, the larger language
@@ -23,7 +23,7 @@ class Config:
 
 
 def run(name, cfg):
-    """Run one toy, its lines printed as they come; returns (exit code, last line, seconds)."""
+    """Run one toy and print its lines as they come. Returns (exit code, last line, seconds)."""
     command = [sys.executable, "-u", "-m", f"toy.{name}", "--out", f"{cfg.out}/{name}.png", *(["--full"] if cfg.full else [])]
     print(f"\n── {name} " + "─" * (118 - len(name)), flush=True)
     begun, last = time.monotonic(), ""

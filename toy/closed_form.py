@@ -1,16 +1,16 @@
-"""The oracles: exact policies that the methods must reach, in numpy alone. Imports nothing of ours, so that it can judge what is ours.
+"""The oracles: the exact policies that the methods must converge to, in numpy alone. It imports none of the code that it tests.
 
-Policies are probability vectors over the finitely many completions of one prompt. E is the expert, ref the reference, β > 0 the
-pull to ref, r a reward vector. Every law is derived in its docstring; toy/three_actions.py and the tests hold the methods to them.
+A policy is a probability vector over the finitely many completions of one prompt. E is the expert, ref the reference, β > 0 the pull to
+ref, r a reward vector. Each law is derived in its docstring; toy/three_actions.py and the tests compare the methods with the laws.
 
-The lemma behind half of them, the **pairwise density-ratio lemma**: for full-support P and Q,
+About half of the laws follow from the **pairwise density-ratio lemma**. For P and Q with full support,
 
     argmin_f  E_{y~P, y'~Q} log(1 + exp(−(f(y) − f(y'))))   =   log P/Q + const.
 
-Proof. Collect the two terms of each unordered pair {a, b}: it occurs as (a first) with weight P_a Q_b and as (b first) with weight
-P_b Q_a, so its part of the loss is the cross-entropy of a coin with P(a first) = P_a Q_b / (P_a Q_b + P_b Q_a) under the prediction
-σ(f_a − f_b). It is smallest iff the two agree, i.e. f_a − f_b = log(P_a/Q_a) − log(P_b/Q_b). These pair optima are consistent
-with each other (f = log P/Q gives all of them), so all are reached together, and nothing smaller exists.
+Proof. Collect the two terms of each unordered pair {a, b}. It occurs as (a first) with weight P_a Q_b and as (b first) with weight
+P_b Q_a. So its part of the loss is the cross-entropy of a coin with P(a first) = P_a Q_b / (P_a Q_b + P_b Q_a) under the prediction
+σ(f_a − f_b). That is smallest iff the two are equal, i.e. f_a − f_b = log(P_a/Q_a) − log(P_b/Q_b). f = log P/Q satisfies this for all
+pairs at once, so it minimises the whole sum.
 """
 
 import numpy as np
@@ -31,18 +31,18 @@ def kl(p, q):
 def tilt(ref, reward, beta):
     """π* ∝ ref·exp(r/β): the maximiser of E_π[r] − β·KL(π‖ref).
 
-    E_π[r] − β·KL(π‖ref) = β·log Z − β·KL(π‖π*), with Z = Σ ref·exp(r/β); the first term is constant, the second is 0 at π = π*.
+    E_π[r] − β·KL(π‖ref) = β·log Z − β·KL(π‖π*), with Z = Σ ref·exp(r/β). The first term is constant and the second is 0 at π = π*.
     """
     scaled = np.asarray(reward, dtype=np.float64) / beta
     return normalise(np.asarray(ref) * np.exp(scaled - scaled.max()))
 
 
 def table_1(bound_over_beta, n_actions=3):
-    """The papers' Example 1: uniform ref, the only demonstration is the last action, reward in [0, R]; x = R/β. Corrected.
+    """The papers' Example 1, corrected: uniform ref, the only demonstration is the last action, reward in [0, R]; x = R/β.
 
-    The likelihood of the demonstration under π_r ∝ e^{r/β} rises with r of the demonstrated action and falls with every other, so the
-    bounds decide: r = (0, ..., 0, R), and π = (1, ..., 1, e^x) / (n − 1 + e^x). The paper prints 2/(2 + e^x) for each unseen action,
-    which sums to (4 + e^x)/(2 + e^x) > 1.
+    The likelihood of the demonstration under π_r ∝ e^{r/β} rises with the reward of the demonstrated action and falls with every other
+    reward. So the optimum is at the bounds: r = (0, ..., 0, R) and π = (1, ..., 1, e^x) / (n − 1 + e^x). The paper prints 2/(2 + e^x) for
+    each unseen action; its row sums to (4 + e^x)/(2 + e^x) > 1.
     """
     reward = np.zeros(n_actions)
     reward[-1] = bound_over_beta
@@ -50,18 +50,18 @@ def table_1(bound_over_beta, n_actions=3):
 
 
 def demonstration_law(expert, ref, bound_over_beta):
-    """Maximum-likelihood inverse RL with a reward in [0, R], any expert, any ref with full support: the policy it ends at. x = R/β.
+    """The policy that maximum-likelihood inverse RL converges to: reward in [0, R], any expert, any ref with full support. x = R/β.
 
-    Maximise E_E[log π] over π = ref·u/Z with u = e^{r/β} in [1, e^x]. In r it is concave, with gradient (E − π)/β. The KKT
-    conditions: π = E where u is inside its bounds (so u = Z·E/ref there), E ≤ π where u = 1, E ≥ π where u = e^x; together
-    u = clip(Z·E/ref, 1, e^x). What remains is Z itself, from Σ ref·u = Z. The left side minus the right, divided by Z, is
-    Σ ref·clip(E/ref, 1/Z, e^x/Z) − 1: it falls in Z, so bisection finds the root; Z is an average of u, so log Z lies in [0, x].
-    (The root may be an interval, along which π is the same: a reward shifted by a constant.) If the spread of E/ref fits into e^x, π = E.
+    Maximise E_E[log π] over π = ref·u/Z with u = e^{r/β} in [1, e^x]. The objective is concave in r, with gradient (E − π)/β. The KKT
+    conditions are π = E where u is inside its bounds (so u = Z·E/ref there), E ≤ π where u = 1, and E ≥ π where u = e^x. Together,
+    u = clip(Z·E/ref, 1, e^x). Z itself solves Σ ref·u = Z. The left side minus the right, divided by Z, is
+    Σ ref·clip(E/ref, 1/Z, e^x/Z) − 1. This falls in Z, so bisection finds the root. Z is a mean of u, so log Z is in [0, x]. (The root
+    may be an interval, on which π is the same: a constant is added to the reward.) If max E/ref ≤ e^x·min E/ref, π = E.
     """
     expert, ref = normalise(expert), normalise(ref)
 
     def policy_of(log_z):
-        with np.errstate(over="ignore"):  # an infinite upper bound is no bound
+        with np.errstate(over="ignore"):  # overflow to inf means no upper bound
             return ref * np.clip(expert / ref, np.exp(-log_z), np.exp(bound_over_beta - log_z))
 
     low, high = 0.0, float(bound_over_beta)
@@ -72,11 +72,11 @@ def demonstration_law(expert, ref, bound_over_beta):
 
 
 def ridge_law(expert, ref, beta, ridge):
-    """Where RFT rests that pays for its rewards: linear loss plus c·(r(y)² + r(ỹ)²), small steps, π ∝ ref·e^{r/β}.
+    """The fixed point of RFT with a ridge: linear loss plus c·(r(y)² + r(ỹ)²), small steps, π ∝ ref·e^{r/β}.
 
-    The expected loss is −(1/β)·Σ(E − π)·r + c·Σ(E + π)·r², so at rest r = (E − π)/(2cβ·(E + π)), never beyond 1/(2cβ) either way. Then
-    log π − k·(E − π)/(E + π) = log ref − log Z with k = 1/(2cβ²). The left side rises in π (by 1/π + 2kE/(E + π)²), so each Z gives one
-    π by bisection, and Z comes from Σ π = 1, which falls in Z. c → 0 is the expert, c → ∞ is ref.
+    The expected loss is −(1/β)·Σ(E − π)·r + c·Σ(E + π)·r². So at rest r = (E − π)/(2cβ·(E + π)), and |r| ≤ 1/(2cβ). Then
+    log π − k·(E − π)/(E + π) = log ref − log Z with k = 1/(2cβ²). The left side rises in π (by 1/π + 2kE/(E + π)²), so bisection finds π
+    for each Z. Σ π falls in Z, so Σ π = 1 fixes Z. c → 0 gives the expert, c → ∞ gives ref.
     """
     expert, ref, k = normalise(expert), normalise(ref), 1 / (2 * ridge * beta**2)
 
@@ -97,31 +97,31 @@ def ridge_law(expert, ref, beta, ridge):
 
 
 def geometric_mixture(expert, ref, beta):
-    """π ∝ E^{1/(1+β)}·ref^{β/(1+β)}: the fixed point of logistic IRFT with fresh samples and a reference that stays.
+    """π ∝ E^{1/(1+β)}·ref^{β/(1+β)}: the fixed point of logistic IRFT with fresh samples and a fixed reference.
 
-    The expected gradient weighs the ordered pair (a demonstrated, b sampled) by E_a·π_b·σ(−β·Δ_ab), Δ_ab = f_a − f_b, f = log π/ref,
-    and moves probability from b to a. At rest each pair is in balance: E_a π_b σ(−βΔ_ab) = π_a E_b σ(βΔ_ab), i.e.
+    Let f = log π/ref and Δ_ab = f_a − f_b. The expected gradient weights the ordered pair (a demonstrated, b sampled) by
+    E_a·π_b·σ(−β·Δ_ab) and moves probability from b to a. At rest each pair is in balance: E_a π_b σ(−βΔ_ab) = π_a E_b σ(βΔ_ab), i.e.
     e^{βΔ_ab} = (E_a/π_a)/(E_b/π_b), so β·log π/ref = log E/π + const. Solve for π.
     """
     return normalise(np.asarray(expert) ** (1 / (1 + beta)) * np.asarray(ref) ** (beta / (1 + beta)))
 
 
 def converged_round(expert, sampler, ref, beta):
-    """π ∝ ref·(E/π_t)^{1/β}: where one round of logistic IRFT ends whose samples stay those of π_t (one SPIN iteration: ref = π_t).
+    """π ∝ ref·(E/π_t)^{1/β}: the result of one converged round of logistic IRFT with samples from π_t (a SPIN iteration: ref = π_t).
 
-    The lemma with P = E, Q = π_t and f = β·log π/ref.
+    This is the lemma with P = E, Q = π_t and f = β·log π/ref.
     """
-    expert, sampler, ref = (np.log(np.maximum(p, 1e-300)) for p in (expert, sampler, ref))  # in logs: the ratio may overflow
+    expert, sampler, ref = (np.log(np.maximum(p, 1e-300)) for p in (expert, sampler, ref))  # in logs, because the ratio may overflow
     law = ref + (expert - sampler) / beta
     return normalise(np.exp(law - law.max()))
 
 
 def rounds_law(expert, ref, beta, n_rounds, *, ref_update):
-    """The policies after 1..n_rounds converged rounds, (n_rounds, n_actions), each sampling from the policy before it.
+    """The policies after 1..n_rounds converged rounds, (n_rounds, n_actions). Each round samples from the policy of the round before.
 
-    With e_t = log(π_t/E) up to a constant: refreshed reference (SPIN) e_{t+1} = (1 − 1/β)·e_t, which settles at E iff β > 1/2;
-    fixed reference e_{t+1} = e_0 − e_t/β, which settles iff β > 1 (then at the geometric mixture), and at β = 1 swings between E
-    and ref for ever.
+    Let e_t = log(π_t/E) up to a constant. With a refreshed reference (SPIN) e_{t+1} = (1 − 1/β)·e_t, which converges to E iff β > 1/2.
+    With a fixed reference e_{t+1} = e_0 − e_t/β, which converges (to the geometric mixture) iff β > 1, and oscillates between E and ref
+    forever at β = 1.
     """
     policy, law = normalise(ref), []
     for _ in range(n_rounds):
@@ -131,17 +131,17 @@ def rounds_law(expert, ref, beta, n_rounds, *, ref_update):
 
 
 def usable_rounds(law):
-    """The first of these rounds in which no probability has fallen below 1e-9: beyond, float64 arithmetic says nothing. At least one."""
+    """The rounds before any probability falls to 1e-9 (at least one round). Beyond them float64 arithmetic is not exact enough."""
     usable = np.cumprod(law.min(axis=1) > 1e-9).astype(bool)
     usable[0] = True
     return law[usable]
 
 
 def sft_flow(time, n_others=2):
-    """Probability of the demonstrated action after gradient flow of its log-likelihood for `time` = lr·steps, from equal logits.
+    """Probability of the demonstrated action after gradient flow on its log-likelihood for `time` = lr·steps, from equal logits.
 
-    Let d be its logit minus that of each of the n other (equal) actions: p = e^d/(n + e^d), the flow is d' = (1 − p) + (1 − p)/n
-    = (n + 1)/(n + e^d), so n·d + e^d = 1 + (n + 1)·time. Newton's method on this convex increasing function, from the right.
+    Let d be its logit minus that of each of the n other (equal) actions. With p = e^d/(n + e^d) the flow is d' = (1 − p) + (1 − p)/n
+    = (n + 1)/(n + e^d), so n·d + e^d = 1 + (n + 1)·time. This is convex and rises in d: Newton's method solves it from the right.
     """
     target = 1 + (n_others + 1) * time
     d = np.log(target)
@@ -151,36 +151,36 @@ def sft_flow(time, n_others=2):
 
 
 def identity_round(expert, ref, pull):
-    """Identity-h IRFT for one round whose samples stay those of ref: softmax(log ref + pull·(E − ref)), pull = β·lr·steps.
+    """One round of IRFT with h = identity and samples from ref: softmax(log ref + pull·(E − ref)), pull = β·lr·steps.
 
-    The expected gradient of −β·(log π(y) − log π(ỹ)) in the logits is −β·(E − q) with q the sampler, whatever π is: the −p of both
-    softmaxes cancels. So the inner steps are constant, and K of them equal one of K times the size: T rounds of K steps of size lr
-    are T steps of SFT of size β·K·lr.
+    In the logits, the expected gradient of −β·(log π(y) − log π(ỹ)) is −β·(E − q) for every π, where q is the sampler: the −p of the two
+    softmaxes cancel. So all inner steps are equal, and K of them equal one step of K times the size. T rounds of K steps of size lr are T
+    steps of SFT of size β·K·lr.
     """
     return tilt(ref, np.asarray(expert) - np.asarray(ref), 1 / pull)
 
 
 # ------------------------------------------------------------------------------------------- online methods, token by token
 #
-# Completions are tuples of tokens, none of them the beginning of another: the leaves of a tree. A law is a vector over them.
+# Completions are tuples of tokens. None is a prefix of another, so they are the leaves of a tree. A law is a vector over the leaves.
 
 
 def rebel_law(ref, reward, beta, eta, rollouts):
-    """REBEL after so many rollouts, each solved exactly, with R = r − β·log π_t/ref: π_{t+1} ∝ π_t·e^{ηR}.
+    """REBEL after this many rollouts, each solved exactly: π_{t+1} ∝ π_t·e^{ηR} with R = r − β·log π_t/ref.
 
-    With u = log π/ref up to a constant: u ← u + η(r − βu) = (1 − ηβ)·u + ηr, from u = 0. It rests at u = r/β, which is π* ∝ ref·e^{r/β};
-    the distance to it is multiplied by 1 − ηβ at each rollout, so it is reached if 0 < ηβ < 2: u = (1 − (1 − ηβ)^t)·r/β.
+    Let u = log π/ref up to a constant. Then u ← u + η(r − βu) = (1 − ηβ)·u + ηr, from u = 0. The fixed point is u = r/β, which is
+    π* ∝ ref·e^{r/β}. Each rollout multiplies the distance to it by 1 − ηβ, so u = (1 − (1 − ηβ)^t)·r/β. It converges if 0 < ηβ < 2.
     """
     kept = rollouts * eta if beta == 0 else (1 - (1 - eta * beta) ** rollouts) / beta
     return tilt(ref, kept * np.asarray(reward, dtype=np.float64), 1.0)
 
 
 def sequence_k3_law(ref, reward, beta):
-    """Where r − β·k3 of whole completions comes to rest: π = β·ref/(c − r), not ref·e^{r/β}.
+    """The fixed point of training on r − β·k3, with k3 of whole completions: π = β·ref/(c − r), not ref·e^{r/β}.
 
-    With y ~ π held fixed, ∇k3 = (1 − ref/π)·∇log π. The expected update Σ_y π(y)·[r − β(1 − ref/π)]·∇log π(y) vanishes for every
-    softmax policy iff the bracket is the same for all y: r − β + β·ref/π = c − β. Solve for π; c > max r from Σ π = 1, which falls in c.
-    (It is the maximiser of E_π[r] − β·KL(ref‖π): the forward divergence.)
+    With y ~ π held fixed, ∇k3 = (1 − ref/π)·∇log π. The expected update Σ_y π(y)·[r − β(1 − ref/π)]·∇log π(y) vanishes for every softmax
+    policy iff the bracket is the same for all y: r − β + β·ref/π = c − β. Solve for π. Σ π falls in c, so Σ π = 1 fixes c > max r. (This π
+    maximises E_π[r] − β·KL(ref‖π), with the forward divergence.)
     """
     return _k3_node(ref, reward, np.full(len(ref), beta))
 
@@ -188,36 +188,36 @@ def sequence_k3_law(ref, reward, beta):
 def _k3_node(ref, gain, pull):
     """π_a = pull_a·ref_a / (c − gain_a) with Σ π = 1; ref and pull above 0; all inputs (children,).
 
-    Bisection over d = c − max gain > 0, because c itself would lose the digits of a small pull beside large gains. At
-    d = max over a of pull_a·ref_a − (max gain − gain_a) one term alone is 1; at d = Σ pull·ref no term exceeds its share.
+    Bisection over d = c − max gain > 0, because c itself would lose the digits of a small pull next to large gains. At d = max over a of
+    pull_a·ref_a − (max gain − gain_a), one term alone is 1. At d = Σ pull·ref, the sum is at most 1.
     """
     weights, gap = np.asarray(pull, dtype=np.float64) * np.asarray(ref), np.max(gain) - np.asarray(gain, dtype=np.float64)
     low, high = (weights - gap).max(), weights.sum()
     for _ in range(200):
         middle = (low + high) / 2
-        if middle in (low, high):  # neighbours in float64
+        if middle in (low, high):  # adjacent float64 numbers
             break
         low, high = (middle, high) if (weights / (middle + gap)).sum() > 1 else (low, middle)
     return normalise(weights / ((low + high) / 2 + gap))
 
 
 def token_k3_law(completions, ref, gain, pull):
-    """GRPO's law: advantages whose expectation is `gain` (C,) up to a constant per prompt, k3 at every token with weight `pull` (C,).
+    """GRPO's law, for advantages with expectation `gain` (C,) up to a constant per prompt, and k3 at every token with weight `pull` (C,).
 
-    At the prefix s the expected update of the policy's logits is Σ_a π(a|s)·[Q(s, a) − b(s, a)·(1 − ref(a|s)/π(a|s))]·∇log π(a|s), where
-    Q = E_π[gain | s, a] and b = E_π[pull | s, a] average over what follows the token. k3 of later tokens is missing from Q: it is
-    differentiated where it stands and credited to nobody else. It vanishes iff the bracket is the same c − … for all a:
+    At the prefix s the expected update of the policy's logits is Σ_a π(a|s)·[Q(s, a) − b(s, a)·(1 − ref(a|s)/π(a|s))]·∇log π(a|s). Here
+    Q = E_π[gain | s, a] and b = E_π[pull | s, a] are means over what follows the token. Q does not contain the k3 of later tokens, because
+    each k3 is differentiated at its own token only. The update vanishes iff the bracket is the same c_s for all a:
 
         π(a|s) = b(s, a)·ref(a|s) / (c_s + b(s, a) − Q(s, a)),      c_s from Σ_a π(a|s) = 1.
 
-    Q and b depend only on the policy after s, so the law is built from the last token backwards.
-    For group means that contain the sample itself, E[A_i | y_i] = (G − 1)/G·(r − E r), so gain = (G − 1)/G·r, or, the same law,
-    gain = r with pull = β·G/(G − 1).
+    Q and b depend only on the policy after s, so the law is computed from the last token backwards.
+    If the group mean contains the sample itself, E[A_i | y_i] = (G − 1)/G·(r − E r), so gain = (G − 1)/G·r. Equivalently, gain = r with
+    pull = β·G/(G − 1).
     """
     law, gain, pull = np.zeros(len(ref)), np.asarray(gain, dtype=np.float64), np.asarray(pull, dtype=np.float64)
 
     def solve(leaves, depth):
-        """Fill law[leaves] with probabilities given their common prefix of `depth` tokens; returns E[gain], E[pull] there."""
+        """Fill law[leaves] with probabilities given their common prefix of `depth` tokens. Returns E[gain] and E[pull] there."""
         if len(leaves) == 1 and len(completions[leaves[0]]) == depth:
             law[leaves] = 1.0
             return gain[leaves[0]], pull[leaves[0]]
@@ -238,11 +238,11 @@ def token_k3_law(completions, ref, gain, pull):
 
 
 def group_normalised_law(completions, ref, reward, beta):
-    """GRPO as the paper prints it, for large groups: token_k3_law with gain A/|y| and pull β/|y|, A = (r − μ)/σ of the law itself.
+    """GRPO as the paper prints it, for large groups: token_k3_law with gain A/|y| and pull β/|y|, A = (r − μ)/σ under the law itself.
 
-    μ and σ are the mean and spread of r under the law, so it is found by iterating, half a step at a time. Unlike std_normalised_law
-    it exists for every β: with k3 a worse completion falls only like βσ, not exponentially, and so the spread does not vanish before
-    the pull does. Equal rewards: ref, because a group without spread has advantages of exactly 0.
+    μ and σ are the mean and standard deviation of r under the law, so the law is found by iteration with half steps. Unlike
+    std_normalised_law it exists for every β: with k3 a worse completion's probability falls only like βσ, not exponentially, so σ does not
+    vanish before the pull does. For equal rewards it is ref, because then all advantages are exactly 0.
     """
     reward, sizes = np.asarray(reward, dtype=np.float64), np.array([len(y) for y in completions])
     if np.ptp(reward) == 0:
@@ -254,19 +254,19 @@ def group_normalised_law(completions, ref, reward, beta):
         if abs(new_mean - mean) + abs(new_spread - spread) < 1e-13 * np.abs(reward).max():
             return law
         mean, spread = (mean + new_mean) / 2, (spread + new_spread) / 2
-    raise ArithmeticError("group_normalised_law did not settle in 5000 rounds")
+    raise ArithmeticError("group_normalised_law did not converge in 5000 iterations")
 
 
 def mean_and_spread(law, reward):
-    """E[r] and the standard deviation of r under a law."""
+    """E[r] and the standard deviation of r under a distribution."""
     mean = law @ reward
     return mean, np.sqrt(law @ (reward - mean) ** 2)
 
 
 def temperature_curve(ref, reward):
-    """(temperatures, β): which β has the law ref·e^{r/s}, for many temperatures s, from cold to hot. See collapse_threshold.
+    """(temperatures s, β(s)), from cold to hot: β(s) is the β whose law is ref·e^{r/s}. See collapse_threshold.
 
-    The grid reaches from where the last of the completions with the second-best level has died out to where everything is ref.
+    The grid starts where even the completions of the second-best level have died out and ends where the law is practically ref.
     """
     reward, levels = np.asarray(reward, dtype=np.float64), np.unique(reward)
     coldest = np.diff(levels).min() / (50 - 2 * np.log(normalise(ref).min()))
@@ -280,12 +280,12 @@ def beta_of_temperature(ref, reward, temperature):
 
 
 def collapse_threshold(ref, reward):
-    """(β*, its temperature): the smallest β at which rewards divided by their own spread, with the KL in the reward, still have a law.
+    """(β*, its temperature): the smallest β that has a law when rewards are divided by their own std, with the KL in the reward.
 
-    At rest π ∝ ref·e^{r/(βσ)} with σ = std_π(r). Name the temperature s = βσ: then β(s) = s / std of ref·e^{r/s}. As s → ∞ that spread
-    tends to ref's and β → ∞; as s → 0 it vanishes exponentially and β → ∞ again. So β(s) has a smallest value β*. Below it there is no
-    law but σ = 0: a smaller spread makes the pull weaker, which sharpens π, which makes the spread smaller, until one completion (or a
-    tie of several) is left. (That is so for the KL in the reward. GRPO's k3 in the loss has no threshold: group_normalised_law.)
+    At rest π ∝ ref·e^{r/(βσ)} with σ = std_π(r). Let s = βσ be the temperature. Then β(s) = s / (std of r under ref·e^{r/s}). As s → ∞
+    that std tends to ref's, so β → ∞. As s → 0 it vanishes exponentially, so again β → ∞. Hence β(s) has a smallest value β*. Below it
+    σ = 0 is the only fixed point: a smaller σ weakens the pull, which sharpens π, which makes σ smaller, until one completion (or a tie
+    of several) is left. (This holds for the KL in the reward. GRPO's k3 in the loss has no threshold: group_normalised_law.)
     """
     temperatures, betas = temperature_curve(ref, reward)
     best = betas.argmin()
@@ -299,18 +299,18 @@ def collapse_threshold(ref, reward):
 
 
 def std_normalised_law(ref, reward, beta):
-    """π ∝ ref·e^{r/(βσ)}, σ = std_π(r): the warmest solution, which is where one arrives from ref. None below the collapse threshold.
+    """π ∝ ref·e^{r/(βσ)}, σ = std_π(r): the solution of highest temperature, which training from ref reaches. None below β*.
 
-    Solutions come in pairs (a cluster of rewards that are close together adds one); of each pair the warmer attracts.
+    Solutions come in pairs (a cluster of similar rewards adds a pair). In each pair the one of higher temperature is stable.
     """
     if np.ptp(reward) == 0:
         return normalise(ref)
     temperatures, betas = temperature_curve(ref, reward)
     below = np.flatnonzero(betas <= beta)
     if len(below):
-        low = temperatures[below[-1]]  # above it β(s) exceeds beta at every point of the grid
+        low = temperatures[below[-1]]  # at higher temperatures β(s) > beta on the whole grid
     else:
-        threshold, low = collapse_threshold(ref, reward)  # perhaps between two points of the grid
+        threshold, low = collapse_threshold(ref, reward)  # (the minimum may lie between two points of the grid)
         if beta < threshold:
             return None
     high = 2 * low
@@ -326,11 +326,11 @@ def std_normalised_law(ref, reward, beta):
 
 
 def ift_law(completions, expert, decay):
-    """Where IFT with λ = 0 and constant weights comes to rest: π(a|s) ∝ E(a|s)·E[w_t/n | s, a], not the expert.
+    """The fixed point of IFT with λ = 0 and weights held constant: π(a|s) ∝ E(a|s)·E[w_t/n | s, a], not the expert.
 
-    The expected update of the logits at the prefix s is Σ_a E(a|s)·W(s, a)·∇log π(a|s), W = E_E[w_t/n | s, a], the weight w_t = n·c_t/Σc
-    being a function of the whole completion and of π. It vanishes iff E(a|s)·W(s, a) is proportional to π(a|s). W depends on π
-    through ℓ = −log π, so the law is found by iterating from the expert. With completions of one token w = 1 and the law is E.
+    The expected update of the logits at the prefix s is Σ_a E(a|s)·W(s, a)·∇log π(a|s), W = E_E[w_t/n | s, a]. The weight w_t = n·c_t/Σc
+    depends on the whole completion and on π. The update vanishes iff E(a|s)·W(s, a) is proportional to π(a|s). W depends on π through
+    ℓ = −log π, so iteration from the expert finds the law. With completions of one token w = 1 and the law is E.
     """
     expert = np.asarray(expert, dtype=np.float64)
     prefixes = {}
@@ -345,7 +345,7 @@ def ift_law(completions, expert, decay):
 
     def conditional_of(mass):  # (branches,) -> the share of each token in its state
         total = np.bincount(state_of, mass, len(prefixes))[state_of]
-        return np.divide(mass, total, out=np.ones_like(mass), where=total > 0)  # nothing to choose there: certain
+        return np.divide(mass, total, out=np.ones_like(mass), where=total > 0)  # no choice there: probability 1
 
     def mass_of(weights):  # (C, T) -> Σ over completions through each token of E·weight
         return np.bincount(tokens[real], (expert[:, None] * weights)[real], len(branches))
@@ -370,11 +370,11 @@ def ift_law(completions, expert, decay):
 
 
 def best_of_n_law(ref, reward, n):
-    """The law of the best of n draws from ref, ties going to the first drawn: within a level of equal rewards as ref shares it,
-    between levels P(level) = F^n − F_−^n.
+    """The distribution of the best of n samples from ref; ties go to the first sample. Within a level of equal rewards it is proportional
+    to ref; between levels P(level) = F^n − F_−^n.
 
-    The best is not above a level iff all n draws are not above it: F^n, F = ref's mass at or below it. So it is in the level with the
-    difference to the level below. Given that, the winner is the first drawn of the level, a draw of ref within it.
+    The best is at or below a level iff all n samples are: probability F^n, where F is ref's mass at or below the level. P(level) is the
+    difference to the level below. Given the level, the winner is the first sample in it, which is a sample of ref within the level.
     """
     ref, reward = normalise(ref), np.asarray(reward, dtype=np.float64)
     law, below = np.zeros(len(ref)), 0.0
@@ -387,7 +387,7 @@ def best_of_n_law(ref, reward, n):
 
 
 def rest_law(ref, reward, threshold):
-    """ref restricted to rewards strictly above the threshold: maximum likelihood on what was kept of many draws.
+    """ref restricted to rewards strictly above the threshold: the maximum-likelihood fit to what is kept of many samples.
 
     KL(law‖ref) = −log P(r > threshold), because law/ref is constant where the law is not 0.
     """
@@ -396,8 +396,8 @@ def rest_law(ref, reward, threshold):
 
 # ------------------------------------------------------------------------------------------------------- from preferences
 #
-# Pairs: two completions drawn from μ independently; prefer[a, b] is the probability that a is chosen over b, 1 − prefer[b, a].
-# So (chosen a, rejected b) occurs with weight μ_a·μ_b·prefer[a, b]. ρ = log π/ref.
+# A pair is two independent samples from μ. prefer[a, b] is the probability that a is chosen over b, and equals 1 − prefer[b, a]. So
+# (chosen a, rejected b) has weight μ_a·μ_b·prefer[a, b]. ρ = log π/ref.
 
 
 def bradley_terry(reward):
@@ -412,25 +412,25 @@ def winners(mu, prefer):
     return normalise(weight.sum(1)), normalise(weight.sum(0))
 
 
-# DPO and the lemma. Σ weight·log(1 + e^{−β(ρ_a − ρ_b)}) has two terms for each unordered pair, of which the first has the share
-# prefer[a, b], whatever μ_a·μ_b is: β(ρ_a − ρ_b) = log prefer[a, b]/prefer[b, a] = r_a − r_b for Bradley-Terry. All pairs agree: ρ = r/β,
-# the law is tilt(ref, r, β), whatever μ is, so also for μ = π. Any f whose pair optimum is the logit does the same: for Savage's σ(−x)²
-# the slope of a pair is −2·p·σ(−x)²·σ(x) + 2·(1 − p)·σ(x)²·σ(−x) = 2·σ(x)·σ(−x)·(σ(x) − p), 0 at σ(x) = p. For e^−x it is
-# −p·e^−x + (1 − p)·e^x, 0 at half the logit: tilt(ref, r, 2β).
+# DPO and the lemma. Σ weight·log(1 + e^{−β(ρ_a − ρ_b)}) has two terms per unordered pair. The first has the share p = prefer[a, b] for
+# every μ_a·μ_b, so β(ρ_a − ρ_b) = log prefer[a, b]/prefer[b, a] = r_a − r_b for Bradley-Terry. All pairs agree: ρ = r/β. So the law is
+# tilt(ref, r, β) for every μ, also for μ = π. It is the same for any f whose pair optimum is the logit. For Savage's σ(−x)² a pair's slope
+# is −2·p·σ(−x)²·σ(x) + 2·(1 − p)·σ(x)²·σ(−x) = 2·σ(x)·σ(−x)·(σ(x) − p), 0 at σ(x) = p. For e^−x it is −p·e^−x + (1 − p)·e^x, 0 at half the
+# logit: tilt(ref, r, 2β).
 
 
 def ipo_law(ref, prefer, beta, mu):
     """IPO: ref·e^{g/β}, g(y) = E_{y'~μ} prefer[y, y'].
 
-    Each pair's part p·(Δ − c)² + (1 − p)·(Δ + c)², c = 1/(2β), is (Δ − c·(2p − 1))² plus a constant. The pair optima do not agree, so this
-    is least squares: Σ_b μ_b·(ρ_a − ρ_b − c·(2p_ab − 1)) = 0 for every a, i.e. ρ_a − E_μ ρ = c·(2g_a − 1), ρ = g/β up to a constant.
-    GPO's (β·Δ − 1)² = β²·(Δ − 1/β)² has c = 1/β: half the β here.
+    The part of each pair is p·(Δ − c)² + (1 − p)·(Δ + c)² with c = 1/(2β), which is (Δ − c·(2p − 1))² plus a constant. The pair optima do
+    not agree, so this is least squares: Σ_b μ_b·(ρ_a − ρ_b − c·(2p_ab − 1)) = 0 for every a, i.e. ρ_a − E_μ ρ = c·(2g_a − 1), ρ = g/β up
+    to a constant. GPO's (β·Δ − 1)² = β²·(Δ − 1/β)² has c = 1/β: half the β here.
     """
     return tilt(ref, prefer @ normalise(mu), beta)
 
 
 def ipo_online_law(ref, prefer, beta):
-    """IPO on pairs of its own samples: the μ of ipo_law is the law itself. Found by going half of the way, in logs, until it stays."""
+    """IPO on pairs of its own samples: the μ of ipo_law is the law itself. Found by iteration with half steps in the logs."""
     law = normalise(ref)
     for _ in range(10_000):
         moved = normalise(np.sqrt(law * ipo_law(ref, prefer, beta, law)))
@@ -441,9 +441,9 @@ def ipo_online_law(ref, prefer, beta):
 
 
 def simpo_law(lengths, reward, scale):
-    """SimPO without a target margin: π ∝ e^{|y|(r − c)/scale} with Σ = 1, Bradley-Terry labels, any μ; no ref in it.
+    """SimPO without a target margin: π ∝ e^{|y|(r − c)/scale} with Σ = 1, for Bradley-Terry labels and any μ. It does not depend on ref.
 
-    The lemma as for DPO, the score being scale·log π/|y|: it equals r − c. What is left is c, one number for all: Σ e^{|y|(r − c)/scale}
+    The lemma applies as for DPO. The score scale·log π/|y| equals r − c, with one unknown c for all completions. Σ e^{|y|(r − c)/scale}
     falls in c, so bisection finds it.
     """
     lengths, reward = np.asarray(lengths), np.asarray(reward, dtype=np.float64)
@@ -451,8 +451,8 @@ def simpo_law(lengths, reward, scale):
     def policy_of(c):
         return np.exp(np.minimum(lengths * (reward - c) / scale, 700))
 
-    high = reward.max() + scale * np.log(len(reward) + 1)  # every term below 1/(C + 1)
-    low = reward.max()  # the best one's term is 1
+    high = reward.max() + scale * np.log(len(reward) + 1)  # here every term is below 1/(C + 1)
+    low = reward.max()  # here the best completion's term is 1
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if policy_of(middle).sum() > 1 else (low, middle)
@@ -460,14 +460,14 @@ def simpo_law(lengths, reward, scale):
 
 
 def winners_law(mu, prefer, lengths):
-    """ORPO without its odds, the mean of log π/|y| over the chosen answers: π ∝ W/|y| (Σ W/|y|·log π is a cross-entropy)."""
+    """ORPO without its odds term: the mean of log π/|y| over the chosen answers gives π ∝ W/|y| (Σ W/|y|·log π is a cross-entropy)."""
     return normalise(winners(mu, prefer)[0] / np.asarray(lengths))
 
 
 def slic_law(mu, prefer, weight):
-    """SLiC-HF while no pair has reached its margin: π = W + (W − L)/λ. Negative entries: no such rest.
+    """SLiC-HF while no pair has reached its margin: π = W + (W − L)/λ. If an entry is negative, there is no such fixed point.
 
-    There the hinge is δ − log π_w + log π_l, so the loss is const − Σ (W − L)·log π − λ·Σ W·log π: the cross-entropy of
+    Before the margin the hinge is δ − log π_w + log π_l. So the loss is const − Σ (W − L)·log π − λ·Σ W·log π, the cross-entropy of
     q = W + (W − L)/λ, which sums to 1.
     """
     W, L = winners(mu, prefer)
@@ -475,10 +475,10 @@ def slic_law(mu, prefer, weight):
 
 
 def hinge_corner(ref, prefer, beta, mu):
-    """GPO's hinge has no formula, but for three completions a corner: the policy with the smallest expected loss.
+    """The policy with the smallest expected hinge loss of GPO, for three completions. It has no formula; the optimum is at a corner.
 
-    The loss is convex and linear between the lines β·(ρ_a − ρ_b) = ±1, of which two fix the policy; its minimum is at such a crossing.
-    All crossings are tried. A pair alone goes to β·Δ = 1 as soon as prefer > ½, however little: no pull from the preference's strength.
+    The loss is convex, and linear between the lines β·(ρ_a − ρ_b) = ±1. Two lines determine the policy; the minimum is at such a crossing,
+    so all crossings are tried. A single pair goes to β·Δ = 1 for every prefer > ½, however strong the preference is.
     """
     ref, mu, best = normalise(ref), np.asarray(mu), (np.inf, None)
     weight = np.outer(mu, mu) * prefer
@@ -494,27 +494,27 @@ def hinge_corner(ref, prefer, beta, mu):
     return tilt(ref, best[1], 1.0)
 
 
-# Where a law is missing, what must hold at rest: the expected slope, in logits, written out.
+# Methods without a law: the expected slope in the logits, written out. It must be 0 at rest.
 
 
 def pair_slope(slope, scores, prefer, mu):
-    """(C,) derivative of Σ weight·f(s_a − s_b) in the scores s; slope = f'. 0 at rest where the scores are free (GPO: s = βρ)."""
+    """(C,) derivative of Σ weight·f(s_a − s_b) in the scores s, with slope = f'. It is 0 at rest if the scores are free (GPO: s = βρ)."""
     weight = np.outer(mu, mu) * prefer
     pulls = weight * slope(scores[:, None] - scores[None, :])
     return pulls.sum(1) - pulls.sum(0)
 
 
 def orpo_slope(policy, prefer, mu, weight):
-    """(C,) ORPO's expected slope in the logits, completions of one token: scores log π/(1 − π), whose slope in log π is 1/(1 − π)."""
+    """(C,) ORPO's expected slope in the logits, for completions of one token. The scores log π/(1 − π) have slope 1/(1 − π) in log π."""
     odds = np.log(policy) - np.log1p(-policy)
-    pulls = 2 * pair_slope(lambda x: -1 / (1 + np.exp(x)), odds, prefer, mu)  # there the weights sum to ½
+    pulls = 2 * pair_slope(lambda x: -1 / (1 + np.exp(x)), odds, prefer, mu)  # ×2: pair_slope's weights sum to ½
     in_logs = -winners(mu, prefer)[0] + weight * pulls / (1 - policy)
     return in_logs - policy * in_logs.sum()
 
 
 def kto_slope(policy, ref, desirable, undesirable, beta, seen):
-    """(C,) KTO's expected slope in the logits. desirable, undesirable: (C,) shares of the rows, times λ_D and λ_U; seen (C,): how often
-    each completion stands in a mismatched row, so z₀ = max(0, Σ seen·ρ), a constant."""
+    """(C,) KTO's expected slope in the logits. desirable, undesirable (C,): shares of the rows, times λ_D and λ_U. seen (C,): how often
+    each completion is in a mismatched row; z₀ = max(0, Σ seen·ρ) is held constant."""
     rho = np.log(policy) - np.log(ref)
     gain = 1 / (1 + np.exp(-beta * (rho - max(0.0, seen @ rho))))
     in_logs = -beta * (desirable - undesirable) * gain * (1 - gain)

@@ -1,9 +1,9 @@
-"""Two hundred demonstrations, 30 % of them bad: the one setting in which the papers' orderings can be tested exactly, and what they cost.
+"""Two hundred demonstrations, 30 % of them bad: the one setting that can test the papers' orderings of methods exactly, and their cost.
 
-The larger language of tiny_language.py, with four prompts. The base model likes what the reward dislikes (ref·e^{−κr}); the expert is
-E ∝ base·e^{r/β}; of the demonstrations most come from E and a share from the base model itself. SFT, SPIN (IRFT with one round), IRFT with
-five rounds and with fresh samples at every step are trained on them for the same number of steps. Then, exactly, by summing over all
-1555 completions of each prompt:
+It uses the larger language of tiny_language.py with four prompts. The base model prefers what the reward dislikes (ref·e^{−κr}). The
+expert is E ∝ base·e^{r/β}. Most demonstrations come from E, and a share comes from the base model. SFT, SPIN (IRFT with one round), IRFT
+with five rounds and IRFT with fresh samples at every step train on them for the same number of steps. Four numbers are then computed
+exactly, by summing over all 1555 completions of each prompt:
 
     gap       E[log π(better) − log π(worse)] over pairs of base's answers, ordered by the reward
     E[r]      the true reward, which no method sees
@@ -14,10 +14,10 @@ five rounds and with fresh samples at every step are trained on them for the sam
     python -m toy.few_demos --full                                 # ten seeds
     python -m toy.few_demos --contamination 0                      # clean demonstrations: the orderings need not hold there
 
-What is gated is what follows from the law of one stale round, base·(E_mix/base)^{1/β}: with β far below 1 it extrapolates past the mixture
-that was shown, so whatever is rarer there than in base is driven out. That lifts gap and reward, and leaves the expert far behind. It
-helps because base is worse than the demonstrations; and a gap or a reward above the expert's own is overshoot. Five rounds against one, and
-fresh samples, are printed and never gated: their order changes with the step at which one looks.
+The gated orderings follow from the law of one stale round, base·(E_mix/base)^{1/β}. With β far below 1 it extrapolates past the
+demonstrated mixture E_mix: whatever is rarer there than in base goes to 0. That raises gap and reward, and ends far from the expert. It
+helps because base is worse than the demonstrations. A gap or reward above the expert's own is overshoot. Five rounds against one, and
+fresh samples, are printed but not gated: their order changes with the step at which one looks.
 """
 
 import copy
@@ -40,16 +40,16 @@ from toy.tiny_language import Language, tiny_gpt
 
 @dataclass
 class Config:
-    kappa: float = 3.0              # how much base likes what the reward dislikes
-    beta: float = 0.5               # of the expert: E ∝ base·e^{r/β}
+    kappa: float = 3.0              # how strongly base prefers what the reward dislikes
+    beta: float = 0.5               # β of the expert E ∝ base·e^{r/β}
     pull: float = 0.1               # β of IRFT
     demos: int = 200                # demonstrations, over all prompts
-    contamination: float = 0.3      # share of them that come from base
+    contamination: float = 0.3      # share of the demonstrations that comes from base
     steps: int = 60                 # updates of each method
     batch_size: int = 32            # demonstrations per update
-    lr: float = 1e-3                # of Adam
-    seeds: int = 5                  # runs; seeds 0 to 4 have a base model each, 5 to 9 the same again
-    full: bool = False              # twice the seeds
+    lr: float = 1e-3                # Adam's learning rate
+    seeds: int = 5                  # runs; seeds 0 to 4 have one base model each, 5 to 9 reuse them
+    full: bool = False              # twice as many seeds
     out: str = "runs/few_demos.png"  # the figure
 
 
@@ -57,7 +57,7 @@ METHODS = {"SFT": None, "IRFT, T = 1 (SPIN)": 1, "IRFT, T = 5": 5, "IRFT, fresh 
 
 
 def base_model(language, kappa, seed, steps=300):
-    """A GPT fitted to ref·e^{−κr}, ref a random one, by the exact cross-entropy over all completions."""
+    """A GPT fitted to ref·e^{−κr} by the exact cross-entropy over all completions. ref is the same GPT at its random start."""
     policy = tiny_gpt(language.vocab_size, seed=seed, dtype=torch.float32, mixing=0.3)
     pairs = zip(language.law_of(policy).numpy(), language.rewards.numpy(), strict=True)
     law = torch.stack([torch.tensor(closed_form.tilt(ref, -kappa * r, 1.0)) for ref, r in pairs])
@@ -71,7 +71,7 @@ def base_model(language, kappa, seed, steps=300):
 
 
 def demonstrations(language, base, expert, cfg, seed):
-    """[(prompt ids, completion ids)]: the prompts in turn, each from E, or with probability `contamination` from base."""
+    """[(prompt ids, completion ids)]: the prompts in turn, each with a sample from E, or with probability `contamination` from base."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for i in range(cfg.demos):
@@ -83,7 +83,7 @@ def demonstrations(language, base, expert, cfg, seed):
 
 
 def train(rounds, base, language, rows, cfg, seed):
-    """The policy after cfg.steps updates with the method's own step: SFT for rounds None."""
+    """The policy after cfg.steps updates with the method's own step. rounds: the rounds of IRFT, or None for SFT."""
     policy = copy.deepcopy(base).requires_grad_(True)
     optimizer = torch.optim.Adam(policy.parameters(), lr=cfg.lr)
     settings = irft.Config(beta=cfg.pull, max_new=language.max_new)
@@ -96,7 +96,7 @@ def train(rounds, base, language, rows, cfg, seed):
             loss, _ = sft.step(policy, demos)
         else:
             rounds = min(rounds, cfg.steps)
-            if k and k * rounds // cfg.steps != (k - 1) * rounds // cfg.steps:  # a round begins
+            if k and k * rounds // cfg.steps != (k - 1) * rounds // cfg.steps:  # a new round begins
                 old.load_state_dict(policy.state_dict())
             loss, _ = irft.step(policy, old, demos, irft.rollout(old, prompts_ids, settings, language.eos_id, (seed, k)), settings)
         optimizer.zero_grad()
@@ -106,13 +106,13 @@ def train(rounds, base, language, rows, cfg, seed):
 
 
 class Judge:
-    """The four exact numbers of a policy, for one base model."""
+    """Computes the four exact numbers of a policy, for one base model."""
 
     def __init__(self, language, base, expert):
         self.language, self.expert = language, expert
         self.base_logps = language.law_of(base).log()  # (N, C)
         law, r = self.base_logps.exp(), language.rewards
-        self.pairs = law[:, :, None] * law[:, None, :] * (r[:, :, None] > r[:, None, :])  # (N, C, C) chance of (better, worse)
+        self.pairs = law[:, :, None] * law[:, None, :] * (r[:, :, None] > r[:, None, :])  # (N, C, C) probability of (better, worse)
 
     def __call__(self, logps):
         """logps: log π of all completions of all prompts, (N, C)."""
@@ -127,7 +127,7 @@ class Judge:
 
 
 def orderings(table):
-    """[(what, values that should be above 0, the share of seeds it needs)]."""
+    """[(ordering, one value per seed that should be above 0, the share of seeds for which it must be)]."""
     sft_row, spin = table["SFT"], table["IRFT, T = 1 (SPIN)"]
 
     def more(column):
@@ -141,10 +141,10 @@ def orderings(table):
 
 
 def draw(table, out):
-    """A panel per column, a bar per policy, a dot per seed."""
+    """One panel per column, one bar per policy, one dot per seed."""
     import matplotlib
 
-    matplotlib.use("Agg")  # here and not above: a notebook that imports this file keeps its own backend
+    matplotlib.use("Agg")  # set here, not at import: a notebook that imports this file keeps its own backend
     import matplotlib.pyplot as plt
 
     columns = list(next(iter(table.values())))
@@ -161,7 +161,7 @@ def draw(table, out):
 
 
 def main(cfg):
-    """Print table and orderings, write the figure; returns True if all that is gated holds. Raises BadInput for arguments out of range."""
+    """Print table and orderings, write the figure. Returns True if all gated orderings hold. Raises BadInput for bad arguments."""
     if not (cfg.kappa >= 0 and cfg.beta > 0 and cfg.pull > 0 and cfg.lr > 0 and 0 <= cfg.contamination <= 1):
         raise BadInput("--beta, --pull and --lr must be above 0, --kappa at least 0, --contamination between 0 and 1")
     if min(cfg.demos, cfg.steps, cfg.batch_size, cfg.seeds) < 1:

@@ -1,24 +1,24 @@
-"""Gymnasium's Frozen Lake: what every method makes of one demonstration, what inverse RL makes of many, and the IFT paper's Figure 3.
+"""Gymnasium's Frozen Lake: what each method learns from one demonstration, what inverse RL learns from many, and the IFT paper's Figure 3.
 
-A lake is four tables: who goes where (the environment's own `P`), and what is gained. So everything a method can be held to is exact: the
-values and the best actions by value iteration, the chance of reaching the gift by a linear recursion, and, with a pull β to a uniform
-reference, the policy π ∝ ref·e^{Q/β} by soft value iteration: the same closed form as a language model's, with moves for tokens.
+A lake is a few small tables: where each move leads (the environment's own `P`) and what it earns. So every reference value is exact: values
+and best actions come from value iteration, the probability of reaching the gift from a linear recursion. With a pull β to a uniform
+reference, soft value iteration gives the policy π ∝ ref·e^{Q/β}. A language model has the same closed form, with tokens for moves.
 
-    references    values, best actions and success of the lakes, 14/17 of the slippery one among them; what an entropy bonus does
-    Figure 3      a two-layer net learns one trajectory by SFT, IFT, IRFT or RFT, a pair of them by ORPO or DPO, or plays, by PPO or GRPO;
-                  all from the first weights of the net θ* that was fitted to the best policy (in one setting, to a soft one). The paper
-                  ranks the methods by the mean squared error of their *parameters* against θ*. Beside it: that of the policy, KL(π*‖π),
-                  and how often the gift is reached.
-    a control     hidden units in another order: another θ, the same policy. What an error of parameters is worth.
-    inverse RL    a reward learned from visits alone (maximum entropy; RFT's gradient, as a table), and the policy that follows from it;
-                  then from one, five, twenty games: nearer to the expert than SFT where a move says where one arrives. Where the ice
-                  slips, visits are mostly its doing, and a reward fitted to them is worse than SFT; fitted to the moves, it is not.
+    references    values, best actions and success of the lakes (14/17 on the slippery one); what an entropy bonus does
+    Figure 3      A two-layer net learns one trajectory by SFT, IFT, IRFT or RFT, two of them by ORPO or DPO, or plays, by PPO or GRPO. All
+                  start at the weights from which another net, θ*, was fitted to the best policy (in one setting, to a soft one). The paper
+                  ranks the methods by the mean squared error of their *parameters* against θ*. We also measure the error of the policy,
+                  KL(π*‖π), and how often the gift is reached.
+    a control     The hidden units are permuted: other parameters θ, the same policy. This shows what an error of parameters is worth.
+    inverse RL    A reward is learned from visits alone (maximum entropy; RFT's gradient on a table), then the policy that follows from it.
+                  From 1, 5 or 20 games it is nearer to the expert than SFT if the ice does not slip. If it slips, visits depend mostly on
+                  the ice, and a reward fitted to visits is worse than SFT. A reward fitted to the moves is not.
 
     python -m toy.frozen_lake                                          # ten seeds; PASS or FAIL per reference; a figure; exit 1 on a miss
     python -m toy.frozen_lake --full                                   # thirty seeds
 
-The paper prints no map, no width, no learning rate and no numbers, so its ranking is judged in five settings and gated in none. One of
-them was found by search, in order to see it hold: there θ* itself seldom arrives, and of four methods the nearest to it plays worst.
+The paper gives no map, no width, no learning rate and no numbers. So we judge its ranking in five settings, and it is a gate in none. We
+searched for one of them so that the ranking holds: there θ* itself seldom arrives, and the nearest to it of four methods plays worst.
 
 Checked by tests/toy/test_frozen_lake.py.
 """
@@ -52,11 +52,11 @@ MOVES = {letter: move for move, letter in enumerate("LDRU")}
 
 @dataclass
 class Config:
-    seeds: int = 10                 # first weights of the nets, and draws of demonstrations
-    full: bool = False              # thirty seeds
-    steps: int = 300                # updates of SFT, IFT, ORPO and DPO (found by search: 60 at most)
+    seeds: int = 10                 # number of seeds, for the initial weights of the nets and the draws of demonstrations
+    full: bool = False              # use thirty seeds
+    steps: int = 300                # updates of SFT, IFT, ORPO and DPO (at most 60 in the setting "found by search")
     hidden: int = 32                # width of the nets
-    out: str = "runs/frozen_lake.png"  # the figure
+    out: str = "runs/frozen_lake.png"  # path of the figure
 
 
 # ----------------------------------------------------------------------------------------------------------------- the lake
@@ -65,8 +65,8 @@ class Config:
 class Lake:
     """A map of FrozenLake-v1 as tables. S states, A = 4 moves.
 
-    P: (S, A, S) chance of the next state, from gymnasium; nothing leads away from a hole or the goal: the game is over
-    goal: (S,) 1 at the gift: the reward of arriving there
+    P: (S, A, S) probability of the next state, from gymnasium; all 0 in a hole and at the goal, where the game is over
+    goal: (S,) 1 at the gift, 0 elsewhere: the reward for arriving there
     """
 
     def __init__(self, rows, slippery=False):
@@ -83,14 +83,14 @@ class Lake:
         self.live = np.flatnonzero(~self.over)
 
     def walk(self, moves):
-        """The states, one more than moves, of a string such as "RRDDDR" where the ice does not slip."""
+        """Follow a string of moves such as "RRDDDR" on ice that does not slip. Returns (states, moves), one more state than moves."""
         states = [0]
         for letter in moves:
             states.append(int(self.P[states[-1], MOVES[letter]].argmax()))
         return states, [MOVES[letter] for letter in moves]
 
     def episode(self, policy, rng):
-        """Play until it is over: (states, moves) as walk returns them."""
+        """Play one game to its end. Returns (states, moves) as walk does."""
         states, moves = [0], []
         while not self.over[states[-1]]:
             moves.append(int(rng.choice(4, p=policy[states[-1]])))
@@ -100,21 +100,21 @@ class Lake:
 
 FOUR = ["SFFF", "FHFH", "FFFH", "HFFG"]
 EIGHT = ["SFFFFFFF", "FFFFFFFF", "FFFHFFFF", "FFFFFHFF", "FFFHFFFF", "FHHFFFHF", "FHFFHFHF", "FFFHFFFG"]
-TWO_WAYS = ["SFFF", "FHHG", "FHHF", "FFFF"]  # one best way, RRRD, and one other, DDDRRRUU: the paper's design in its smallest form
+TWO_WAYS = ["SFFF", "FHHG", "FHHF", "FFFF"]  # one best way, RRRD, and one other, DDDRRRUU: the smallest form of the paper's design
 
 
 def converge(update, values):
-    """Repeat values = update(values) until no entry moves by more than rounding. Raises FloatingPointError where that never comes."""
+    """Repeat values = update(values) until no entry changes by more than rounding. Raises FloatingPointError if it does not converge."""
     for _ in range(50_000):
         following = update(values)
         if np.abs(following - values).max() <= 1e-15 * max(1, np.abs(following).max()):
             return following
         values = following
-    raise FloatingPointError("the sweeps do not settle: is gamma below 1, or does every game end?")
+    raise FloatingPointError("the sweeps do not converge: set gamma below 1, or make sure that every game ends")
 
 
 def q_of(lake, rewards, V, gamma):
-    """Q(s, a) = Σ_s' P(s'|s, a)·(r(s') + γ·V(s')): (S, A). Rewards (S,) are given on arrival."""
+    """Q(s, a) = Σ_s' P(s'|s, a)·(r(s') + γ·V(s')): (S, A). rewards (S,) are earned on arrival."""
     return lake.P @ (rewards + gamma * V)
 
 
@@ -136,8 +136,8 @@ def soft_backup(lake, rewards, V, gamma, beta, bonus=0.0):
 
 
 def soft_value_iteration(lake, rewards, gamma, beta, *, horizon=None, entropy=False):
-    """max_π E[Σ_t γ^t·(r(s_{t+1}) − β·KL(π‖uniform))]: V (S,), π (S, A). With a horizon the values and the first move of a game of so
-    many moves. entropy: β·H(π) in the place of the KL, that is β·log 4 more for every move."""
+    """max_π E[Σ_t γ^t·(r(s_{t+1}) − β·KL(π‖uniform))]: V (S,), π (S, A). horizon: the game ends after that many moves, and π is for
+    the first one. entropy: use β·H(π) instead of −β·KL, which adds β·log 4 to every move."""
     V, bonus = np.zeros(len(lake.P)), beta * math.log(4) if entropy else 0.0
     if horizon is None:
         V = converge(lambda V: soft_backup(lake, rewards, V, gamma, beta, bonus)[0], V)
@@ -147,8 +147,8 @@ def soft_value_iteration(lake, rewards, gamma, beta, *, horizon=None, entropy=Fa
 
 
 def soft_policy_iteration(lake, rewards, gamma, beta, policy=None):
-    """The same V and π in a few steps in the place of hundreds: the value of a policy by solving its linear equations, then π ∝ e^{Q/β}.
-    policy: where to begin."""
+    """The same V and π in a few steps instead of hundreds: solve the linear equations for the value of a policy, set π ∝ e^{Q/β}, repeat.
+    policy: where to start."""
     policy = np.full(lake.P.shape[:2], 0.25) if policy is None else policy
     for _ in range(200):
         kl = (policy * np.log(4 * np.maximum(policy, 1e-300))).sum(1)
@@ -162,7 +162,7 @@ def soft_policy_iteration(lake, rewards, gamma, beta, policy=None):
 
 
 def success(lake, policy, moves=None):
-    """The chance of arriving at the gift within so many moves, or ever: a recursion, no sampling."""
+    """The probability of reaching the gift within `moves` moves (None: ever), computed by a recursion without sampling."""
     chain, reached = np.einsum("sa,sat->st", policy, lake.P), np.zeros(len(lake.P))
     if moves is None:
         return float(converge(lambda v: chain @ (lake.goal + v), reached)[0])
@@ -172,7 +172,7 @@ def success(lake, policy, moves=None):
 
 
 def visits(lake, policy, gamma):
-    """D(s) = Σ_t γ^t·P(s_{t+1} = s), arrivals, and the discounted time spent in s, the start included: (S,), (S,)."""
+    """Discounted arrivals D(s) = Σ_t γ^t·P(s_{t+1} = s), and the discounted time in s, which includes the start: (S,), (S,)."""
     chain = np.einsum("sa,sat->st", policy, lake.P)
     time = np.linalg.solve(np.eye(len(chain)) - gamma * chain.T, np.eye(len(chain))[0])
     return chain.T @ time, time
@@ -184,13 +184,14 @@ def visits(lake, policy, gamma):
 def learn_reward(lake, shown, gamma, beta, *, ridge=0.0, precision=1e-9):
     """Maximum causal entropy inverse RL: the rewards (S,) whose π_r ∝ ref·e^{Q/β} makes an expert's moves most likely, and that policy.
 
-    log π_r(a|s) = log ref + (Q − V)/β, and the gradient of the discounted log-likelihood is RFT's: 1/β times the reward of the
-    demonstration minus that of the own answer. `shown` says of which:
-        (S,)    discounted arrivals of the expert. Along an episode γ^t·(Q − V) telescopes to the discounted rewards of its arrivals minus
-                V(start), on average over the ice; V is convex in r, so this is concave. The own answer is a whole game.
-        (S, A)  discounted counts of its moves. From every state shown: its move, then the own policy, against the own policy at once.
-                Where few games were slippery nothing telescopes: not concave then, and what is found is a local optimum.
-    So the loss is rft.reward_alignment_loss, and the likelihood only tells the line search how long a step may be.
+    log π_r(a|s) = log ref + (Q − V)/β. The gradient of the discounted log-likelihood is RFT's: 1/β times the gradient of the
+    demonstration's reward minus that of the policy's own answer. `shown` sets what these two are:
+        (S,)    discounted arrivals of the expert. Along an episode γ^t·(Q − V) sums to the discounted rewards of its arrivals minus
+                V(start), on average over the ice. V is convex in r, so the likelihood is concave. The policy's own answer is a whole game.
+        (S, A)  discounted counts of the expert's moves. From each state shown, the demonstration is the expert's move and then the
+                policy's moves; the own answer is the policy's moves from that state on. A few games on slippery ice do not sum to
+                this simple form: then the likelihood is not concave and the result is a local optimum.
+    So the loss is rft.reward_alignment_loss. The likelihood is only the value that the line search reads to choose its step size.
     """
     rewards = torch.zeros(len(lake.P), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([rewards], max_iter=200, tolerance_grad=precision, tolerance_change=0, line_search_fn="strong_wolfe")
@@ -202,7 +203,7 @@ def learn_reward(lake, shown, gamma, beta, *, ridge=0.0, precision=1e-9):
         r = rewards.detach().numpy()
         V, policy = soft_policy_iteration(lake, r, gamma, beta, policy)
         chain = np.einsum("sa,sat->st", policy, lake.P)
-        own = np.linalg.solve(start - gamma * chain, chain)  # (S, S) discounted arrivals of the own policy from each state
+        own = np.linalg.solve(start - gamma * chain, chain)  # (S, S) discounted arrivals of the current policy from each state
         if shown.ndim == 1:
             demo, own, less_likely = shown, own[0], V[0] - shown @ r
         else:
@@ -218,15 +219,15 @@ def learn_reward(lake, shown, gamma, beta, *, ridge=0.0, precision=1e-9):
 
 
 def same_reward(lake, learned, rewards, gamma):
-    """The learned rewards without what no policy shows: V − c at every live state is r − (1 − γ)·c on arriving alive, r − c at an end.
-    c is chosen so that the end states have the right sum."""
+    """The learned rewards, shifted by the one constant that no policy can reveal: V − c at every live state gives the same policy, and
+    means r − (1 − γ)·c on arriving at a live state and r − c at an end. We choose c so that the end states have the right sum."""
     ends = lake.over & (lake.P.sum((0, 1)) > 0)
     c = float((rewards - learned)[ends].mean())
     return learned + c * np.where(lake.over, 1, 1 - gamma)
 
 
 def distance(lake, expert, policy, gamma):
-    """Total variation between the moves of two policies, averaged over states by the expert's discounted time there."""
+    """Total variation between the moves of two policies, averaged over states, weighted by the expert's discounted time there."""
     _, time = visits(lake, expert, gamma)
     time = np.where(lake.over, 0, time)
     return float(time / time.sum() @ np.abs(expert - policy).sum(1) / 2)
@@ -236,7 +237,7 @@ FEW = ("inverse RL, visits", "inverse RL, moves", "SFT, a table")
 
 
 def from_few(lake, expert, n, gamma, beta, rng):
-    """Distance to the expert of the three of FEW, from n episodes."""
+    """Learn from n episodes in each of the three ways in FEW. Returns their distances to the expert."""
     arrivals, moves, counts = np.zeros(len(lake.P)), np.zeros((len(lake.P), 4)), np.zeros((len(lake.P), 4))
     for _ in range(n):
         states, made = lake.episode(expert, rng)
@@ -246,7 +247,7 @@ def from_few(lake, expert, n, gamma, beta, rng):
         np.add.at(counts, (states[:-1], made), 1)
     learned = [learn_reward(lake, shown, gamma, beta, ridge=1e-3, precision=1e-4)[1] for shown in (arrivals, moves)]
     seen = counts.sum(1, keepdims=True)
-    sft = np.where(seen > 0, counts / np.maximum(seen, 1), 0.25)  # the most likely table; nothing is known of a state never seen
+    sft = np.where(seen > 0, counts / np.maximum(seen, 1), 0.25)  # maximum likelihood; uniform in states never seen
     return [distance(lake, expert, policy, gamma) for policy in (*learned, sft)]
 
 
@@ -254,7 +255,7 @@ def from_few(lake, expert, n, gamma, beta, rng):
 
 
 def first_weights(n_states, hidden, seeds):
-    """Two layers, a row of the first for each state (its embedding), torch's usual uniform ± 1/√inputs: {name: (seeds, …)}."""
+    """Two layers; the first has a row per state, its embedding. Uniform in ± 1/√inputs, as in nn.Linear: {name: (seeds, …)}."""
     nets = []
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -268,18 +269,18 @@ def first_weights(n_states, hidden, seeds):
 
 
 def log_policy(net, features=None):
-    """log π(a | features): features (…, S) weights over the states, by default each state by itself -> (…, 4)."""
+    """log π(a | features): features (…, S) are weights over the states, by default one-hot for each state -> (…, 4)."""
     hidden = net["embedding"] if features is None else features @ net["embedding"]
     return (torch.tanh(hidden + net["bias"]) @ net["head"] + net["head_bias"]).log_softmax(-1)
 
 
 def policies_of(nets):
-    """(seeds, S, 4) in numpy."""
+    """The policies of all nets as a numpy array, (seeds, S, 4)."""
     return vmap(log_policy)(nets).exp().detach().numpy()
 
 
 def fit(nets, losses, steps, optimizer_class, lr):
-    """Train all seeds side by side: losses(nets, k) -> (seeds,), their sum has each net's own gradient. Returns the trained nets."""
+    """Train all seeds side by side. losses(nets, k) -> (seeds,); the gradient of their sum is each net's own. Returns the trained nets."""
     nets = {name: weight.clone().requires_grad_(True) for name, weight in nets.items()}
     optimizer = optimizer_class(nets.values(), lr=lr)
     for k in range(steps):
@@ -290,7 +291,7 @@ def fit(nets, losses, steps, optimizer_class, lr):
 
 
 def each(loss_of):
-    """A loss of one net, turned into `losses` of all."""
+    """Turn the loss of one net into `losses` of all nets, as fit expects it."""
     return lambda nets, k: vmap(loss_of)(nets)
 
 
@@ -314,8 +315,8 @@ def sft_of(net, good):
 
 
 def lookahead(lake, net, states, mix):
-    """ŝ_t = (1 − λ)·φ(s_t) + λ·φ(where the net's own guess at t − 1 would have led), φ one-hot: (T, S). Where the ice slips, what the
-    guess leads to is a mean over its outcomes. The start is itself."""
+    """ŝ_t = (1 − λ)·φ(s_t) + λ·φ(the state that the net's own guess at t − 1 leads to), φ one-hot: (T, S). On slippery ice the second
+    term is a mean over the guess's outcomes. The first state is not mixed."""
     onehot = torch.eye(len(lake.P), dtype=torch.float64)[states]
     guesses = log_policy(net).detach()[states[:-1]].argmax(-1)
     led = torch.tensor(lake.P)[states[:-1], guesses]
@@ -341,7 +342,7 @@ def dpo_losses(start, good, bad, beta):
 
 
 def play(lake, logps, n, generator, limit=30):
-    """n episodes of each of the policies logps (seeds, S, 4): states, moves, arrivals and mask, each (seeds, n, T)."""
+    """Sample n episodes from each policy in logps (seeds, S, 4). Returns states, moves, arrivals and mask, each (seeds, n, T)."""
     P, over = torch.tensor(lake.P).cumsum(-1), torch.tensor(lake.over)
     state = torch.zeros(len(logps), n, dtype=torch.long)
     seed, steps = torch.arange(len(logps))[:, None], []
@@ -356,7 +357,7 @@ def play(lake, logps, n, generator, limit=30):
 
 
 def games(lake, nets, ref, generator, n=64):
-    """What `play` draws from the nets, with what they and ref (seeds, S, 4) think of it, 0 after the end: each (seeds, n, T)."""
+    """Games that `play` samples from the nets, with log-probs under the nets and ref (seeds, S, 4), 0 after the end: (seeds, n, T) each."""
     old = vmap(log_policy)(nets).detach()
     states, moves, arrivals, mask = play(lake, old, n, generator)
     rows = torch.arange(len(ref))[:, None, None]
@@ -366,7 +367,7 @@ def games(lake, nets, ref, generator, n=64):
 
 
 def by_seed(loss_of, nets, *tensors):
-    """loss_of(net, logps of its games, …) for every seed: tensors begin with states, moves, mask."""
+    """Evaluate loss_of(net, log-probs of its games, mask, …) for every seed. The first three tensors are states, moves and mask."""
     def of_one(net, states, moves, mask, *others):
         return loss_of(net, torch.where(mask, log_policy(net)[states, moves], 0), mask, *others)
 
@@ -374,7 +375,7 @@ def by_seed(loss_of, nets, *tensors):
 
 
 def irft_losses(start, lake, good, generator):
-    """Fresh games at every update; the demonstration stands beside each of them."""
+    """Every update samples fresh games and compares each of them with the demonstration."""
     ref = vmap(log_policy)(start)
     ref_demo = vmap(lambda net: along(net, *good).sum())(start)
 
@@ -390,7 +391,7 @@ def irft_losses(start, lake, good, generator):
 
 
 def rft_losses(start, lake, good, generator, beta=0.1):
-    """A reward of arrivals, in [0, 1], steps up where the demonstration went and down where the games did; RLOO follows it, KL included."""
+    """Raise the reward (in [0, 1]) where the demonstration arrives and lower it where the games arrive. RLOO maximises it, with the KL."""
     ref, rewards = vmap(log_policy)(start), torch.zeros(len(start["bias"]), len(lake.P), dtype=torch.float64)
     shown = lake.P[good[0], good[1]].argmax(-1)
 
@@ -416,7 +417,7 @@ def rft_losses(start, lake, good, generator, beta=0.1):
 
 
 def grpo_losses(start, lake, generator):
-    """The reward is the gift; the games of an update are one group."""
+    """The reward is 1 for the gift. All games of an update form one group."""
     ref = vmap(log_policy)(start)
 
     def loss_of(net, logps, mask, old_logps, ref_logps, advantages):
@@ -431,7 +432,7 @@ def grpo_losses(start, lake, generator):
 
 
 def ppo_losses(start, lake, generator, epochs=4):
-    """The reward is the gift, discounted; the critic is a table, trained beside the net. Every draw of games serves four updates."""
+    """The reward is 1 for the gift, discounted. The critic is a table, trained with the net. `epochs` updates use the same games."""
     ref, drawn = vmap(log_policy)(start), {}
 
     def loss_of(net, logps, mask, old_logps, advantages, states, old_values, returns):
@@ -442,7 +443,7 @@ def ppo_losses(start, lake, generator, epochs=4):
         if k % epochs == 0:
             own = games(lake, nets, ref, generator)
             values = torch.stack([table[states] for table, states in zip(nets["values"].detach(), own.states, strict=True)])
-            flat = (x.flatten(0, 1) for x in (own.won, values, own.mask))  # GAE knows rows, not seeds
+            flat = (x.flatten(0, 1) for x in (own.won, values, own.mask))  # gae takes rows, without an axis of seeds
             advantages, returns = (x.view(own.mask.shape) for x in gae(*flat, gamma=0.99, lam=0.95))
             drawn["games"] = (own.states, own.moves, own.mask, own.old_logps, advantages, own.states, values, returns)
         return by_seed(loss_of, nets, *drawn["games"])
@@ -455,22 +456,22 @@ def ppo_losses(start, lake, generator, epochs=4):
 
 @dataclass
 class Setting:
-    """One design of the paper's experiment. good and bad: a trajectory each, (states, moves)."""
+    """One version of the paper's experiment. good and bad: one trajectory each, (states, moves)."""
     name: str
     lake: Lake
     good: tuple
     bad: tuple
     target: np.ndarray  # (S, 4): what θ* is fitted to
-    fitted: np.ndarray  # the states it is fitted on
+    fitted: np.ndarray  # the states that it is fitted on
     optimizer: type = torch.optim.RMSprop
     lr: float = 1e-3
     steps: int = 300
     dpo_beta: float = 0.1
-    pretrained: bool = False  # the nets begin as imitators, .8 of the bad trajectory and .2 of the good one
+    pretrained: bool = False  # first train the nets to imitate the bad trajectory (weight .8) and the good one (.2)
 
 
 def settings(steps):
-    """The five designs."""
+    """The five versions of the experiment."""
     result = []
     for name, rows, good, bad in (("4x4", FOUR, "RRDDDR", "RRDDLDRR"), ("one other way", TWO_WAYS, "RRRD", "DDDRRRUU"),
                                   ("8x8", EIGHT, "RRRRRRRDDDDDDD", "RRRRRRRDDLDDRDDD")):
@@ -479,7 +480,7 @@ def settings(steps):
         result.append(Setting(name, lake, lake.walk(good), lake.walk(bad), best, lake.live, steps=steps))
 
     lake, rng = Lake(FOUR, slippery=True), np.random.default_rng(0)
-    _, _, best = value_iteration(lake, lake.goal, 0.99)  # shown: the first of its games that ends at the gift, and the first that does not
+    _, _, best = value_iteration(lake, lake.goal, 0.99)  # good: its first game that ends at the gift; bad: the first that does not
     games = [lake.episode(best, rng) for _ in range(100)]
     good = next(game for game in games if lake.goal[game[0][-1]])
     bad = next(game for game in games if not lake.goal[game[0][-1]])
@@ -495,13 +496,13 @@ def settings(steps):
 
 
 def tensors(trajectory):
-    """(states without the last, moves) as tensors."""
+    """A trajectory as tensors: (states without the last one, moves)."""
     states, moves = trajectory
     return torch.tensor(states[: len(moves)]), torch.tensor(moves)
 
 
 def compare(setting, cfg, *, further=False):
-    """{method: nets}, with "start" and "θ*" among them. further: those that play, too."""
+    """{method: nets}, including "start" and "θ*". further: also train the methods that play games."""
     lake, good, bad = setting.lake, tensors(setting.good), tensors(setting.bad)
     start = first_weights(len(lake.P), cfg.hidden, cfg.seeds)
     if setting.pretrained:
@@ -529,7 +530,7 @@ def compare(setting, cfg, *, further=False):
 
 
 def measure(setting, nets):
-    """{method: {column: one number per seed}}."""
+    """Compare all nets with θ*: {method: {column: one number per seed}}."""
     lake, best, moves = setting.lake, policies_of(nets["θ*"]), 25 * setting.lake.columns
     states = sorted({*setting.good[0][: len(setting.good[1])]})
     table = {}
@@ -548,14 +549,13 @@ def measure(setting, nets):
 
 
 def lead(table, column="parameter error"):
-    """By how much DPO < IFT, IFT < ORPO and IFT < SFT, the paper's order, holds in each seed: the smallest of the three."""
+    """The paper's order is DPO < IFT, IFT < ORPO and IFT < SFT. Returns the smallest of the three margins for each seed."""
     error = {name: table[name][column] for name in ("DPO", "IFT", "ORPO", "SFT")}
     return np.minimum.reduce([error["IFT"] - error["DPO"], error["ORPO"] - error["IFT"], error["SFT"] - error["IFT"]])
 
 
 def shuffled_units(nets, generator):
-    """The same nets with their hidden units in another order, and for each a coin whether both its signs turn:
-    other parameters, the same policy."""
+    """The same policies from other parameters: hidden units are permuted and, with probability ½ each, change sign on both sides."""
     hidden = nets["bias"].shape[1]
     order, signs = torch.randperm(hidden, generator=generator), torch.randint(0, 2, (hidden,), generator=generator) * 2.0 - 1
     return {"embedding": (nets["embedding"] * signs)[..., order], "bias": (nets["bias"] * signs)[:, order],
@@ -566,7 +566,7 @@ def shuffled_units(nets, generator):
 
 
 def arrows(axis, lake, policy, title, values=None):
-    """A lake seen from above, an arrow per move as long as it is likely; in the colour of a field its value."""
+    """Draw a lake from above. The length of an arrow is the probability of the move, the colour of a field its value."""
     rows = len(lake.letters) // lake.columns
     colours = np.where(lake.over, np.nan, 0 if values is None else values).reshape(rows, lake.columns)
     axis.imshow(colours, cmap="Greens", vmin=0, vmax=2.5)
@@ -587,17 +587,17 @@ def arrows(axis, lake, policy, title, values=None):
     axis.set_title(title, fontsize=9)
 
 
-PAPER = ("DPO", "IFT", "ORPO", "SFT")  # in the order that the paper reports
+PAPER = ("DPO", "IFT", "ORPO", "SFT")  # in the paper's order
 
 
 def draw(shown, tables, learned, few, cfg):
-    """Above: policies of the first seed. Below: what the paper measures and how the nets play, in every setting; inverse RL.
+    """Top: policies of the first seed. Bottom: the paper's measure and how the nets play, in every setting; inverse RL.
 
     shown: {title: (lake, policy, values)}, tables: {setting: {method: {column: per seed}}}, learned: (lake, rewards), few: see inverse.
     """
     import matplotlib
 
-    matplotlib.use("Agg")  # here and not above: a notebook that imports this file keeps its own backend
+    matplotlib.use("Agg")  # not at the top of the file, so that a notebook that imports it keeps its own backend
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(17, 7.6), constrained_layout=True)
@@ -628,7 +628,7 @@ def draw(shown, tables, learned, few, cfg):
     axes[2].set_title("Reward learned from visits", fontsize=9)
     for index, (name, by_n) in enumerate(few.items()):
         for column, (method, style) in enumerate(zip(FEW, ("-o", "-.^", "--s"), strict=True)):
-            if index or column != 1:  # the same as by visits where nothing slips
+            if index or column != 1:  # without slipping, moves give the same as visits
                 means, spread = zip(*((rows[:, column].mean(), rows[:, column].std()) for rows in by_n.values()), strict=True)
                 axes[3].errorbar(range(len(by_n)), means, spread, fmt=style, ms=4, capsize=2, color=f"C{index}", label=f"{method}; {name}")
     axes[3].set_xticks(range(len(by_n)), list(by_n))
@@ -643,7 +643,7 @@ def draw(shown, tables, learned, few, cfg):
 
 
 def references(report):
-    """What is known exactly about the lakes."""
+    """Check what is known exactly about the lakes."""
     print("\nReferences")
     lake, slippery = Lake(FOUR), Lake(FOUR, slippery=True)
     V, Q, best = value_iteration(lake, lake.goal, 0.99)
@@ -673,7 +673,7 @@ def references(report):
 
 
 def imitate(report, cfg):
-    """Figure 3 in five settings: {setting: table}, {title: what to draw}."""
+    """Run Figure 3 in five settings. Returns {setting: table}, {title: what to draw}."""
     first, *others = settings(cfg.steps)
     nets, table = imitate_one(report, first, cfg, further=True)
     V, _, best = value_iteration(first.lake, first.lake.goal, 0.99)
@@ -689,11 +689,11 @@ def imitate(report, cfg):
 
 
 def imitate_one(report, setting, cfg, *, further=False):
-    """One setting: train, print, judge. Returns nets, table."""
+    """Train, print and judge one setting. Returns nets, table."""
     nets = compare(setting, cfg, further=further)
     table = measure(setting, nets)
     columns = list(table["start"])
-    print(f"\n{setting.name}: {len(setting.good[1])} moves shown, {len(setting.bad[1])} the other way; means over {cfg.seeds} seeds")
+    print(f"\n{setting.name}: good game {len(setting.good[1])} moves, bad game {len(setting.bad[1])}; means over {cfg.seeds} seeds")
     print(f"{'':12}" + "".join(f"{column:>20}" for column in columns))
     for name, row in table.items():
         print(f"{name:12}" + "".join(f"{f'{row[c].mean():.4f} ± {row[c].std():.4f}':>20}" for c in columns))
@@ -704,7 +704,7 @@ def imitate_one(report, setting, cfg, *, further=False):
 
 
 def judge_first(report, setting, nets, table):
-    """What is certain about imitation on the plain 4x4 lake, and the control of the metric."""
+    """On the plain 4x4 lake: gates for methods that must learn the way, the control of the metric, and claims."""
     for name in ("SFT", "IFT", "ORPO"):
         arrived, greedy = table[name]["success"], table[name]["greedy"]
         report.gate(f"{name} learns the way", arrived.mean() >= 0.9 and greedy.min() == 1,
@@ -721,7 +721,7 @@ def judge_first(report, setting, nets, table):
     kl = np.abs((best * np.log(best / own)).sum(2)).max()
     report.gate("control: θ* with its units shuffled", error.min() > 0.15 and kl < 1e-9,
                 f"parameters' error {error.mean():.3f} (start {table['start']['parameter error'].mean():.3f}), KL {kl:.0e}",
-                "an error of parameters is no distance of policies")
+                "an error of parameters is not a distance between policies")
     report.claim("IFT, § 5.3", "4x4: IFT plays better than SFT", "success", (table["IFT"]["success"] - table["SFT"]["success"]).tolist())
     report.claim("IFT, § 5.3", "4x4: mixing (λ = .2) brings the parameters nearer than λ = 0", "lead",
                  (table["IFT, λ = 0"]["parameter error"] - table["IFT"]["parameter error"]).tolist())
@@ -729,7 +729,7 @@ def judge_first(report, setting, nets, table):
 
 
 def inverse(report, cfg):
-    """A reward from visits: unlimited ones, then few. Returns (lake, learned rewards), {lake: {n: (seeds, 3)}}."""
+    """Learn a reward from exact visits, then from few games. Returns (lake, learned rewards), {lake: {n: (seeds, 3)}}."""
     print("\nInverse RL")
     few, drawn = {}, None
     for name, slippery, gamma, beta in (("4x4", False, 0.95, 0.1), ("4x4, slippery", True, 0.99, 0.005)):
@@ -749,11 +749,11 @@ def inverse(report, cfg):
         for n in (1, 5, 20):
             rows = np.array([from_few(lake, expert, n, gamma, beta, np.random.default_rng(seed)) for seed in range(cfg.seeds)])
             few[name][n] = rows
-            for index in (0, 1) if slippery else (0,):  # the same where nothing slips
+            for index in (0, 1) if slippery else (0,):  # without slipping, index 1 gives the same
                 report.claim("inverse RL", f"{name}, {n} demonstration{'s'[: n > 1]}: {FEW[index]}, is nearer to the expert than SFT",
                              f"distance {rows[:, index].mean():.3f}, SFT {rows[:, 2].mean():.3f}, lead",
                              (rows[:, 2] - rows[:, index]).tolist())
-    lake = Lake(FOUR, slippery=True)  # with a stronger pull every move keeps a chance, and then the reward shows on ice, too
+    lake = Lake(FOUR, slippery=True)  # a stronger pull leaves every move some probability: then the reward is found on ice, too
     _, expert = soft_value_iteration(lake, lake.goal, 0.99, 0.02)
     rewards, _ = learn_reward(lake, visits(lake, expert, 0.99)[0], 0.99, 0.02)
     report.check("4x4, slippery, β = .02: the reward itself", same_reward(lake, rewards, lake.goal, 0.99), lake.goal, 1e-3)
@@ -762,7 +762,7 @@ def inverse(report, cfg):
 
 
 def main(cfg):
-    """Print references, tables and verdicts, write figure and numbers; returns True if all that is gated holds. Raises BadInput."""
+    """Print references, tables and verdicts, write figure and numbers; returns True if every gate passes. Raises BadInput."""
     if cfg.seeds < 1 or cfg.steps < 1 or cfg.hidden < 2:
         raise BadInput(f"--seeds {cfg.seeds} and --steps {cfg.steps} must be at least 1, --hidden {cfg.hidden} at least 2")
     cfg = replace(cfg, seeds=30) if cfg.full else cfg

@@ -1,17 +1,17 @@
 """The lecture's 2 × 2 world: V and Q, value iteration, policy iteration and REINFORCE, in numbers small enough to print.
 
-    s0  s1          actions L, D, R, U: one cell left, down, right, up; a wall throws back, so the state stays
-    s2  s3          s0 is the start, s3 the end: nothing is earned there any more, V(s3) = 0
+    s0  s1          actions L, D, R, U: one cell left, down, right, up; a move into a wall leaves the state as it is
+    s2  s3          s0 is the start, s3 the end: no more reward is earned there, so V(s3) = 0
 
-The lecture ("Alignment and RL for LLMs", first part) shows its actions and rewards in pictures that are lost: the actions above are our
-choice, as are the rewards, +1 for the move into s3 (goal) or −1 for every move (step).
+The lecture ("Alignment and RL for LLMs", first part) shows its actions and rewards in pictures that are lost. So we chose the actions above
+and the rewards: +1 for the move into s3 (goal) or −1 for every move (step).
 
     V(s) = Σ_a π(a|s)·Q(s, a)        Q(s, a) = r(s, a) + γ·V(s')        A(s, a) = Q(s, a) − V(s)
 
-The Bellman equations are linear, so V and Q are solved for in fractions, and what follows from them is checked with tolerance 0: V against
-the formula that two equations give by hand (`by_hand`), value and policy iteration against the best of all 64 deterministic policies. In
-float64: the policy gradient theorem against autograd through the solved equations. Sampled: REINFORCE with the project's own loss, its
-gradient against the exact one, its policy against V*.
+The Bellman equations are linear, so we solve them for V and Q in fractions and check the results with tolerance 0: V against the formula
+that two equations give by hand (`by_hand`), value and policy iteration against the best of all 64 deterministic policies. In float64 we
+check the policy gradient theorem against autograd through the solved equations. With samples we check REINFORCE, which uses the project's
+own loss: its gradient against the exact one, its policy against V*.
 
     python -m toy.grid_world                                       # γ = .9, +1 at the end; PASS or FAIL; a figure; exit 1 on a miss
     python -m toy.grid_world --reward step --gamma 0.5
@@ -36,21 +36,21 @@ from toy.report import Report
 
 @dataclass
 class Config:
-    gamma: float = 0.9              # γ: what a reward one move later is worth; below 1
+    gamma: float = 0.9              # γ: the discount per move; below 1
     reward: str = "goal"            # goal: +1 for the move into s3; step: −1 for every move
-    episodes: int = 10000           # for the sampled gradient, in 100 batches
+    episodes: int = 10000           # episodes for the sampled gradient, in 100 batches
     steps: int = 200                # updates of REINFORCE
     batch_size: int = 32            # episodes per update
-    lr: float = 0.1                 # of Adam
+    lr: float = 0.1                 # learning rate of Adam
     horizon: int = 200              # moves after which an episode is cut off
     seeds: int = 3                  # runs of REINFORCE
-    full: bool = False              # ten seeds
-    out: str = "runs/grid_world.png"  # the figure
+    full: bool = False              # use ten seeds
+    out: str = "runs/grid_world.png"  # path of the figure
 
 
 STATES, END, ACTIONS, ARROWS = range(3), 3, "LDRU", "←↓→↑"
 UNIFORM = [[Fraction(1, 4)] * 4 for _ in STATES]
-UP = [[Fraction(a == 3) for a in range(4)] for _ in STATES]  # always up: it never arrives
+UP = [[Fraction(a == 3) for a in range(4)] for _ in STATES]  # always up: never reaches the end
 
 
 @dataclass
@@ -59,7 +59,7 @@ class World:
     reward: str
 
     def step(self, state, action):
-        """(next state, reward) of one move; row and column of a state are its two bits."""
+        """(next state, reward) of one move. The two bits of a state are its row and its column."""
         row, column = divmod(state, 2)
         row += {"D": 1, "U": -1}.get(ACTIONS[action], 0)
         column += {"R": 1, "L": -1}.get(ACTIONS[action], 0)
@@ -71,7 +71,7 @@ class World:
 
 
 def solve(matrix, right):
-    """x with matrix·x = right, by elimination; exact in fractions."""
+    """Solve matrix·x = right by elimination, exactly, in fractions. Returns x."""
     rows = [[*row, b] for row, b in zip(matrix, right, strict=True)]
     for i in range(len(rows)):
         pivot = next(k for k in range(i, len(rows)) if rows[k][i])
@@ -84,7 +84,7 @@ def solve(matrix, right):
 
 
 def moves(policy, world):
-    """Where a policy goes and what it earns in one move: P (3, 3) between the live states, r (3,)."""
+    """Transition probabilities P (3, 3) between the live states and expected rewards r (3,) of one move under a policy."""
     P, r = [[Fraction(0)] * 3 for _ in STATES], [Fraction(0)] * 3
     for s, a in itertools.product(STATES, range(4)):
         after, reward = world.step(s, a)
@@ -101,7 +101,7 @@ def values(policy, world):
 
 
 def action_values(policy, world):
-    """Q (3, 4) from its own twelve equations, Q(s, a) = r + γ·Σ_b π(b|s')·Q(s', b): V is not needed, and can be checked by it."""
+    """Q (3, 4) from its own twelve equations, Q(s, a) = r + γ·Σ_b π(b|s')·Q(s', b). V is not used, so it can be checked by Q."""
     pairs = list(itertools.product(STATES, range(4)))
     matrix, right = [], []
     for s, a in pairs:
@@ -113,7 +113,7 @@ def action_values(policy, world):
 
 
 def look_ahead(V, world):
-    """r(s, a) + γ·V(s') of all moves, (3, 4): what Bellman's equations say Q is."""
+    """r(s, a) + γ·V(s') of all moves, (3, 4): by Bellman's equations this is Q."""
     V = [*V, Fraction(0)]
     return [[reward + world.gamma * V[after] for after, reward in (world.step(s, a) for a in range(4))] for s in STATES]
 
@@ -130,12 +130,12 @@ def visits(policy, world):
 
 
 def by_hand(gamma, reward):
-    """V(s0), V(s1) of the uniform policy. By symmetry V(s2) = V(s1); of four moves two leave s0 as it is and two go on, and from s1 one
-    goes back, two stay, one ends:
+    """V(s0), V(s1) of the uniform policy. By symmetry V(s2) = V(s1). Of the four moves in s0 two stay there and two go on; of those in s1
+    one goes back, two stay and one ends the episode:
 
         V0 = c0 + γ·(V0 + V1)/2,    V1 = c1 + γ·(V0 + 2·V1)/4,    c = 0 and 1/4 (goal), −1 and −1 (step).
 
-    Solved: with D = 8 − 8γ + γ² it is γ/D and (2 − γ)/D for goal, −8/D and −(8 − 2γ)/D for step."""
+    The solution, with D = 8 − 8γ + γ², is γ/D and (2 − γ)/D for goal, −8/D and −(8 − 2γ)/D for step."""
     D = 8 - 8 * gamma + gamma**2
     return (gamma / D, (2 - gamma) / D) if reward == "goal" else (-8 / D, -(8 - 2 * gamma) / D)
 
@@ -152,17 +152,17 @@ def backup(V, world):
 
 
 def value_iteration(V, world):
-    """V and all its sweeps until nothing changes. In this world that takes finitely many: the best way ends."""
+    """V and all its sweeps until nothing changes. In this world that takes finitely many sweeps, because the best path ends."""
     sweeps = [V]
     while len(sweeps) < 2 or sweeps[-1] != sweeps[-2]:
         sweeps.append(backup(sweeps[-1], world))
         if len(sweeps) > 5000:
-            raise BadInput(f"--gamma {float(world.gamma):g}: value iteration needs more than 5000 sweeps; give one farther from 1")
+            raise BadInput(f"--gamma {float(world.gamma):g}: value iteration needs more than 5000 sweeps; choose a smaller --gamma")
     return sweeps
 
 
 def improve(policy, Q):
-    """Each state's best action; the policy's own where it is among the best, so that a stable policy stays."""
+    """Each state's best action. Among equally good ones the policy's own comes first, so that a stable policy does not change."""
     chosen = [max(range(4), key=lambda a: (Q[s][a], policy[s][a], -a)) for s in STATES]
     return [[Fraction(a == b) for b in range(4)] for a in chosen]
 
@@ -177,12 +177,12 @@ def policy_iteration(policy, world):
 
 
 def distance(V, W):
-    """‖V − W‖ in the maximum norm, in which a sweep of value iteration is a contraction."""
+    """‖V − W‖ in the maximum norm. In this norm a sweep of value iteration is a contraction."""
     return max(abs(v - w) for v, w in zip(V, W, strict=True))
 
 
 def random_policies(n, seed=0):
-    """Policies with all probabilities above 0, in fractions."""
+    """n random policies in fractions, with all probabilities above 0."""
     draw, policies = random.Random(seed), []
     for _ in range(n):
         weights = [[draw.randint(1, 9) for _ in range(4)] for _ in STATES]
@@ -205,7 +205,7 @@ def performance_difference(new, old, world):
 
 
 def value_of_logits(logits, world):
-    """V(s0) of the softmax policy, differentiable: the Bellman equations solved by torch. logits: (3, 4)."""
+    """V(s0) of the softmax policy, differentiable, since torch solves the Bellman equations. logits: (3, 4)."""
     policy = logits.softmax(1)
     to, r = torch.zeros(3, 4, 3, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
     for s, a in itertools.product(STATES, range(4)):
@@ -227,7 +227,7 @@ def policy_gradient(policy, world):
 
 
 def sample_episodes(logits, world, n, horizon, generator):
-    """n episodes from s0: states (n, T), actions (n, T), mask (n, T) of moves that were made, discounted returns (n,)."""
+    """n episodes from s0: states (n, T), actions (n, T), mask (n, T) of the moves before the end, discounted returns (n,)."""
     policy = logits.detach().softmax(1)
     table = [[world.step(s, a) for a in range(4)] for s in STATES]
     after = torch.tensor([[to for to, _ in row] for row in table] + [[END] * 4])
@@ -245,13 +245,13 @@ def sample_episodes(logits, world, n, horizon, generator):
 
 
 def step(logits, states, actions, mask, advantages):
-    """One batch of episodes to the project's loss. An episode is to it what a completion is: its moves are the tokens."""
+    """The project's loss on one batch of episodes. An episode takes the place of a completion, and its moves are the tokens."""
     logps = logits.log_softmax(1)[states.clamp(max=2), actions]  # (B, T)
     return reinforce_loss(torch.where(mask, logps, 0), advantages, mask)[0]
 
 
 def sampled_gradient(logits, world, cfg, seed=0, batches=100):
-    """(mean, standard error) of ∇V(s0) by REINFORCE, (3, 4) each, from the means of 100 batches. The baseline is the exact V(s0)."""
+    """(mean, standard error) of ∇V(s0) by REINFORCE, (3, 4) each, over 100 batch means. The baseline is the exact V(s0)."""
     generator = torch.Generator().manual_seed(seed)
     *sampled, returns = sample_episodes(logits, world, cfg.episodes // batches * batches, cfg.horizon, generator)
     advantages = returns - value_of_logits(logits, world)
@@ -263,7 +263,7 @@ def sampled_gradient(logits, world, cfg, seed=0, batches=100):
 
 
 def train(world, cfg, seed):
-    """REINFORCE from the uniform policy: the exact V(s0) before each update and after the last, and the learned logits."""
+    """Train by REINFORCE from the uniform policy. Returns the exact V(s0) before each update and after the last, and the learned logits."""
     generator, logits = torch.Generator().manual_seed(seed), torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
     optimizer, baseline, curve = torch.optim.Adam([logits], lr=cfg.lr), Baseline(0.9), []
     for _ in range(cfg.steps):
@@ -272,7 +272,7 @@ def train(world, cfg, seed):
         optimizer.zero_grad()
         step(logits, states, actions, mask, returns - baseline.value).backward()
         optimizer.step()
-        baseline.update(returns)  # after it was used
+        baseline.update(returns)  # only after this batch has used it
     return [*curve, value_of_logits(logits.detach(), world).item()], logits.detach()
 
 
@@ -280,12 +280,12 @@ def train(world, cfg, seed):
 
 
 def arrows(row):
-    """The likely moves of a state, in characters."""
+    """The likely moves of a state as arrow characters: all with at least half the largest probability."""
     return "".join(arrow if p >= max(row) / 2 else " " for arrow, p in zip(ARROWS, row, strict=True))
 
 
 def show(name, policy, world):
-    """The grid with V and arrows, and Q below it."""
+    """Print the grid with V and arrows, and Q below it."""
     V, Q = values(policy, world), action_values(policy, world)
     cells = [f"s{s} {V[s]!s:>9} {arrows(policy[s])}" for s in STATES] + [f"s3 {'end':>9}     "]
     print(f"\n{name}\n    {cells[0]}   {cells[1]}\n    {cells[2]}   {cells[3]}")
@@ -294,10 +294,10 @@ def show(name, policy, world):
 
 
 def draw(policies, curves, best, world, out):
-    """A grid per policy, values as colour and number, arrows as long as they are likely; the learning curves against V*."""
+    """Draw a grid per policy: values as colour and number, longer arrows for likelier moves. Then the learning curves against V*."""
     import matplotlib
 
-    matplotlib.use("Agg")  # here and not above: a notebook that imports this file keeps its own backend
+    matplotlib.use("Agg")  # not at the top of the file, so that a notebook that imports it keeps its own backend
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(policies) + 1, figsize=(4 * len(policies) + 5, 4.2), constrained_layout=True)
@@ -328,7 +328,7 @@ def draw(policies, curves, best, world, out):
 
 
 def exact_checks(report, world):
-    """All that needs no sample; returns the optimal policy, ties shared, and V*."""
+    """All checks without samples. Returns the optimal policy, which splits ties evenly, and V*."""
     gammas = [Fraction(1, 2), Fraction(9, 10), Fraction(99, 100)]
     off = []
     for reward, gamma in [*itertools.product(("goal", "step"), gammas), ("step", Fraction(1)), (world.reward, world.gamma)]:
@@ -344,7 +344,7 @@ def exact_checks(report, world):
         ahead = look_ahead(V, world)
         bellman += [v - mean for v, mean in zip(V, expected(policy, ahead), strict=True)]
         actions += [q - x for row in zip(Q, ahead, strict=True) for q, x in zip(*row, strict=True)]
-    for name, residuals, note in (("V − Σ_a π(a|s)·Q(s, a), 4 policies", means, "V from three equations, Q from its own twelve"),
+    for name, residuals, note in (("V − Σ_a π(a|s)·Q(s, a), 4 policies", means, "V solves three equations, Q its own twelve"),
                                   ("V − Σ_a π(a|s)·(r + γ·V(s'))", bellman, ""), ("Q − (r + γ·V(s'))", actions, "")):
         report.check(name, list(map(float, residuals)), 0, 0, note)
 
@@ -371,7 +371,7 @@ def exact_checks(report, world):
         print(f"    round {k}: " + "   ".join(f"s{s} {arrows(policy[s]).strip()} V {V[s]!s:>6}" for s in STATES))
     report.check("policy iteration: V − best of 64", [float(v - b) for v, b in zip(rounds[-1][1], best, strict=True)], 0, 0)
     rises = [w - v for (_, V), (_, W) in itertools.pairwise(rounds) for v, w in zip(V, W, strict=True)]
-    least = min(rises, default=Fraction(-1))  # no round at all is no improvement
+    least = min(rises, default=Fraction(-1))  # a single round improves nothing: the gate fails
     report.gate("  V falls in no state and no round", least >= 0, f"smallest change {float(least):g}")
 
     pairs = [performance_difference(new, old, world) for new, old in itertools.permutations([*policies, rounds[-1][0]], 2)]
@@ -392,11 +392,11 @@ def exact_checks(report, world):
 
 
 def main(cfg):
-    """Print tables and checks, write figure and JSON; True if all that is gated holds. Raises BadInput for arguments out of range."""
+    """Print tables and checks, write figure and JSON; True if every gate passes. Raises BadInput for arguments out of range."""
     if not 0 < cfg.gamma < 1:
-        raise BadInput(f"--gamma {cfg.gamma:g}: must be above 0 and below 1, where a policy that never arrives has a value too")
+        raise BadInput(f"--gamma {cfg.gamma:g}: must be above 0 and below 1, so that a policy that never arrives has a value too")
     if cfg.reward not in ("goal", "step"):
-        raise BadInput(f"--reward {cfg.reward}: is goal (+1 for the move into s3) or step (−1 for every move)")
+        raise BadInput(f"--reward {cfg.reward}: must be goal (+1 for the move into s3) or step (−1 for every move)")
     if min(cfg.steps, cfg.batch_size, cfg.horizon, cfg.seeds) < 1 or cfg.episodes < 200 or not cfg.lr > 0:
         raise BadInput("--steps, --batch_size, --horizon and --seeds must be at least 1, --episodes at least 200, --lr above 0")
     report, world = Report(cfg), World(Fraction(str(cfg.gamma)), cfg.reward)
@@ -407,7 +407,7 @@ def main(cfg):
     show("optimal policy", optimal, world)
 
     print()
-    policy = random_policies(1, seed=1)[0]  # not the uniform one, where symmetry hides mistakes
+    policy = random_policies(1, seed=1)[0]  # not the uniform policy: its symmetry would hide mistakes
     logits = torch.tensor([[float(p) for p in row] for row in policy], dtype=torch.float64).log()
     mean, error = sampled_gradient(logits, world, cfg)
     exact = torch.tensor([[float(x) for x in row] for row in policy_gradient(policy, world)], dtype=torch.float64)

@@ -1,27 +1,27 @@
-"""A proxy that is blind to one thing the true reward sees: pushed too far, by best-of-n or by RL, the true reward falls, and exactly so.
+"""Over-optimisation of a proxy that is blind to one feature of the true reward. Pushed too far by best-of-n or RL, the true reward falls.
 
-The larger language of tiny_language.py, with a gold reward that punishes adjacent repeats by −.7·repeats²: two repeats cost more than two
-liked tokens bring. Comparisons of ref's own completions are labelled by Bradley-Terry on gold. A proxy is the Bradley-Terry optimum that is
-linear in token counts (counted from the prompt's token, so that one weight serves all prompts): it cannot see repeats. The control is the
-same with one more feature, repeats², and can be gold itself. Policies are not trained but known:
+We use the larger language of tiny_language.py. Its true ("gold") reward punishes adjacent repeats by −.7·repeats²: two repeats cost more
+than two liked tokens bring. Comparisons of ref's own completions are labelled by Bradley-Terry on gold. A proxy is the Bradley-Terry
+optimum among rewards that are linear in token counts. Counting starts at the prompt's token, so that one weight serves all prompts. Such a
+proxy cannot see repeats. The control has one more feature, repeats², so it can equal gold. The policies are not trained but known exactly:
 
     best-of-n   closed_form.best_of_n_law on the proxy, n = 1, 2, 4, …
-    RL          closed_form.tilt: ref·e^{proxy/β}, β from 100 to .03; RLOO's own loss, on its expected update, is seen to end there
+    RL          closed_form.tilt: ref·e^{proxy/β}, β from 100 to .03; training on RLOO's own expected loss is checked to end there
 
-so gold, proxy and d = √KL(π‖ref) are sums over all 1555 completions of each prompt, and only the comparisons are random. What follows from
-that and is gated: no policy has more proxy for its KL than the tilt (it maximises E[proxy] − β·KL); best-of-n costs at most
-log n − (n − 1)/n; RL leaves ref at the slope √2·cov(gold, proxy)/σ(proxy), since at small 1/β gold gains cov/β and KL is σ²/2β². Why RL's
-curve is nearly a parabola in d: a proxy that is Gaussian under ref is moved by s standard deviations at a KL of s²/2, so whatever gold is
-lost in proportion to s² makes gold a·d − b·d². That is the form that Gao et al. 2022 (arXiv:2210.10760) give to best-of-n, not to RL.
+So gold, proxy and d = √KL(π‖ref) are sums over all 1555 completions of each prompt, and only the comparisons are random. Gates check what
+follows: no policy has more proxy for its KL than the tilt (it maximises E[proxy] − β·KL). The KL of best-of-n is at most log n − (n − 1)/n.
+RL leaves ref with slope √2·cov(gold, proxy)/σ(proxy), since at small 1/β gold gains cov/β and KL is σ²/2β². RL's curve is nearly a parabola
+in d, for this reason: moving a proxy that is Gaussian under ref by s standard deviations costs a KL of s²/2, so a loss of gold in
+proportion to s² gives gold a·d − b·d². Gao et al. 2022 (arXiv:2210.10760) give this form to best-of-n, not to RL.
 
     python -m toy.overoptimization                                 # PASS or FAIL, claims with verdicts, a figure; exit 1 on a miss
     python -m toy.overoptimization --full                          # three times the seeds
     python -m toy.overoptimization --comparisons 10000 --members 10  # more labels, a larger ensemble
 
-The gates are for a thousand comparisons or more, and for this ref: with another one the proxy's favourite may repeat twice instead of three
-times, and gold fall by less than 1 (counted in a claim). Ensembles are tried against the fall (Coste et al. 2023, arXiv:2310.02743;
-Eisenstein et al. 2023, arXiv:2312.09244) and so are averaged weights (WARM, Ramé et al. 2024, arXiv:2401.12187), which for a linear reward
-are the mean ensemble. Small neural reward models could see repeats; whether they learn to depends on the draw, so they have no gate.
+The gates assume a thousand comparisons or more, and this ref. With another ref the proxy's favourite may repeat twice instead of three
+times, and gold may fall by less than 1 (a claim counts how often). We try ensembles against the fall (Coste et al. 2023, arXiv:2310.02743;
+Eisenstein et al. 2023, arXiv:2312.09244), and averaged weights (WARM, Ramé et al. 2024, arXiv:2401.12187), which equal the mean ensemble
+for a linear reward. Small neural reward models could see repeats. Whether they learn to depends on the draw, so they have no gate.
 
 Checked by tests/toy/test_overoptimization.py.
 """
@@ -49,17 +49,17 @@ from toy.tiny_language import Language, TabularPolicy, expected_rloo, tiny_gpt
 
 @dataclass
 class Config:
-    comparisons: int = 1000         # labelled pairs that a proxy is fitted to, over all prompts
-    few: int = 100                  # the same where the question is noise, not blindness
-    ridge: float = 1.0              # weight of ½·|w|² beside the summed Bradley-Terry loss
+    comparisons: int = 1000         # labelled pairs to fit a proxy to, over all prompts
+    few: int = 100                  # the same, for the claims about noise instead of blindness
+    ridge: float = 1.0              # weight of ½·|w|², added to the summed Bradley-Terry loss
     members: int = 5                # proxies in an ensemble, each fitted to a bootstrap sample of the same comparisons
-    largest_n: int = 16384          # of best-of-n
+    largest_n: int = 16384          # the largest n of best-of-n
     seeds: int = 10                 # draws of the comparisons; every one must pass
-    neural_seeds: int = 3           # the same for the neural reward models; 0 leaves them out
-    neural_members: int = 3         # of their ensembles
+    neural_seeds: int = 3           # the same for the neural reward models; 0 skips them
+    neural_members: int = 3         # neural reward models in an ensemble
     neural_steps: int = 100         # updates of a neural reward model
-    full: bool = False              # three times the seeds
-    out: str = "runs/overoptimization.png"  # the figure
+    full: bool = False              # use three times the seeds
+    out: str = "runs/overoptimization.png"  # path of the figure
 
 
 D, PROXY, GOLD = 0, 1, 2  # the columns of a curve
@@ -75,7 +75,7 @@ def repeats(completion):
 
 
 class Gold(Language):
-    """The enumerable language; its penalty for repeats is quadratic."""
+    """The enumerable language with a quadratic penalty for repeats."""
 
     def reward(self, prompt, completion):
         n = repeats(completion)
@@ -83,7 +83,7 @@ class Gold(Language):
 
 
 def features(language, sees_repeats):
-    """(N, C, F): how often each token occurs, content tokens counted from the prompt's; EOS last; then repeats², if it may see them."""
+    """(N, C, F): counts of the content tokens, starting at the prompt's token, then of EOS, then, if sees_repeats, repeats²."""
     content = language.vocab_size - 1
     rows = [[[*(y.count((x + shift) % content) for shift in range(content)), y.count(language.eos_id),
               *([repeats(y) ** 2] if sees_repeats else [])] for y in language.completions] for (x,) in language.prompts]
@@ -101,14 +101,14 @@ def compare(language, ref, n, seed):
 
 
 def bootstrap(compared, seed):
-    """As many comparisons, drawn from these with replacement."""
+    """A sample of the comparisons, drawn with replacement, of the same size."""
     return compared[torch.randint(len(compared), (len(compared),), generator=torch.Generator().manual_seed(seed))]
 
 
 def fit(seen, compared, ridge):
-    """The linear reward model with the smallest Bradley-Terry loss plus ridge, which is convex: nn.Linear over features (N, C, F)."""
+    """Fit the linear reward model that minimises the Bradley-Terry loss plus ridge (convex). Returns nn.Linear over features (N, C, F)."""
     model = torch.nn.Linear(seen.shape[-1], 1, bias=False, dtype=torch.float64)
-    model.config = SimpleNamespace(reward_offset=0.0)  # what minialign.rewards.weight_average asks of a reward model
+    model.config = SimpleNamespace(reward_offset=0.0)  # minialign.rewards.weight_average reads it
     torch.nn.init.zeros_(model.weight)
     prompt, chosen, rejected = compared.T
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe")
@@ -126,18 +126,18 @@ def fit(seen, compared, ridge):
 
 @torch.no_grad()
 def scores(model, seen):
-    """(N, C) of a linear reward model; rounded, because best-of-n looks at ties."""
+    """The scores (N, C) of a linear reward model, rounded because best-of-n depends on ties."""
     return model(seen)[..., 0].numpy().round(9)
 
 
 def combine(columns, how):
-    """minialign.rewards.ensemble over scores that are there already, [(N, C)]: what its functions are asked does not matter."""
+    """Combine computed scores [(N, C)] by minialign.rewards.ensemble. Its functions return them whatever their arguments are."""
     fns = [lambda prompts, completions, column=column: column.ravel() for column in columns]
     return ensemble(fns, how)(None, None).double().numpy().reshape(columns[0].shape)
 
 
 class Nets:
-    """Small neural reward models: the trunk of the reference under a scalar head, read by minialign.rewards.score."""
+    """Small neural reward models: the trunk of the reference with a scalar head, evaluated by minialign.rewards.score."""
 
     def __init__(self, language, policy, cfg):
         self.language, self.policy, self.cfg, self.shape = language, policy, cfg, (len(language.prompts), len(language.completions))
@@ -172,7 +172,7 @@ class Nets:
 
 
 def point(ref, laws, proxy, gold):
-    """(d, proxy, gold) of a policy, each averaged over prompts before the root is taken; all (N, C)."""
+    """(d, proxy, gold) of a policy. Each is averaged over prompts, the KL before its root is taken. All inputs are (N, C)."""
     divergence = np.mean([closed_form.kl(law, p) for law, p in zip(laws, ref, strict=True)])
     return math.sqrt(max(divergence, 0.0)), (laws * proxy).sum(1).mean(), (laws * gold).sum(1).mean()
 
@@ -186,13 +186,13 @@ def tilted(ref, proxy, beta):
 
 
 def curves(ref, proxy, gold, ns):
-    """Both methods against one proxy: {method: (points, 3)}; the first point of best-of-n, n = 1, is ref."""
+    """The curves of both methods against one proxy: {method: (points, 3)}. The first point of best-of-n, n = 1, is ref."""
     laws = [best_of(ref, proxy, n) for n in ns], [tilted(ref, proxy, beta) for beta in BETAS]
     return {method: np.array([point(ref, law, proxy, gold) for law in of]) for method, of in zip(METHODS, laws, strict=True)}
 
 
 def tilt_like(ref, proxy, gold, target, column):
-    """The point on RL's curve with the same d, or the same proxy, as the point `target`: both rise as β falls, so β is bisected."""
+    """The point on RL's curve with the same d, or the same proxy, as the point `target`. Both rise as β falls, so we bisect β."""
     low, high = math.log(1e-3), math.log(1e5)
     for _ in range(35):
         middle = (low + high) / 2
@@ -214,7 +214,7 @@ FORMS = {"best-of-n": lambda d: np.stack([d, -(d**2)], 1), "RL": lambda d: np.st
 
 
 def gao(curve, form, points=50):
-    """((α, β), R²) of gold − gold(ref) = d(α − βd), or d(α − β·log d), by least squares at equally spaced d, from .1 on."""
+    """Fit gold − gold(ref) = d(α − βd), or d(α − β·log d), by least squares at equally spaced d from .1 on. Returns ((α, β), R²)."""
     d = np.linspace(0.1, curve[-1, D], points)
     gained = np.interp(d, curve[:, D], curve[:, GOLD]) - curve[0, GOLD]
     parts = FORMS[form](d)
@@ -229,7 +229,7 @@ def initial_slope(ref, proxy, gold):
 
 
 def rloo_laws(language, ref, proxy, beta, steps=300, lr=0.2):
-    """Where RLOO ends: a logit for each prefix and token, Adam on the project's loss with its expectation over all completions."""
+    """The policies at which RLOO ends: a logit per prefix and token, trained with Adam on the loss's expectation over all completions."""
     laws = []
     for law, rewards in zip(ref, torch.tensor(proxy), strict=True):
         policy = TabularPolicy(language, law)
@@ -250,7 +250,7 @@ def rloo_laws(language, ref, proxy, beta, steps=300, lr=0.2):
 
 
 class Setting:
-    """What all seeds share: the language, the reference and what a proxy may look at."""
+    """What all seeds share: the language, the reference and the features of the proxies."""
 
     def __init__(self, ref_seed=0):
         self.language = Gold()
@@ -263,21 +263,21 @@ class Setting:
         return compare(self.language, self.law, n, seed)
 
     def curves(self, proxy, cfg, factor=4):
-        """factor: from one n to the next. Only falls over the same n are compared: a finer grid finds a higher peak."""
+        """factor: each n divided by the one before. A finer grid finds a higher peak, so compare falls only over the same n."""
         return curves(self.ref, proxy, self.gold, [factor**k for k in range(1 + int(math.log(cfg.largest_n, factor) + 1e-9))])
 
     def ends(self, proxy, cfg):
-        """Gold of the largest n and of the smallest β, averaged."""
+        """The mean of gold at the largest n and gold at the smallest β."""
         laws = best_of(self.ref, proxy, cfg.largest_n), tilted(self.ref, proxy, BETAS[-1])
         return np.mean([point(self.ref, law, proxy, self.gold)[GOLD] for law in laws])
 
 
 def linear_run(setting, cfg, seed):
-    """All that is exact of one draw of the comparisons: the curves against each proxy, and what compares the two methods."""
+    """All exact results for one draw of the comparisons: the curves against each proxy and what compares the two methods."""
     compared = setting.compare(cfg.comparisons, seed)
     blind = fit(setting.blind, compared, cfg.ridge)
     proxy = scores(blind, setting.blind)
-    fine = setting.curves(proxy, cfg, factor=2)  # a curve that forms are fitted to
+    fine = setting.curves(proxy, cfg, factor=2)  # a finer curve, to fit Gao's forms to
     run = {"proxy": proxy, "fine": fine, "blind": {"best-of-n": fine["best-of-n"][::2], "RL": fine["RL"]}}
     run["control"] = setting.curves(scores(fit(setting.seeing, compared, cfg.ridge), setting.seeing), cfg)
 
@@ -301,7 +301,7 @@ def linear_run(setting, cfg, seed):
 
 
 def reference_run(cfg, seed):
-    """The curves against a blind proxy, with another reference."""
+    """The curves against a blind proxy with another reference."""
     other = Setting(seed)
     return other.curves(scores(fit(other.blind, other.compare(cfg.comparisons, seed), cfg.ridge), other.blind), cfg)
 
@@ -317,7 +317,7 @@ def neural_run(setting, nets, cfg, seed):
 
 
 def rloo_run(setting, proxy):
-    """[(β, KL(π‖tilt), gold of π, gold of the tilt)] of policies trained against the proxy, before and after gold has fallen."""
+    """[(β, KL(π‖tilt), gold of π, gold of the tilt)] of policies trained on the proxy, with a β before and a β after gold has fallen."""
     found = []
     for beta in (0.5, 0.1):
         laws, expected = rloo_laws(setting.language, setting.ref, proxy, beta), tilted(setting.ref, proxy, beta)
@@ -342,7 +342,7 @@ def table(runs, names):
 
 
 def judge(report, cfg, runs, rloo):
-    """What must hold of the linear proxies, and what is claimed of them. Returns the fits of Gao's forms, {(method, form): rows}."""
+    """The gates and claims for the linear proxies. Returns the fits of Gao's forms, {(method, form): rows}."""
     for method in METHODS:
         falls = [fall(run["blind"][method]) for run in runs]
         rises = [run["blind"][method][:, GOLD].max() - run["blind"]["best-of-n"][0, GOLD] for run in runs]
@@ -380,7 +380,7 @@ def judge(report, cfg, runs, rloo):
                  [(best - run["same KL"])[:, GOLD].mean() for best, run in zip(bests, runs, strict=True)])
     for how in ("mean", "min"):
         falls = [mean_fall(run[how]) for run in runs]
-        source = "Coste et al. 2023" if how == "min" else "toy"  # who say it of pessimistic ensembles
+        source = "Coste et al. 2023" if how == "min" else "toy"  # its claim is about pessimistic ensembles
         report.claim(source, f"the {how} of {cfg.members} blind proxies removes the fall", ".1 − what is left",
                      [0.1 - left for left in falls])
         report.claim("Eisenstein et al. 2023", f"the {how} of {cfg.members} blind proxies makes the fall smaller", "single − ensemble",
@@ -398,7 +398,7 @@ def judge_references(report, others):
 
 
 def judge_nets(report, nets_runs):
-    """Neural reward models: shares and claims, no gates."""
+    """Print shares and claims for neural reward models, without gates."""
     for name in nets_runs[0]:
         shares = [f"{sum(fall(run[name][method]) > 0.2 for run in nets_runs)}/{len(nets_runs)} by {method}" for method in METHODS]
         print(f"      gold falls by more than .2 against neural, {name}: {', '.join(shares)} (not gated)")
@@ -409,10 +409,10 @@ def judge_nets(report, nets_runs):
 
 
 def draw(cfg, runs, fits, nets_runs):
-    """Blind proxy and control over d; Gao's forms on the first seed; what ensembles leave of the fall; neural reward models."""
+    """Draw blind proxy and control over d, Gao's forms on the first seed, the fall left by ensembles, and neural reward models."""
     import matplotlib
 
-    matplotlib.use("Agg")  # here and not above: a notebook that imports this file keeps its own backend
+    matplotlib.use("Agg")  # not at the top of the file, so that a notebook that imports it keeps its own backend
     import matplotlib.pyplot as plt
 
     figure, ((left, middle, right), (falls, nets_axis, nets_falls)) = plt.subplots(2, 3, figsize=(14, 7.6), constrained_layout=True)
@@ -469,7 +469,7 @@ def draw(cfg, runs, fits, nets_runs):
 
 
 def main(cfg):
-    """Print gates and claims, write the figure; returns True if all that is gated holds. Raises BadInput for arguments out of range."""
+    """Print gates and claims, write the figure; returns True if every gate passes. Raises BadInput for arguments out of range."""
     if min(cfg.comparisons, cfg.few, cfg.members, cfg.neural_members, cfg.neural_steps, cfg.seeds) < 1 or not cfg.ridge > 0:
         raise BadInput("--comparisons, --few, --members, --neural_members, --neural_steps and --seeds must be at least 1, --ridge above 0")
     if cfg.largest_n < 4 or cfg.neural_seeds < 0:

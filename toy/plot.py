@@ -1,9 +1,9 @@
-"""The picture of the front page: what every method learned against the closed form of what it should learn, dots on the diagonal.
+"""The figure at the top of the README: what every method learned against its closed form; the dots should lie on the diagonal.
 
-Each dot is one action or completion: from three_actions the probabilities of every row that is named for its method; from tiny_language a
-GPT's, fifteen completions of each prompt, from the likeliest to the least likely, grey where they were before training. What is below 1e-6
-is cut off. Methods without a closed form (KTO,
-ORPO with λ > 0, the hinge and the truncated quadratic) have no dots: their toys test that the update is at rest.
+Each dot is the probability of one action or completion. three_actions gives the probabilities of every row named after its method.
+tiny_language gives a GPT's probabilities of fifteen completions per prompt, from the most to the least likely; grey dots show them before
+training. Probabilities below 1e-6 are cut off. Methods without a closed form (KTO, ORPO with λ > 0, the hinge and the truncated
+quadratic) have no dots: their toys test that the update is at rest.
 
     python -m toy.plot --numbers docs --out docs/laws.png              # what `make figures` does with the numbers that it has written
 
@@ -23,11 +23,11 @@ from minialign.settings import cli, exit_codes
 
 @dataclass
 class Config:
-    numbers: str = "docs"           # folder with three_actions.json and tiny_language.json (of --full)
+    numbers: str = "docs"           # folder with three_actions.json and tiny_language.json (from --full)
     out: str = "runs/laws.png"      # the figure
 
 
-FAMILIES = {  # what it learns from: {method: (how its rows in three_actions begin, its name in tiny_language)}
+FAMILIES = {  # {what the methods learn from: {method: (start of its rows' names in three_actions, its name in tiny_language)}}
     "demonstrations": {"SFT": ("SFT", None), "IFT": (None, "ift"), "IRFT": ("IRFT", None), "SPIN": ("SPIN", None), "RFT": ("RFT", "rft"),
                        "ML-IRL, bounded": ("ML-IRL", None), "iterative IRL": ("IRL", "irl")},
     "preferences": {"DPO": ("DPO", "dpo"), "IPO": ("IPO", "ipo"), "GPO": ("GPO", "gpo"), "SLiC-HF": ("SLiC", "slic"),
@@ -53,10 +53,10 @@ def dots(three_actions, tiny_language):
 
 
 def draw(found, out):
-    """One panel per family, so that colours stay few; the same axes in all."""
+    """One panel per family, so that each needs few colours. All panels have the same axes."""
     import matplotlib
 
-    matplotlib.use("Agg")  # here and not above: a notebook that imports this file keeps its own backend
+    matplotlib.use("Agg")  # set here, not at import: a notebook that imports this file keeps its own backend
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(FAMILIES), figsize=(16, 4.6), sharex=True, sharey=True, constrained_layout=True)
@@ -75,7 +75,7 @@ def draw(found, out):
 
 
 def main(cfg):
-    """Draw it; returns the number of dots. Raises BadInput where the numbers are missing."""
+    """Draw the figure. Returns the number of dots. Raises BadInput if numbers are missing."""
     try:
         three_actions, tiny_language = (json.loads((Path(cfg.numbers) / f"{name}.json").read_text(encoding="utf-8"))
                                         for name in ("three_actions", "tiny_language"))

@@ -1,6 +1,6 @@
-"""What a toy says: PASS or FAIL of every number that is known exactly, a verdict on every claim that is not, and the JSON behind both.
+"""The report of a toy: PASS or FAIL for every number that is known exactly, a verdict for every claim that is not, and a JSON of both.
 
-A check is gated: a toy that misses one exits with 1. A claim never is: a paper's sentence is measured, and holds or does not.
+A check is gated: a toy that misses one exits with code 1. A claim is never gated: a paper's statement is measured and gets a verdict.
 
 Checked by tests/toy/test_report.py.
 """
@@ -17,7 +17,7 @@ from minialign.evaluate import verdict
 
 
 def make_folder(out):
-    """The folder of a figure. Raises BadInput where there can be none."""
+    """Create the folder of a figure. Raises BadInput if that fails."""
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -25,20 +25,20 @@ def make_folder(out):
 
 
 class Report:
-    """Of one run of a toy. cfg: its Config, with the figure's path in `out`; the JSON lies beside the figure."""
+    """The report of one run of a toy. cfg: its Config; cfg.out is the path of the figure, and the JSON is written next to it."""
 
     def __init__(self, cfg):
         self.cfg, self.started, self.checks, self.claims = cfg, time.monotonic(), [], []
         make_folder(cfg.out)
 
     def check(self, name, measured, expected, tolerance, note=""):
-        """Print PASS if no entry of `measured` is farther than `tolerance` from `expected` (numbers or arrays; a NaN passes nothing)."""
+        """Print PASS if no entry of `measured` is farther than `tolerance` from `expected` (numbers or arrays). A NaN fails."""
         error = float(np.abs(np.asarray(measured, dtype=float) - np.asarray(expected, dtype=float)).max())
         shown = " ".join(f"{value:.6g}" for value in np.ravel(measured)[:4]) + (" …" if np.size(measured) > 4 else "")
         self._gated(name, bool(error <= tolerance), f"{shown:36} off by {error:.1e} (≤ {tolerance:g})", note)
 
     def gate(self, name, passed, measured, note=""):
-        """The same where what is known is an inequality. measured: the numbers, in words."""
+        """The same if what is known is an inequality. measured: the numbers, as text."""
         self._gated(name, bool(passed), measured, note)
 
     def _gated(self, name, passed, measured, note):
@@ -46,9 +46,9 @@ class Report:
         print(f"{'PASS' if passed else 'FAIL'}  {name:52} {measured:66} {note}".rstrip(), flush=True)
 
     def claim(self, source, claim, measured, differences=None, *, holds=None):
-        """Print a claim, what was measured (in words) and the verdict: of `differences`, one per seed and above 0 in favour, or, of
-        something that is exact, `holds`."""
-        assert (differences is None) != (holds is None), "one of the two says what is true"
+        """Print a claim, what was measured (as text) and the verdict. The verdict comes from `differences` (one per seed, above 0 in
+        favour of the claim) or, for something exact, from `holds`."""
+        assert (differences is None) != (holds is None), "give either differences or holds"
         if differences is not None:
             mean, half, favour, word = verdict(differences)
             measured = f"{measured}: {mean:+.3g} ± {half:.2g}, {favour}/{len(differences)} seeds" if measured else (
@@ -59,7 +59,7 @@ class Report:
         print(f"      {source}: {claim}\n        {measured}  →  {word}", flush=True)
 
     def close(self, numbers):
-        """Write the JSON, print the last line; returns True if nothing that is gated was missed. numbers: {name: what the figure shows}."""
+        """Write the JSON and print the last line. Returns True if every check passed. numbers: {name: what the figure shows}."""
         passed, path = sum(check["passed"] for check in self.checks), Path(self.cfg.out).with_suffix(".json")
         content = {"config": dataclasses.asdict(self.cfg), "commit": commit(), "checks": self.checks, "claims": self.claims} | numbers
         write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")

@@ -1,25 +1,25 @@
-"""The lemmas and the theorem behind learning a reward from demonstrations, and the estimators of the KL: each measured where it is exact.
+"""Checks the lemmas and the theorem behind learning a reward from demonstrations, and the KL estimators, where all can be computed exactly.
 
-Lemmas  A GPT with a scalar head is the reward r of all 85 completions of two prompts (of unequal weight ρ), a GPT each is ref and expert E.
-        π_θ ∝ ref·e^{r/β} and ℓ(θ) = E_ρ E_E[log π_θ] are then finite sums, in float64; β is not 1, where a lost 1/β would change nothing.
-          value      E_E[r]/β − E_π[r]/β + KL(π‖ref) = ℓ(θ) − E_E[log ref] + KL(π‖π_θ), because log ref + r/β = log π_θ + log Z, and log Z
-                     cancels. So π_θ is the minimiser, the minimum is ℓ(θ) − E_E[log ref], and the excess of any other π is a KL.
-          gradient   ∇ log Z = E_{π_θ}[∇r]/β, hence ∇ℓ = (E_E[∇r] − E_{π_θ}[∇r])/β. With r = β·log π_θ/ref + β·log Z it becomes Lemma 3.2;
-                     but E_π[∇ log π] = ∇ Σ π = 0 for every π: the half of the own answers vanishes, and what is left is SFT's gradient.
-Theorem SGD with η = c/√(TK) on ĝ = ∇r(y) − ∇r(ỹ), ỹ from the policy that began the round of K steps (r in units of β), on random
-        problems of four actions: a reward for each, or a two-layer net a·sin(Wφ) that is bounded with all its derivatives, as assumed. Of
-        ‖Σ_{i<k} ĝ_i‖² the proof says ≤ kG². Equal gradients make it k²G². With k² the same proof gives (bias b_k = π_k − π_0, ‖b_k‖ ≤
-        L̃·η·‖Σ_{i<k} ĝ_i‖; the mean of k² over a round is (K − 1)(2K − 1)/6)
+Lemmas  A GPT with a scalar head is the reward r of all 85 completions of two prompts (of unequal weight ρ). Two more GPTs are ref and the
+        expert E. So π_θ ∝ ref·e^{r/β} and ℓ(θ) = E_ρ E_E[log π_θ] are finite sums, in float64. β is not 1, so a lost 1/β shows.
+          value      E_E[r]/β − E_π[r]/β + KL(π‖ref) = ℓ(θ) − E_E[log ref] + KL(π‖π_θ), because log ref + r/β = log π_θ + log Z and log Z
+                     cancels. So π_θ is the minimiser, the minimum is ℓ(θ) − E_E[log ref], and any other π exceeds it by KL(π‖π_θ).
+          gradient   ∇ log Z = E_{π_θ}[∇r]/β, hence ∇ℓ = (E_E[∇r] − E_{π_θ}[∇r])/β. With r = β·log π_θ/ref + β·log Z it becomes Lemma 3.2.
+                     But E_π[∇ log π] = ∇ Σ π = 0 for every π, so the term of the own answers is 0 and SFT's gradient remains.
+Theorem SGD with η = c/√(TK) on ĝ = ∇r(y) − ∇r(ỹ). ỹ is a sample of the policy at the start of the round of K steps; r is in units of β.
+        The problems are random, with four actions: a reward per action, or a two-layer net a·sin(Wφ), bounded with all its derivatives,
+        as assumed. The proof says ‖Σ_{i<k} ĝ_i‖² ≤ kG², but equal gradients make it k²G². With k² the same proof gives (bias
+        b_k = π_k − π_0, ‖b_k‖ ≤ L̃·η·‖Σ_{i<k} ĝ_i‖; the mean of k² over a round is (K − 1)(2K − 1)/6)
           mean E‖∇ℓ‖² ≤ 2(ℓ* − ℓ_0)/(c√(TK)) + c·L·G²/√(TK) + c²·L̃²·G²·(K − 1)(2K − 1)/(6TK):  O(1/√(TK) + K/T), not 1/√(TK) + 1/T.
         For a reward per action L = L̃ = ½ (the largest variance of a one-hot vector along a direction), G² = 2, ℓ* − ℓ_0 = KL(E‖ref).
-Data    L − L̂ is E_E minus a mean over D of r/β + log ref, numbers within C_r/β − C_p, C_p = min log ref: Hoeffding's inequality, for a
-        θ that does not look at D. At the θ̂ that maximises L̂(·; D) nothing is promised.
-KL      Σ_y π(y)·k(y) and its gradient with π(y) held fixed, which is what a loss over samples has.
+Data    L − L̂ is E_E of r/β + log ref minus its mean over D. These numbers have a range of at most C_r/β − C_p, C_p = min log ref, so
+        Hoeffding's inequality applies to a θ that does not depend on D. It promises nothing for the θ̂ that maximises L̂(·; D).
+KL      Σ_y π(y)·k(y) and its gradient with π(y) held constant, which is the gradient of a loss over samples.
 
     python -m toy.theory                     # PASS or FAIL per identity, a verdict per sentence of the papers; a figure; exit 1 on a miss
     python -m toy.theory --full              # four times the seeds
 
-The slopes are of the average over problems: on a single one a long round may by chance sweep past the optimum, and its min says little.
+The slopes use the average over problems. On a single problem a long round may pass the optimum by chance, so its minimum says little.
 Checked by tests/toy/test_theory.py.
 """
 
@@ -48,27 +48,27 @@ class Config:
     beta: float = 0.3               # β of the lemmas: the pull to ref, in units of reward
     bound: float = 1.5              # C_r: the rewards lie in [0, C_r]
     step_size: float = 1.0          # c of the theorem's η = c/√(TK)
-    replicas: int = 100             # problems of a seed, each with its own samples, that the theorem's E‖∇ℓ‖² is averaged over
-    trials: int = 4000              # data sets of Lemma 4.1 (those that are fitted: a twentieth)
-    seeds: int = 2                  # GPTs of the lemmas, sets of problems of the theorem
-    full: bool = False              # four times as many seeds
-    out: str = "runs/theory.png"    # the figure
+    replicas: int = 100             # problems per seed, each with its own samples; the theorem's E‖∇ℓ‖² is their mean
+    trials: int = 4000              # data sets for Lemma 4.1 (a twentieth of them for the fitted θ̂)
+    seeds: int = 2                  # sets of GPTs for the lemmas and of problems for the theorem
+    full: bool = False              # use four times as many seeds
+    out: str = "runs/theory.png"    # path of the figure
 
 
 # ------------------------------------------------------------------------------------------------- the lemmas, by enumeration
 
 
 class World:
-    """Two prompts and a GPT each for reward, ref, expert and policy. The expert is no tilt of ref that the reward could express."""
+    """Two prompts, and one GPT each for reward, ref, expert and policy. The reward cannot express the expert as a tilt of ref."""
 
     def __init__(self, cfg, seed):
         language = self.language = Language(n_content=4, max_new=3, n_prompts=2)
-        self.beta, self.rho = cfg.beta, torch.tensor([0.8, 0.2], dtype=torch.float64)  # unequal: a mean over the prompts would show
+        self.beta, self.rho = cfg.beta, torch.tensor([0.8, 0.2], dtype=torch.float64)  # unequal, so that a plain mean over prompts shows
         self.policy, ref, expert = (tiny_gpt(language.vocab_size, seed=3 * seed + i) for i in range(3))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.reward_model = tiny_gpt(language.vocab_size, seed=1000 + seed).with_scalar_head(reward_bound=cfg.bound)
-            torch.nn.init.normal_(self.reward_model.head.weight, std=0.5)  # rewards over all of [0, C_r]
+            torch.nn.init.normal_(self.reward_model.head.weight, std=0.5)  # so that the rewards fill [0, C_r]
         self.token_ref_logps = language.token_logps(ref).detach()  # (N, C, T)
         self.ref_logps = self.token_ref_logps.sum(-1)  # (N, C)
         self.expert = language.law_of(expert)  # (N, C)
@@ -79,7 +79,7 @@ class World:
         return score(self.reward_model, self.rows).view(self.expert.shape)  # (N, C)
 
     def logps(self, rewards):
-        """log π_θ, Eq. 9 of the RFT paper."""
+        """log π_θ, Eq. 9 of the RFT paper, (N, C)."""
         return (self.ref_logps + rewards / self.beta).log_softmax(-1)
 
     def joint(self, law):
@@ -125,13 +125,13 @@ def minimax_value(report, world, seed):
 
 
 def expected_alignment(rewards, demo_weights, sample_weights, beta):
-    """RFT's own loss, linear in the rewards and so, with weights on them, in expectation: −(E_demo[r] − E_sample[r])/β."""
+    """The expectation of RFT's own loss, −(E_demo[r] − E_sample[r])/β. It is linear in the rewards, so weighted rewards give it."""
     demo_rewards, sample_rewards = (weights.numel() * (weights * rewards).flatten() for weights in (demo_weights, sample_weights))
     return reward_alignment_loss(demo_rewards, sample_rewards, beta=beta)[0]
 
 
 def expected_irft(logps, ref_logps, demo_weights, sample_weights, beta):
-    """IRFT's own loss with h = identity, likewise."""
+    """The expectation of IRFT's own loss with h = identity, computed in the same way."""
     demo, sample, ref_demo, ref_sample = (
         w.numel() * (w * x).flatten() for x in (logps, ref_logps) for w in (demo_weights, sample_weights)
     )
@@ -139,15 +139,15 @@ def expected_irft(logps, ref_logps, demo_weights, sample_weights, beta):
 
 
 def empirical_likelihood(world, demos):
-    """L̂(θ; D), Eq. 6 of 002 as printed, with π_θ and its KL inside and attached: that it does not matter is part of Lemma 5.1."""
+    """L̂(θ; D), Eq. 6 of 002 as printed. π_θ and its KL are not detached: Lemma 5.1 includes that this does not matter."""
     rewards = world.rewards()
     logps = world.logps(rewards)
-    inner = rewards / world.beta - (logps - world.ref_logps)  # whose mean under π_θ is E[r]/β − KL
+    inner = rewards / world.beta - (logps - world.ref_logps)  # its mean under π_θ is E[r]/β − KL
     return (demos * (rewards / world.beta + world.ref_logps)).sum() - (world.joint(logps.exp()) * inner).sum()
 
 
 def reward_gradients(report, world, seed):
-    """Lemmas 3.1 and 5.1: autograd through the normaliser (through the policy) against the expectation of RFT's loss."""
+    """Lemmas 3.1 and 5.1: the expected gradient of RFT's loss against autograd through the normaliser (for 5.1, through the policy)."""
     rewards = world.rewards()
     own = world.joint(world.logps(rewards).detach().exp())
     formula = -gradient(expected_alignment(rewards, world.joint(world.expert), own, world.beta), world.reward_model)
@@ -155,15 +155,15 @@ def reward_gradients(report, world, seed):
     report.check(f"Lemma 3.1, gradient, seed {seed}, relative error", error, 0, 1e-10, "(E_E[∇r] − E_π[∇r])/β by autograd of ℓ")
 
     drawn = torch.multinomial(world.joint(world.expert).flatten(), 40, replacement=True, generator=torch.Generator().manual_seed(seed))
-    demos = torch.bincount(drawn, minlength=own.numel()).view(own.shape) / 40  # frequencies of 40 demonstrations
+    demos = torch.bincount(drawn, minlength=own.numel()).view(own.shape) / 40  # relative frequencies of 40 demonstrations
     formula = -gradient(expected_alignment(world.rewards(), demos, own, world.beta), world.reward_model)
     error = relative(formula, gradient(empirical_likelihood(world, demos), world.reward_model))
-    report.check("Lemma 5.1, the same for 40 demonstrations", error, 0, 1e-10, "prompts of D not as ρ has them")
+    report.check("Lemma 5.1, the same for 40 demonstrations", error, 0, 1e-10, "D's prompts do not have the weights ρ")
     report.claim("002 Lemma 5.1", "∇L̂ = E_D[∇r] − E_π[∇r] (over β)", f"relative error {error:.0e}", holds=report.checks[-1]["passed"])
 
 
 def self_generation(report, world, seed):
-    """Lemma 3.2 for the π_θ of a reward, then for a policy that is itself the net, as IRFT trains it."""
+    """Lemma 3.2, first for the π_θ of a reward, then for a net that is itself the policy, as IRFT trains it."""
     logps, demos = world.logps(world.rewards()), world.joint(world.expert)
     loss = expected_irft(logps, world.ref_logps, demos, world.joint(logps.detach().exp()), world.beta)
     error = relative(-gradient(loss, world.reward_model) / world.beta, gradient(world.likelihood(), world.reward_model))
@@ -172,7 +172,7 @@ def self_generation(report, world, seed):
 
     token_logps = world.language.token_logps(world.policy)  # (N, C, T)
     logps = token_logps.sum(-1)
-    fresh, stale = world.joint(logps.detach().exp()), world.joint(world.ref_logps.exp())  # of the policy's, of ref's own answers
+    fresh, stale = world.joint(logps.detach().exp()), world.joint(world.ref_logps.exp())  # answers of the policy, answers of ref
     weighted = (demos[..., None] * token_logps).flatten(0, 1)
     sft = gradient(sft_loss(weighted, world.language.mask.repeat(2, 1), n_tokens=1)[0], world.policy)
     shares = [relative(gradient(expected_irft(logps, world.ref_logps, demos, own, world.beta), world.policy), world.beta * sft)
@@ -183,11 +183,11 @@ def self_generation(report, world, seed):
 
 
 def two_actions(p, eps):
-    """π_θ(y₁) = p + ε·sin θ, y₁ the only demonstration, on a grid of θ: what Lemma B.3 bounds, and its bounds.
+    """What Lemma B.3 bounds, and its bounds, for π_θ(y₁) = p + ε·sin θ on a grid of θ. y₁ is the only demonstration.
 
     Any positive π is a π_θ of Eq. 9, with r = β·log π/ref. ∇π(·|x) = ε·cos θ·(1, −1), so L0 = √2·ε; π'' = −ε·sin θ, so L1 = ε.
-    The estimator is ∇ log π(y₁) − ∇ log π(ỹ), largest at ỹ = y₂; ℓ'' = π''/π − (π'/π)². G = 2·L0/π_min and L as in the paper, without
-    the 1/β at the head of the proof, which Eq. 15 does not have.
+    The estimator is ∇ log π(y₁) − ∇ log π(ỹ), largest at ỹ = y₂; ℓ'' = π''/π − (π'/π)². G = 2·L0/π_min and L are the paper's, without
+    the 1/β at the start of the proof, which is not in Eq. 15.
     """
     theta = np.linspace(-np.pi, np.pi, 100_001)
     pi, slope, curvature = p + eps * np.sin(theta), eps * np.cos(theta), -eps * np.sin(theta)
@@ -200,11 +200,11 @@ def two_actions(p, eps):
 
 
 def constants(report):
-    """Lemma B.3 and Assumption B.1 of the RFT paper, each on the two actions that tell the printed form from the proved one."""
+    """Lemma B.3 and Assumption B.1 of the RFT paper, each on two actions for which the printed and the proved form differ."""
     even, rare = two_actions(0.5, 0.02), two_actions(0.06, 0.05)
     report.check("Lemma B.3: sup |ℓ''|, π = ½ + .02·sin θ", even["curvature"], 0.02 / 0.48, 1e-9, "ε/(½ − ε), where sin θ = −1")
     report.gate("  at most 2(π_max·L1 + 2·L0²)/π_min²", even["curvature"] <= even["L proved"],
-                f"{even['curvature']:.4f} ≤ {even['L proved']:.4f}", "as its proof gives")
+                f"{even['curvature']:.4f} ≤ {even['L proved']:.4f}", "as in its proof")
     report.claim("000 Lemma B.3", "ℓ is smooth with L = L0(3L0 + L1)/π_min²",
                  f"|ℓ''| reaches {even['curvature']:.4f}, L = {even['L printed']:.4f}", holds=even["curvature"] <= even["L printed"])
     report.gate("B.1 pointwise: |ĝ| ≤ 2·L0/π_min, π = .06 + .05·sin θ", rare["estimator"] <= rare["G pointwise"],
@@ -222,7 +222,7 @@ SCHEDULES = {  # name: T(N), K = N/T
 
 
 class Problems:
-    """Random problems of four actions, one per replica; θ is a reward per action, or the first layer of a·sin(Wφ)."""
+    """Random problems with four actions, one per replica. θ is a reward per action or the first layer of a·sin(Wφ)."""
 
     def __init__(self, replicas, rng, *, net, hidden=8, inputs=4):
         self.expert, self.ref = rng.dirichlet(np.full(4, 2.0), size=(2, replicas))  # (R, 4) each
@@ -234,7 +234,7 @@ class Problems:
             self.start = rng.normal(size=(replicas, hidden, inputs)) / inputs**0.5
 
     def rewards(self, theta):
-        """(R, 4) rewards, and what turns weights v (R, 4) into Σ_y v(y)·∇r(y), of the shape of theta."""
+        """The rewards (R, 4), and a function that maps weights v (R, 4) to Σ_y v(y)·∇r(y), which has the shape of theta."""
         if not self.net:
             return theta, lambda v: v
         angles = theta @ self.features.transpose(0, 2, 1)  # (R, H, 4)
@@ -243,12 +243,12 @@ class Problems:
 
 
 def resampled(k):
-    """When Algorithm 1 takes new own answers: at the head of a round, of its k-th step."""
+    """Whether Algorithm 1 refreshes the sampling policy at step k of a round: only at the first."""
     return k == 0
 
 
 def descend(problems, T, K, c, rng):
-    """E‖∇ℓ(θ)‖² over the replicas before each of the TK steps of Algorithm 1."""
+    """Run Algorithm 1. Returns E‖∇ℓ(θ)‖², the mean over the replicas, before each of its TK steps."""
     theta, eta, actions, norms = problems.start, c / math.sqrt(T * K), np.eye(4), []
     expert_edges = problems.expert.cumsum(1)[:, :-1]
     for _ in range(T):
@@ -266,20 +266,20 @@ def descend(problems, T, K, c, rng):
 
 
 def drift(k, square=True):
-    """Σ_{j<k} of the bound on ‖Σ_{i<j} ĝ_i‖²/G²: j² for equal gradients; the proof has j."""
+    """Σ_{j<k} of the bound on ‖Σ_{i<j} ĝ_i‖²/G². The bound is j² for equal gradients; the proof has j."""
     return sum(j**2 if square else j for j in range(k))
 
 
 def bound(T, K, c, gap, *, square):
-    """What the proof makes of a reward per action (docstring), on the mean of E‖∇ℓ‖² over all steps; square=False is as printed."""
+    """The proof's bound on the mean of E‖∇ℓ‖² over all steps, for a reward per action (see the top). square=False: as printed."""
     L = bias = 0.5
     G2, n = 2.0, T * K
     return 2 * gap / (c * math.sqrt(n)) + c * L * G2 / math.sqrt(n) + c**2 * bias**2 * G2 * drift(K, square) / K / n
 
 
 def stale_round(report, trials, rng):
-    """Of one round of K = 10: Σ_k E‖Σ_{i<k} ĝ_i‖², sampled and exact. A sum of k independent draws has k·(trace of a covariance) plus
-    k²·‖mean‖²; here the mean is E − π_0, the trace 2 − ‖E‖² − ‖π_0‖²."""
+    """Σ_k E‖Σ_{i<k} ĝ_i‖² of one round of K = 10, sampled and exact. For a sum of k independent draws the expectation is
+    k·(trace of the covariance) + k²·‖mean‖². Here the mean is E − π_0 and the trace is 2 − ‖E‖² − ‖π_0‖²."""
     expert, law, K = np.array([0.7, 0.1, 0.1, 0.1]), np.array([0.1, 0.1, 0.1, 0.7]), 10
     actions = np.eye(4)
     steps = actions[rng.choice(4, p=expert, size=(trials, K))] - actions[rng.choice(4, p=law, size=(trials, K))]
@@ -297,7 +297,7 @@ def stale_round(report, trials, rng):
 
 
 def without_noise(c, rounds=2000):
-    """(rounds, 50) ‖∇ℓ‖² where K = T → ∞: the noise averages out, a round has length ηK = c and one direction, E − π at its head."""
+    """‖∇ℓ‖² for K = T → ∞, (rounds, 50). The noise averages out: a round has length ηK = c and the direction E − π of its start."""
     expert, ref, theta, rows = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.1, 0.2, 0.3, 0.4]), np.zeros(4), []
     for _ in range(rounds):
         step = c * (expert - closed_form.tilt(ref, theta, 1.0))
@@ -308,7 +308,7 @@ def without_noise(c, rounds=2000):
 
 
 def any_step_size(report):
-    """K = T is gradient ascent with the step size c: at rest if c < 2/L, L the largest eigenvalue of diag E − EEᵀ (here 2/L = 5.2)."""
+    """K = T is gradient ascent with step size c. It converges if c < 2/L, L the largest eigenvalue of diag E − EEᵀ (here 2/L = 5.2)."""
     small, large = without_noise(3.0), without_noise(8.0)
     report.check("K = T without noise, c = 3: E‖∇ℓ‖² at the end", small[-1].max(), 0, 1e-12, "c < 2/L = 5.2")
     report.claim("000 Theorem 3.1", "K = T: min E‖∇ℓ‖² → 0 for every c in η = c/√(TK)", "without noise, c = 8, 2000 rounds: "
@@ -317,12 +317,12 @@ def any_step_size(report):
 
 
 def slope(values):
-    """Of log values in log N."""
+    """The slope of log values in log N."""
     return float(np.polyfit(np.log(SIZES), np.log(values), 1)[0])
 
 
 def rates(report, cfg, seeds):
-    """Theorem 3.1: slopes of min and mean E‖∇ℓ‖² in N = TK, and the two bounds. Returns what is drawn."""
+    """Theorem 3.1: slopes of min and mean E‖∇ℓ‖² in N = TK, and the two bounds. Returns the curves to draw."""
     curves = {}
     for net in (False, True):
         for name, T_of in SCHEDULES.items():
@@ -371,29 +371,29 @@ def rates(report, cfg, seeds):
 
 
 def hoeffding(spread, n, delta):
-    """The right side of Lemma 4.1: spread = C_r/β − C_p."""
+    """The right side of Lemma 4.1, with spread = C_r/β − C_p."""
     return spread * math.sqrt(math.log(2 / delta) / (2 * n))
 
 
 def gaps(law, values, n, trials, rng):
-    """|L − L̂| of a fixed θ, (trials,): values are r/β + log ref of each outcome, a data set is n outcomes."""
+    """|L − L̂| of a fixed θ, (trials,). values: r/β + log ref of each outcome. A data set has n outcomes."""
     return np.abs(rng.multinomial(n, law, size=trials) @ values / n - law @ values)
 
 
 def fitted_gaps(law, ref, n, trials, scaled_bound, rng):
-    """|L − L̂| at the θ̂ that maximises L̂, (trials,): closed_form's policy of a reward per outcome in [0, C_r], for the law of D.
-    Both are means of log π_θ̂, one under E, one under D."""
+    """|L − L̂| at the θ̂ that maximises L̂, (trials,). The policy is closed_form's, for the frequencies in D and a reward per outcome
+    in [0, C_r]. L is the mean of log π_θ̂ under E, L̂ its mean under D."""
     drawn = rng.multinomial(n, law, size=trials) / n
     return np.array([abs((law - seen) @ np.log(closed_form.demonstration_law(seen, ref, scaled_bound))) for seen in drawn])
 
 
 def inner_likelihood(n, allowed):
-    """P(|X/n − ½| ≤ allowed), X of n fair coins: the exact coverage of the two-point case."""
+    """P(|X/n − ½| ≤ allowed) for X heads of n fair coins: the exact coverage with two outcomes."""
     return sum(math.comb(n, k) for k in range(n + 1) if abs(k / n - 0.5) <= allowed + 1e-12) / 2**n
 
 
 def coverages(report, cfg, worlds):
-    """Lemma 4.1, θ fixed and fitted. Returns |L − L̂| over its bound for the figure."""
+    """Lemma 4.1, θ fixed and fitted. Returns |L − L̂| divided by its bound, for the figure."""
     rng, ratios, covered = np.random.default_rng(0), {}, []
     for seed, world in enumerate(worlds):
         values = (world.rewards() / cfg.beta + world.ref_logps).detach().flatten().numpy()
@@ -405,7 +405,7 @@ def coverages(report, cfg, worlds):
             report.gate(f"Lemma 4.1, θ fixed, seed {seed}, |D| = {n}", covered[-1],
                         f"covered {share:.4f} ≥ .9, mean gap {ratio.mean():.2f} of the bound")
             ratios[f"θ fixed, |D| = {n}"] = ratio
-    # Two outcomes, one with r = C_r and ref ≈ 1, one with r = 0 and ref = 1e-6, each half of E: values at both ends of their range.
+    # Two outcomes, each with probability ½ under E: r = C_r and ref ≈ 1, or r = 0 and ref = 1e-6. Values at both ends of their range.
     ref, law = np.array([1 - 1e-6, 1e-6]), np.array([0.5, 0.5])
     values, spread = np.array([cfg.bound / cfg.beta, 0.0]) + np.log(ref), cfg.bound / cfg.beta - math.log(1e-6)
     for n, delta in ((10, 0.3), (100, 0.1), (1000, 0.05)):
@@ -437,7 +437,7 @@ def coverages(report, cfg, worlds):
 
 
 def estimators(report, world, seed):
-    """Values and gradients of k1, k2, k3 for the world's policy against ref. Returns the relative distances that are drawn."""
+    """Values and gradients of k1, k2, k3 for the world's policy against ref. Returns the relative distances to draw."""
     token_logps, token_ref_logps = world.language.token_logps(world.policy), world.token_ref_logps  # (N, C, T)
     logps, ref_logps = token_logps.sum(-1), world.ref_logps
     law = world.joint(logps.detach().exp())
@@ -448,7 +448,7 @@ def estimators(report, world, seed):
     report.check(f"KL, seed {seed}: E[k1], E[k3]", [values["k1"], values["k3"]], kl, 1e-12, "KL(π‖ref), all completions")
     report.gate("  E[k2] is another number", abs(values["k2"] - kl) > 1e-3, f"{values['k2']:.3f}, the KL {kl:.3f}")
     per_token = (law * k3(token_logps, token_ref_logps).sum(-1)).sum().item()
-    report.check("  k3 summed per token", per_token, kl, 1e-12, "the same: as a value it loses nothing")
+    report.check("  k3 summed per token", per_token, kl, 1e-12, "the same value as for whole completions")
 
     aim, other = gradient(backward, world.policy), gradient(forward, world.policy)
     grads = {k.__name__: gradient((law * k(logps, ref_logps)).sum(), world.policy) for k in (k1, k2, k3)}
@@ -458,8 +458,8 @@ def estimators(report, world, seed):
     off = relative(grads["k3"], aim)
     report.claim("004 GRPO", "k3 is unbiased, in the loss too (its gradient)", f"off by {off:.2f} of ∇KL(π‖ref)", holds=off <= 1e-10)
 
-    # Per token, as a loss over (B, T) has it. k2: a token does not hear of the KL of those after it. k3: the prefixes are still π's, and
-    # KL(ref‖π) would have ref's. Put back what is missing, and the sums over completions return.
+    # Per token, as in a loss over (B, T). k2: a token's gradient misses the KL of the tokens after it. k3: the prefixes come from π, but
+    # KL(ref‖π) needs them from ref. With these corrections both equal the gradients of whole completions.
     for k in (k2, k3):
         grads[f"{k.__name__} per token"] = gradient((law * k(token_logps, token_ref_logps).sum(-1)).sum(), world.policy)
     logratio = (token_logps - token_ref_logps).detach()
@@ -480,10 +480,10 @@ def estimators(report, world, seed):
 
 
 def draw(curves, ratios, distances, out):
-    """Slopes of the theorem; its proof's bound and the corrected one; |L − L̂| over its bound; gradients of the KL estimators."""
+    """Draw the theorem's slopes, its proof's bound and the corrected one, |L − L̂| over its bound, and gradients of the KL estimators."""
     import matplotlib
 
-    matplotlib.use("Agg")  # here and not above: a notebook that imports this file keeps its own backend
+    matplotlib.use("Agg")  # not at the top of the file, so that a notebook that imports it keeps its own backend
     import matplotlib.pyplot as plt
 
     figure, ((rate, bounds), (data, kl)) = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
@@ -520,7 +520,7 @@ def draw(curves, ratios, distances, out):
 
 
 def main(cfg):
-    """Print every identity and every claim, write the figure; returns True if nothing gated was missed. Raises BadInput."""
+    """Print every identity and every claim, write the figure; returns True if every gate passes. Raises BadInput."""
     if not (cfg.beta > 0 and cfg.bound > 0 and cfg.step_size > 0):
         raise BadInput(f"--beta {cfg.beta} --bound {cfg.bound} --step_size {cfg.step_size}: each must be above 0")
     if min(cfg.replicas, cfg.trials, cfg.seeds) < 1:

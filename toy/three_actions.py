@@ -1,14 +1,14 @@
-"""One prompt, three completions: every method's own loss against the closed form of what it must converge to.
+"""One prompt, three completions: each method, trained with its own loss, must converge to the policy that its closed form predicts.
 
-Example 1 of "Getting More Juice Out of the SFT Data" and of "From Demonstrations to Rewards", widened to any expert and any
-reference. A policy is three logits in float64; expectations over demonstrations and samples are sums, so nothing is noisy and the
-tolerances are those of arithmetic (one row is sampled, to show the noise). The losses are the project's, imported from
-minialign/methods; the laws are toy/closed_form.py's, which knows nothing of them.
+The setting is Example 1 of "Getting More Juice Out of the SFT Data" and of "From Demonstrations to Rewards", with any expert and any
+reference. A policy is three logits in float64. Expectations over demonstrations and samples are exact sums, so nothing is noisy and the
+tolerances are those of float64 (one row is sampled, to show the noise). The losses are imported from minialign/methods. The laws (closed
+forms) are those of toy/closed_form.py, which does not use the losses.
 
     python -m toy.three_actions                                        # a table with PASS or FAIL per row, a figure; exit 1 on a miss
     python -m toy.three_actions --beta 2 --R 3 --expert .2 .3 .5 --ref .6 .2 .2 --ref_update fixed --resampling stale
 
-The defaults avoid beta = 1 and a uniform reference on purpose: a lost 1/beta or a lost "− log ref" would change nothing there.
+The defaults avoid beta = 1 and a uniform reference on purpose: with those, a missing 1/beta or a missing "− log ref" would go unnoticed.
 """
 
 import json
@@ -45,15 +45,15 @@ from toy.report import make_folder
 
 @dataclass
 class Config:
-    beta: float = 2.0               # pull to the reference
+    beta: float = 2.0               # strength of the pull to the reference
     R: float = 3.0                  # rewards of the explicit methods lie in [0, R]
-    expert: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.7])  # E
-    ref: list[float] = field(default_factory=lambda: [0.5, 0.3, 0.2])     # the reference, where every method starts
+    expert: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.7])  # E, the expert's probabilities
+    ref: list[float] = field(default_factory=lambda: [0.5, 0.3, 0.2])     # the reference's probabilities; every method starts there
     ref_update: str = "both"        # reference of IRFT: refreshed each round (SPIN), fixed, or both
-    resampling: str = "both"        # samples of IRFT: fresh at every step, stale for a round, or both
-    rounds: int = 6                 # rounds of stale sampling
-    seed: int = 0                   # of the one sampled row
-    full: bool = False              # also under eight other settings, from a far-off reference to a pull of 5
+    resampling: str = "both"        # samples of IRFT: fresh at every step, stale (kept for a round), or both
+    rounds: int = 6                 # number of rounds with stale samples
+    seed: int = 0                   # seed of the one sampled row
+    full: bool = False              # also run eight other settings, from a distant reference to beta = 5
     out: str = "runs/three_actions.png"  # the figure
 
 
@@ -85,7 +85,7 @@ def expected_sft(logits, expert):
 
 
 def expected_ift(logits, expert):
-    """Σ_y E(y)·ift_loss(y): completions of one token, so every weight is 1."""
+    """Σ_y E(y)·ift_loss(y). The completions have one token, so every weight is 1."""
     logps = logits.log_softmax(0)
     one = torch.ones(1, 1, dtype=torch.bool)
     return sum(weight * ift_loss(logps[y].view(1, 1), one, decay=0.95)[0] for y, weight in enumerate(expert))
@@ -110,10 +110,10 @@ def expected_irl(rewards, base, expert, policy):
 
 
 def expected_preference(loss_of, logits, ref, prefer, mu):
-    """Σ 2·μ_a·μ_b·prefer[a, b]·loss_of(log π(a), log π(b), log ref(a), log ref(b)): all (chosen a, rejected b) together have weight 1."""
+    """Σ 2·μ_a·μ_b·prefer[a, b]·loss_of(log π(a), log π(b), log ref(a), log ref(b)). The weights of all (chosen a, rejected b) sum to 1."""
     logps, ref_logps = logits.log_softmax(0), ref.log()
     a, b = torch.cartesian_prod(torch.arange(len(logits)), torch.arange(len(logits))).T  # (9,)
-    one = torch.func.vmap(lambda *four: loss_of(*[x[None] for x in four])[0])  # the losses take the mean of a batch: batches of one
+    one = torch.func.vmap(lambda *four: loss_of(*[x[None] for x in four])[0])  # a loss is a batch mean, so each batch holds one pair
     return (2 * mu[a] * mu[b] * prefer[a, b] * one(logps[a], logps[b], ref_logps[a], ref_logps[b])).sum()
 
 
@@ -133,14 +133,14 @@ def gradient(loss_of, logits):
 
 
 def descend(loss_of, logits, lr, steps):
-    """Plain gradient descent; loss_of may look at the current logits (fresh samples) because it is called anew at every step."""
+    """Plain gradient descent. loss_of is called again at every step, so it may use the current logits (fresh samples)."""
     for _ in range(steps):
         logits = logits - lr * gradient(loss_of, logits)
     return logits
 
 
 def descend_to_rest(loss_of, logits, lr):
-    """The same until nothing moves any more: where the expected update is at rest."""
+    """The same until the logits stop moving: the fixed point of the expected update."""
     for _ in range(30_000):
         step = lr * gradient(loss_of, logits)
         if step.abs().max() < 1e-14:
@@ -150,18 +150,18 @@ def descend_to_rest(loss_of, logits, lr):
 
 
 def minimise(loss_of, logits):
-    """Newton's method to machine precision, for losses that are convex in the logits. The flat direction (a constant) is left alone.
+    """Newton's method to machine precision, for losses that are convex in the logits. It does not shift all logits by a constant.
 
-    A step is halved until the loss falls as its slope promises (Armijo), so that a start far away cannot throw it out; where the loss
-    no longer changes in float64, until the gradient shrinks.
+    Each step is halved until the loss falls in proportion to its slope (Armijo), so a distant start does not make it diverge. Where the
+    loss no longer changes in float64, the step is halved until the gradient shrinks.
     """
     for _ in range(200):
         grad, value = gradient(loss_of, logits), float(loss_of(logits))
         if grad.abs().max() < 1e-16:
             break
         hessian = torch.autograd.functional.hessian(loss_of, logits)
-        step, _ = torch.linalg.solve_ex(hessian + torch.ones_like(hessian), grad)  # 11ᵀ: the gradient has no part along a constant
-        step = step / max(1.0, float(step.abs().max()) / 2)  # two nats at most: far out the curvature says nothing
+        step, _ = torch.linalg.solve_ex(hessian + torch.ones_like(hessian), grad)  # 11ᵀ: the gradient has no component along 1
+        step = step / max(1.0, float(step.abs().max()) / 2)  # at most two nats: far out the curvature means nothing
         size, slope = 1.0, float(grad @ step)
 
         def good(size, logits=logits, step=step, grad=grad, value=value, slope=slope):
@@ -186,10 +186,10 @@ def tilted(ref, reward, beta):
 
 
 def alternate(expert, ref, *, beta, lr=None, bounds=(-torch.inf, torch.inf), loss="linear", ridge=0.0):
-    """RFT with exact expectations and exact policies, one reward step a round, until it rests: the policies on the way.
+    """RFT with exact expectations and exact policies, one reward step per round, until the reward stops moving. Returns all policies.
 
-    With `linear` each step is one of maximum-likelihood inverse RL (Lemma 3.1: its gradient is (E − π)/β). That likelihood is concave in
-    r/β with curvature at most 1/2, so steps of 2β² in r are safe.
+    With `linear` each step is a step of maximum-likelihood inverse RL (Lemma 3.1: its gradient is (E − π)/β). That likelihood is concave
+    in r/β with curvature at most 1/2, so steps of 2β² in r are safe.
     """
     reward, policies = torch.zeros_like(ref), [ref]
     for _ in range(20_000):
@@ -204,12 +204,12 @@ def alternate(expert, ref, *, beta, lr=None, bounds=(-torch.inf, torch.inf), los
 
 
 def ml_irl(expert, ref, *, beta, R):
-    """Exact maximum-likelihood inverse RL with rewards in [0, R]: the policy it ends at."""
+    """Exact maximum-likelihood inverse RL with rewards in [0, R]: the policy that it converges to."""
     return alternate(expert, ref, beta=beta, bounds=(0, R))[-1]
 
 
 def iterative_irl(expert, ref, *, beta, n_rounds, mode, anchor="initial"):
-    """IRL with exact steps, every reward an arg min: the policies after each round. mode, anchor: as in minialign/methods/irl.py."""
+    """IRL with exact steps, every reward an arg min. Returns the policy after each round. mode, anchor: as in minialign/methods/irl.py."""
     reward, policy, policies = torch.zeros_like(ref), ref, []
     for _ in range(n_rounds):
         base = reward if mode == "accumulate" else torch.zeros_like(ref)
@@ -220,9 +220,9 @@ def iterative_irl(expert, ref, *, beta, n_rounds, mode, anchor="initial"):
 
 
 def algorithm_1(ref, demo, *, beta, R, rounds=400, inner=10, seed=0):
-    """RFT, Algorithm 1 of the paper, with its sampling: K reward steps (1/β)(e_y − e_ỹ), ỹ ~ π_t drawn anew for each, r in [0, R];
-    then the policy step in closed form, π_{t+1} ∝ ref·e^{r/β}. The expert always shows `demo`. r starts at 0;
-    one inner step moves it by R/20."""
+    """Algorithm 1 of the RFT paper, with sampling. Each round takes K reward steps (1/β)(e_y − e_ỹ), each with a new sample ỹ ~ π_t and
+    with r kept in [0, R]. Then it takes the policy step in closed form, π_{t+1} ∝ ref·e^{r/β}. The demonstration is always `demo`. r
+    starts at 0; one inner step moves it by R/20."""
     generator = torch.Generator().manual_seed(seed)
     reward, policy, lr = torch.zeros_like(ref), ref, 0.05 * R * beta
     for _ in range(rounds):
@@ -250,11 +250,11 @@ class Check:
 
     @property
     def passed(self):
-        return self.error <= self.tolerance  # a NaN passes nothing
+        return self.error <= self.tolerance  # (a NaN fails)
 
     @property
     def is_policy(self):
-        """Whether it is about probabilities (others compare slopes, rewards or losses)."""
+        """Whether the check compares probabilities (others compare slopes, rewards or losses)."""
         return np.min(self.learned) >= 0 and np.allclose(np.atleast_2d(self.law).sum(1), 1)
 
 
@@ -269,7 +269,7 @@ DELTA = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
 
 
 def setting(cfg):
-    """(expert, ref) as tensors, the same as arrays."""
+    """expert and ref, first as tensors, then as arrays."""
     expert, ref = closed_form.normalise(cfg.expert), closed_form.normalise(cfg.ref)
     return torch.tensor(expert), torch.tensor(ref), expert, ref
 
@@ -279,8 +279,8 @@ def explicit_checks(cfg):
     expert, ref, E, reference = setting(cfg)
     beta, x, uniform, delta = cfg.beta, cfg.R / cfg.beta, UNIFORM, DELTA
 
-    # A reward that is learned explicitly, bounded by R. With one demonstration it takes about e^{R/β} steps to reach the bound: those
-    # rows take at most R = 6β.
+    # The reward is learned explicitly and bounded by R. With one demonstration it takes about e^{R/β} steps to reach the bound, so those
+    # rows use at most R = 6β.
     R, capped = min(cfg.R, 6 * beta), min(x, 6.0)
     learned = ml_irl(delta, uniform, beta=beta, R=R).numpy()
     note = "(1, 1, e^x)/(2 + e^x), not 2/(2 + e^x)"
@@ -299,7 +299,7 @@ def explicit_checks(cfg):
     learned = [max(rises, 0), distances[-1]]
     yield Check("RFT linear, small steps: KL(E‖π) rises, ends", learned, [0, 0], 1e-12, "falls at every step, to the expert")
     learned = alternate(expert, ref, beta=beta, lr=4 * beta / (1 + beta), loss="bt")[-1].numpy()
-    note = "E^{1/(1+β)}·ref^{β/(1+β)}, as fresh IRFT"
+    note = "E^{1/(1+β)}·ref^{β/(1+β)}, as IRFT with fresh samples"
     yield Check("RFT Bradley-Terry, small steps", learned, closed_form.geometric_mixture(E, reference, beta), 1e-10, note)
     ridge = 0.1 / beta**2
     learned = alternate(expert, ref, beta=beta, lr=beta**2, ridge=ridge)[-1].numpy()
@@ -311,30 +311,30 @@ def explicit_checks(cfg):
 
 
 def irl_checks(cfg):
-    """Iterative IRL, every reward an arg min: with β = 1, which its paper sets, and with this one."""
+    """Iterative IRL where every reward is an arg min: with β = 1, as in its paper, and with the β of cfg."""
     expert, ref, E, reference = setting(cfg)
     beta = cfg.beta
     swing = iterative_irl(expert, ref, beta=1.0, n_rounds=6, mode="literal").numpy()
-    yield Check("IRL literal, β = 1, 6 rounds", swing, np.stack([E, reference] * 3), 1e-9, "swings between E and ref for ever")
-    n_rounds = int(np.ceil(9 / np.log(beta))) if beta > 1.2 else 6  # the distance shrinks by 1/β a round: to e^{−9}
+    yield Check("IRL literal, β = 1, 6 rounds", swing, np.stack([E, reference] * 3), 1e-9, "oscillates between E and ref forever")
+    n_rounds = int(np.ceil(9 / np.log(beta))) if beta > 1.2 else 6  # the distance shrinks by 1/β per round: run until e^{−9}
     usable = closed_form.usable_rounds(closed_form.rounds_law(E, reference, beta, n_rounds, ref_update=False))
     learned = iterative_irl(expert, ref, beta=beta, n_rounds=len(usable), mode="literal").numpy()
-    yield Check(f"IRL literal, {len(usable)} rounds", learned, usable, 1e-7, "ref·(E/π)^{1/β}: settles at the mixture iff β > 1")
+    yield Check(f"IRL literal, {len(usable)} rounds", learned, usable, 1e-7, "ref·(E/π)^{1/β}: converges to the mixture iff β > 1")
     if beta > 1.2:
         yield Check("  its last round", learned[-1], closed_form.geometric_mixture(E, reference, beta), 1e-3, "not the expert")
     usable = closed_form.usable_rounds(closed_form.rounds_law(E, reference, beta, 8, ref_update=True))
     for name, settings in (("accumulated", {"mode": "accumulate"}), ("literal, anchor current", {"mode": "literal", "anchor": "current"})):
         learned = iterative_irl(expert, ref, beta=beta, n_rounds=len(usable), **settings).numpy()
-        yield Check(f"IRL {name}, {len(usable)} rounds", learned, usable, 1e-7, "π·(E/π)^{1/β}: to the expert iff β > ½")
+        yield Check(f"IRL {name}, {len(usable)} rounds", learned, usable, 1e-7, "π·(E/π)^{1/β}: converges to E iff β > ½")
 
 
 def likelihood_checks(cfg):
-    """SFT, IFT, and what selection shows them."""
+    """SFT, IFT, and SFT on selected samples."""
     expert, ref, E, reference = setting(cfg)
     start, delta = ref.log(), DELTA
     zeros = torch.zeros(3, dtype=torch.float64)
     flow, halves = [closed_form.sft_flow(t) for t in (1.0, 5.0)], []
-    for lr in (0.02, 0.01):  # descent of step lr is off by O(lr): extrapolate it to 0 from two step sizes
+    for lr in (0.02, 0.01):  # descent with step lr has an error of O(lr): extrapolate to lr = 0 from two step sizes
         logits, values, done = zeros, [], 0
         for t in (1.0, 5.0):
             n = round(t / lr)
@@ -343,12 +343,12 @@ def likelihood_checks(cfg):
         halves.append(np.array(values))
     yield Check("SFT's path, one demo, lr·steps = 1 and 5", 2 * halves[1] - halves[0], np.array(flow), 1e-4, "2d + e^d = 1 + 3·lr·steps")
     learned = minimise(lambda z: expected_sft(z, expert), start).softmax(0).numpy()
-    yield Check("SFT", learned, E, 1e-12, "the expert, whatever ref is")
+    yield Check("SFT", learned, E, 1e-12, "the expert, for every ref")
 
     learned = gradient(lambda z: expected_ift(z, expert), start).numpy()
-    yield Check("IFT's gradient", learned, reference - E, 1e-12, "completions of one token: SFT's")
+    yield Check("IFT's gradient", learned, reference - E, 1e-12, "equals SFT's, for completions of one token")
 
-    # Selection, by the reward r = (0, 1, 1): a tie on top.
+    # Selection by the reward r = (0, 1, 1), which has a tie at the top.
     reward, n = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), 4
     draws = torch.tensor(list(product(range(3), repeat=n)))  # (3^n, n) every way to draw n
     winners = draws.gather(1, pick(reward[draws])[:, None]).squeeze(1)
@@ -360,11 +360,11 @@ def likelihood_checks(cfg):
 
 
 def irft_checks(cfg):
-    """IRFT and SPIN; `ref_update` and `resampling` leave some out."""
+    """IRFT and SPIN; `ref_update` and `resampling` select the rows."""
     expert, ref, E, reference = setting(cfg)
     beta, start = cfg.beta, ref.log()
 
-    # IRFT with h = identity: SFT in disguise.
+    # IRFT with h = identity is SFT.
     lr, inner = 0.1, 7
     logits = start
     for _ in range(3):
@@ -408,12 +408,12 @@ def irft_checks(cfg):
                 name = "SPIN" if kind == "refreshed" else "IRFT, ref fixed"
                 note = "π·(E/π)^{1/β}" if kind == "refreshed" else "ref·(E/π)^{1/β}"
                 yield Check(f"{name}, round 1, converged", learned[0], law[0], 1e-9, note)
-                yield Check(f"{name}, rounds 1 to {cfg.rounds}", learned, law, 1e-7, "every round on its law")
+                yield Check(f"{name}, rounds 1 to {cfg.rounds}", learned, law, 1e-7, "every round equals its law")
 
 
 def preference_checks(cfg):
-    """DPO and its siblings, on pairs that ref wrote, labelled by Bradley-Terry on r = log E/ref: the expert is π* where β = 1.
-    (The pairs of the online rows are the policy's own, KTO's answers are the expert's.)"""
+    """DPO and its relatives, on pairs that ref samples and that Bradley-Terry labels with r = log E/ref, so at β = 1 the expert is π*. (In
+    the online rows the policy samples the pairs. In the KTO rows the expert samples the answers.)"""
     expert, ref, E, reference = setting(cfg)
     beta, start, reward = cfg.beta, ref.log(), np.log(E / reference)
     prefer = torch.tensor(closed_form.bradley_terry(reward))
@@ -424,18 +424,18 @@ def preference_checks(cfg):
         return minimise(lambda z: expected_preference(loss_of, z, ref, prefer, ref), start)
 
     def rests(loss_of, curvature):
-        """Where the expected update of pairs drawn from the policy itself comes to rest. curvature: the largest of loss_of in log π."""
+        """The fixed point of the expected update on the policy's own pairs. curvature: the largest curvature of loss_of in log π."""
 
         def expected(z):
             return expected_preference(loss_of, z, ref, prefer, z.detach().softmax(0))
 
         return descend_to_rest(expected, start, 1 / curvature).softmax(0).numpy()
 
-    pull = max(beta, 0.7)  # a policy that has all but left two of the three draws no pairs to go on with, and takes for ever
+    pull = max(beta, 0.7)  # with two of the three probabilities near 0 the policy samples no useful pairs, and it takes forever
     best = closed_form.tilt(reference, reward, beta)
-    yield Check("DPO", learned(partial(dpo_loss, beta=beta)).softmax(0).numpy(), best, 1e-8, "π* = ref·e^{r/β}, whoever wrote the pairs")
+    yield Check("DPO", learned(partial(dpo_loss, beta=beta)).softmax(0).numpy(), best, 1e-8, "π* = ref·e^{r/β}, for pairs from any policy")
     policy = rests(partial(dpo_loss, beta=pull), pull**2 / 4)
-    yield Check(f"DPO online, β = {pull:g}", policy, closed_form.tilt(reference, reward, pull), 1e-8, "π* too")
+    yield Check(f"DPO online, β = {pull:g}", policy, closed_form.tilt(reference, reward, pull), 1e-8, "also π*")
     law = closed_form.ipo_law(reference, p, beta, mu)
     yield Check("IPO", learned(partial(ipo_loss, beta=beta)).softmax(0).numpy(), law, 1e-8, "ref·e^{g/β}, g = E_μ p(y ≻ y')")
     policy = rests(partial(ipo_loss, beta=pull), 2)
@@ -448,7 +448,7 @@ def preference_checks(cfg):
 
     policy = learned(partial(gpo_loss, beta=beta, f="truncated_quadratic")).softmax(0).numpy()
     slope = closed_form.pair_slope(lambda x: -2 * np.maximum(0, 1 - x), beta * np.log(policy / reference), p, mu)
-    yield Check("GPO, truncated quadratic: slope at rest", slope, np.zeros(3), 1e-8, "IPO's at β/2 while no g differ by more than ½")
+    yield Check("GPO, truncated quadratic: slope at rest", slope, np.zeros(3), 1e-8, "IPO's law at β/2 if no two g differ by more than ½")
     corner = torch.tensor(closed_form.hinge_corner(reference, p, beta, mu))
     directions = [torch.stack([a.cos(), a.sin(), -a.cos() - a.sin()]) for a in torch.linspace(0, 2 * np.pi, 361, dtype=torch.float64)]
 
@@ -456,20 +456,20 @@ def preference_checks(cfg):
         return float(expected_preference(partial(gpo_loss, beta=beta, f="hinge"), z, ref, prefer, ref))
 
     rise = min(hinge(corner.log() + 1e-4 * direction) for direction in directions) - hinge(corner.log())
-    yield Check("GPO, hinge: the loss rises all around a corner", [min(rise, 0)], [0], 1e-12, "a corner β·Δ = ±1, no closed form")
+    yield Check("GPO, hinge: the loss rises all around a corner", [min(rise, 0)], [0], 1e-12, "at β·Δ = ±1, no closed form")
 
     tilts, laws = [], []
     small = torch.tensor(closed_form.bradley_terry(1e-3 * reward))
     for f in FUNCTIONS:
         _, slope, curvature = regularisation(f)
-        if curvature:  # the hinge has none
+        if curvature:  # (the hinge has none)
             policy = learned(partial(gpo_loss, beta=beta, f=f), prefer=small)
             tilts.append(beta * np.ptp((policy - start).numpy()) / np.ptp(1e-3 * reward))
             laws.append(1 / (2 * abs(curvature / slope)))
     yield Check("GPO, tilt per small reward, five of the f", tilts, laws, 1e-3, "1/(2·|f''(0)/f'(0)|): 1, ½, ½, ½, 1")
 
     policy = learned(lambda w, l, *_: simpo_loss(w, l, scale=beta, target_margin=0.0)).softmax(0).numpy()
-    yield Check("SimPO, γ = 0", policy, closed_form.simpo_law(np.ones(3), reward, beta), 1e-8, "e^{|y|(r − c)/scale}; ref is forgotten")
+    yield Check("SimPO, γ = 0", policy, closed_form.simpo_law(np.ones(3), reward, beta), 1e-8, "e^{|y|(r − c)/scale}; independent of ref")
     policy = learned(lambda w, l, *_: orpo_loss(w, l, weight=0.0)).softmax(0).numpy()
     yield Check("ORPO, λ = 0", policy, closed_form.winners_law(mu, p, np.ones(3)), 1e-8, "SFT on the winners")
     policy = learned(lambda w, l, *_: orpo_loss(w, l, weight=0.25)).softmax(0).numpy()
@@ -481,24 +481,24 @@ def preference_checks(cfg):
     policy = learned(lambda w, l, *_: slic_loss(w, l, w, delta=delta, weight=weight)).softmax(0).numpy()
     yield Check("SLiC-HF, δ beyond every margin", policy, law, 1e-8, "W + (W − L)/λ")
 
-    W, L = closed_form.winners(E, p)  # written by the expert: answers that ref would not have written put z₀ above 0
-    desirable_weight = 0.5 + 2 * float((L / W).max())  # so large that nothing is driven out
+    W, L = closed_form.winners(E, p)  # the expert samples the answers: ref would rarely sample them, so z₀ > 0
+    desirable_weight = 0.5 + 2 * float((L / W).max())  # large enough that no probability goes to 0
     for own, name in ((beta / 10, f"KTO, β = {beta / 10:g}: slope at rest"), (1e-6, "KTO, β → 0")):
         good, bad, logits = torch.tensor(W) / 2, torch.tensor(L) / 2, start
-        for _ in range(30):  # the reference point is a constant of each step
+        for _ in range(30):  # within a step the reference point is constant
             kl = mismatched_kl(((good + bad) * logits.log_softmax(0)).sum()[None], ((good + bad) * ref.log()).sum()[None])
             loss_of = partial(expected_kto, ref=ref, desirable=good, undesirable=bad, kl=kl, beta=own, weight=desirable_weight)
             logits = minimise(loss_of, logits)
         policy = logits.softmax(0).numpy()
         if own == 1e-6:
-            yield Check(name, policy, closed_form.normalise(desirable_weight * W - L), 1e-5, "λ_D·W − L: how often liked − how often not")
+            yield Check(name, policy, closed_form.normalise(desirable_weight * W - L), 1e-5, "λ_D·W − L: W for likes, L for dislikes")
         else:
             slope = closed_form.kto_slope(policy, reference, desirable_weight * W / 2, L / 2, own, (W + L) / 2)
             yield Check(name, slope, np.zeros(3), 1e-8, f"no closed form; z₀ = {float(kl):.3f}")
 
 
 def converged_rounds(expert, ref, beta, n_rounds, ref_update):
-    """(learned, law): the policies after each round, every inner loop run to its minimum. Stops early where the law leaves float64."""
+    """(learned, law): the policies after each round, with every inner loop run to its minimum. Stops early where the law leaves float64."""
     law = closed_form.usable_rounds(closed_form.rounds_law(expert.numpy(), ref.numpy(), beta, n_rounds, ref_update=ref_update))
     policy, learned = ref, []
     for _ in law:
@@ -510,7 +510,7 @@ def converged_rounds(expert, ref, beta, n_rounds, ref_update):
 
 
 def sampled_irft(expert, ref, *, beta, seed, steps=4000, batch_size=64):
-    """The same fixed point with real sampling: batches of demonstrations and own answers, SGD with a step that falls to 0."""
+    """The fixed point of IRFT with fresh samples, by SGD on sampled demonstrations and own answers, with a step size that falls to 0."""
     generator = torch.Generator().manual_seed(seed)
     logits, ref_logps = ref.log().requires_grad_(True), ref.log()
     for k in range(steps):
@@ -527,11 +527,11 @@ def sampled_irft(expert, ref, *, beta, seed, steps=4000, batch_size=64):
 
 
 def draw(results, cfg):
-    """Left: learned against law, every probability a dot on the diagonal. Middle: rounds of SPIN and IRL, by what they are held to.
-    Right: probability of an unseen action over SFT and IRFT steps, and where the bounded reward holds it."""
+    """Left: learned probabilities against the law's, one dot each. Middle: rounds of SPIN and IRL, with refreshed and with fixed
+    reference. Right: probability of an unseen action over SFT and IRFT steps, and the value at which a bounded reward keeps it."""
     import matplotlib
 
-    matplotlib.use("Agg")  # here and not above: a notebook that imports this file keeps its own backend
+    matplotlib.use("Agg")  # set here, not at import: a notebook that imports this file keeps its own backend
     import matplotlib.pyplot as plt
 
     expert, ref = closed_form.normalise(cfg.expert), closed_form.normalise(cfg.ref)
@@ -580,7 +580,7 @@ def draw(results, cfg):
 
 
 def main(cfg):
-    """Print the table, write the figure; returns True if every row passed. Raises BadInput for arguments out of range."""
+    """Print the table and write the figure. Returns True if every row passed. Raises BadInput for arguments out of range."""
     for name in ("expert", "ref"):
         values = getattr(cfg, name)
         if len(values) != 3 or min(values) <= 0:

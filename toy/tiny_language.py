@@ -1,27 +1,27 @@
-"""A GPT over a language small enough to enumerate: every method against its own exact fixed point, by summing, not by sampling.
+"""A GPT on a language small enough to enumerate: every method against its own fixed point, computed by exact sums, not by sampling.
 
-Four content tokens and EOS, at most three tokens a completion: a prompt has 1 + 4 + 16 + 64 = 85 of them (with --full six, four and so
-1555), and every probability, expectation and divergence is a finite sum. The reward is programmatic: +.5 for each token the prompt likes,
-−.5 for each it dislikes, −.4 for a token repeated at once, +.3 for ending with EOS. (Independent random rewards would not do: a net of this
-size cannot tilt 1555 completions one by one, and what it misses would hide what the method misses.)
+The language has four content tokens and EOS, and a completion has at most three tokens. So a prompt has 1 + 4 + 16 + 64 = 85 completions
+(with --full six tokens, length four and 1555 completions), and every probability, expectation and divergence is a finite sum. The reward
+is a rule: +.5 for each token the prompt likes, −.5 for each it dislikes, −.4 for each immediate repetition, +.3 for ending with EOS.
+(Random rewards would not work: a net this small cannot tilt 1555 completions one by one, and its error would hide the method's error.)
 
-Two proofs for each method, with its own functions from minialign/methods:
+Each method is tested in two ways, with its own functions from minialign/methods:
 
-    at rest    the expected update, summed over all completions, of a policy that sits on the method's law: must be 0
-    trained    the GPT of minialign/model.py, trained by sampling, with the method's own rollout, advantages and step in the order of its
-               main (Adam, no clipping of gradients, one learning rate): KL(π‖law), summed over all completions
+    at rest    a policy is set to the method's law; its expected update, summed over all completions, must be 0
+    trained    the GPT of minialign/model.py trains by sampling, with the method's own rollout, advantages and step in the order of its main
+               (Adam, no gradient clipping, one learning rate); then KL(π‖law), summed over all completions, must be small
 
-The laws are toy/closed_form.py's. REINFORCE, RLOO, PPO, REBEL have π* ∝ ref·e^{r/β}; RFT and IRL, which see only demonstrations of π*, must
-find it too, and so must DPO and GPO with Savage's f. GRPO, IFT, RFT by Bradley-Terry and most of DPO's siblings have other laws, and must
-end nearer to those than to π*. Where there is no law in closed form, training must end where the expected slope is small beside what it is
-at ref.
+The laws are those of toy/closed_form.py. REINFORCE, RLOO, PPO and REBEL have π* ∝ ref·e^{r/β}. RFT and IRL see only demonstrations of π*
+and must find it too, and so must DPO and GPO with Savage's f. GRPO, IFT, RFT by Bradley-Terry and most relatives of DPO have other laws
+and must end nearer to those than to π*. For a method without a closed form, the expected slope at the end must be small compared with the
+slope at ref.
 
     python -m toy.tiny_language                                        # all at rest, a few trained; a figure; exit 1 on a miss
     python -m toy.tiny_language --full                                 # all trained, on 1555 completions: seven minutes
     python -m toy.tiny_language --methods rloo grpo --seeds 5
 
-Why both: with the KL in the reward the advantages are constant at π*, so training lands there even with advantages that are wrong by a
-factor. And a fixed point is only half of a law: it has to be where one arrives. tests/test_wrong_variants.py shows what catches what.
+Why both? With the KL in the reward the advantages are constant at π*, so training ends there even if the advantages are wrong by a factor.
+And a fixed point is not enough: training must reach it. tests/test_wrong_variants.py shows which test catches which mistake.
 """
 
 import copy
@@ -55,13 +55,13 @@ from toy.report import make_folder
 
 @dataclass
 class Config:
-    methods: list[str] = field(default_factory=list)  # who is trained: all, or some of reinforce, rloo, …; by default a few, --full all
-    beta: float = 0.5               # pull to the reference
-    steps: int = 300                # updates of each run (PPO: a third as many rollouts, four updates on each; RFT, IRL: twice as many)
-    samples: int = 32               # completions of each prompt and step (REBEL: twice as many pairs)
-    lr: float = 3e-3                # of Adam, falling linearly to 0
-    seeds: int = 1                  # runs of each row; every one must pass
-    full: bool = False              # 1555 completions a prompt instead of 85, twice the updates, every method
+    methods: list[str] = field(default_factory=list)  # methods to train: all, or some of reinforce, rloo, …; default: a few, --full all
+    beta: float = 0.5               # strength of the pull to the reference
+    steps: int = 300                # updates per run (PPO: a third as many rollouts, four updates on each; RFT, IRL: twice as many updates)
+    samples: int = 32               # completions per prompt and step (REBEL: twice as many pairs)
+    lr: float = 3e-3                # Adam's learning rate, which falls linearly to 0
+    seeds: int = 1                  # runs per row; every run must pass
+    full: bool = False              # 1555 completions per prompt instead of 85, twice the updates, every method
     out: str = "runs/tiny_language.png"  # the figure
 
 
@@ -76,10 +76,10 @@ def all_completions(n_content, eos_id, max_new):
 
 
 def tiny_gpt(vocab_size, *, seed=0, dtype=torch.float64, mixing=1.0, **changes):
-    """A one-layer GPT-2 of 32 channels whose distribution is not flat and depends on the whole prefix; the global seed is left alone.
+    """A one-layer GPT-2 with 32 channels. Its distribution is not flat and depends on the whole prefix. The global seed is not changed.
 
-    Embeddings have std 0.3 and the head 1/sqrt(its inputs): with GPT-2's 0.02 all tokens would be about equally likely. The matrices
-    between them have `mixing` times that: 1 for a strong dependence on the prefix, less for a net that is easier to train.
+    Embeddings have standard deviation 0.3 and the head 1/sqrt(its inputs). With GPT-2's 0.02 all tokens would be about equally likely. The
+    matrices between them have `mixing`/sqrt(their inputs): 1 makes the prefix matter a lot, a smaller value makes the net easier to train.
     """
     shape = dict(n_layer=1, n_head=2, n_embd=32, max_len=16, norm="layer", activation="gelu_tanh", gated=False, positions="learned",
                  qkv_bias=True, out_bias=True, mlp_bias=True, tied=False, family="gpt2")
@@ -94,7 +94,7 @@ def tiny_gpt(vocab_size, *, seed=0, dtype=torch.float64, mixing=1.0, **changes):
 
 
 class Language:
-    """The completions of a few one-token prompts, their rewards, and the exact log-probs that a policy gives them."""
+    """The completions of a few one-token prompts, their rewards, and the exact log-probs of these completions under a policy."""
 
     def __init__(self, n_content=6, max_new=4, n_prompts=3):
         self.eos_id, self.vocab_size, self.max_new = n_content, n_content + 1, max_new
@@ -104,8 +104,8 @@ class Language:
         self.lengths = torch.tensor([len(y) for y in self.completions])  # (C,)
         self.rewards = torch.tensor([[self.reward(x[0], y) for y in self.completions] for x in self.prompts], dtype=torch.float64)  # (N, C)
 
-        # One causal forward pass of the n_content^(max_new − 1) longest prefixes holds every conditional: completion c is read off the row
-        # of any longest prefix that begins as c does.
+        # One causal forward pass over the n_content^(max_new − 1) longest prefixes gives every conditional. Completion c is read from the
+        # row of any longest prefix that starts like c.
         self.mask = torch.arange(max_new) < self.lengths[:, None]  # (C, T)
         self.tokens = torch.tensor([[*y, *[0] * (max_new - len(y))] for y in self.completions])  # (C, T)
         prefixes = list(product(range(n_content), repeat=max_new - 1))
@@ -119,10 +119,10 @@ class Language:
         liked, disliked = content.count(prompt), content.count((prompt + 3) % (self.vocab_size - 1))
         repeats = sum(a == b for a, b in zip(content, content[1:], strict=False))
         reward = 0.5 * liked - 0.5 * disliked - 0.4 * repeats + 0.3 * (completion[-1] == self.eos_id)
-        return round(reward, 9)  # equal rewards summed in another order are to be equal: selection looks at ties
+        return round(reward, 9)  # rewards summed in another order must stay equal, because selection looks for ties
 
     def token_logps(self, policy):
-        """(N, C, T): log π of every token of every completion of every prompt; 0 after its end. Autograd flows."""
+        """(N, C, T): log π of every token of every completion of every prompt; 0 after its end. Gradients flow."""
         all_logps = policy(self.inputs.flatten(0, 1)).log_softmax(-1).unflatten(0, self.inputs.shape[:2])  # (N, prefixes, T, V)
         steps = torch.arange(self.max_new)
         return torch.where(self.mask, all_logps[:, self.rows[:, None], steps, self.tokens], 0)
@@ -133,20 +133,20 @@ class Language:
         return self.token_logps(policy).double().sum(-1).exp()
 
     def conditionals(self, law):
-        """(C, T): log of each token's probability given the tokens before it, under a law over completions (C,); 0 after the end."""
+        """(C, T): log of each token's probability given the tokens before it, under the distribution `law` (C,); 0 after the end."""
         mass = {}
         for y, p in zip(self.completions, law.tolist(), strict=True):
             for t in range(len(y) + 1):
                 mass[y[:t]] = mass.get(y[:t], 0.0) + p
 
-        def logp(y, t):  # where the prefix itself never occurs, anything will do
+        def logp(y, t):  # if the prefix itself never occurs, any value will do
             return math.log(mass[y[: t + 1]] / mass[y[:t]]) if mass[y[: t + 1]] else -math.inf if mass[y[:t]] else -1.0
 
         rows = [[logp(y, t) if t < len(y) else 0.0 for t in range(self.max_new)] for y in self.completions]
         return torch.tensor(rows, dtype=torch.float64)
 
     def exact_values(self, law, token_rewards):
-        """(C, T): E[rewards still to come | the tokens before t], for token_rewards (C, T) and a law (C,). What a perfect critic says."""
+        """(C, T): E[rewards from t on | the tokens before t] for token_rewards (C, T) and a distribution law (C,), as a perfect critic."""
         to_come = token_rewards.flip(1).cumsum(1).flip(1)  # (C, T) return from token t on
         values = torch.zeros_like(token_rewards)
         for t in range(self.max_new):
@@ -161,7 +161,7 @@ class Language:
         return values
 
     def draw(self, law, n, generator):
-        """n completions of each prompt from a law (N, C), those of one prompt adjacent; with .completions like what a sampler returns."""
+        """Sample n completions per prompt from the distribution `law` (N, C), grouped by prompt; in .completions, as from a sampler."""
         drawn = torch.multinomial(law, n, replacement=True, generator=generator).flatten().tolist()
         return SimpleNamespace(completions=[list(self.completions[c]) for c in drawn])
 
@@ -172,7 +172,7 @@ class Language:
 
 
 class TabularPolicy:
-    """A logit for each (prefix, token): the policy that can be any law exactly. The logits of a law are its conditionals' logs."""
+    """One logit per (prefix, token), so it can be any distribution exactly. Its logits are the logs of the conditionals of `law`."""
 
     def __init__(self, language, law):
         places = {}
@@ -182,7 +182,7 @@ class TabularPolicy:
             for t in range(len(y)):
                 self.where[c, t] = places.setdefault(y[:t], len(places))
         logits = torch.zeros(len(places), language.vocab_size, dtype=torch.float64)
-        logits[self.where[language.mask], language.tokens[language.mask]] = conditionals[language.mask]  # none is missing
+        logits[self.where[language.mask], language.tokens[language.mask]] = conditionals[language.mask]  # this sets every logit
         self.logits = logits.requires_grad_(True)
 
     def token_logps(self):
@@ -197,20 +197,20 @@ class TabularPolicy:
 class Row:
     name: str
     method: str
-    law: callable       # (language, ref (N, C), beta) -> (N, C): where it must land; None where there is no closed form
+    law: callable       # (language, ref (N, C), beta) -> (N, C): the policy it must converge to; None if there is no closed form
     expected: callable  # (logps (C, T), ref_logps, rewards (C,), law (C,), language, beta) -> the expected loss, over all completions
     losses: callable    # (policy, value_model, ref, language, cfg, seed) -> the losses of the sampled run, one per update
-    gate: float         # KL(π‖law) that a correct implementation stays below (without a law: the slope that is left, as a share of ref's)
-    reward_gate: float = math.inf  # |E_π[r] − E_law[r]| that it stays below
-    forward: bool = False  # measure KL(law‖π): where the law is 0 the other one is infinite
-    elsewhere: bool = False  # its law is not π*: it must end nearer to the law, by a factor of 2 in KL at least
+    gate: float         # bound on KL(π‖law) for a correct implementation (without a law: on the slope that is left, as a share of ref's)
+    reward_gate: float = math.inf  # bound on |E_π[r] − E_law[r]|
+    forward: bool = False  # measure KL(law‖π), because KL(π‖law) is infinite where the law is 0
+    elsewhere: bool = False  # its law is not π*: it must end nearer to its law than to π*, by at least a factor of 2 in KL
 
 
 def tilted(language, ref, beta):
     return np.stack([closed_form.tilt(ref[n], r, beta) for n, r in enumerate(language.rewards.numpy())])
 
 
-# Expectations. A loss is a mean over its C rows: weights w = C·π(y) on the advantages turn it into Σ_y π(y)·(…).
+# Expectations. A loss is a mean over its C rows. Advantages multiplied by w = C·π(y) turn it into Σ_y π(y)·(…).
 
 
 def expected_reinforce(logps, ref_logps, rewards, law, language, beta):
@@ -220,7 +220,7 @@ def expected_reinforce(logps, ref_logps, rewards, law, language, beta):
 
 def expected_rloo(logps, ref_logps, rewards, law, language, beta):
     rewards = kl_rewards(rewards, logps, ref_logps, beta=beta)
-    advantages = rewards - law @ rewards  # what leave_one_out averages to, given the completion
+    advantages = rewards - law @ rewards  # the mean of leave_one_out, given the completion
     return rloo.rloo_loss(logps, logps.detach(), advantages * law * len(law), language.mask, eps=0.2)[0]
 
 
@@ -234,12 +234,12 @@ def expected_rebel(logps, ref_logps, rewards, law, language, beta):
     rewards = kl_rewards(rewards, logps, ref_logps, beta=beta)
     logratio = (logps - logps.detach()).sum(1)
     y, other = torch.cartesian_prod(torch.arange(len(law)), torch.arange(len(law))).T  # every pair
-    root = (law[y] * law[other]).sqrt() * len(law)  # weights of squares
+    root = (law[y] * law[other]).sqrt() * len(law)  # square roots, because the loss squares them
     return rebel.rebel_loss(root * logratio[y], root * logratio[other], root * rewards[y], root * rewards[other], eta=1.0)[0]
 
 
 def expected_grpo(group_size, logps, ref_logps, rewards, law, language, beta):
-    advantages = (group_size - 1) / group_size * (rewards - law @ rewards)  # what group_advantages averages to, normalize=False
+    advantages = (group_size - 1) / group_size * (rewards - law @ rewards)  # the mean of group_advantages with normalize=False
     weight = law * len(law)
     return grpo.grpo_loss(logps, logps.detach(), ref_logps, advantages * weight, language.mask, eps=0.2, beta=beta * weight[:, None],
                           aggregate="dr_grpo", max_len=language.max_new)[0]
@@ -247,12 +247,12 @@ def expected_grpo(group_size, logps, ref_logps, rewards, law, language, beta):
 
 def expected_paper_grpo(logps, ref_logps, rewards, law, language, beta):
     mean = law @ rewards
-    advantages = (rewards - mean) / (law @ (rewards - mean) ** 2).sqrt()  # large groups
+    advantages = (rewards - mean) / (law @ (rewards - mean) ** 2).sqrt()  # for large groups
     weight = law * len(law)
     return grpo.grpo_loss(logps, logps.detach(), ref_logps, advantages * weight, language.mask, eps=0.2, beta=beta * weight[:, None])[0]
 
 
-# Sampled runs: the lines of each method's main, without the folder around it. Each yields a loss and goes on after the update.
+# Sampled runs: the loop of each method's main, without its run folder. Each yields a loss and continues after the update.
 
 
 def reinforce_losses(policy, value_model, ref, language, cfg, seed):
@@ -282,7 +282,7 @@ def ppo_losses(policy, value_model, ref, language, cfg, seed):
     prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
     for k in range(cfg.steps // 3):  # fewer rollouts, but four updates on each
         answers = ppo.rollout_with_values(policy, value_model, ref, prompts_ids, settings, language.eos_id, (seed, k))
-        ppo.credit(answers, language.scores(prompts_ids, answers), beta=cfg.beta, gamma=settings.gamma, lam=settings.lam, whitened=True)
+        ppo.credit(answers, language.scores(prompts_ids, answers), settings)
         for epoch in range(settings.epochs):
             loss, critic_loss, _ = ppo.step(policy, value_model, answers, settings, on_policy=epoch == 0)
             yield loss + critic_loss
@@ -310,7 +310,7 @@ def grpo_losses(settings, policy, value_model, ref, language, cfg, seed):
 
 
 def grpo_row(group_size):
-    """GRPO without the spread and without lengths: the k3 law, with the pull that a group of this size makes of beta."""
+    """GRPO without division by standard deviation or length: the k3 law, where a group of size G turns beta into beta·G/(G − 1)."""
 
     def law(language, ref, beta):
         pull = np.full(len(language.completions), beta * group_size / (group_size - 1))
@@ -336,7 +336,7 @@ def paper_grpo_losses(policy, value_model, ref, language, cfg, seed):
     return grpo_losses(settings, policy, value_model, ref, language, cfg, seed)
 
 
-# From demonstrations: the expert is π* itself, E ∝ ref·e^{r/β}, and shows as many completions as the others sample.
+# From demonstrations. The expert is π* itself, E ∝ ref·e^{r/β}, and gives as many completions as the other methods sample.
 
 
 def ift_law(language, ref, beta):
@@ -345,7 +345,7 @@ def ift_law(language, ref, beta):
 
 def expected_ift(logps, ref_logps, rewards, law, language, beta):
     expert = torch.tensor(closed_form.tilt(ref_logps.sum(1).exp().numpy(), rewards.numpy(), beta))
-    weighted = logps * (expert * len(expert))[:, None]  # the weights of a row do not change with a factor, so its loss scales with it
+    weighted = logps * (expert * len(expert))[:, None]  # a factor does not change a row's weights, so it scales the row's loss
     return ift.ift_loss(weighted, language.mask, decay=ift.Config.decay)[0]
 
 
@@ -359,25 +359,25 @@ def ift_losses(policy, value_model, ref, language, cfg, seed):
         yield ift.step(policy, collate(prompts_ids, completions, pad_id=language.eos_id), settings)[0]
 
 
-# Inverse RL: the reward is a GPT that sums a number per token, and the policy follows it by RLOO, in turns. RFT takes turns of 2 and 4
-# updates. IRL has 3 rounds, in each of which the reward's increase, then the policy, is trained for long; with β = 1 its law is the
-# expert, after every round (with the toy's own β = ½ the rounds would swing). At rest the policy is the expert (or RFT's mixture) and
-# the reward β·log π/ref, so there the expected gradient is taken: in the tabular reward that belongs to the tabular policy.
+# Inverse RL. The reward model is a GPT that sums one number per token, and the policy is trained on it by RLOO. The two take turns. In RFT
+# a turn is 2 reward updates, then 4 policy updates. IRL has 3 rounds; each trains the reward's increase for long, then the policy.
+# With β = 1 its law is the expert after every round (with the toy's β = ½ it would oscillate). At rest the policy is the expert (or RFT's
+# mixture) and the reward is β·log π/ref. The expected gradient is taken there, for the tabular reward of the tabular policy.
 
 
 def mixture(language, ref, beta):
-    """Bradley-Terry in small steps: not the expert, but between it and ref."""
+    """The law of Bradley-Terry in small steps: not the expert, but between it and ref."""
     return np.stack([closed_form.geometric_mixture(expert, ref[n], beta) for n, expert in enumerate(tilted(language, ref, beta))])
 
 
 def expected_inverse_rl(loss_of, logps, ref_logps, rewards, law, language, beta):
-    """loss_of(demo_rewards, sample_rewards) -> a mean over rows. Its slopes there, weighted by both laws, are the expected gradient."""
+    """loss_of(demo_rewards, sample_rewards) -> a mean over rows. Its slopes at rest, weighted by E and law, are the expected gradient."""
     expert = torch.tensor(closed_form.tilt(ref_logps.sum(1).exp().numpy(), rewards.numpy(), beta))
     return over_pairs(loss_of, beta * (logps - ref_logps).sum(1), torch.outer(expert, law))
 
 
 def over_pairs(loss_of, scores, weight):
-    """Σ_ab weight[a, b]·loss(scores[a], scores[b]), as far as its gradient in the scores (C,) goes. loss_of takes the mean over rows."""
+    """A value with the gradient of Σ_ab weight[a, b]·loss(scores[a], scores[b]) in the scores (C,). loss_of takes the mean over rows."""
     a, b = torch.cartesian_prod(torch.arange(len(scores)), torch.arange(len(scores))).T  # every pair
     at = [scores[a].detach().requires_grad_(True), scores[b].detach().requires_grad_(True)]
     slopes = torch.autograd.grad(loss_of(*at) * len(a), at)
@@ -385,7 +385,7 @@ def over_pairs(loss_of, scores, weight):
 
 
 def inverse_rl_losses(round_length, reward_steps, reward_loss, beta, policy, reward_model, ref, language, cfg, seed):
-    """Rounds of round_length updates, the first reward_steps of them on the reward. reward_loss(reward_model, base, demos, own)."""
+    """Rounds of round_length updates; the first reward_steps of them train the reward. reward_loss(reward_model, base, demos, own)."""
     reward_model.config.reward_read = "sum"
     torch.nn.init.zeros_(reward_model.head_weight)  # r_0 = 0: π_0 = ref
     generator = torch.Generator().manual_seed(seed)
@@ -406,7 +406,7 @@ def inverse_rl_losses(round_length, reward_steps, reward_loss, beta, policy, rew
             yield reward_loss(reward_model, base, collate(prompts_ids, completions, pad_id=language.eos_id), own)
         else:
             grouped = prompts_ids[:: settings.group_size]
-            _, _, update = rft.align(policy, None, ref, grouped, reward_of, settings, language.eos_id, (seed, k))
+            _, _, update = rft.policy_alignment(policy, None, ref, grouped, reward_of, settings, language.eos_id, (seed, k))
             yield from (loss for loss, _ in update(0, Mean()))
 
 
@@ -428,7 +428,7 @@ def rft_row(loss, law, gate, reward_gate):
 
 def expected_irl(logps, ref_logps, rewards, law, language, beta):
     def loss_of(demo, own):
-        return irl.irl_loss(demo, own, demo, own)[0]  # nothing to add: the increase is 0
+        return irl.irl_loss(demo, own, demo, own)[0]  # base = reward: the increase is 0 at rest
 
     return expected_inverse_rl(loss_of, logps, ref_logps, rewards, law, language, beta)
 
@@ -441,11 +441,11 @@ def irl_losses(policy, reward_model, ref, language, cfg, seed):
     return inverse_rl_losses(*rounds, reward_loss, 1.0, policy, reward_model, ref, language, cfg, seed)
 
 
-# From preferences: pairs that ref writes (online: the policy itself), labelled by Bradley-Terry on the reward.
+# From preferences. ref samples the pairs (online: the policy itself), and Bradley-Terry on the reward labels them.
 
 
 def from_pairs(law_of):
-    """law_of(ref (C,), reward (C,), prefer (C, C), beta, lengths (C,)) -> (C,), as the law of a row."""
+    """From law_of(ref (C,), reward (C,), prefer (C, C), beta, lengths (C,)) -> (C,), make the law of a row."""
 
     def law(language, ref, beta):
         rows, lengths = zip(ref, language.rewards.numpy(), strict=True), language.lengths.numpy()
@@ -467,7 +467,7 @@ def preference_row(name, method, law, gate, *, settings=lambda beta: {"beta": be
             return over_pairs(lambda w, l: loss(w, l, w, **given)[0], scores, weight)
         if average:
             return over_pairs(lambda w, l: loss(w, l, **given)[0], scores, weight)
-        zero = torch.zeros(len(law) ** 2, dtype=scores.dtype)  # log-ratios in the place of log-probs
+        zero = torch.zeros(len(law) ** 2, dtype=scores.dtype)  # log-ratios instead of log-probs
         return over_pairs(lambda w, l: loss(w, l, zero, zero, **given)[0], scores - ref_logps.sum(1), weight)
 
     def losses(policy, value_model, ref, language, cfg, seed):
@@ -515,12 +515,12 @@ def kto_losses(policy, value_model, ref, language, cfg, seed):
         pairs = label_by_reward(prompts_ids, answers.completions, rewards, derive_seed(seed, k))
         rows = [(x, chosen, True) for x, chosen, _ in pairs] + [(x, rejected, False) for x, _, rejected in pairs]
         desirable = torch.tensor([label for *_, label in rows])
-        kl = kto.reference_point(policy, ref, rows, batch_of, len(rows))  # rows come prompt by prompt: of the same prompt, as above
+        kl = kto.reference_point(policy, ref, rows, batch_of, len(rows))  # sorted by prompt, so mismatched within a prompt, as above
         yield kto.step(policy, ref, batch_of(rows, range(len(rows))), desirable, kl, settings)[0]
 
 
-# By selection, from ref's own completions: best of 4, and ReST with one Grow step of half as many samples as the others see, threshold 0.
-# A likelihood rests on whatever it is shown, so "at rest" says little of these rows: training says it, by KL and by the mean reward.
+# By selection, from ref's completions: best of 4, and ReST with one Grow step, half as many samples as the others see, and threshold 0. A
+# likelihood is at rest on any data it is fitted to, so "at rest" tests little here. Training tests these rows, by KL and by mean reward.
 
 
 def best_of_4(ref, reward):
@@ -566,11 +566,11 @@ def rest_losses(policy, value_model, ref, language, cfg, seed):
         yield rest.step(policy, rows, settings)[0]
 
 
-FEW = ("rloo", "grpo", "ppo", "rebel", "ift", "dpo", "ipo")  # trained by default: a minute
+FEW = ("rloo", "grpo", "ppo", "rebel", "ift", "dpo", "ipo")  # trained by default; takes a minute
 
-# Gates: what a correct implementation stays below over seeds and references, at the default beta and steps. They are wider than one
-# run because training has noise and a net has a floor: the exact gradient of J itself ends at a KL of .0005 here. For selection the floor
-# is higher: its laws jump between levels of reward, ReST's to 0, and a smooth net rounds the edges.
+# Gates: bounds that a correct implementation meets for all seeds and references, at the default beta and steps. They are wider than one
+# run needs because training is noisy and a net has a floor: even the exact gradient of J ends at a KL of .0005 here. For selection the
+# floor is higher: its laws jump between levels of reward (ReST's to 0), and a smooth net rounds the edges.
 ROWS = [
     Row("REINFORCE, running-mean baseline", "reinforce", tilted, expected_reinforce, reinforce_losses, 0.008),
     Row("RLOO, G = 4", "rloo", tilted, expected_rloo, rloo_losses, 0.003),
@@ -595,12 +595,12 @@ ROWS = [
                    settings=lambda beta: {"beta": beta, "f": "exponential"}),
     preference_row("GPO, squared", "gpo", from_pairs(lambda ref, r, prefer, beta, _: closed_form.ipo_law(ref, prefer, beta / 2, ref)), 0.03,
                    settings=lambda beta: {"beta": beta, "f": "squared"}),
-    # Lengths multiply r/scale: with scale β the law would be too sharp to be trained to in 300 or 600 updates.
+    # Lengths multiply r/scale. With scale β the law would be too sharp to be learned in 300 or 600 updates.
     preference_row("SimPO, γ = 0, scale 4β", "simpo", from_pairs(lambda ref, r, prefer, beta, n: closed_form.simpo_law(n, r, 4 * beta)),
                    0.1, settings=lambda beta: {"scale": 4 * beta, "target_margin": 0.0}, average=True),
     preference_row("ORPO, λ = 0", "orpo", from_pairs(lambda ref, r, prefer, beta, n: closed_form.winners_law(ref, prefer, n)), 0.03,
                    settings=lambda beta: {"weight": 0.0}, average=True),
-    # λ so large that the law is nowhere negative. It is then nearly the winners': of the hinge only "at rest" has anything to say.
+    # λ is so large that the law is nowhere negative. The law is then nearly that of the winners, so only "at rest" tests the hinge.
     preference_row("SLiC-HF, λ = 60, δ = 100", "slic", from_pairs(lambda ref, r, prefer, *_: closed_form.slic_law(ref, prefer, 60.0)),
                    0.01, settings=lambda beta: {"delta": 100.0, "weight": 60.0}),
     preference_row("GPO, truncated quadratic", "gpo", None, 0.25, settings=lambda beta: {"beta": beta, "f": "truncated_quadratic"}),
@@ -611,23 +611,23 @@ ROWS = [
 
 
 def gradient_at(row, language, ref, law, beta):
-    """Largest entry of the expected gradient over tabular logits at `law` (N, C): 0 if the method rests there."""
+    """Largest entry of the expected gradient over tabular logits at `law` (N, C): 0 if that is a fixed point of the method."""
     largest = []
     for n in range(len(language.prompts)):
         policy, p = TabularPolicy(language, law[n]), torch.tensor(law[n])
         loss = row.expected(policy.token_logps(), language.conditionals(ref[n]), language.rewards[n], p, language, beta)
         (grad,) = torch.autograd.grad(loss, policy.logits)
         largest.append(float(grad.abs().max()))
-    return float(np.max(largest))  # (max() of Python would pass over a NaN)
+    return float(np.max(largest))  # (Python's max() would ignore a NaN)
 
 
 def slope_left(row, language, policy, *, ref, beta):
-    """gradient_at the policy, as a share of gradient_at ref: 1 where nothing was learned, 0 at rest."""
+    """gradient_at the policy divided by gradient_at ref: 1 if nothing was learned, 0 at rest."""
     return gradient_at(row, language, ref, language.law_of(policy).numpy(), beta) / gradient_at(row, language, ref, ref, beta)
 
 
 def train(row, policy, language, cfg, seed, measure, every=50):
-    """Train the policy in place; returns [(updates, measure(policy))] on the way. Adam, the learning rate falling linearly to 0."""
+    """Train the policy in place with Adam, lr falling linearly to 0. Returns [(updates, measure(policy))] along the way."""
     ref = copy.deepcopy(policy).requires_grad_(False)
     torch.manual_seed(seed)
     value_model = policy.with_scalar_head()
@@ -646,7 +646,7 @@ def train(row, policy, language, cfg, seed, measure, every=50):
 
 
 def kl_to(language, policy, law, forward=False):
-    """KL(π‖law), or with forward KL(law‖π), averaged over prompts."""
+    """KL(π‖law), or KL(law‖π) with forward, averaged over prompts."""
     pairs = zip(language.law_of(policy).numpy(), law, strict=True)
     return statistics.mean(closed_form.kl(q, p) if forward else closed_form.kl(p, q) for p, q in pairs)
 
@@ -655,11 +655,11 @@ def kl_to(language, policy, law, forward=False):
 
 
 def draw(results, cfg):
-    """A panel per row: log-probabilities of all completions, learned against law (π* where there is none), a colour per prompt, grey
-    where they started (ref). The last panel: KL(π‖law) over the updates."""
+    """One panel per row: log-probabilities of all completions, learned against the law (π* if there is none), one colour per prompt, and
+    in grey those before training (ref). The last panel shows KL(π‖law) over the updates."""
     import matplotlib
 
-    matplotlib.use("Agg")  # here and not above: a notebook that imports this file keeps its own backend
+    matplotlib.use("Agg")  # set here, not at import: a notebook that imports this file keeps its own backend
     import matplotlib.pyplot as plt
 
     columns = 6
@@ -683,26 +683,26 @@ def draw(results, cfg):
     axis.set(xlabel="updates", ylabel="KL(π‖its law)")
     axis.set_title("On the way", fontsize=9)
     names = axis.legend(fontsize=6.5, ncols=2, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
-    names.set_in_layout(False)  # over the empty panels
+    names.set_in_layout(False)  # the legend lies over the empty panels
     figure.savefig(cfg.out, dpi=130)
     plt.close(figure)
 
 
 def dots(ref, law, learned, n=15):
-    """[(ref, law, learned)] of n completions of each prompt: the ranks in the law, from first to last, are evenly spaced in their log."""
+    """[(ref, law, learned)] of n completions per prompt. Their ranks in the law run from first to last, evenly spaced in log rank."""
     chosen = [np.argsort(-p)[np.geomspace(1, (p > 0).sum(), n).round().astype(int) - 1] for p in law]
     prompts = zip(zip(ref, law, learned, strict=True), chosen, strict=True)
     return [[float(f"{p[c]:.5g}") for p in laws] for laws, places in prompts for c in places]
 
 
 def main(cfg):
-    """Print the table, write figure and numbers; returns True if every row passed in every run. Raises BadInput."""
+    """Print the table, write figure and numbers. Returns True if every row passed in every run. Raises BadInput."""
     known = list(dict.fromkeys(row.method for row in ROWS))
     if unknown := [name for name in cfg.methods if name not in (*known, "all")]:
-        raise BadInput(f"--methods {unknown[0]}: no such row; there are all, {', '.join(known)}")
+        raise BadInput(f"--methods {unknown[0]}: no such method; choose all or some of {', '.join(known)}")
     chosen = known if "all" in cfg.methods or cfg.full and not cfg.methods else cfg.methods or FEW
     if not (cfg.beta > 0 and cfg.lr > 0) or cfg.seeds < 1 or cfg.steps < 20 or cfg.samples < 4 or cfg.samples % 4:
-        raise BadInput("--beta and --lr must be above 0, --seeds at least 1, --steps 20, --samples a multiple of 4 (RLOO's groups)")
+        raise BadInput("--beta and --lr must be above 0, --seeds at least 1, --steps 20, --samples a multiple of 4 (RLOO's group size)")
     make_folder(cfg.out)
     language = Language() if cfg.full else Language(n_content=4, max_new=3, n_prompts=2)
     cfg = replace(cfg, steps=2 * cfg.steps) if cfg.full else cfg
@@ -713,13 +713,13 @@ def main(cfg):
         best = tilted(language, ref, cfg.beta)
         rewards = language.rewards.numpy()
         if not seed:
-            print(f"{len(language.prompts)} prompts of {len(language.completions)} completions, β = {cfg.beta:g}: E[r] of ref "
+            print(f"{len(language.prompts)} prompts with {len(language.completions)} completions, β = {cfg.beta:g}: E[r] of ref "
                   f"{(ref * rewards).sum(1).mean():.3f}, of π* {(best * rewards).sum(1).mean():.3f}; "
                   f"KL(ref‖π*) {statistics.mean(map(closed_form.kl, ref, best)):.3f}")
             if "grpo" in chosen:
                 thresholds = [closed_form.collapse_threshold(ref[n], r)[0] for n, r in enumerate(rewards)]
                 shown = ", ".join(f"{threshold:.3f}" for threshold in thresholds)
-                print(f"rewards over their spread with the KL in the reward would collapse for β below {shown} (one per prompt)")
+                print(f"with the KL in the reward, rewards over their std would collapse for β below {shown} (one per prompt)")
             print(f"{'':6}{'':34}{'at rest':>9}{'KL to law':>11}{'gate':>8}{'KL to π*':>10}{'E[r]':>8}{'seconds':>9}")
         for row in ROWS:
             if row.method not in chosen:
@@ -733,14 +733,14 @@ def main(cfg):
                 law = row.law(language, ref, cfg.beta)
                 at_rest = gradient_at(row, language, ref, law, cfg.beta)
                 path = train(row, trained, language, cfg, seed, partial(kl_to, language, law=law, forward=row.forward))
-            else:  # is it at rest where it ended?
+            else:  # without a law: is the policy at rest where it ended?
                 law, at_rest = best, 0.0
                 path = train(row, trained, language, cfg, seed, partial(slope_left, row, language, ref=ref, beta=cfg.beta), every=cfg.steps)
             learned, seconds = language.law_of(trained).numpy(), time.monotonic() - begun
             own, other = path[-1][1], kl_to(language, trained, best)
             off = abs(((learned - law) * rewards).sum(1).mean())
             passed = at_rest < 1e-10 and own <= row.gate and off <= row.reward_gate and (not row.elsewhere or other >= 2 * own)
-            judged.append(passed)  # (a NaN passes nothing)
+            judged.append(passed)  # (a NaN fails)
             shown = f"{at_rest:9.0e}" if row.law else "    slope"
             print(f"{'PASS' if passed else 'FAIL'}  {row.name:34}{shown}{own:11.4f}{row.gate:8.3f}{other:10.4f}"
                   f"{(learned * rewards).sum(1).mean():8.3f}{seconds:9.1f}", flush=True)

@@ -1,17 +1,17 @@
-"""Speed and memory as ratios within one run: every body does the same work in turn, round after round, and is divided by the first.
+"""Measure speed and memory as ratios within one run. In each round every implementation does the same work in turn; the first is the unit.
 
-Seconds on their own say as much about the machine, and what else it does, as about the code. So a ratio is taken within a round, and its
-median over the rounds reported, with the least and the most beside it; the error against float64 and the peak of memory stand in the same
-row, because a fast wrong number is none, and so does the floor, the bare matrix products of the same work. One thread, unless --threads
-says otherwise: on a busy machine two can be ten times slower.
+Seconds alone depend on the machine and its other load as much as on the code. So each ratio to the first implementation is taken within a
+round, and the table gives its median over the rounds, with the least and the most. Each row also has the error against float64 and the
+peak of memory, so that a fast but wrong result shows. The bare matrix products of the same work are the floor. torch uses one thread unless
+--threads says otherwise: on a busy machine two threads can be ten times slower.
 
     python -m minialign.bench                                # CPU: log-probs, generation, steps of SFT, DPO and GRPO, start-up; ten minutes
     python -m minialign.bench --only log-probs --n 2048 --rounds 9
     python -m minialign.bench --gpu                          # one CUDA card: kernels, log-probs, decoding, training steps (gpu.py)
 
-Peers take part when they are installed (`pip install -r requirements-dev.txt`): torch's own F.linear_cross_entropy, TRL's chunked log-probs
-and its trainers, transformers' generate. Memory is this process's peak above what it held before (Linux only), in units of the head's
-gradient, which every body must return.
+Peers are measured if they are installed (`pip install -r requirements-dev.txt`): torch's own F.linear_cross_entropy, TRL's chunked
+log-probs and its trainers, transformers' generate. Memory is this process's peak above what it held before (Linux only). Its unit is the
+size of the head's gradient, which every implementation must return.
 
 Checked by tests/bench/test_cpu.py.
 """
@@ -21,7 +21,6 @@ import ctypes
 import importlib
 import io
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,8 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from minialign import __version__
-from minialign.engine.common import BadInput, commit, describe_device, write_atomic
+from minialign.engine.common import BadInput, describe_device, environment, write_atomic
 from minialign.kernels.linear_logprob import logits_of
 from minialign.logps import linear_logps
 from minialign.model import GPT, GPTConfig, KVCache
@@ -45,27 +43,27 @@ from minialign.tokenizer import train_bpe
 from minialign.weights import save_pretrained
 
 TABLES = ("log-probs", "generation", "steps", "start-up")
-SHAPES = {"tiny": dict(n_embd=256, vocab_size=8192), "70m": dict(n_embd=512, vocab_size=50304)}  # of GPT-NeoX, six layers each
-STEPS = {"small": (16, dict(n_embd=128, vocab_size=2048, n_layer=4, n_head=4)), "70m": (8, SHAPES["70m"])}  # rows of a step, shape
+SHAPES = {"tiny": dict(n_embd=256, vocab_size=8192), "70m": dict(n_embd=512, vocab_size=50304)}  # GPT-NeoX, six layers each
+STEPS = {"small": (16, dict(n_embd=128, vocab_size=2048, n_layer=4, n_head=4)), "70m": (8, SHAPES["70m"])}  # (rows of a step, shape)
 
 
 @dataclass
 class Config:
-    n: int = 1024                   # N of the log-probs: scored tokens
+    n: int = 1024                   # N of the log-prob tables: scored tokens
     c: int = 512                    # C: channels
     v: int = 50304                  # V: vocabulary
-    rounds: int = 5                 # each body once a round; one round more goes before them, uncounted
-    threads: int = 1                # of torch
-    only: list[str] = field(default_factory=lambda: list(TABLES))  # which tables
-    gpu: bool = False               # the tables of one CUDA card instead
-    out: str = "runs/bench.json"    # the numbers
+    rounds: int = 5                 # rounds, each with one run of every implementation; one more goes first and is not counted
+    threads: int = 1                # threads that torch uses
+    only: list[str] = field(default_factory=lambda: list(TABLES))  # which tables to measure
+    gpu: bool = False               # measure one CUDA card instead, with the tables of gpu.py
+    out: str = "runs/bench.json"    # file for the numbers
 
 
 # ------------------------------------------------------------------------------------------------------------- log-probs
 
 
 def log_prob_bodies(entropy):
-    """{name: function of hidden, weight, targets -> logps, entropy or None}; the first is what the others are divided by."""
+    """{name: function of hidden, weight, targets -> logps, entropy or None}. The others are divided by the first."""
     def ours(body):
         return lambda h, w, y: linear_logps(h, w, y, entropy=entropy, body=body)
 
@@ -90,7 +88,7 @@ def random_inputs(cfg, seed=0):
 
 
 def forward_backward(body, hidden, weight, targets, upstream):
-    """Log-probs, entropies and both gradients."""
+    """Log-probs, entropies (or None) and both gradients."""
     logps, entropies = body(hidden, weight, targets)
     loss = (upstream[0].to(logps.dtype) * logps).sum()
     if entropies is not None:
@@ -100,10 +98,10 @@ def forward_backward(body, hidden, weight, targets, upstream):
 
 
 def peak_above(work):
-    """(what work() returns, bytes of memory at its peak above those before): None where the system does not say.
+    """(what work() returns, peak memory in bytes above what was held before, or None where the system does not report it).
 
-    It runs once before, for what libraries set up at a first call, and what the C library has kept of freed memory is given back first:
-    else a second run would find there what it needs, and seem to need none.
+    It first runs work() once, because libraries allocate things at their first call. Then it makes the C library return its freed memory
+    to the system: otherwise the second run would reuse that memory and seem to need none.
     """
     try:
         work()
@@ -122,7 +120,7 @@ def resident(field):
 
 
 def rounds_of(works, rounds):
-    """{name: [seconds of each round]}, the works in turn; a round before the first is not counted."""
+    """{name: [seconds of each round]}. In a round the works run in turn. An extra round at the start is not counted."""
     seconds = {name: [] for name in works}
     for k in range(rounds + 1):
         for name, work in works.items():
@@ -134,14 +132,14 @@ def rounds_of(works, rounds):
 
 
 def ratios(seconds):
-    """{name: (median, least, most) of the ratio to the first of the names, taken within each round}."""
+    """{name: (median, least, most) over the rounds of the ratio to the first name in the same round}."""
     base = next(iter(seconds.values()))
     of = {name: [s / b for s, b in zip(values, base, strict=True)] for name, values in seconds.items()}
     return {name: (statistics.median(values), min(values), max(values)) for name, values in of.items()}
 
 
 def table(seconds, prefix=""):
-    """One row for each name: the ratio to the first, and median seconds."""
+    """One row for each name: its ratio to the first name, and its median seconds."""
     return [{"name": prefix + name, "ratio": median, "least": least, "most": most, "seconds": statistics.median(seconds[name])}
             for name, (median, least, most) in ratios(seconds).items()]
 
@@ -151,7 +149,7 @@ def relative(found, expected):
 
 
 def log_probs(cfg, entropy):
-    """Rows of the table: one dict per body."""
+    """Rows of the table: one dict for each implementation."""
     *tensors, upstream = random_inputs(cfg)
     wide = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in tensors]
     exact = forward_backward(log_prob_bodies(entropy)["naive: log_softmax of all logits"], *wide, upstream)
@@ -174,7 +172,7 @@ def log_probs(cfg, entropy):
 
 
 def products(policy, tokens, scored, *, backward=False):
-    """The bare matrix products of a pass over so many tokens, `scored` of them under the head: the floor of all that computes the same."""
+    """The bare matrix products of a pass over `tokens` tokens, with the head on `scored` of them: the floor for the same computation."""
     for module in policy.modules():
         if isinstance(module, torch.nn.Linear):
             x = torch.zeros(scored if module is policy.head else tokens, module.in_features)
@@ -184,7 +182,7 @@ def products(policy, tokens, scored, *, backward=False):
 
 
 def neox(n_embd, vocab_size, n_layer=6, n_head=8):
-    """A GPT-NeoX of random weights, a quarter of each head turning."""
+    """A GPT-NeoX with random weights and rotary embeddings on a quarter of each head."""
     torch.manual_seed(0)
     size = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, rotary_dim=n_embd // n_head // 4, max_len=1024)
     kind = dict(norm="layer", activation="gelu", gated=False, parallel_residual=True, qkv_bias=True, out_bias=True, mlp_bias=True)
@@ -192,7 +190,7 @@ def neox(n_embd, vocab_size, n_layer=6, n_head=8):
 
 
 def generation(rounds, shapes=SHAPES, batch=16, prompt=32, new=128):
-    """Rows of the table: transformers' generate, ours, and the bare products; pure sampling, no stop token, the same model."""
+    """Rows of the table: transformers' generate, ours, and the bare products. All sample the same model without a stop token."""
     from transformers import AutoModelForCausalLM
 
     rows = []
@@ -220,7 +218,7 @@ def generation(rounds, shapes=SHAPES, batch=16, prompt=32, new=128):
 
 @torch.no_grad()
 def decode_cost(rounds, batches=(1, 16), positions=(64, 512), count=16):
-    """Rows of the table: a token at the later position over one at the earlier, of the 70m shape."""
+    """Rows of the table: the time of a token at the later position over one at the earlier, for the 70m shape."""
     policy, rows = neox(**SHAPES["70m"]), []
     for batch in batches:
         token = torch.zeros(batch, dtype=torch.long)
@@ -249,7 +247,7 @@ def decode_cost(rounds, batches=(1, 16), positions=(64, 512), count=16):
 
 
 class Stopwatch:
-    """Seconds between one optimizer step and the next, whoever's loop it is: torch calls after each."""
+    """Measures the seconds between optimizer steps in any training loop: torch calls its hook after each step."""
 
     def __enter__(self):
         self.marks = []
@@ -264,7 +262,7 @@ class Stopwatch:
 
 
 def own_sources(n_prompt, n_completion):
-    """(tokenizer, [(prompt, completion)]) of this package's own source text, cut into pieces of so many tokens."""
+    """(tokenizer, [(prompt, completion)]) from this package's own source text, cut into pieces of n_prompt + n_completion tokens."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     tokenizer = train_bpe(texts, 2048)
     ids, size = [i for text in texts for i in tokenizer.encode(text)], n_prompt + n_completion
@@ -277,7 +275,7 @@ def letters(completions, **_):
 
 
 def trainers(folder, shape, rows, n_prompt, n_completion):
-    """{method: {whose: function of a number of optimizer steps}}: TRL's trainer, our main(), and the bare products, on the same texts."""
+    """{method: {name: function that takes a number of steps}}: TRL's trainer, our main(), and the bare products, on the same texts."""
     import datasets
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -290,7 +288,7 @@ def trainers(folder, shape, rows, n_prompt, n_completion):
     for name, records in (("demos", demos), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     (folder / "e.py").write_text("def letters(prompts, completions):\n    return [float(text.count('e')) for text in completions]\n")
-    longest, never = 2 * (n_prompt + n_completion), 10**9  # (text that is encoded again may have another number of tokens)
+    longest, never = 2 * (n_prompt + n_completion), 10**9  # (a decoded text may have another number of tokens when encoded again)
 
     def ours(name, settings):
         method = importlib.import_module(f"minialign.methods.{name}")
@@ -318,7 +316,7 @@ def trainers(folder, shape, rows, n_prompt, n_completion):
     tokens, scored = rows * (n_prompt + n_completion), rows * n_completion
 
     def bare(reference, generated):
-        """Products of a training pass, of a reference's pass, and of decoding."""
+        """The products of a training pass, of a reference's pass if there is one, and of decoding `generated` tokens."""
         def once():
             products(policy, tokens, scored, backward=True)
             if reference:
@@ -331,7 +329,7 @@ def trainers(folder, shape, rows, n_prompt, n_completion):
             for _ in range(steps):
                 with torch.no_grad():
                     once()
-                optimizer.step()  # the stopwatch's mark
+                optimizer.step()  # triggers the stopwatch
 
         return run
 
@@ -353,7 +351,7 @@ def trainers(folder, shape, rows, n_prompt, n_completion):
 
 
 def training_steps(rounds, count=4, shapes=STEPS, n_prompt=32, n_completion=64):
-    """Rows of the table: seconds of an optimizer step, the median within `count` of them, over TRL's in the same round."""
+    """Rows of the table: seconds of an optimizer step (the median of `count` steps) over TRL's in the same round."""
     made = []
     for shape, (rows, size) in shapes.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -370,7 +368,7 @@ def training_steps(rounds, count=4, shapes=STEPS, n_prompt=32, n_completion=64):
 
 @contextlib.contextmanager
 def quiet():
-    """Without what the loops print: their progress is not our table."""
+    """Suppress what the loops print, so that only our tables are shown."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -380,7 +378,7 @@ def quiet():
 
 
 def start_up(rounds):
-    """Seconds that importing us takes beyond `import torch`, each in a fresh interpreter; medians over the rounds."""
+    """Seconds that importing minialign adds to `import torch`, each in a fresh interpreter: medians over the rounds."""
     programs = {"import torch": "import torch", "import minialign": "import torch, minialign",
                 "import minialign.logps, .sample, .model": "import torch, minialign.logps, minialign.sample, minialign.model"}
     works = {name: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True) for name, code in programs.items()}
@@ -391,7 +389,7 @@ def start_up(rounds):
 
 
 def show(title, rows):
-    """Print the rows of one table; a column that no row fills is left out."""
+    """Print the rows of one table, without columns that no row fills."""
     columns = {"ratio": "7.2f", "least": "7.2f", "most": "7.2f", "seconds": "10.4f", "ms": "10.3f", "tokens/s": "12,.0f",
                "ps per N V": "12.3f", "share of the rate": "19.2f", "memory": "9.2f", "peak MiB": "11,.0f", "error": "10.1e",
                "entropy error": "15.1e", "gradient error": "16.1e"}
@@ -408,11 +406,11 @@ def width_of(form):
 
 
 def main(cfg):
-    """Print the tables, write the numbers; returns them. Raises BadInput for arguments out of range."""
+    """Print the tables, write the numbers to a file, and return them. Raises BadInput for arguments out of range."""
     if min(cfg.n, cfg.c, cfg.v, cfg.rounds, cfg.threads) < 1:
         raise BadInput("--n, --c, --v, --rounds and --threads must be at least 1")
     if unknown := set(cfg.only) - set(TABLES):
-        raise BadInput(f"--only {sorted(unknown)[0]}: is no table; there are {', '.join(TABLES)}")
+        raise BadInput(f"--only {sorted(unknown)[0]}: unknown table; use {', '.join(TABLES)}")
     if cfg.gpu:
         from minialign.bench import gpu
 
@@ -422,20 +420,18 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
         device, tables = torch.device("cpu"), cpu_tables(cfg)
     print(f"{describe_device(device)}, torch {torch.__version__}, medians of the rounds' ratios to the first row of each group")
-    numbers = {"config": asdict(cfg), "date": time.strftime("%Y-%m-%d"), "commit": commit(), "minialign": __version__,
-               "torch": torch.__version__, "python": platform.python_version(),
-               "machine": describe_device(device) if cfg.gpu else platform.processor() or platform.machine(), "tables": {}}
+    numbers = {"config": asdict(cfg), "date": time.strftime("%Y-%m-%d"), **environment(device), "tables": {}}
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     for title, rows in tables:
         show(title, rows)
         numbers["tables"][title] = rows
-        write_atomic(cfg.out, json.dumps(numbers, indent=1) + "\n")  # after each table: what was measured is kept
-    print(f"\nmemory: peak above what was held before, in units of the head's gradient; error: against float64. Numbers: {cfg.out}")
+        write_atomic(cfg.out, json.dumps(numbers, indent=1) + "\n")  # after each table, so that an interrupted run keeps its numbers
+    print(f"\nmemory: peak above what was held before, in units of the head's gradient. error: against float64. Numbers: {cfg.out}")
     return numbers
 
 
 def cpu_tables(cfg):
-    """Titles and rows of the tables asked for, one by one."""
+    """Yield (title, rows) of each table that --only names."""
     if "log-probs" in cfg.only:
         for entropy in (False, True):
             what = "log-prob and entropy" if entropy else "log-prob"

@@ -1,15 +1,15 @@
-"""`python -m minialign.bench --gpu`: kernels, log-probs, decoding and a training step on one CUDA card, beside its floors.
+"""`python -m minialign.bench --gpu`: kernels, log-probs, decoding and a training step on one CUDA card, compared with their floors.
 
-Floors are measured in the same run, a copy for what memory bounds and bare matrix products for what they bound, and every ratio is taken
-within a round against the first row of its group. bfloat16; logits of standard deviation 3; a random upstream gradient for every token, of
-log-prob and entropy. Errors are against float64 on the same bfloat16 inputs.
+The floors are measured in the same run: a copy for memory-bound work, bare matrix products for work bound by products. Each ratio is taken
+within a round, to the first row of its group. All is in bfloat16, with logits of standard deviation 3 and a random upstream gradient of
+log-prob and entropy for every token. Errors are against float64 on the same bfloat16 inputs.
 
     kernels      logprob.py's two passes, against the bytes they must move (2 N V and 4 N V) at the bandwidth of a copy
     log-probs    linear_logps from hidden states, forward and backward, kept and recomputed, against its three bare products; scoring
-                 without a gradient against one; peers that are installed (TRL, Liger, cut-cross-entropy, torch)
-    scaling      the same over N and V: time per N·V, memory
+                 without a gradient against one bare product; the installed peers (TRL, Liger, cut-cross-entropy, torch)
+    scaling      the same for several N and V: time per N·V, memory
     decoding     a recorded step of Pythia-1.4B and Mistral-7B shapes, against reading weights and cache once; transformers' generate
-    training     an SFT step of both shapes: tokens/s, and share of the products' measured rate (6 flops a parameter and token)
+    training     an SFT step of both shapes: tokens/s, and share of the measured product rate (6 flops per parameter and token)
 
 Checked by tests/bench/test_cpu.py, at small sizes on a CPU.
 """
@@ -37,14 +37,14 @@ MISTRAL = dict(vocab_size=32000, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096
 
 
 def card():
-    """The CUDA device. Raises BadInput where there is none."""
+    """The CUDA device. Raises BadInput if there is none."""
     if not torch.cuda.is_available():
-        raise BadInput("--gpu: this torch finds no CUDA card; without the flag the bench measures the CPU")
+        raise BadInput("--gpu: this torch finds no CUDA card; leave the flag out to measure the CPU")
     return torch.device("cuda")
 
 
 def tables(device):
-    """Titles and rows of all tables, one by one."""
+    """Yield (title, rows) of each table."""
     for name, (c, v) in HEADS.items():
         for n in (8192, 16384):
             yield f"kernels, {name}: N {n}, V {v}", kernels(n, v, device)
@@ -66,7 +66,7 @@ def milliseconds(work, device):
         work()
         return 1e3 * (time.perf_counter() - begun)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)  # about a millisecond of waiting: launches from Python run ahead, and short works are not timed by them
+    torch.cuda._sleep(2_000_000)  # the GPU waits about 1 ms while Python launches the work, so launch time does not count
     begin.record()
     work()
     end.record()
@@ -75,7 +75,7 @@ def milliseconds(work, device):
 
 
 def time_in_turns(works, device, rounds=20, warm=2):
-    """Rows {name, ratio, least, most, ms, peak MiB} of works that take turns. One that fails (lack of memory) says so and stands aside."""
+    """Rows {name, ratio, least, most, ms, peak MiB} of works run in turn. If one fails (out of memory), its row says why."""
     spent, peaks, failed = {name: [] for name in works}, {}, {}
     for k in range(warm + rounds):
         for name, work in works.items():
@@ -86,7 +86,7 @@ def time_in_turns(works, device, rounds=20, warm=2):
                 before = torch.cuda.memory_allocated()
             try:
                 ms = milliseconds(work, device)
-            except Exception as error:  # whatever a body, or a peer, cannot do here: the table goes on and says so
+            except Exception as error:  # any failure of ours or of a peer: its row says so, and the table goes on
                 failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
                 continue
             if device.type == "cuda":
@@ -113,7 +113,7 @@ def random_inputs(n, c, v, device, dtype=torch.bfloat16):
 
 
 def exact(hidden, weight, targets, rows=256):
-    """Log-probs and entropies of the first rows in float64."""
+    """Log-probs and entropies of the first rows, in float64."""
     log_p = (hidden[:rows].detach().double() @ weight.detach().double().T).log_softmax(1)
     return log_p.gather(1, targets[:rows, None])[:, 0], -(log_p.exp() * log_p).sum(1)
 
@@ -126,7 +126,7 @@ def worst(found, expected):
 
 
 def kernels(n, v, device, rounds=20):
-    """Two groups: the fold over a copy that moves as many bytes, the gradient over one that does."""
+    """Two groups: the fold, and the gradient, each divided by a copy that moves the same number of bytes."""
     generator = torch.Generator(device).manual_seed(0)
     logits = (3 * torch.randn(n, v, generator=generator, device=device)).to(torch.bfloat16)
     targets = torch.randint(v, (n,), generator=generator, device=device)
@@ -169,7 +169,7 @@ def _trl_logprob(logits, targets):
 
 
 def log_probs(n, c, v, device, rounds=10):
-    """Log-prob and entropy, forward and backward, over the three bare products; error of the log-probs."""
+    """Log-prob and entropy, forward and backward, divided by the three bare products; errors of both."""
     hidden, weight, targets, (g, e) = random_inputs(n, c, v, device)
     logps, entropies = exact(hidden, weight, targets)
 
@@ -193,7 +193,7 @@ def log_probs(n, c, v, device, rounds=10):
     for row in rows:
         body = {**ours, **peers}.get(row["name"])
         if body is not None:
-            out, entropy = body()  # (with a gradient to come: without, another kernel would answer)
+            out, entropy = body()  # (with gradients enabled: without them another kernel would run)
             row["error"] = worst(out, logps)
             row["entropy error"] = None if entropy is None else worst(entropy, entropies)
             del out, entropy
@@ -201,10 +201,10 @@ def log_probs(n, c, v, device, rounds=10):
 
 
 def _peers(hidden, weight, targets):
-    """{name: body}, of those installed; None in the place of an entropy that they do not give."""
+    """{name: body} of the installed peers. A peer that computes no entropy returns None for it."""
     peers = {}
     if hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()  # (without, all logits are made)
+        options = torch.nn.LinearCrossEntropyOptions()  # (without them it would compute all logits)
         peers["torch F.linear_cross_entropy"] = lambda: (
             -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options), None)
     try:
@@ -213,7 +213,7 @@ def _peers(hidden, weight, targets):
         peers["trl ChunkedLogProbFunction"] = lambda: ChunkedLogProbFunction.apply(
             hidden, weight, None, targets, 1.0, 32768, None, 1.0, ("entropy",))[:2]
     except ImportError:
-        pass  # a peer that is not installed takes no part
+        pass  # a peer that is not installed is left out
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
 
@@ -232,7 +232,7 @@ def _peers(hidden, weight, targets):
 
 
 def scoring(n, c, v, device, rounds=20):
-    """No gradient asked for: log-prob and entropy over one bare product, which has logits to show for it."""
+    """Without gradients: log-prob and entropy, divided by one bare product, which writes all logits to memory."""
     hidden, weight, targets, _ = random_inputs(n, c, v, device)
     hidden, weight = hidden.detach(), weight.detach()
     logps, entropies = exact(hidden, weight, targets)
@@ -242,14 +242,14 @@ def scoring(n, c, v, device, rounds=20):
         works["minialign, slices in its place"] = lambda: linear_logprob.LinearLogps.apply(hidden, weight, targets, 1.0, True, 0)
     rows = time_in_turns(works, device, rounds)
     for row in rows[1:]:
-        if row["name"] in works:  # it did not fail
+        if row["name"] in works:  # this one did not fail
             out, entropy = works[row["name"]]()[:2]
             row["error"], row["entropy error"] = worst(out, logps), worst(entropy, entropies)
     return rows
 
 
 def scaling(device, c=2048, ns=(4096, 16384, 65536), vs=(32000, 128256, 256000), rounds=3):
-    """Forward and backward, recomputed: ps per token and vocabulary entry, over the first; memory above inputs and their gradients."""
+    """Forward and backward, recomputed: ps per token and vocabulary entry, over the first row; memory above inputs and their gradients."""
     rows = []
     for n, v in [(n, vs[0]) for n in ns] + [(ns[0], v) for v in vs[1:]] + [(ns[-1], vs[1])]:
         hidden, weight, targets, (g, e) = random_inputs(n, c, v, device)
@@ -271,7 +271,7 @@ def scaling(device, c=2048, ns=(4096, 16384, 65536), vs=(32000, 128256, 256000),
 
 
 def bandwidth(device):
-    """Bytes per second of a copy: read and written."""
+    """Bytes per second of a copy, counting bytes read and bytes written."""
     size = 2**30 if device.type == "cuda" else 2**20
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -279,7 +279,7 @@ def bandwidth(device):
 
 
 def rate(device):
-    """Flops per second of a bfloat16 product."""
+    """Flops per second of a bfloat16 matrix product."""
     size = 8192 if device.type == "cuda" else 256
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     return 2 * size**3 / (1e-3 * time_in_turns({"product": lambda: a @ a}, device, rounds=10)[0]["ms"])
@@ -292,7 +292,7 @@ def random_policy(size, device):
 
 
 def decoding(size, batch, position, device, rounds=20, new=64, peer=True):
-    """A step of all rows at one position; the floor reads all weights but the embedding's, and the cache, once at a copy's bandwidth."""
+    """A step of all rows at one position. The floor reads the cache and all weights but the embeddings once, at the bandwidth of a copy."""
     policy = random_policy(size, device).requires_grad_(False)
     config = policy.config
     cache = KVCache(config, batch, position + 2 * rounds + 8, device=device, dtype=torch.bfloat16)
@@ -314,7 +314,7 @@ def decoding(size, batch, position, device, rounds=20, new=64, peer=True):
              "tokens/s": 1e3 * batch / floor}, row]
     prompts = torch.randint(config.vocab_size, (batch, 64), generator=torch.Generator().manual_seed(0))
     ours = {"minialign, sample()": lambda: sample(policy, prompts.tolist(), max_new=new, eos_id=None, seed=0)}
-    theirs = _generate(policy, prompts, new, device) if peer else {}  # (its weights go over the disk: minutes for 7B)
+    theirs = _generate(policy, prompts, new, device) if peer else {}  # (it loads its weights from disk: minutes for 7B)
     whole = time_in_turns({**ours, **theirs}, device, rounds=3, warm=1)
     for row in whole:
         if "ms" in row:
@@ -323,7 +323,7 @@ def decoding(size, batch, position, device, rounds=20, new=64, peer=True):
 
 
 def _generate(policy, prompts, new, device):
-    """transformers' generate on the same weights, if it is installed."""
+    """transformers' generate on the same weights, if transformers is installed."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -338,7 +338,7 @@ def _generate(policy, prompts, new, device):
 
 
 def training(size, rows, length, device, rounds=5):
-    """A step of SFT, every token scored: forward, backward, clipping, fused AdamW; the floor is 6 flops a parameter and token."""
+    """An SFT step with every token scored: forward, backward, clipping, fused AdamW. The floor is 6 flops per parameter and token."""
     policy = random_policy(size, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
     ids = torch.randint(policy.config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0)).to(device)

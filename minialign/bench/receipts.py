@@ -1,8 +1,8 @@
-"""`python -m minialign.bench.receipts`: real steps at the recipes' sizes on one GPU, beside what --plan says of them.
+"""`python -m minialign.bench.receipts`: measure real steps at the recipes' sizes on one GPU, beside the estimates of --plan.
 
-Models of random weights in the hub's layout, rows of this package's own source text, bfloat16, AdamW: SFT, DPO, IRFT and GRPO, for a few
-optimizer steps each (the 7B model trains adapters of rank 64 where all weights and a reference would not fit on the card). The run ends
-after the last of them and saves nothing. Writes the numbers with date, card and versions to --out:
+It takes a few optimizer steps each of SFT, DPO, IRFT and GRPO, in bfloat16 with AdamW. The models have random weights in the hub's layout,
+the rows are this package's own source text. (The 7B model trains adapters of rank 64 where all weights and a reference would not fit on
+the card.) A run ends after its last step and saves no model. The numbers, with date, card and versions, go to --out:
 
     python -m minialign.bench.receipts --out docs/receipts.json
 
@@ -13,7 +13,6 @@ import gc
 import importlib
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -25,28 +24,27 @@ from unittest import mock
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from minialign import __version__
 from minialign.bench.cpu import own_sources
-from minialign.engine.common import BadInput, commit, describe_device, pick_device, write_atomic
+from minialign.engine.common import BadInput, describe_device, environment, pick_device, write_atomic
 from minialign.model import GPT
 from minialign.recipes import CARDS, MODELS, Recipe, plan
 from minialign.settings import cli, exit_codes
 from minialign.weights import save_pretrained
 
-LENGTH = 512  # tokens of a prompt; a completion has as many
+LENGTH = 512  # tokens of a prompt, and of a completion
 
 
 @dataclass
 class Config:
-    models: list[str] = field(default_factory=lambda: ["pythia-1.4b", "mistral-7b"])  # of random weights
+    models: list[str] = field(default_factory=lambda: ["pythia-1.4b", "mistral-7b"])  # models to measure, with random weights
     methods: list[str] = field(default_factory=lambda: ["sft", "dpo", "irft", "grpo"])
-    steps: int = 5                  # optimizer steps of each; the first is not timed
-    batch_size: int = 16            # rows of a step
-    micro_batch: int = 2            # rows of a forward pass
+    steps: int = 5                  # optimizer steps of each method; the first is not timed
+    batch_size: int = 16            # rows per step
+    micro_batch: int = 2            # rows per forward pass
     max_new: int = 128              # tokens that irft and grpo sample
-    device: str = "cuda"            # where; on a CPU there is no memory to report
+    device: str = "cuda"            # device; a CPU reports no memory
     dtype: str = "bfloat16"         # of weights and arithmetic
-    out: str = "runs/receipts.json"  # the numbers
+    out: str = "runs/receipts.json"  # file for the numbers
 
 
 class Done(Exception):
@@ -54,7 +52,7 @@ class Done(Exception):
 
 
 def receipt(model, config, method, cfg, folder):
-    """One run of so many steps: {'seconds' of a step, 'GiB' at the peak, both as planned, 'tokens/s'}; folder holds policy and rows."""
+    """Run cfg.steps steps: {'seconds' per step, peak 'GiB', 'planned' values of both, 'tokens/s'}. folder holds the policy and the rows."""
     module, device = importlib.import_module(f"minialign.methods.{method}"), pick_device(cfg.device)
     shared = dict(policy=str(folder / "policy"), batch_size=cfg.batch_size, micro_batch=cfg.micro_batch, steps=10**6, save_every=10**6,
                   eval_every=10**6, device=cfg.device, dtype=cfg.dtype, activation_checkpointing=True, out=str(folder / method))
@@ -79,7 +77,7 @@ def receipt(model, config, method, cfg, folder):
         torch.cuda.reset_peak_memory_stats()
     hook = register_optimizer_step_post_hook(mark)
     try:
-        with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=2**60)):  # nothing will be saved, so it needs no room
+        with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=2**60)):  # nothing is saved, so no disk space is needed
             module.main(settings)
     except Done:
         seconds = (marks[-1] - marks[0]) / (cfg.steps - 1)
@@ -96,7 +94,7 @@ def receipt(model, config, method, cfg, folder):
 
 
 def write_receipt_inputs(config, dtype, device, folder):
-    """policy/, demos.jsonl and pairs.jsonl in a folder."""
+    """Write policy/, demos.jsonl and pairs.jsonl to the folder."""
     tokenizer, pieces = own_sources(LENGTH, LENGTH)
     with torch.device(device):
         policy = GPT(config).to(dtype)
@@ -109,14 +107,13 @@ def write_receipt_inputs(config, dtype, device, folder):
 
 
 def main(cfg, configs=MODELS):
-    """Print and write the receipts; returns them. Raises BadInput without the device, and for an unknown model or method."""
+    """Print, write and return the receipts. Raises BadInput if the device is missing, and for an unknown model or method."""
     device, dtype = pick_device(cfg.device), getattr(torch, cfg.dtype, None)
     if cfg.batch_size % 8:
-        raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of 8, grpo's completions of a prompt")
+        raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of 8, the completions that grpo samples per prompt")
     if not set(cfg.models) <= configs.keys() or not set(cfg.methods) <= {"sft", "dpo", "irft", "grpo"} or cfg.steps < 2:
-        raise BadInput(f"--models are of {', '.join(configs)}, --methods of sft, dpo, irft, grpo, --steps at least 2")
-    record = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "minialign": __version__, "torch": torch.__version__,
-              "python": platform.python_version(), "device": describe_device(device), "steps": cfg.steps, "rows": []}
+        raise BadInput(f"--models are of {', '.join(configs)}; --methods of sft, dpo, irft, grpo; --steps must be at least 2")
+    record = {"date": time.strftime("%Y-%m-%d"), **environment(device), "steps": cfg.steps, "rows": []}
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     for model in cfg.models:
         with tempfile.TemporaryDirectory() as folder:

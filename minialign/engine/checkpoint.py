@@ -6,13 +6,13 @@
                                state.json          the step, plain numbers, the optimizers' settings, versions and threads
                                manifest.json       size and sha256 of each file above
 
-Under torchrun each process writes its slices of model and optim, into shard-….safetensors (torch.distributed.checkpoint, in the layout of
-Hugging Face); a run may go on with another number of processes, also with one.
+Under torchrun each process writes its slices of model and optim into shard-….safetensors (torch.distributed.checkpoint, in Hugging Face's
+layout). A run can be resumed with a different number of processes, or with one.
 
-Written into a folder beside it, each file flushed to disk, then renamed in one step: the name step_000100 exists only whole.
-Reading takes the newest folder whose manifest holds, and says so when it had to step back. No pickle anywhere.
+A checkpoint is written into a temporary folder beside it, each file is flushed to disk, and the folder is renamed in one step. So
+step_000100 is never half-written. Reading takes the newest folder that matches its manifest and prints which it skips. No pickle is used.
 
-The data order and the learning rate are functions of (seed, step) and samplers are seeded by step, so this is all a run needs.
+The data order and the learning rate are functions of (seed, step), and samplers are seeded by step, so this is all that a run needs.
 Checked by tests/engine/test_checkpoint.py: a kill between any two writes, a full disk, truncations and flipped bits.
 """
 
@@ -31,13 +31,13 @@ from safetensors.torch import load_file, save_file
 from minialign.engine import parallel
 from minialign.engine.common import BadInput
 
-RETRY_SECONDS = (1, 4, 16)  # a network disk that stumbles must not end a run of days
+RETRY_SECONDS = (1, 4, 16)  # a short failure of a network disk must not end a run of several days
 
 
 def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
     """Write checkpoints/step_{step:06d} from {name: module}, {name: optimizer} and a dict of plain values; keep the newest `keep`.
 
-    Raises BadInput, naming the path and the bytes needed, when the disk refuses after three retries; older checkpoints stay intact.
+    Raises BadInput with the path and the bytes needed if writing still fails after three retries. Older checkpoints stay intact.
     """
     folder = Path(run_folder) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
 
 
 def parameters_of(modules):
-    """{'policy.blocks.0…': parameter} of {name: module}; one that several hold (a tied head, what adapters leave frozen) appears once."""
+    """{'policy.blocks.0…': parameter} of {name: module}. A shared one (a tied head, frozen weights under adapters) appears once."""
     found = {}
     for name, module in modules.items():
         for key, parameter in parallel.resharded(module).named_parameters():
@@ -71,7 +71,7 @@ def parameters_of(modules):
 
 
 def tensors_of(modules, optimizers):
-    """({'policy.blocks.0…': tensor}, {'optimizer.0.exp_avg': tensor}, the optimizers' settings and numbers): what a checkpoint holds."""
+    """What a checkpoint holds: ({'policy.blocks.0…': tensor}, {'optimizer.0.exp_avg': tensor}, the optimizers' settings and numbers)."""
     weights = {name: parameter.detach() for name, parameter in parameters_of(modules).items()}
     moments, settings = {}, {}
     for name, optimizer in optimizers.items():
@@ -105,7 +105,7 @@ def _empty(folder):
 
 
 def _finish(temporary, final, record):
-    """What one process writes: generators, plain values, the manifest; then the name."""
+    """The part that one process does: write generator states, plain values and the manifest, then rename the folder."""
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         generators |= {f"cuda.{i}": rng for i, rng in enumerate(torch.cuda.get_rng_state_all())}
@@ -118,7 +118,7 @@ def _finish(temporary, final, record):
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     flush_to_disk(temporary / "manifest.json")
     flush_to_disk(temporary)
-    if final.exists():  # a damaged one of the same step: the reader has passed it over, and its place is needed
+    if final.exists():  # a damaged checkpoint of the same step, which the reader has skipped: it must make room
         shutil.rmtree(final)
     os.replace(temporary, final)
     flush_to_disk(final.parent)
@@ -126,7 +126,7 @@ def _finish(temporary, final, record):
 
 def flush_to_disk(path):
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder; its rename is already journalled
+        return  # Windows cannot open a folder, but it journals the rename
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -140,7 +140,7 @@ def sha256(path):
 
 
 def fault(folder):
-    """Why a checkpoint folder cannot be trusted, in words; None if it can."""
+    """The reason why a checkpoint folder is damaged, as text. None if it is intact."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name in {*manifest, "rng.safetensors", "state.json"}:
@@ -148,23 +148,23 @@ def fault(folder):
             if path.stat().st_size != manifest[name]["bytes"] or sha256(path) != manifest[name]["sha256"]:
                 return f"{name} does not match its sha256"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"no sound manifest ({type(error).__name__})"
+        return f"no valid manifest ({type(error).__name__})"
     return None
 
 
 def newest_checkpoint(run_folder):
-    """The newest checkpoint folder that is whole, or None. Says on stderr which damaged ones it passed over."""
+    """The newest intact checkpoint folder, or None. Prints to stderr which damaged folders it skips."""
     folders = sorted(path for path in (Path(run_folder) / "checkpoints").glob("step_*") if path.name[5:].isdigit())
     for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
         reason = fault(folder)
         if reason is None:
             return folder
-        print(f"{folder}: passed over, {reason}", file=sys.stderr)
+        print(f"{folder}: skipped, {reason}", file=sys.stderr)
     return None
 
 
 def load_checkpoint(folder, modules, optimizers):
-    """Restore what save_checkpoint stored, in place; returns state.json as a dict. The folder is one that newest_checkpoint returned."""
+    """Restore in place what save_checkpoint stored, and return state.json as a dict. `folder` is one that newest_checkpoint returned."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     whole = None
     if not parallel.started() and (folder / "model.safetensors").is_file():
@@ -173,13 +173,13 @@ def load_checkpoint(folder, modules, optimizers):
     targets = {name: parameter.detach() for name, parameter in parameters_of(modules).items()}
     for name, parameter in targets.items():
         if sizes.get(name) != parameter.shape:
-            raise BadInput(f"{folder}: holds no {name} of shape {tuple(parameter.shape)}: it is of another model")
+            raise BadInput(f"{folder}: has no {name} of shape {tuple(parameter.shape)}: it is from another model")
     packed = {name: {"param_groups": state["optimizers"][name]["param_groups"], "state": {}} for name in optimizers}
     for name, optimizer in optimizers.items():
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         values = dict(state["optimizers"][name]["numbers"])
         for key, size in sizes.items():
-            if key.startswith(f"{name}."):  # a moment is sliced as its parameter is
+            if key.startswith(f"{name}."):  # a moment is sliced like its parameter
                 like = parameters[int(key.split(".")[1])]
                 targets[key] = values[key.removeprefix(f"{name}.")] = (
                     torch.zeros_like(like) if size == like.shape else torch.zeros(size, device=like.device)
@@ -188,7 +188,7 @@ def load_checkpoint(folder, modules, optimizers):
             index, field = key.split(".", 1)
             packed[name]["state"].setdefault(int(index), {})[field] = value
     if unknown := sizes.keys() - targets.keys():
-        raise BadInput(f"{folder}: holds {sorted(unknown)[0]}, which this run does not have: it is of another method or model")
+        raise BadInput(f"{folder}: has {sorted(unknown)[0]}, which this run does not have: it is from another method or model")
     if whole is None:
         parallel.load_slices(targets, folder)
     for name, tensor in (whole or {}).items():
@@ -205,9 +205,9 @@ def load_checkpoint(folder, modules, optimizers):
 
 
 def prune(folder, step, keep):
-    """Delete all but the `keep` newest checkpoints up to `step`, and what killed processes left half-written.
+    """Delete all but the `keep` newest checkpoints up to `step`, and the half-written folders of killed processes.
 
-    Folders of later steps go too: the run began again before them, so they were damaged, and they must not outlive the sound ones.
+    Folders of later steps are deleted too. The run resumed before those steps, so they were damaged, and they must not outlive intact ones.
     """
     numbers = {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdigit()}
     kept = sorted(number for number in numbers if number <= step)[-keep:]

@@ -7,12 +7,14 @@ import hashlib
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from minialign import __version__
 from minialign.engine import parallel
 
 
@@ -229,6 +231,12 @@ def commit():
         return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
+
+
+def environment(device):
+    """What a published number depends on: versions, commit, machine and threads, as a dict for JSON."""
+    return {"minialign": __version__, "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
+            "platform": platform.platform(), "device": describe_device(device), "threads": torch.get_num_threads()}
 
 
 def describe_device(device):

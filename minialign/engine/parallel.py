@@ -1,20 +1,20 @@
-"""Several processes, one run: the only file that knows ranks. Without torchrun everything here hands back what it was given.
+"""One run on several processes. Only this file knows ranks. Without torchrun everything here returns what it was given.
 
     torchrun --nproc_per_node 8 -m minialign dpo …                     # weights split over eight GPUs (FSDP2)
-    torchrun --nproc_per_node 8 -m minialign dpo … --parallel ddp      # a whole copy on each
+    torchrun --nproc_per_node 8 -m minialign dpo … --parallel ddp      # a full copy on each
 
-Every process runs the same program on the same numbers, so that a method file reads as if there were one. They differ in four places:
+Every process runs the same program on the same numbers, so a method file reads as if there were one process. They differ in four places:
 
-    micro-batches   each does those of its equal share of a step's rows (`share`). A micro-batch counts by its share of the whole step,
-                    so gradients are summed, not averaged, and a step is the same step on 1, 2 or 64 processes. The processes must divide
-                    --batch_size evenly: then all do equally many, and none waits in a collective that another never enters.
-    rollouts        each draws its rows of one, from weights gathered once (`whole`), not once a token; then all get all of them.
-    rewards         each asks for its rows; then all get all of them, or all get the error.
-    files, terminal the first process writes. Checkpoints excepted: there each writes its own part.
+    micro-batches   each process takes an equal share of a step's rows (`share`). A micro-batch is weighted by its share of the whole step,
+                    so gradients are summed, not averaged, and a step is the same on 1, 2 or 64 processes. Their number must divide
+                    --batch_size: then all do equally many micro-batches, and none waits in a collective that another never enters.
+    rollouts        each samples its share of the rows, with weights gathered once (`whole`), not once per token. Then all get all rows.
+    rewards         each requests the rewards of its rows. Then all get all rewards, or all get the error.
+    files, terminal the first process writes. Only checkpoints differ: each process writes its own part.
 
-A parameter of a sharded model is a DTensor: here a slice, its shape that of the whole. FSDP2's `fully_shard` gathers a block's weights for
-its forward pass and again for its backward pass, and drops them in between; `shard` makes it sum all processes' gradients into the slices.
-"ddp" is the same over a mesh of (processes, 1): each holds a whole copy.
+A parameter of a sharded model is a DTensor: it holds one slice, but has the shape of the full tensor. FSDP2's `fully_shard` gathers the
+weights of a block for its forward pass and again for its backward pass, and drops them in between. `shard` makes it sum the gradients of
+all processes into the slices. "ddp" is the same over a mesh of (processes, 1): each process holds a full copy.
 
 Checked by tests/engine/test_parallel.py: two processes over gloo equal one to 1e-10 in float64, in both layouts.
 """
@@ -32,28 +32,28 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
-PLAIN = weakref.WeakKeyDictionary()  # {sharded model: the same without weights, as it was before}
+PLAIN = weakref.WeakKeyDictionary()  # {sharded model: the model as it was before sharding, without weights}
 
 
 def start():
-    """Join the other processes, if torchrun started this one; once."""
+    """Join the other processes if torchrun started this one. A second call does nothing."""
     if not launched() or dist.is_initialized():
         return
-    # Two hours: the others wait while one process writes, or hashes, or asks a slow judge.
+    # Two hours, because the others wait while one process writes, computes hashes, or asks a slow judge.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=2))
     if not is_main():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # all say the same
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # all would print the same
 
 
 def launched():
-    """Whether this process is torchrun's."""
+    """Whether torchrun started this process."""
     return dist.is_torchelastic_launched()
 
 
 def leave():
-    """Leave the others when all is done, and end the process. Not after an error: NCCL would wait for those that did not get this far.
+    """Leave the group and end the process when all is done. Not after an error: NCCL would wait for processes that did not get here.
 
-    At once, without the interpreter's own ending: now and then a thread of gloo meets that half-way, and a run that is done would abort.
+    The process ends at once, without the interpreter's shutdown: a gloo thread sometimes disturbs that, and a finished run would abort.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -63,12 +63,12 @@ def leave():
 
 
 def peer_lost(error):
-    """Whether this is what a collective raises when another process is gone."""
+    """Whether this is the error that a collective raises when another process is gone."""
     return started() and (isinstance(error, dist.DistError) or "Connection" in str(error) or "Timed out" in str(error))
 
 
 def started():
-    """Whether there is a group of processes; it may be of one."""
+    """Whether there is a process group. It may have only one process."""
     return dist.is_initialized()
 
 
@@ -85,7 +85,7 @@ def is_main():
 
 
 def local_rank():
-    """Which of this machine's processes, and so which of its GPUs."""
+    """The index of this process on its machine, and so of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -93,13 +93,13 @@ def local_rank():
 
 
 def local_rows(rows):
-    """This process's part of rows (whatever has a length and can be sliced): equal parts where the processes divide them evenly."""
+    """This process's part of rows (anything with a length that can be sliced). All parts are equal if the rows divide evenly."""
     n = len(rows)
     return rows[rank() * n // world() : (rank() + 1) * n // world()]
 
 
 def gather(value):
-    """[the value of process 0, that of process 1, …], in every process. What is gathered is pickled: tensors should be on the CPU."""
+    """[value of process 0, value of process 1, …], in every process. The values are pickled, so tensors should be on the CPU."""
     if world() == 1:
         return [value]
     values = [None] * world()
@@ -108,7 +108,7 @@ def gather(value):
 
 
 def gather_rows(rows):
-    """The whole tensor, of which each process has its `share`."""
+    """The whole tensor, joined from the `share` of each process."""
     return rows if world() == 1 else torch.cat(gather(rows.cpu())).to(rows.device)
 
 
@@ -118,7 +118,7 @@ def sum_over_processes(number):
 
 
 def on_main(function, *arguments):
-    """What the function returns in the first process, which alone calls it; an exception there is raised in all."""
+    """Call the function in the first process only, and return its result in all. An exception there is raised in all."""
     if world() == 1:
         return function(*arguments)
     result = [None]
@@ -135,7 +135,7 @@ def on_main(function, *arguments):
 
 
 def as_float(value):
-    """A float of a number that may be a tensor, or a DTensor of which each process has a part (a norm over all slices)."""
+    """A number, a tensor, or a DTensor of which each process has a part (a norm over all slices), as a float."""
     return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
@@ -152,47 +152,47 @@ def mesh(device_type, layout):
 
 
 def shard(model, layout, device_type, dtype, optimizers=()):
-    """Split a GPT's weights over the processes, in place; optimizers that have not stepped yet are given the slices.
+    """Split a GPT's weights over the processes, in place. Optimizers get the slices; they must not have stepped yet.
 
-    Without torchrun nothing is done. layout: fsdp or ddp. dtype: what forward and backward pass compute in. Gradients are summed in float32
-    at least.
+    Without torchrun this does nothing. layout: fsdp or ddp. dtype: that of the forward and backward pass. Gradients are summed in at
+    least float32.
     """
     if not dist.is_initialized() or model in PLAIN:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype), requires_grad=False) for p in model.parameters()}
-    place, taken = {key: i for i, key in enumerate(empty)}, []  # nobody else holds on to whole weights: each goes when it is sliced
+    place, taken = {key: i for i, key in enumerate(empty)}, []  # nothing else keeps full weights: each is freed once it is sliced
     for optimizer in optimizers:
         taken.append([[place.get(id(p), p) for p in group["params"]] for group in optimizer.param_groups])
         for group in optimizer.param_groups:
             group["params"] = []
     PLAIN[model] = copy.deepcopy(model, {**empty, id(model.config): model.config})
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
-    for module in (*model.blocks, model):  # the last takes what is left, embeddings, final norm, head: the head is used after forward
+    for module in (*model.blocks, model):  # model takes the rest: embeddings, final norm, head. The head is used after forward
         fully_shard(module, mesh=mesh(device_type, layout), mp_policy=precision, reshard_after_forward=module is not model)
-        module.set_gradient_divide_factor(1.0)  # a sum
-        module.set_force_sum_reduction_for_comms(True)  # as such: gloo has no multiply-and-sum
+        module.set_gradient_divide_factor(1.0)  # sum, do not average
+        module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no multiply-and-sum
     sliced = list(model.parameters())
     for optimizer, places in zip(optimizers, taken, strict=True):
         for group, mine in zip(optimizer.param_groups, places, strict=True):
             group["params"] = [sliced[p] if isinstance(p, int) else p for p in mine]
     if model.config.head == "scalar":
         return
-    register_fsdp_forward_method(model, "hidden")  # what log-probs are made from; `forward`, a reward model's way, is one by itself
+    register_fsdp_forward_method(model, "hidden")  # log-probs use this; reward models use `forward`, which needs no registration
     hidden = model.hidden
-    # FSDP reduces a module's gradients once one has reached an input. Embeds are made from the same weights, whose gradients are not
-    # complete then: a function hides them.
+    # FSDP reduces a module's gradients once a gradient has reached one of its inputs. Embeds are computed from the same weights, whose
+    # gradients are not complete at that time. So a function hides embeds from FSDP.
     model.hidden = lambda *inputs, embeds=None, **more: hidden(*inputs, embeds=None if embeds is None else lambda: embeds, **more)
 
 
 def numel(parameter):
-    """How many of its numbers this process holds."""
+    """How many of the parameter's numbers this process holds."""
     return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
 
 
 def resharded(model):
-    """The model itself, with slices in the place of weights that a forward pass has left gathered."""
+    """The model itself. Weights that a forward pass has left gathered are replaced by their slices first."""
     for module in model.modules() if model in PLAIN else ():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -201,7 +201,7 @@ def resharded(model):
 
 @torch.no_grad()
 def full_copy(model):
-    """The model with all of its weights in this process: itself if it never was sharded, else a frozen copy, which every process makes."""
+    """The model with all of its weights in this process: the model itself if it is not sharded, else a frozen copy in every process."""
     if model not in PLAIN:
         return model
     full = {id(model.config): model.config}
@@ -214,15 +214,15 @@ def full_copy(model):
 
 
 def save_slices(tensors, folder):
-    """Write {name: tensor or DTensor} to a folder that is there, each process its slices, as safetensors."""
+    """Write {name: tensor or DTensor} to an existing folder as safetensors. Each process writes its slices."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:  # raised in all processes, whoever failed
+    except CheckpointException as error:  # raised in all processes, whichever failed
         process, (reason, _) = next(iter(error.failures.items()))
-        kind = OSError if isinstance(reason, (OSError, SafetensorError)) else RuntimeError  # a disk's fault is tried again
+        kind = OSError if isinstance(reason, (OSError, SafetensorError)) else RuntimeError  # disk errors are retried
         raise kind(f"process {process}: {reason}") from None
 
 
@@ -231,13 +231,13 @@ def stored_sizes(folder):
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: tensor.size for name, tensor in metadata.items() if name.split(".")[0] not in ("cpu", "cuda")}  # of rng.safetensors
+    return {name: tensor.size for name, tensor in metadata.items() if name.split(".")[0] not in ("cpu", "cuda")}  # rng.safetensors
 
 
 def load_slices(tensors, folder):
-    """Fill {name: tensor or DTensor} in place from such a folder, however it was sliced."""
+    """Fill {name: tensor or DTensor} in place from a checkpoint's folder, however it was sliced."""
     from torch.distributed import checkpoint
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of being alone
+        warnings.simplefilter("ignore")  # it warns if there is only one process
         checkpoint.load(tensors, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)), no_dist=not started())

@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -26,20 +25,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minialign import __version__
 from minialign.engine import checkpoint, parallel
-from minialign.engine.common import (
-    BadInput,
-    append_row,
-    commit,
-    describe_device,
-    note,
-    pick_device,
-    pick_dtype,
-    read_json,
-    read_rows,
-    write_atomic,
-)
+from minialign.engine.common import BadInput, append_row, environment, note, pick_device, pick_dtype, read_json, read_rows, write_atomic
 from minialign.lora import adapters, merged, save_adapter
 from minialign.model import GPT
 from minialign.rewards import BadReward, ask
@@ -119,12 +106,8 @@ class Run:
                 raise BadInput(f"{self.folder}: exists and is not empty; name another --out, or continue it with --resume {self.folder}")
             for name in ("inputs.json", *TOKENIZER_FILES):
                 (self.folder / name).unlink(missing_ok=True)
-            environment = {
-                "minialign": __version__, "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
-                "platform": platform.platform(), "device": describe_device(self.device), "threads": torch.get_num_threads(),
-                "argv": sys.argv[1:], "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            }
-            write_atomic(self.folder / "env.json", json.dumps(environment, indent=1) + "\n")
+            started = {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+            write_atomic(self.folder / "env.json", json.dumps({**environment(self.device), **started}, indent=1) + "\n")
             record = {"method": self.method, **dataclasses.asdict(self.cfg)}
             write_atomic(self.folder / "config.json", json.dumps(record, indent=1) + "\n")  # last: with it the run can be resumed
         except OSError as error:
@@ -248,14 +231,16 @@ class Run:
             )
         return False
 
-    def ask(self, step, reward_fn, prompts, completions):
-        """The rewards of a rollout, (B,), or None if the reward function failed: then the step is skipped, reported and logged.
+    def ask(self, step, reward_fn, tokenizer, prompts, answers):
+        """The rewards of a rollout, (B,), less missing_eos for unfinished completions. answers: B = N·n completions of the N prompts.
 
-        Three failures in a row end the run with BadInput.
+        None if the reward function failed: the step is then skipped, reported and logged. Three failures in a row raise BadInput.
         """
+        prompts = [prompt for prompt in prompts for _ in range(len(answers) // len(prompts))]
         try:
-            rewards = ask(reward_fn, prompts, completions, limit=self.cfg.reward_limit)
-            return rewards.to(self.device, torch.promote_types(self.dtype, torch.float32))
+            rewards = ask(reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions], limit=self.cfg.reward_limit)
+            rewards = rewards.to(self.device, torch.promote_types(self.dtype, torch.float32))
+            return rewards - getattr(self.cfg, "missing_eos", 0.0) * ~answers.finished
         except BadReward as error:
             if self.skipped_in_a_row == 0 and step > self.first_step:  # so that nothing is lost if it fails twice more
                 self.save(step)

@@ -1,8 +1,8 @@
-"""What is written for speed: one algorithm a file, imported by logps.py and sample.py (and by ift.py and run.py for a word).
+"""The code written for speed, one algorithm per file. logps.py and sample.py use it (ift.py and run.py import one name each).
 
-logprob.py                 logits -> log-prob, entropy and log-sum-exp of each row in one pass, and the gradient in their place
+logprob.py                 logits -> log-prob, entropy and log-sum-exp of each row in one pass, then the gradient in place of the logits
 logprob_triton.py          the same two passes for a GPU
-linear_logprob.py          (N, C) hidden states and a (V, C) head -> log-prob and entropy of each row, and no (N, V) matrix
-linear_logprob_triton.py   the same for a GPU where nobody asks for a gradient, and no slice of it either
-decode.py                  one more token for every row, on a CPU
+linear_logprob.py          (N, C) hidden states and a (V, C) head -> log-prob and entropy of each row, without an (N, V) matrix
+linear_logprob_triton.py   the same for a GPU when no gradient is needed, without even a slice of that matrix
+decode.py                  computes one more token for every row, on a CPU
 """

@@ -1,18 +1,18 @@
-"""One more token for every row on a CPU: what GPT.hidden computes with a cache for T = 1, in as few operations as there are.
+"""One more token for every row on a CPU: what GPT.hidden computes with a cache for T = 1, in as few operations as possible.
 
-A step of a small model is bound by the number of its operations, 5 to 20 µs each, and by products of a few rows with matrices that lie as
-(out, in). So, here only:
+Two things limit the speed of a small model: the number of operations, 5 to 20 µs each, and products of a few rows with matrices that are
+stored as (out, in). So this file, and only this file, does the following:
 
-    the matrices of a layer are copied for the time of a `sample`, as (in, out): 16 rows are then multiplied in 0.5 to 0.7 of the time while
-        the processor's cache holds the matrix (and as fast as before where it does not)
-    matrices with the same input are one: queries, keys and values; gate and up. Adapters are merged
-    a rotary turn is a (D, D) matrix for each row, made once for all layers: one product turns queries and keys
-    scores, softmax and sum are written out, the H/KV queries that share a key side by side: for one query a row quicker than the kernel
-        for sequences
-    while all rows are equally long there is no mask, and the new keys of all rows go to one position: a slice, not an index
+    the matrices of a layer are copied as (in, out) during a `sample`: multiplying 16 rows then takes 0.5 to 0.7 of the time if the matrix
+        fits in the processor's cache (and the same time if it does not)
+    matrices with the same input are merged into one: queries, keys and values; gate and up. Adapters are merged too
+    the rotation of each row is a (D, D) matrix, computed once for all layers: one product rotates queries and keys
+    scores, softmax and weighted sum are written out, for the H/KV queries that share a key together: with one query per row this is faster
+        than the attention kernel for sequences
+    while all rows have the same length there is no mask, and the new keys of all rows go to one position: a slice, not an index
 
-A step of 16 rows takes 0.57 of GPT.hidden's time with 128 channels, 0.68 with 256, 0.87 with 512, where reading the weights is most of it;
-the copy takes as long as one or two steps.
+A step of 16 rows takes 0.57 of GPT.hidden's time with 128 channels, 0.68 with 256, and 0.87 with 512, where most of the time goes into
+reading the weights. The copy takes as long as one or two steps.
 
 Checked by tests/kernels/test_decode.py against GPT.hidden: every family, ragged rows, windows, adapters.
 """
@@ -38,7 +38,7 @@ class Decoder:
 
     @functools.cached_property
     def layers(self):
-        """Copied when a first step asks for them: a row may end with its first token."""
+        """Copied at the first step, because there may be none: every row may end with its first token."""
         return [Layer(block) for block in self.policy.blocks]
 
     def continue_from(self, cache):
@@ -46,7 +46,7 @@ class Decoder:
         self.even = bool((cache.lengths == cache.longest).all()) and not any(self.policy.config.windows)
 
     def select(self, rows):
-        """Go on with these rows alone."""
+        """Continue with these rows only."""
         self.continue_from(self.cache.select(rows))
         return self
 
@@ -58,8 +58,8 @@ class Decoder:
             x = x + self.policy.pos_embed(at)
         else:
             cos, sin = self.cos[at][:, None, None], self.sin[at][:, None, None]  # (A, 1, 1, rotary_dim/2)
-            turn = rotate(self.unturned.expand(A, 1, D, D), cos, sin).squeeze(1)  # (A, D, D): the unit vectors, turned
-        masks = dict.fromkeys(config.windows)  # None where none is needed, else (A·KV, H/KV, S)
+            turn = rotate(self.unturned.expand(A, 1, D, D), cos, sin).squeeze(1)  # (A, D, D): the rotated unit vectors
+        masks = dict.fromkeys(config.windows)  # None where no mask is needed, else (A·KV, H/KV, S)
         if not self.even:
             for window in masks:
                 mask = self.policy.mask(at[:, None], span, window, cache, x.dtype)  # (A, 1, H/KV, S)
@@ -88,7 +88,7 @@ class Decoder:
 
 
 class Layer:
-    """A block with its matrices copied, those with the same input as one."""
+    """A block with copies of its matrices. Those with the same input are merged into one."""
 
     def __init__(self, block):
         attn, mlp = block.attn, block.mlp
@@ -105,7 +105,7 @@ class Layer:
 
 
 def side_by_side(*linears):
-    """A function x (A, in) -> (A, out): what the given linear layers make of x, side by side. All have a bias, or none."""
+    """Returns a function x (A, in) -> (A, out): the outputs of the given linear layers, side by side. Either all have a bias or none."""
     weights = [linear.merged_weight() if hasattr(linear, "merged_weight") else linear.weight for linear in linears]  # (lora.LoRALinear)
     weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).T.contiguous()  # (in, out)
     if linears[0].bias is None:

@@ -1,14 +1,14 @@
-"""linear_logprob.py's forward pass for a GPU where nobody needs a gradient: hidden and head in, Statistics out, no logits in between.
+"""linear_logprob.py's forward pass for a GPU when no gradient is needed: hidden and head in, Statistics out, no logits in between.
 
-The naive body, and the bytes it moves beside the product's own reading, per logit in bfloat16:
+The naive implementation, and the bytes it moves per logit in bfloat16, besides what the product reads:
 
     logits = hidden @ weight.T                              # write 2
     top, total, weighted = three sums over each row         # read 2, in one pass at best (logprob_triton.py)
 
-Here a program makes one tile of the product, tokens x vocabulary, in registers, where tensor cores leave it in float32, and folds it there:
-what is written are three numbers a row of the tile, 12 bytes for every VOCAB logits, and a few lines of torch add them up. Nobody waits and
-no two write to one place (no locks, no atomics), so the same numbers come out every time. 2 N V C flops: the bound is the product's; the
-fold adds one exp2 a logit, 3 to 6 % of it.
+Here a program computes one tile of the product, tokens x vocabulary. The tensor cores leave it in registers in float32, and the program
+reduces it there. It writes three numbers per row of the tile, 12 bytes for every VOCAB logits, and a few lines of torch combine them. No
+program waits and no two write to one place (no locks, no atomics), so the results are the same every time. It takes 2 N V C flops: the
+product is the bottleneck. The reduction adds one exp2 per logit, 3 to 6 % of the product.
 
 Checked by tests/kernels/test_linear_logprob.py: against float64 under Triton's interpreter, and compiled for sm_80 and sm_90.
 """
@@ -21,10 +21,10 @@ import triton.language as tl
 
 from minialign.kernels.logprob import Statistics
 
-TOKENS, VOCAB, CHANNELS = 128, 128, 64  # of a tile, and how much of C is multiplied at a time: 1 tile a program; two would spill
+TOKENS, VOCAB, CHANNELS = 128, 128, 64  # size of a tile, and channels multiplied at a time. One tile per program: two would spill
 WARPS, STAGES = 8, 3
-GROUP = 8  # tiles of tokens that share the same weights run side by side, so that these are read from memory once and then from cache
-PARTIAL_BYTES = 64 * 2**20  # of the tiles' three numbers: so many tokens are scored at a time
+GROUP = 8  # so many tiles of tokens with the same weights run together, so the weights are read from memory once and then from cache
+PARTIAL_BYTES = 64 * 2**20  # for the tiles' three numbers; limits how many tokens are scored at a time
 
 
 @triton.jit
@@ -33,14 +33,14 @@ def score_kernel(hidden, weight, targets, top_p, total_p, weighted_p, target_p, 
                  GROUP: tl.constexpr):
     down, across = tl.cdiv(n, TOKENS), tl.cdiv(v, VOCAB)
     group = tl.program_id(0) // (GROUP * across)  # GROUP rows of tiles, walked column by column
-    height = tl.minimum(down - group * GROUP, GROUP)  # the last group may be lower
+    height = tl.minimum(down - group * GROUP, GROUP)  # the last group may have fewer rows
     within = tl.program_id(0) % (GROUP * across)
     tile_n, tile_v = group * GROUP + within % height, within // height
 
     row = tile_n * TOKENS + tl.arange(0, TOKENS)
     column = tile_v * VOCAB + tl.arange(0, VOCAB)
     channel = tl.arange(0, CHANNELS)
-    # Rows and columns beyond the end read the last ones instead: loads without a mask over them, and their results are left out below.
+    # Rows and columns beyond the end read the last ones instead, so that loads need no mask for them. Their results are left out below.
     hidden_at = hidden + tl.minimum(row, n - 1).to(tl.int64)[:, None] * hidden_stride + channel[None, :]
     weight_at = weight + tl.minimum(column, v - 1).to(tl.int64)[None, :] * weight_stride + channel[:, None]
     z = tl.zeros([TOKENS, VOCAB], dtype=tl.float32)
@@ -55,7 +55,7 @@ def score_kernel(hidden, weight, targets, top_p, total_p, weighted_p, target_p, 
         hidden_at += CHANNELS
         weight_at += CHANNELS
 
-    z = tl.where(column[None, :] < v, z * scale, -float("inf"))  # scale holds log2(e)/tau: from here on in units of log2
+    z = tl.where(column[None, :] < v, z * scale, -float("inf"))  # scale is log2(e)/tau: from here on in units of log2
     top = tl.max(z, 1)  # (TOKENS,)
     shifted = z - top[:, None]
     p = tl.exp2(shifted)
@@ -63,10 +63,10 @@ def score_kernel(hidden, weight, targets, top_p, total_p, weighted_p, target_p, 
     tl.store(top_p + out, top, mask=row < n)
     tl.store(total_p + out, tl.sum(p, 1), mask=row < n)
     if ENTROPY:
-        tl.store(weighted_p + out, tl.sum(p * tl.where(p > 0, shifted, 0.0), 1), mask=row < n)  # 0·−∞ is 0 here
+        tl.store(weighted_p + out, tl.sum(p * tl.where(p > 0, shifted, 0.0), 1), mask=row < n)  # 0·−∞ counts as 0
     target = tl.load(targets + row, mask=row < n, other=-1)
     hit = column[None, :] == target[:, None]
-    mine = (target >= tile_v * VOCAB) & (target < tile_v * VOCAB + VOCAB)  # the one tile that has this row's target
+    mine = (target >= tile_v * VOCAB) & (target < tile_v * VOCAB + VOCAB)  # True in the one tile with this row's target
     tl.store(target_p + row, tl.sum(tl.where(hit, z, 0.0), 1), mask=(row < n) & mine)
 
 
@@ -92,7 +92,7 @@ def score_some(hidden, targets, weight, tau, entropy):
     top = tops.amax(0)  # (N,)
     rescale = torch.exp2(tops - top)  # (tiles, N)
     total = (totals * rescale).sum(0)
-    # Every term of a tile was taken from the tile's own max; from the row's they are lower by the difference.
+    # The terms z − top of a tile are relative to the tile's own max. Relative to the row's max they are lower by the difference.
     moved = ((weighted + (tops - top) * totals) * rescale).sum(0) if entropy else torch.zeros_like(top)
     ln2 = math.log(2)
     return top * ln2, total, moved * ln2, target * ln2

@@ -1,25 +1,25 @@
-"""Logits in, three numbers a row out: log-prob of the target, entropy, log-sum-exp; and the gradient written over the logits.
+"""Logits in, three numbers per row out: log-prob of the target, entropy, log-sum-exp. Then the gradient, written over the logits.
 
     z_v = logit_v / tau     lse = log Σ_v e^{z_v}     logp = z_y − lse     p_v = e^{z_v − lse}     S = −Σ_v p_v log p_v
-    dlogit_v = (g (1[v = y] − p_v) − e p_v (log p_v + S)) / tau      for upstream gradients g of logp and e of S, any per row
+    dlogit_v = (g (1[v = y] − p_v) − e p_v (log p_v + S)) / tau      for upstream gradients g of logp and e of S, one each per row
 
-The naive body, and the bytes that each line moves per logit; bfloat16 logits, float32 in between:
+The naive implementation, and the bytes that each line moves per logit (bfloat16 logits, float32 in between):
 
     wide = logits.float() / tau                             # read 2, write 4, read 4, write 4
     log_p = wide.log_softmax(-1)                            # read 4, write 4 (and once more to find the max)
-    logps = log_p.gather(1, targets[:, None])               # nothing: one number a row
+    logps = log_p.gather(1, targets[:, None])               # nothing: one number per row
     entropies = -(log_p.exp() * log_p).sum(-1)              # read 4, write 4, read 8, write 4, read 4
-                                                            # about 50; backward as much again, and three (N, V) float32 tensors alive
+                                                            # about 50; backward moves as much again; three (N, V) float32 tensors alive
 
 `update_statistics` reads each logit once; `to_gradient` reads and writes it once, in place: 2 and 4 bytes in bfloat16. At 4.3 TB/s,
-V = 128256 and N = 8192 rows that is .49 and .98 ms. The bound is memory (some ten flops a byte), so one pass and wide loads count.
-One pass is possible because max, sum and weighted sum can be carried along and rescaled when the max moves (online softmax: Milakov and
-Gimelshein 2018, arXiv:1805.02867). What is carried along may come from another slice of the vocabulary, as in linear_logprob.py.
+V = 128256 and N = 8192 rows that is .49 and .98 ms. Memory is the bottleneck (some ten flops per byte), so one pass and wide loads matter.
+One pass is enough because max, sum and weighted sum are running values, rescaled when the max changes (online softmax: Milakov and
+Gimelshein 2018, arXiv:1805.02867). They may continue from another slice of the vocabulary, as in linear_logprob.py.
 
-Two bodies each: torch, which is the specification and what a CPU runs, and Triton, where there is a GPU.
+Both functions have two bodies: torch, which is the specification and runs on a CPU, and Triton for a GPU.
 
-Checked by tests/kernels/test_logprob.py: both bodies by the definition and against float64, Triton's under its interpreter; compiled ahead
-of time for sm_80 and sm_90, no byte of stack.
+Checked by tests/kernels/test_logprob.py: both bodies by the definition and against float64, Triton's under its interpreter. Triton's also
+compile ahead of time for sm_80 and sm_90 and use no byte of stack.
 """
 
 import functools
@@ -27,12 +27,12 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK_ROWS = {"cpu": 128}  # a CPU works on so many rows at a time, so that its temporaries stay in cache; elsewhere all at once
+BLOCK_ROWS = {"cpu": 128}  # a CPU takes this many rows at a time, so that its temporaries stay in cache; elsewhere all at once
 
 
 @dataclass
 class Statistics:
-    """What is known of each row after some of its logits: all (N,), float32 or wider, of z = logit / tau."""
+    """Running statistics of each row after some of its logits, as z = logit / tau. All are (N,), float32 or wider."""
     top: torch.Tensor  # max z
     total: torch.Tensor  # Σ e^{z − top}
     weighted: torch.Tensor  # Σ e^{z − top}·(z − top)
@@ -47,18 +47,18 @@ class Statistics:
         return self.top + self.total.log()
 
     def entropy(self):
-        """S = lse − Σ p z = log total − weighted / total: no difference of large numbers."""
+        """S = lse − Σ p z = log total − weighted / total. This form subtracts no large numbers."""
         return self.total.log() - self.weighted / self.total
 
 
 def fused(logits):
-    """Whether the Triton bodies take these logits: on CUDA with Triton installed, and not in float64, for they count in float32."""
+    """Whether to use the Triton bodies: on CUDA with Triton installed, but not for float64, because they compute in float32."""
     return logits.is_cuda and logits.dtype != torch.float64 and kernels() is not None
 
 
 @functools.cache
 def kernels():
-    """The module of the Triton bodies, or None where there is no Triton. Imported when first needed: it costs a second."""
+    """The module of the Triton bodies, or None if Triton is not installed. Imported on first use, because the import takes a second."""
     try:
         from minialign.kernels import logprob_triton
     except ImportError:  # macOS, Windows
@@ -67,10 +67,10 @@ def kernels():
 
 
 def update_statistics(logits, places, statistics, tau=1.0, *, entropy=True):
-    """Take logits (N, W), W any slice of the vocabulary, into the Statistics, in place. places (N,): of the targets in the slice.
+    """Add logits (N, W), W any slice of the vocabulary, to the Statistics, in place. places (N,): column of each target in the slice.
 
-    When the max moves up by δ, total is scaled by e^{−δ}; weighted, whose terms all fell by δ, loses δ·total before.
-    A place outside of 0 … W − 1 is no target here. Without entropy `weighted` stays as it is.
+    When the max rises by δ, every z − top falls by δ: weighted becomes (weighted − δ·total)·e^{−δ}, and total becomes total·e^{−δ}.
+    A place outside 0 … W − 1 means that the target is not in this slice. Without entropy, `weighted` does not change.
     """
     if fused(logits):
         return kernels().update_statistics(logits, places, statistics, tau, entropy)
@@ -94,7 +94,7 @@ def update_statistics(logits, places, statistics, tau=1.0, *, entropy=True):
 
 
 def to_gradient(logits, places, lse, entropies, g, e, tau=1.0):
-    """Logits (N, W) become d loss / d logit, in place. g, e (N,): upstream gradients of log-prob and entropy; one may be None."""
+    """Overwrite logits (N, W) with d loss / d logit. g, e (N,): upstream gradients of log-prob and entropy; one may be None."""
     if fused(logits):
         return kernels().to_gradient(logits, places, lse, entropies, g, e, tau)
     within = ((0 <= places) & (places < logits.shape[1])).nonzero()[:, 0]

@@ -1,8 +1,8 @@
-"""logprob.py's fold and to_gradient for a GPU, in Triton: one program a row, one pass, one exp2 per logit.
+"""logprob.py's update_statistics and to_gradient for a GPU, in Triton: one program per row, one pass, one exp2 per logit.
 
-Scalars carry the statistics: a vector of them, a number per lane, would double the exponentials and make those the bound. exp2 is one
-instruction; log2(e)/tau is folded into one multiplication per logit, and ln 2 taken out at the end. Row offsets are int64: row · stride
-passes 2^31 from 16384 rows of 131072 on.
+The running statistics are scalars. A vector with one number per lane would double the exponentials and make them the bottleneck. exp2 is
+one instruction. Each logit is multiplied once, by log2(e)/tau, and the results are multiplied by ln 2 at the end. Row offsets are int64,
+because row · stride passes 2^31 from 16384 rows of 131072 on.
 """
 
 import math
@@ -12,27 +12,27 @@ import triton
 import triton.language as tl
 
 LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
-FOLD_BLOCK, FOLD_WARPS = 2048, 4  # 32 registers, 16-byte loads; whole rows in one block spill at V = 50304
+FOLD_BLOCK, FOLD_WARPS = 2048, 4  # 32 registers, 16-byte loads; a whole row in one block spills registers at V = 50304
 GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
 
 
 @triton.jit
 def fold_kernel(logits, places, top_p, total_p, weighted_p, target_p, stride, width, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    top = tl.load(top_p + row) * LOG2E  # what earlier slices left, in units of log2
+    top = tl.load(top_p + row) * LOG2E  # from earlier slices, in units of log2
     total = tl.load(total_p + row)
     weighted = tl.load(weighted_p + row) * LOG2E
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)  # int32 is enough within a row
         z = tl.load(logits + row * stride + column, mask=column < width, other=-float("inf"))
-        z = z.to(tl.float32) * scale  # at once: bfloat16 arithmetic would round
+        z = z.to(tl.float32) * scale  # convert first: bfloat16 arithmetic would round
         highest = tl.maximum(top, tl.max(z, 0))
         shifted = z - highest
         p = tl.exp2(shifted)
         rescale = tl.exp2(top - highest)  # 0 as long as top is −∞
         if ENTROPY:
-            moved = tl.where(total > 0, highest - top, 0.0) * total  # every term's z − top falls by that much
-            weighted = (weighted - moved) * rescale + tl.sum(p * tl.where(p > 0, shifted, 0.0), 0)  # 0·−∞ is 0 here
+            moved = tl.where(total > 0, highest - top, 0.0) * total  # each z − top falls by highest − top
+            weighted = (weighted - moved) * rescale + tl.sum(p * tl.where(p > 0, shifted, 0.0), 0)  # 0·−∞ counts as 0
         total = total * rescale + tl.sum(p, 0)
         top = highest
     tl.store(top_p + row, top * LN2)
@@ -47,7 +47,7 @@ def fold_kernel(logits, places, top_p, total_p, weighted_p, target_p, stride, wi
 @triton.jit
 def gradient_kernel(logits, places, lse, entropies, g, e, stride, width, scale, inv_tau,
                     HAS_G: tl.constexpr, HAS_E: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)  # rows on axis 0: the other axes end at 65535 programs
+    row = tl.program_id(0).to(tl.int64)  # rows on axis 0: the other axes allow only 65535 programs
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     at = logits + row * stride + column
@@ -58,7 +58,7 @@ def gradient_kernel(logits, places, lse, entropies, g, e, stride, width, scale, 
         d += tl.load(g + row) * (tl.where(column == tl.load(places + row), 1.0, 0.0) - p)
     if HAS_E:
         d -= tl.load(e + row) * p * (log2_p * LN2 + tl.load(entropies + row))
-    tl.store(at, (d * inv_tau).to(logits.dtype.element_ty), mask=inside)  # in place: nobody else reads these columns
+    tl.store(at, (d * inv_tau).to(logits.dtype.element_ty), mask=inside)  # in place: no other program reads these columns
 
 
 def update_statistics(logits, places, statistics, tau, entropy):

@@ -3,20 +3,19 @@ Algorithm 1; the KL bound as in Nakano et al. 2021 and Beirami et al. 2024, arXi
 
     L(θ) = −E_x[ log π_θ(y*|x) ],          y* = argmax_i r(x, y_i),  y_1 … y_n ~ π_t(·|x)
 
-Symbols  n → n, π_t → old (the policy at the start of the round; ref is that of the first), y* → the winners,
-         log π_θ(y*|x) → logps (B, T), summed.
-Idea     Draw n, keep the best: the simplest use of a reward, without any gradient through it. Maximum likelihood on the winners puts what
-         n draws would buy into one.
-Differs  from sft.py: the demonstrations are the policy's own best answers. From rloo.py: all but the winner are thrown away, and nothing
-         holds the policy near a reference but the number of rounds.
-Details  Of equal rewards the first drawn wins, so a tie is a fair draw among them.
-         rounds=1 samples from the initial policy throughout; rounds=T has T samplers, each the policy so far, and best of n of best of n
-         is sharper still: it ends on the best completions alone, whatever they look like.
-         Sampling is at tau, the likelihood at 1: with tau below 1 the law is that of the tempered policy.
-         missing_eos is subtracted from r where max_new cut the completion off.
-Law      One round: P(y) = F(y)^n − F_−(y)^n, with F the probability of a reward not above y's and F_− of one below, shared among equal
-         rewards as ref shares them (toy/closed_form.py, best_of_n_law). KL(law‖ref) = log n − (n − 1)/n if no two rewards are equal
-         and no completion is likely, less otherwise (kl_bound).
+Symbols  (→ name in the code) π_t: the policy at the start of the round → old; ref: the policy at the start of the first round;
+         y*: the best completion → winners; log π_θ(y*|x): the sum of logps (B, T).
+Idea     Sample n completions and keep the one with the best reward. This is the simplest use of a reward: no gradient goes through it. Then
+         train on the winners by maximum likelihood, so that one sample of the new policy is like the best of n of the old one.
+Differs  from sft.py: the demonstrations are the policy's own best answers. From rloo.py: all answers but the winner are dropped, and only
+         the number of rounds limits how far the policy moves from a reference.
+Details  Of equal rewards the first sample wins: a fair draw. missing_eos is subtracted from r if max_new cut the completion off.
+         rounds=1 always samples from the initial policy. rounds=T samples in each round from the policy so far. Best of n of best of n
+         is sharper still: in the end only the best completions are left, whatever they look like.
+         Samples are drawn at tau, the likelihood is at 1: with tau below 1 the law is that of the tempered policy.
+Law      One round: P(y) = F(y)^n − F_−(y)^n, where F is the probability of a reward not above y's and F_− that of one below. Equal rewards
+         share it in the proportions of ref (toy/closed_form.py, best_of_n_law). KL(law‖ref) = log n − (n − 1)/n if no two rewards
+         are equal and no completion is likely, less otherwise (kl_bound).
 Checked  tests/methods/test_best_of_n.py (enumeration, sampling, bound, expected maximum), toy/tiny_language.py (the law).
 
     python -m minialign best_of_n                                            # built-in task, laptop CPU
@@ -46,7 +45,7 @@ from minialign.settings import OnPrompts
 @dataclass
 class Config(OnPrompts):
     n: int = 8                      # completions sampled for each winner
-    rounds: int = 1                 # T: number of rounds; each samples from the policy it began with, the first from the initial one
+    rounds: int = 1                 # T: number of rounds; each samples from the policy at its start, the first from the initial policy
     batch_size: int = 16            # winners per step, one of each prompt
     tau: float = 1.0                # sampling temperature
     lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
@@ -62,21 +61,21 @@ def best_of_n_loss(logps, mask):
 
 
 def pick(rewards):
-    """rewards (N, n), the n of one prompt in a row -> (N,) the index of each row's largest, of several the first."""
+    """rewards (N, n), one row per prompt -> (N,) the index of the largest reward of each row, and of several equal ones the first."""
     return rewards.argmax(-1)
 
 
 def kl_bound(n):
     """log n − (n − 1)/n, in nats: an upper bound of KL(best of n‖ref), approached when no two rewards are equal and no completion is
-    likely. For the reader, and for choosing n: 2 costs at most .19 nats, 8 at most 1.20, 32 at most 2.50. (Nor is it ever more than
-    −log P(the best level), which a reward of pass or fail reaches soon.)"""
+    likely. It helps to choose n: n = 2 costs at most .19 nats, 8 at most 1.20, 32 at most 2.50. (The KL is also at most
+    −log P(the largest reward), which a pass-or-fail reward soon reaches.)"""
     return math.log(n) - (n - 1) / n
 
 
 def expected_max(rewards, n):
-    """Unbiased estimate of the expected best of n from N ≥ n rewards of independent samples (N,): a float.
+    """Unbiased estimate, a float, of the expected best of n, from the rewards (N,) of N ≥ n independent samples.
 
-    The mean of the maximum over all subsets of n: the i-th smallest is the largest of C(i − 1, n − 1) of the C(N, n) subsets. For
+    It is the mean of the maximum over all subsets of n. The i-th smallest is the largest of C(i − 1, n − 1) of the C(N, n) subsets. For
     0 1 2 3 and n = 2: (1·1 + 2·2 + 3·3)/6 = 2.333.
     """
     ordered, N = sorted(float(reward) for reward in rewards), len(rewards)
@@ -86,12 +85,12 @@ def expected_max(rewards, n):
 
 
 def rollout(old, prompts_ids, cfg, eos_id, seed):
-    """n completions of each prompt by the policy that began the round."""
+    """Sample n completions of each prompt from the policy at the start of the round."""
     return sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=eos_id, seed=seed)
 
 
 def step(policy, winners, cfg):
-    """One batch of winners to one loss: the only place where the policy meets the equation."""
+    """Evaluate the policy on one batch of winners and compute the loss. Only this function connects policy and equation."""
     return best_of_n_loss(token_logps(policy, winners), winners.mask)
 
 
@@ -117,11 +116,10 @@ def main(cfg):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
         answers = rollout(old, prompts_ids, cfg, tokenizer.eos_id, derive_seed("best_of_n", cfg.seed, k))
-        asked = [prompt for prompt in prompts for _ in range(cfg.n)]
-        rewards = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B·n,)
+        rewards = run.ask(k, reward_fn, tokenizer, prompts, answers)  # (B·n,)
         if rewards is None:
             continue
-        rewards = (rewards - cfg.missing_eos * ~answers.finished).view(-1, cfg.n)  # (B, n)
+        rewards = rewards.view(-1, cfg.n)  # (B, n)
         best = pick(rewards)  # (B,)
         completions = [answers.completions[b * cfg.n + i] for b, i in enumerate(best.tolist())]
         winners = collate(prompts_ids, completions, pad_id=tokenizer.pad_id).to(run.device)

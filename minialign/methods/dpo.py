@@ -2,15 +2,20 @@
 
     L(θ) = −E_{(x, y_w, y_l)}[ (1 − ε)·log σ(β·Δ) + ε·log σ(−β·Δ) ],      Δ = log π_θ(y_w|x)/π_ref(y_w|x) − log π_θ(y_l|x)/π_ref(y_l|x)
 
-Symbols  y_w → chosen, y_l → rejected, log π → *_logps (B,), ε → label_smoothing.
-Idea     The policy that is best for a reward r under a pull β to ref is π* ∝ ref·e^{r/β}, so r = β·log π*/ref up to a term in x only. Put
-         that into Bradley-Terry, where the term cancels: the policy itself is fitted as a reward model, and no RL is left to do.
-Differs  from reward_model.py: the reward is the policy's own log-ratio. From irft.py: somebody labelled the rejected answer.
-Details  Log-probs are summed over the completion, not averaged. label_smoothing is cDPO: a share ε of the labels is flipped.
-         Only Δ is trained: both log-probs may fall together, as long as the rejected one falls faster (`logps/chosen` shows it).
-         --online: the pairs are two fresh answers of the policy, labelled by a reward with the Bradley-Terry probability σ(r₁ − r₂).
-Law      ε = 0, preferences from Bradley-Terry on r, any full-support sampling of the pairs, so online as well: π* ∝ ref·e^{r/β}. With
-         labels that never contradict each other Δ grows without end: nothing in the loss stops it.
+Symbols  (→ name in the code) x: prompt; y_w: the preferred answer → chosen; y_l: the other one → rejected; π_θ: the trained policy;
+         π_ref: the policy before training, frozen → ref; log π: log-prob of an answer → *_logps (B,); ε → label_smoothing.
+Idea     We want a policy with a high reward r that stays close to ref: the maximiser of E[r] − β·KL(π‖ref). It is π* ∝ ref·e^{r/β}. Solving
+         for the reward gives r = β·log π*/ref plus a term that depends only on the prompt. Bradley-Terry says that y_w is preferred to
+         y_l with probability σ(r(y_w) − r(y_l)), and in this difference the term cancels. So we write β·log π_θ/π_ref for r and fit the
+         policy directly to the preferences, by maximum likelihood. No separate reward model and no RL are needed.
+Differs  from reward_model.py: the reward is not a model of its own but the policy's log-ratio, β·log π_θ/π_ref. From irft.py: the rejected
+         answer comes from labelled data; there the policy samples it.
+Details  Log-probs are summed over the tokens of the answer, not averaged.
+         label_smoothing is cDPO: it assumes that a share ε of the labels is flipped.
+         Only Δ is trained. Both log-probs may fall, as long as the rejected one falls faster; the metric `logps/chosen` shows it.
+         --online: the policy samples two new answers to each prompt. A reward chooses one with the Bradley-Terry probability σ(r₁ − r₂).
+Law      If ε = 0 and preferences follow Bradley-Terry on r, the fixed point is π* ∝ ref·e^{r/β}, for any full-support sampling of the
+         pairs, so also online. If the labels never contradict each other, Δ grows without end: nothing in the loss stops it.
 Checked  tests/methods/test_dpo.py (worked numbers, gradient, shifts, the law by enumeration, trl), toy/tiny_language.py (trained).
 
     python -m minialign dpo                                                  # built-in task, laptop CPU
@@ -30,17 +35,17 @@ from minialign.settings import OnPairs
 
 @dataclass
 class Config(OnPairs):
-    beta: float = 0.1               # β: the pull to ref; small β lets the policy go far
-    label_smoothing: float = 0.0    # ε: the share of labels taken to be wrong, below 0.5
+    beta: float = 0.1               # β: strength of the pull to ref; with a small β the policy may move far from ref
+    label_smoothing: float = 0.0    # ε: the share of labels assumed to be wrong, below 0.5
     precompute_ref: bool = False    # compute the reference's log-probs once, before step 1, and keep no second model while training
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, label_smoothing=0.0):
     """All inputs (B,): log-probs summed over each completion, in nats. Returns the scalar loss, stats."""
     assert chosen_logps.dim() == 1 and chosen_logps.shape == rejected_logps.shape == ref_chosen_logps.shape == ref_rejected_logps.shape
-    chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # (B,) implicit reward, up to a term in x only
+    chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # (B,) implicit reward, without a term that depends only on x
     rejected_reward = beta * (rejected_logps - ref_rejected_logps)  # (B,)
-    margin = chosen_reward - rejected_reward  # (B,) that term cancels here
+    margin = chosen_reward - rejected_reward  # (B,) the missing term would cancel here
     loss = (1 - label_smoothing) * F.softplus(-margin) + label_smoothing * F.softplus(margin)
     stats = {
         "rewards/chosen": chosen_reward.mean(), "rewards/rejected": rejected_reward.mean(), "rewards/margins": margin.mean(),
@@ -51,7 +56,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 def step(policy, ref, pairs, cfg):
-    """One batch of pairs to one loss: the only place where models meet the equation."""
+    """Evaluate the models on one batch of pairs and compute the loss. Only this function connects models and equation."""
     chosen_logps, rejected_logps = seq_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
     with torch.no_grad():  # ref is a constant of the objective
         ref_chosen_logps, ref_rejected_logps = seq_logps(ref, pairs.chosen, pairs.rejected)

@@ -6,20 +6,20 @@
     logistic             log(1 + e^−x)     .693   −½      ¼        ½     DPO
     hinge                max(0, 1 − x)     1      −1      0        0     SLiC's hinge, on log-ratios
     squared              (x − 1)²          1      −2      2        1     IPO at half the β
-    exponential          e^−x              1      −1      1        1     AdaBoost's
-    truncated_quadratic  max(0, 1 − x)²    1      −2      2        1     an SVM's
-    savage               (1 + e^x)^−2      .25    −¼      ⅛        ½     not convex: f'' < 0 left of −log 2
+    exponential          e^−x              1      −1      1        1     the loss of AdaBoost
+    truncated_quadratic  max(0, 1 − x)²    1      −2      2        1     the loss of an SVM
+    savage               (1 + e^x)^−2      .25    −¼      ⅛        ½     not convex: f'' < 0 for x < −log 2
 
-Symbols  y_w → chosen, y_l → rejected, log π → *_logps (B,).
-Idea     Learning which of two answers is better is a binary classification with margin β·Δ, and any loss that classifiers use can stand
-         here. To first order in Δ all do the same; the second order is a pull back to ref, so |f''(0)/f'(0)| tells how strong β is.
-Differs  from dpo.py: f is chosen. From ipo.py: β scales the margin, not the target.
-Details  Log-probs are summed over the completion, not averaged. The hinge has a reference here, the original SLiC (slic.py) has none.
-         The exponential weighs a pair by e^{−margin}: a few wrong labels can rule it.
-         --online: the policy draws the pairs and a reward labels them, as in dpo.py.
-Law      Preferences from Bradley-Terry on r. logistic, savage: π* ∝ ref·e^{r/β}. exponential: ref·e^{r/2β}, half the tilt. squared: IPO's,
-         ref·e^{2g/β}. truncated_quadratic: the same while no two g differ by more than ½, else no closed form; hinge: none. For small r all
-         but the hinge: ref·e^{r/(2β·|f''(0)/f'(0)|)}.
+Symbols  y_w: the preferred answer → chosen; y_l: the other one → rejected; log π: log-prob of an answer → *_logps (B,); π_ref → ref.
+Idea     To say which of two answers is better is binary classification with margin β·Δ, so f may be any loss of classifiers. To first
+         order in Δ all of them do the same. The second-order term pulls back to ref: |f''(0)/f'(0)| says how strongly a given β pulls.
+Differs  from dpo.py: f is a setting. From ipo.py: β scales the margin, not the target.
+Details  Log-probs are summed over the answer, not averaged. The hinge has a reference here; the original SLiC (slic.py) has none.
+         The exponential weights a pair by e^{−margin}, so a few wrong labels can dominate the gradient.
+         --online: the policy samples the pairs and a reward labels them, as in dpo.py.
+Law      If preferences follow Bradley-Terry on r: logistic, savage: π* ∝ ref·e^{r/β}. exponential: ref·e^{r/2β}, half the exponent.
+         squared: ipo.py's, ref·e^{2g/β}. truncated_quadratic: the same while no two g differ by more than ½, otherwise no closed form.
+         hinge: no closed form. For small r, all except the hinge: ref·e^{r/(2β·|f''(0)/f'(0)|)}.
 Checked  tests/methods/test_gpo.py (table, gradients, laws, stationarity), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign gpo --f exponential                                  # built-in task, laptop CPU
@@ -39,7 +39,7 @@ from minialign.settings import OnPairs
 
 @dataclass
 class Config(OnPairs):
-    beta: float = 0.1               # β: the pull to ref; small β lets the policy go far
+    beta: float = 0.1               # β: strength of the pull to ref; with a small β the policy may move far from ref
     f: str = "logistic"             # logistic, hinge, squared, exponential, truncated_quadratic or savage
     precompute_ref: bool = False    # compute the reference's log-probs once, before step 1, and keep no second model while training
 
@@ -48,7 +48,7 @@ class Config(OnPairs):
             raise BadInput(f"--f {self.f}: must be one of {', '.join(FUNCTIONS)}")
 
 
-FUNCTIONS = {  # of x = β·Δ, elementwise
+FUNCTIONS = {  # functions of x = β·Δ, applied elementwise
     "logistic": lambda x: F.softplus(-x),
     "hinge": lambda x: F.relu(1 - x),
     "squared": lambda x: (x - 1) ** 2,
@@ -61,9 +61,9 @@ FUNCTIONS = {  # of x = β·Δ, elementwise
 def gpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, f="logistic"):
     """All inputs (B,): log-probs summed over each completion, in nats. f: a key of FUNCTIONS. Returns the scalar loss, stats."""
     assert chosen_logps.dim() == 1 and chosen_logps.shape == rejected_logps.shape == ref_chosen_logps.shape == ref_rejected_logps.shape
-    chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # (B,) implicit reward, up to a term in x only
+    chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # (B,) implicit reward, without a term that depends only on x
     rejected_reward = beta * (rejected_logps - ref_rejected_logps)  # (B,)
-    margin = chosen_reward - rejected_reward  # (B,) that term cancels here
+    margin = chosen_reward - rejected_reward  # (B,) the missing term would cancel here
     loss = FUNCTIONS[f](margin)
     stats = {
         "rewards/chosen": chosen_reward.mean(), "rewards/rejected": rejected_reward.mean(), "rewards/margins": margin.mean(),
@@ -74,16 +74,16 @@ def gpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 def regularisation(f):
-    """(f(0), f'(0), f''(0)) of a key of FUNCTIONS, by differentiating it: the columns of the table above."""
+    """(f(0), f'(0), f''(0)) of a key of FUNCTIONS, computed by autograd: the columns of the table above."""
     x = torch.zeros((), dtype=torch.float64, requires_grad=True)
     value = FUNCTIONS[f](x)
     (slope,) = torch.autograd.grad(value, x, create_graph=True)
-    (curvature,) = torch.autograd.grad(slope, x) if slope.requires_grad else (torch.zeros(()),)  # of the hinge it is a constant
+    (curvature,) = torch.autograd.grad(slope, x) if slope.requires_grad else (torch.zeros(()),)  # the hinge's slope is a constant
     return value.item(), slope.item(), curvature.item()
 
 
 def step(policy, ref, pairs, cfg):
-    """One batch of pairs to one loss: the only place where models meet the equation."""
+    """Evaluate the models on one batch of pairs and compute the loss. Only this function connects models and equation."""
     chosen_logps, rejected_logps = seq_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
     with torch.no_grad():  # ref is a constant of the objective
         ref_chosen_logps, ref_rejected_logps = seq_logps(ref, pairs.chosen, pairs.rejected)

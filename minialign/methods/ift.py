@@ -3,28 +3,27 @@
     L(θ) = (1/B) Σ_b Σ_t (w_t / n)·ℓ_t,       ℓ_t = −log π_θ(y_t | ê_x, ê_{<t}),       ê_t = (1 − λ)·e(y_t) + λ·e(ỹ_t)
            w_t = n·c_t / Σ_s c_s,              c_t = Σ_{i≥t} γ^{i−t}·ℓ_i,               ỹ_t = argmax_a π_θ(a | x, y_{<t})
 
-Symbols  e → embeddings of tokens, ỹ_t → the policy's own guess of y_t, λ → mix, γ → decay, n → tokens of the completion,
-         ℓ → −logps (B, T), c → suffix sums (B, T), w → weights (B, T), of mean 1 in every completion.
-Idea     A demonstration is read as the policy would have begun to write it: its inputs are mixed with its own guesses, so that it meets
-         a little of its own mistakes without sampling. And a token answers, with its weight, for what follows it: steps before
-         a difficulty count more than those after it.
+Symbols  (→ name in the code) e: embedding of a token; ỹ_t: the policy's guess of y_t; λ → mix; γ → decay; n: tokens of a completion;
+         ℓ: token losses, −logps (B, T); c: discounted sum of the losses from t on (B, T); w → weights (B, T), mean 1 per completion.
+Idea     In SFT the policy reads only the demonstration, never its own mistakes. Here its own guesses are mixed into the input embeddings,
+         so it reads some of its mistakes, without sampling. And a token's weight includes the losses of the tokens that follow it, so
+         tokens before a difficult place have more weight than those after it.
 Differs  from sft.py: mixed inputs, weights, and a mean per completion, not over tokens. With λ = 0 and γ = 0 it is SFT with that mean.
-         From irft.py: no samples, no reference, one extra forward pass without gradient and nothing more.
-Details  γ = 0 means w = 1, as in the released code; the limit γ → 0 of the formula is another thing, w_t ∝ ℓ_t.
-         detach_weights: the paper reads w as weights, so they are constants by default. The released code lets the gradient run through
-         them (--no-detach_weights): then a share of the tokens is pushed *down*. As printed, the listing takes ℓ from the pass
-         without gradient: it has none at all, and backward fails. Eq. 22 printed as a double sum weights *later* tokens more, the code
-         (and Algorithm 1) earlier ones; this is the code (docs/ERRATA.md).
-         Prompts keep their own embeddings. A hole in the mask still advances the exponent of γ.
-         The released code also freezes the input embeddings at their first values. Here they train like everything else.
-Law      One token: SFT's, the expert. Several tokens, λ = 0, constant weights: π(a|s) ∝ E(a|s)·E[w_t/n | s, a], not the expert: a token
-         counts by its share of its completion's c, so a first token gains that is rare, or that little loss follows
-         (toy/closed_form.py, ift_law).
+         From irft.py: there are no samples and no reference, only one extra forward pass without gradient.
+Details  γ = 0 means w = 1, as in the released code. The limit γ → 0 of the formula is different: w_t ∝ ℓ_t.
+         detach_weights: the paper reads w as weights, so by default they are constants. The released code differentiates them
+         (--no-detach_weights), which pushes a share of the tokens *down*. In the listing as printed, ℓ comes from the pass without
+         gradient, so backward fails. Eq. 22, printed as a double sum, gives *later* tokens more weight; the code and Algorithm 1 give
+         it to earlier ones, and so does this file (docs/ERRATA.md).
+         Prompts keep their own embeddings. A token in the completion that is not scored still counts in the exponent of γ.
+         The released code also freezes the input embeddings at their initial values. Here they train like everything else.
+Law      One token: the expert E, as SFT. Several tokens, λ = 0, constant weights: π(a|s) ∝ E(a|s)·E[w_t/n | s, a] (toy/closed_form.py,
+         ift_law), not E. A token is weighted by its share of its completion's c: a first token gains if it is rare or little loss follows.
 Checked  tests/methods/test_ift.py (worked numbers in both modes, holes, gradients, what is fed in), toy/tiny_language.py (the law).
 
     python -m minialign ift                                                  # built-in task, laptop CPU
     python -m minialign ift --demos demos.jsonl --policy runs/base/final --max_len 512
-    python -m minialign ift --mix 0 --decay 0                                # SFT with every completion counting the same
+    python -m minialign ift --mix 0 --decay 0                                # SFT in which every completion has the same weight
 """
 
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ from minialign.settings import OnDemonstrations
 
 @dataclass
 class Config(OnDemonstrations):
-    mix: float = 0.2                # λ: share of the policy's own guess in each input embedding; 0 uses the demonstration alone
+    mix: float = 0.2                # λ: share of the policy's own guess in each input embedding; 0 uses the demonstration only
     decay: float = 0.95             # γ: how strongly a token's weight includes the losses of later tokens; 0 makes all weights 1
     detach_weights: bool = True     # treat the weights as constants; off: differentiate them, as the released code does
     steps: int = 150                # optimizer steps
@@ -64,7 +63,7 @@ def ift_loss(logps, mask, *, decay, detach_weights=True):
         suffix = losses[:, t] + decay * suffix  # (B,) c_t
         columns.append(suffix)
     weights = torch.where(mask, torch.stack(columns[::-1], dim=1), 0)  # (B, T)
-    weights = weights * sizes / weights.sum(1, keepdim=True).clamp(min=1e-12)  # of mean 1
+    weights = weights * sizes / weights.sum(1, keepdim=True).clamp(min=1e-12)  # mean 1
     if decay == 0:
         weights = mask.to(losses)
     weights = weights.detach() if detach_weights else weights
@@ -74,9 +73,9 @@ def ift_loss(logps, mask, *, decay, detach_weights=True):
 
 
 def lookahead_embeds(policy, batch, *, mix):
-    """(B, T, C): the embeddings of batch.inputs, mixed with those of the policy's greedy guesses where the input is a completion token.
+    """(B, T, C): the embeddings of batch.inputs. Those of completion tokens are mixed with the embeddings of the policy's greedy guesses.
 
-    The guess for inputs[:, t] is made at t − 1, from demonstrated tokens alone: one forward pass without gradient.
+    The guess for inputs[:, t] is the prediction at t − 1 from demonstrated tokens only. It takes one forward pass without gradient.
     """
     with torch.no_grad():
         hidden, head = policy.hidden(batch.inputs)[batch.mask], policy.head_weight[: policy.config.n_tokens]  # (scored, C), (V, C)
@@ -84,12 +83,12 @@ def lookahead_embeds(policy, batch, *, mix):
         further = batch.targets.masked_scatter(batch.mask, guesses)  # (B, T)
         further = torch.cat([batch.inputs[:, :1], further[:, :-1]], dim=1)  # target t − 1 is input t
     embeds = policy.embed(batch.inputs)
-    return embeds + mix * (policy.embed(further) - embeds)  # a prompt token is its own guess, and stays what it is
+    return embeds + mix * (policy.embed(further) - embeds)  # at a prompt token both are the same, so it keeps its embedding
 
 
 def step(policy, batch, cfg):
-    """One batch of demonstrations to one loss: the only place where the model meets the equation."""
-    embeds = lookahead_embeds(policy, batch, mix=cfg.mix) if cfg.mix else None  # (B, T, C); None: the inputs' own
+    """Evaluate the policy on one batch of demonstrations and compute the loss. Only this function connects model and equation."""
+    embeds = lookahead_embeds(policy, batch, mix=cfg.mix) if cfg.mix else None  # (B, T, C); None: the inputs' own embeddings
     logps = token_logps(policy, batch, embeds=embeds)  # (B, T)
     return ift_loss(logps, batch.mask, decay=cfg.decay, detach_weights=cfg.detach_weights)
 

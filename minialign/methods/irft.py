@@ -3,23 +3,22 @@ Eq. 6-7, with the loss of its released code; Chen et al. 2024 (SPIN), arXiv:2401
 
     L(θ) = E_{(x,y)~D, ỹ~π_t(·|x)} [ h( β·( log π_θ(y|x)/π_ref(y|x) − log π_θ(ỹ|x)/π_ref(ỹ|x) ) ) ],     h(z) = log(1 + e^{−z})
 
-Symbols  y → demo, ỹ → sample (the policy's own answer), π_t → old (the policy at the start of the round), π_ref → ref, T → rounds.
-Idea     The policy is its own reward model, r = β·log π_θ/π_ref: raise the demonstration's reward above that of one's own answer.
-         A reward learned from demonstrations alone.
-Differs  from sft.py: the own answer is pushed down by name. From dpo.py: the rejected answer is not labelled by anyone, it is sampled.
-         SPIN is rounds=1 with the default ref="round"; a second SPIN iteration is a second run from the first one's export (SPIN's
-         own code also mixes in the first one's answers). rounds=T is T of them under one optimizer and one learning-rate schedule.
-         Two separate choices make the family: how often to sample again (rounds), and what the reference is
+Symbols  y: demonstration → demo; ỹ: the policy's own answer → sample; π_t: policy at the start of the round → old; π_ref → ref; T → rounds.
+Idea     There are demonstrations but no preferences. As in dpo.py the policy is its own reward model, with r = β·log π_θ/π_ref. Training
+         raises the reward of a demonstration above the reward of the policy's own answer. So a reward is learned from demonstrations alone.
+Differs  from sft.py: the own answer is pushed down explicitly. From dpo.py: nobody labels the rejected answer; the policy samples it.
+         SPIN is rounds=1 with the default ref="round". A second SPIN iteration is a second run from the first one's export (SPIN's
+         own code also mixes in the answers of the first one). rounds=T is T of them with one optimizer and one learning-rate schedule.
+         Two separate choices define the family: how often to sample again (rounds), and what the reference is
          (ref="round": the policy at the start of the round, as the code of the paper runs; ref="initial": fixed, as Eq. 6 prints it).
-Details  Log-probs are summed over the completion, not averaged. The own answer carries EOS only if the policy emitted it.
-         h="logistic" is the loss above, "hinge" max(0, 1 − z), "identity" −z. The paper's h = log σ with σ(t) = log(1 + e^{−t})
-         reads as log log; softplus(−z) is what was run, and what is meant (docs/ERRATA.md).
-         max_len cuts the demonstration, max_new the own answer.
+Details  Log-probs are summed over the completion, not averaged. The own answer has an EOS only if the policy emitted it.
+         h="logistic" is the loss above, "hinge" is max(0, 1 − z), "identity" is −z. The paper has h = log σ with σ(t) = log(1 + e^{−t}),
+         which reads as log log. Its code runs softplus(−z), which is meant (docs/ERRATA.md). max_len cuts demo, max_new cuts sample.
          With fresh samples (rounds = steps, tau = 1) and ref = policy, the expected gradient of "identity" is β times that of SFT on summed
-         log-probs, that of "logistic" β/2 times: what IRFT adds comes only from stale samples, a reference that stays behind, and σ(−z).
+         log-probs; for "logistic" it is β/2 times. IRFT differs from SFT only by stale samples, a reference that lags behind, and σ(−z).
 Law      Full-support expert E, exact expectations (toy/three_actions.py, derived in toy/closed_form.py):
          fresh samples, fixed ref:  π ∝ E^{1/(1+β)} · ref^{β/(1+β)}, the geometric mixture, never E;
-         one converged round:       π ∝ ref · (E/π_t)^{1/β}, which for ref = π_t extrapolates past E when β < 1.
+         one converged round:       π ∝ ref · (E/π_t)^{1/β}. With ref = π_t and β < 1 this goes beyond E.
 Checked  tests/methods/test_irft.py (worked numbers, gradients by enumeration, SPIN equality), toy/three_actions.py (the laws).
 
     python -m minialign irft                                                 # SPIN on the built-in task, laptop CPU
@@ -48,14 +47,14 @@ from minialign.settings import OnDemonstrations
 
 @dataclass
 class Config(OnDemonstrations):
-    beta: float = 0.1               # β: reward for one nat of log-ratio; small β lets the policy go far from ref
-    rounds: int = 1                 # T: number of rounds; each samples from the policy it began with. 1 is SPIN; T = steps samples afresh
-    ref: str = "round"              # the reference: round (the policy at the start of the round) or initial (never renewed)
+    beta: float = 0.1               # β: reward for one nat of log-ratio; with a small β the policy may move far from ref
+    rounds: int = 1                 # T: number of rounds; each samples from the policy at its start. 1 is SPIN; T = steps samples afresh
+    ref: str = "round"              # the reference: round (the policy at the start of the round) or initial (never updated)
     h: str = "logistic"             # logistic, hinge or identity
     precompute_ref: bool = False    # compute a round's answers and reference log-probs when it begins, and keep no second model
     tau: float = 1.0                # sampling temperature
     greedy: bool = False            # own answers take the most likely token instead of sampling
-    steps: int = 60                 # optimizer steps, about K = steps / rounds of them in a round
+    steps: int = 60                 # optimizer steps; each round has about K = steps / rounds of them
     log_every: int = 10
     eval_every: int = 20
     save_every: int = 50
@@ -64,9 +63,9 @@ class Config(OnDemonstrations):
 def irft_loss(demo_logps, sample_logps, ref_demo_logps, ref_sample_logps, *, beta, h="logistic"):
     """All inputs (B,): log-probs summed over each completion, in nats. Returns the scalar loss, stats. Raises BadInput for another h."""
     assert demo_logps.dim() == 1 and demo_logps.shape == sample_logps.shape == ref_demo_logps.shape == ref_sample_logps.shape
-    demo_reward = beta * (demo_logps - ref_demo_logps)  # (B,) implicit reward, up to a term in x only
+    demo_reward = beta * (demo_logps - ref_demo_logps)  # (B,) implicit reward, without a term that depends only on x
     sample_reward = beta * (sample_logps - ref_sample_logps)  # (B,)
-    margin = demo_reward - sample_reward  # (B,) that term cancels here
+    margin = demo_reward - sample_reward  # (B,) the missing term would cancel here
     if h == "logistic":
         loss = F.softplus(-margin)
     elif h == "hinge":
@@ -89,7 +88,7 @@ def rollout(old, prompts_ids, cfg, eos_id, seed):
 
 
 def step(policy, ref, demos, samples, cfg):
-    """One batch of demonstrations and own answers to one loss: the only place where models meet the equation."""
+    """Evaluate the models on demonstrations and own answers and compute the loss. Only this function connects models and equation."""
     demo_logps, sample_logps = seq_logps(policy, demos, samples)  # (B,), (B,)
     with torch.no_grad():  # ref is a constant of the objective
         ref_demo_logps, ref_sample_logps = seq_logps(ref, demos, samples)
@@ -103,7 +102,7 @@ def main(cfg):
     if cfg.ref not in ("round", "initial"):
         raise BadInput(f"--ref {cfg.ref}: must be round or initial")
     if cfg.precompute_ref and cfg.ref == "initial":
-        raise BadInput("--precompute_ref: --ref initial is needed for answers that are sampled later; drop one of the two")
+        raise BadInput("--precompute_ref: --ref initial must evaluate answers that are sampled later; drop one of the two")
     if cfg.rounds > cfg.steps:
         raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
     policy, tokenizer = open_policy(run)
@@ -114,7 +113,7 @@ def main(cfg):
         return rollout(policy, [rows[i][0] for i in picked], cfg, tokenizer.eos_id, derive_seed("irft", cfg.seed, k)).completions
 
     old = None if cfg.precompute_ref else frozen_copy(policy)  # π_t: the policy at the start of the round
-    ref = old if cfg.ref == "round" else frozen_copy(policy)  # "round": the same object, renewed together with old
+    ref = old if cfg.ref == "round" else frozen_copy(policy)  # "round": the same object, updated together with old
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.register(policy=policy, old=old, optimizer=optimizer)
     first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)),
@@ -153,9 +152,9 @@ def main(cfg):
 
 
 def remember_round(run, policy, rows, batch_of, tokenizer, t, answers_of):
-    """With --precompute_ref, when round t begins and the policy is π_t: ({step: its own answers}, a Remembered reference of the round).
+    """For --precompute_ref, called when round t begins: ({step: own answers of the policy}, the reference as a Remembered model).
 
-    answers_of(policy, step, picked) -> completions of the prompts of rows[picked]; batch_of(rows, picked) -> Batch of demonstrations.
+    answers_of(policy, step, picked) -> completions for the prompts of rows[picked]. batch_of(rows, picked) -> Batch of demonstrations.
     """
     cfg = run.cfg
     steps = [k for k in range(cfg.steps) if k * cfg.rounds // cfg.steps == t]
@@ -166,7 +165,7 @@ def remember_round(run, policy, rows, batch_of, tokenizer, t, answers_of):
         return batch_of(rows, picked[k]), own.to(run.device)
 
     def compute():
-        print(f"round {t}: its own answers and the reference's log-probs, {len(steps):,} steps of {cfg.batch_size} rows", flush=True)
+        print(f"round {t}: computing own answers and the reference's log-probs, {len(steps):,} steps of {cfg.batch_size} rows", flush=True)
         made = {"answers": [answers_of(policy, k, picked[k]) for k in steps]}
         pairs = (sides(k, completions) for k, completions in zip(steps, made["answers"], strict=True))
         logps_of = functools.partial(seq_logps, policy)

@@ -4,24 +4,24 @@ Algorithm 1, Eq. 10 and 11.
     L(φ)    = E_{(x,y)~D, ỹ~π_k(·|x)}[ log(1 + e^{−(s_φ(x,y) − s_φ(x,ỹ))}) ],     s_φ = r_φ − r_{k−1}         (accumulate)
     π_{k+1} = argmax_π E_π[r_φ(x, y)] − β·KL(π‖ref)
 
-Symbols  y → demo, ỹ → sample (the policy's own answer), r_φ → *_rewards (B,), r_{k−1} → base_*_rewards, the reward when the round began,
-         π_k → policy when it began, rounds → how often the two take turns.
-Idea     Train a reward to tell the demonstrations from the policy's own answers, follow it, and do it again with the answers of the
-         policy that followed: demonstrations alone become a reward model and a policy.
-Differs  from rft.py: Bradley-Terry on what each round adds, and the choice of anchor; the policy may follow the reward by selection.
+Symbols  y: demonstration → demo; ỹ: the policy's own answer → sample; r_φ: rewards → *_rewards (B,); r_{k−1}: the reward when the round
+         began → base_*_rewards; π_k: the policy when it began; rounds: how often reward and policy alternate.
+Idea     Train a reward model to tell demonstrations from the policy's own answers, and train the policy on that reward. Repeat with the
+         answers of the new policy. So demonstrations alone give a reward model and a policy.
+Differs  from rft.py: Bradley-Terry on what each round adds, and the choice of anchor; the policy step may be a selection.
 Details  mode says what a round does to the reward.
-           linear      the gradient of the likelihood itself (Eq. 10; rft.py's loss): the reward goes on, few steps a round.
+           linear      the gradient of the likelihood itself (Eq. 10; rft.py's loss): the reward is trained further, few steps a round.
            accumulate  the arg min of Eq. 11 for what the round adds: r_φ starts at r_{k−1}, and its increase is fitted.
-           literal     Algorithm 1 as printed: a reward from nothing in every round, the last one forgotten.
-         Why literal fails: the arg min of Eq. 11 is log E/π_k, which speaks of the present policy and not of ref. Followed from ref with
-         β = 1, the policy becomes ref·E/π_k: E when π_k is ref, and ref when π_k is E. It swings for ever; few steps a round hide it.
-         anchor="current" pulls to the policy of the round's beginning and pays only the increase r_φ − r_{k−1}.
+           literal     Algorithm 1 as printed: each round starts a new reward, and the last one is forgotten.
+         Why literal fails: the arg min of Eq. 11 is log E/π_k. It is relative to the current policy, not to ref. A policy step from ref
+         with β = 1 gives ref·E/π_k: E when π_k is ref, and ref when π_k is E. This alternates forever, which few steps a round hide.
+         anchor="current": the KL is to the policy at the start of the round, and the policy is rewarded only with r_φ − r_{k−1}.
          policy_step: ppo (as the paper for summaries), rloo, grpo, rebel, bon_sft (maximum likelihood on the best of n) or bon_dpo (DPO on
-         best over worst, which is what the code calls Best-of-N). bon_sft knows no β. Both follow only the order of the rewards, at full
-         strength however flat these are: they never rest, none of the laws below is theirs, and after some rounds they do harm: stop early.
-Law      Exact steps and a bound that does not bind (rft.py has the law of one that does). linear: E, the expert. accumulate, or
-         anchor="current": π ∝ π_k·(E/π_k)^{1/β}, so log π/E is multiplied by 1 − 1/β in a round: to E if β > ½, at once if β = 1.
-         literal: π ∝ ref·(E/π_k)^{1/β}: β = 1 swings between ref and E, β < 1 swings ever wider, β > 1 settles at
+         best over worst, which the code calls Best-of-N). bon_sft has no β. Both use only the order of the rewards, at full strength even
+         if the rewards hardly differ: they never converge, no law below holds for them, and after some rounds they do harm: stop early.
+Law      For exact steps and a bound that is not reached (rft.py has the law of one that is). linear: E, the expert. accumulate, or
+         anchor="current": π ∝ π_k·(E/π_k)^{1/β}, so each round multiplies log π/E by 1 − 1/β: to E if β > ½, in one round if β = 1.
+         literal: π ∝ ref·(E/π_k)^{1/β}: β = 1 alternates between ref and E, β < 1 swings ever wider, β > 1 converges to
          E^{1/(1+β)}·ref^{β/(1+β)} (toy/closed_form.py, rounds_law).
 Checked  tests/methods/test_irl.py (gradients by enumeration, the regimes), toy/three_actions.py, toy/tiny_language.py (a GPT, sampled).
 
@@ -41,7 +41,7 @@ from minialign.engine.opening import open_policy
 from minialign.engine.run import Run
 from minialign.lora import frozen_copy
 from minialign.methods import best_of_n, dpo
-from minialign.methods.rft import align, alternate, check_rounds, completions_per_prompt, constant_reward, reward_alignment_loss
+from minialign.methods.rft import alternate, check_rounds, completions_per_prompt, constant_reward, policy_alignment, reward_alignment_loss
 from minialign.rewards import rollout_stats, score
 from minialign.settings import OnDemonstrations
 
@@ -49,9 +49,9 @@ from minialign.settings import OnDemonstrations
 @dataclass
 class Config(OnDemonstrations):
     mode: str = "linear"            # what a round does to the reward: linear, accumulate or literal
-    anchor: str = "initial"         # the reference of the policy step: initial, or current (the policy that began the round)
-    beta: float = 1.0               # β: the pull to the reference, in units of reward
-    rounds: int = 12                # number of rounds, each with steps of the reward and then steps of the policy
+    anchor: str = "initial"         # the reference of the policy step: initial, or current (the policy at the start of the round)
+    beta: float = 1.0               # β: strength of the pull to the reference, in units of reward
+    rounds: int = 12                # number of rounds, each with reward steps, then policy steps
     reward_share: float = 0.4       # share of a round's steps that train the reward; the others train the policy. 1 = reward only
     bound: float = 6.0              # R: rewards lie in [0, R]; 0 = unbounded
     ridge: float = 0.0              # weight of the squared rewards (linear), or of their squared increase in the round
@@ -61,7 +61,7 @@ class Config(OnDemonstrations):
     group_size: int = 4             # completions of each prompt in rloo and grpo
     n: int = 8                      # completions of each prompt in bon_sft and bon_dpo
     tau: float = 1.0                # sampling temperature, and that of every log-prob here (bon_sft, bon_dpo: log-probs are at 1)
-    steps: int = 120                # steps of all rounds together, of the reward and of the policy
+    steps: int = 120                # reward and policy steps of all rounds together
     batch_size: int = 32            # demonstrations per reward step, completions per policy step
     lr: float = 3e-4                # peak learning rate of the policy's AdamW (for models with billions of weights: 1e-6)
     schedule: str = "linear"
@@ -72,7 +72,7 @@ class Config(OnDemonstrations):
 
 
 def irl_loss(demo_rewards, sample_rewards, base_demo_rewards, base_sample_rewards, *, ridge=0.0):
-    """All inputs (B,); the base rewards are constants, 0 for Eq. 11 as printed. Returns the scalar loss, stats."""
+    """All inputs (B,). The base rewards are constants; they are 0 for Eq. 11 as printed. Returns the scalar loss, stats."""
     assert demo_rewards.dim() == 1 and demo_rewards.shape == sample_rewards.shape == base_demo_rewards.shape == base_sample_rewards.shape
     demo_increase, sample_increase = demo_rewards - base_demo_rewards.detach(), sample_rewards - base_sample_rewards.detach()  # (B,)
     margin = demo_increase - sample_increase  # (B,)
@@ -85,24 +85,24 @@ def irl_loss(demo_rewards, sample_rewards, base_demo_rewards, base_sample_reward
 
 
 def step(reward_model, base, demos, samples, cfg):
-    """Reward step. One batch of demonstrations and own answers to one loss: the only place where the reward meets its equation."""
+    """Reward step: compute the loss of one batch. Only this function connects the reward model and its equation."""
     demo_rewards, sample_rewards = score(reward_model, demos), score(reward_model, samples)  # (B,)
     if cfg.mode == "linear":
         return reward_alignment_loss(demo_rewards, sample_rewards, beta=cfg.beta, ridge=cfg.ridge)
-    with torch.no_grad():  # what the rounds before have learned is a constant of this one
+    with torch.no_grad():  # what the rounds before have learned is constant in this one
         base_demo_rewards, base_sample_rewards = score(base, demos), score(base, samples)
     return irl_loss(demo_rewards, sample_rewards, base_demo_rewards, base_sample_rewards, ridge=cfg.ridge)
 
 
 def select_best(policy, anchor, prompts_ids, reward_of, cfg, tokenizer, seed):
-    """Policy step by selection: n completions of each prompt, the best imitated (bon_sft) or preferred to the worst (bon_dpo).
+    """Policy step by selection: sample n completions of each prompt; imitate the best (bon_sft) or prefer it to the worst (bon_dpo).
 
-    Returns the same three as rft.align. If all n have equal rewards, best and worst are the same completion, and DPO's gradient is 0.
+    Returns what rft.policy_alignment returns. If all n rewards are equal, best and worst are the same completion: DPO's gradient is 0.
     """
     answers = best_of_n.rollout(policy, prompts_ids, cfg, tokenizer.eos_id, seed)
     rewards = reward_of(answers).view(-1, cfg.n)  # (N, n)
 
-    def rows(picked):  # (N,) places within the groups -> Batch
+    def rows(picked):  # (N,) indices within the groups -> Batch
         completions = [answers.completions[b * cfg.n + i] for b, i in enumerate(picked.tolist())]
         return collate(prompts_ids, completions, pad_id=tokenizer.pad_id).to(rewards.device)
 
@@ -123,7 +123,7 @@ def select_best(policy, anchor, prompts_ids, reward_of, cfg, tokenizer, seed):
 
 
 def main(cfg):
-    """Run it; returns the run folder. The learned reward lies beside the policy, in reward/. The loop is rft.alternate."""
+    """Run it; returns the run folder. The learned reward is saved beside the policy, in reward/. The loop is rft.alternate."""
     run = Run("irl", cfg)
     cfg = run.cfg
     if cfg.mode not in ("linear", "accumulate", "literal") or cfg.anchor not in ("initial", "current"):
@@ -135,7 +135,7 @@ def main(cfg):
     check_rounds(cfg, per_prompt)
     policy, tokenizer = open_policy(run)
     anchor, reward_model = frozen_copy(policy), constant_reward(policy, cfg)
-    base = frozen_copy(reward_model)  # r_{k−1}; with mode literal, the reward that every round begins from
+    base = frozen_copy(reward_model)  # r_{k−1}; in mode literal, the reward that every round starts from
 
     def begin_round(reward_optimizer):
         if cfg.mode == "literal":
@@ -143,7 +143,7 @@ def main(cfg):
         else:
             base.load_state_dict(reward_model.state_dict())
         if cfg.mode != "linear":
-            reward_optimizer.state.clear()  # a new problem
+            reward_optimizer.state.clear()  # the round fits a new problem
         if cfg.anchor == "current":
             anchor.load_state_dict(policy.state_dict())
 
@@ -154,7 +154,7 @@ def main(cfg):
     def policy_update(value_model, prompts_ids, seed):
         if selecting:
             return select_best(policy, anchor, prompts_ids, reward_of, cfg, tokenizer, seed)
-        return align(policy, value_model, anchor, prompts_ids, reward_of, cfg, tokenizer.eos_id, seed)
+        return policy_alignment(policy, value_model, anchor, prompts_ids, reward_of, cfg, tokenizer.eos_id, seed)
 
     return alternate(
         run, policy, tokenizer, reward_model, {"base": base, "anchor": anchor}, per_prompt=per_prompt, begin_round=begin_round,

@@ -3,18 +3,18 @@
     L(θ) = E_{(x, y)}[ λ_D·(1 − σ(β·(ρ − z₀))) if y is desirable, else λ_U·(1 − σ(β·(z₀ − ρ))) ],   ρ = log π_θ(y|x)/π_ref(y|x)
     z₀   = max(0, mean over a batch of log π_θ(y'|x)/π_ref(y'|x)),   y' the answer of the row before in the batch; a constant
 
-Symbols  desirable (B,) bool, log π → *_logps (B,), z₀ → kl, λ_D → desirable_weight, λ_U → undesirable_weight.
-Idea     People feel gains and losses against a reference point, and less and less the larger they are. Here the reward of an answer is its
-         log-ratio, the reference point how far the policy has moved on average: an answer must rise above that to be a gain.
-Differs  from dpo.py: no pairs. An answer needs no rival to the same prompt, and one kind may be far more frequent than the other.
-Details  Log-probs are summed over the completion. z₀ takes the answers of the step's batch, moved on by one row, so mostly answers to
-         other prompts: no sampling, but two more forward passes. It carries no gradient and is one for all micro-batches of a step.
-         With one prompt whose answers ref wrote the mean is −KL(ref‖π), so z₀ is 0; with answers to other prompts it may have either sign.
-         λ_D·n_D / (λ_U·n_U) should lie in [1, 4/3], says the paper; the run prints what it is.
-Law      None in closed form. With a(y) how often y is desirable times λ_D, b(y) undesirable times λ_U, the loss is
-         const − Σ (a − b)·σ(β·(ρ − z₀)). If anything has a > b, all else, also what nobody labelled, is driven to probability 0, slower and
-         slower, however small the difference. What has a > b shares the rest so that (a − b)·σ'(β·(ρ − z₀))/π is the same for all of it:
-         π ∝ a − b while β is small, without ref.
+Symbols  (→ name in the code) log π: log-prob of an answer → *_logps (B,); z₀ → kl; λ_D → desirable_weight; λ_U → undesirable_weight.
+Idea     People feel gains and losses relative to a reference point, and each further gain or loss counts less. Here the reward of an answer
+         is its log-ratio ρ. The reference point z₀ is how far the policy has moved on average. An answer is a gain if its ρ is above z₀.
+Differs  from dpo.py: no pairs. A prompt needs no second answer, and one kind of answer may be far more frequent than the other.
+Details  Log-probs are summed over the answer. For z₀ each prompt is paired with the answer of the row before it in the batch, mostly one
+         to another prompt. That needs two more forward passes but no sampling. z₀ has no gradient and is the same in all micro-batches.
+         With one prompt and answers sampled from ref the mean is −KL(ref‖π), so z₀ is 0. With answers to other prompts it has either sign.
+         The paper advises λ_D·n_D / (λ_U·n_U) in [1, 4/3] (n: how many answers are of that kind). The run prints this ratio.
+Law      None in closed form. Let a(y) be λ_D times how often y is desirable, and b(y) λ_U times how often it is undesirable. The loss is
+         const − Σ (a − b)·σ(β·(ρ − z₀)). If some answers have a > b, even by little, all others fall to probability 0, ever more slowly,
+         even those that nobody labelled. Those with a > b share the rest so that (a − b)·σ'(β·(ρ − z₀))/π is the same for all
+         of them: π ∝ a − b while β is small, without ref.
 Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity by enumeration), test_against_trl.py, toy/three_actions.py.
 
     python -m minialign kto                                                  # built-in task, laptop CPU
@@ -39,7 +39,7 @@ from minialign.task import builtin_feedback
 
 @dataclass
 class Config(Training):
-    beta: float = 0.1               # β: how fast gains and losses saturate; small β lets the policy go far
+    beta: float = 0.1               # β: how fast gains and losses saturate; with a small β the policy may move far from ref
     desirable_weight: float = 1.0   # λ_D: weight of the desirable answers
     undesirable_weight: float = 1.0  # λ_U: weight of the undesirable answers
     feedback: str = "builtin"       # rows of prompt + completion + label, or preferences: builtin, or a JSONL/JSON(.gz) file
@@ -51,11 +51,11 @@ class Config(Training):
 def kto_loss(logps, ref_logps, desirable, kl, *, beta, desirable_weight=1.0, undesirable_weight=1.0):
     """logps, ref_logps: (B,) log-probs summed over each completion, in nats; desirable: (B,) bool; kl: z₀, a scalar in nats, constant.
 
-    Returns the scalar loss, stats. The stats of a kind of answer that the batch lacks are left out.
+    Returns the scalar loss, stats. If the batch has no answer of a kind, the stats of that kind are left out.
     """
     assert logps.dim() == 1 and logps.shape == ref_logps.shape == desirable.shape
     logratio = logps - ref_logps  # (B,)
-    gain = torch.where(desirable, logratio - kl, kl - logratio)  # (B,) nats above the reference point, or below where that is good
+    gain = torch.where(desirable, logratio - kl, kl - logratio)  # (B,) nats above the reference point, or below it for undesirable answers
     lost = 1 - torch.sigmoid(beta * gain)
     loss = torch.where(desirable, desirable_weight * lost, undesirable_weight * lost)
     stats = {}
@@ -74,15 +74,15 @@ def mismatched_kl(logps, ref_logps):
 
 @torch.no_grad()
 def reference_point(policy, ref, rows, batch_of, size):
-    """z₀ of encoded rows: each prompt with the completion of the row before it, `size` rows a forward pass."""
-    moved = [(x, rows[i - 1][1]) for i, (x, *_) in enumerate(rows)]  # row 0 takes the last one's
+    """z₀ of encoded rows: each prompt gets the completion of the row before it. `size` rows go through each forward pass."""
+    moved = [(x, rows[i - 1][1]) for i, (x, *_) in enumerate(rows)]  # row 0 gets the last row's
     logps, ref_logps = (in_micro(lambda micro, model=model: seq_logps(model, batch_of(moved, micro)), range(len(moved)), size)
                         for model in (policy, ref))  # (B,)
     return mismatched_kl(logps, ref_logps)
 
 
 def step(policy, ref, batch, desirable, kl, cfg):
-    """One batch of answers to one loss: the only place where models meet the equation."""
+    """Evaluate the models on one batch of answers and compute the loss. Only this function connects models and equation."""
     logps = seq_logps(policy, batch)  # (B,)
     with torch.no_grad():  # ref is a constant of the objective
         ref_logps = seq_logps(ref, batch)
@@ -96,7 +96,7 @@ def main(cfg):
     run = Run("kto", cfg)
     cfg = run.cfg
     if cfg.batch_size < 2:
-        raise BadInput("--batch_size 1: the reference point needs an answer to another prompt; at least 2")
+        raise BadInput("--batch_size 1: the reference point needs an answer to another prompt; use at least 2")
     policy, tokenizer = open_policy(run)
     run.same_input("data", cfg.feedback)
     feedback = builtin_feedback() if cfg.feedback == "builtin" else read_feedback(cfg.feedback, skip_bad=cfg.skip_bad)
@@ -144,8 +144,8 @@ def main(cfg):
 
 @torch.no_grad()
 def held_out_feedback(policy, ref, rows, batch_of, labels_of, cfg):
-    """Loss and share of answers on the right side of the reference point (their own) over all held-out rows, as metrics."""
-    mixed = [rows[i] for i in batch_rows(len(rows), len(rows), 0, cfg.seed)]  # in a file the row before often has the same prompt
+    """Metrics over all held-out rows: the loss, and the share of answers on the right side of these rows' own reference point."""
+    mixed = [rows[i] for i in batch_rows(len(rows), len(rows), 0, cfg.seed)]  # in a file, the row before often has the same prompt
     mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, cfg.batch_size)
     for start in range(0, len(rows), cfg.batch_size):
         picked = range(start, min(start + cfg.batch_size, len(rows)))

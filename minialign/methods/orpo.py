@@ -2,16 +2,19 @@
 
     L(θ) = E_{(x, y_w, y_l)}[ −ā_w − λ·log σ(log odds_w − log odds_l) ],      log odds = ā − log(1 − e^ā),   ā = log π_θ(y|x) / |y|
 
-Symbols  y_w → chosen, y_l → rejected, ā → *_logps (B,), log-probs averaged over the tokens, λ → weight.
-Idea     SFT raises the likelihood of the chosen answer and of whatever resembles it, the rejected one too. One more term, in the same step
-         and without a reference, pushes the rejected one down: alignment in one stage instead of two.
-Differs  from sft.py: a second term. From simpo.py: odds in the place of the likelihood itself, and SFT's term holds the policy.
-Details  P(y|x) in the paper's odds is the average's e^ā, as its code has it: e to the sum would make 1 − P equal 1 for any real answer.
-         log(1 − e^ā) is taken without cancellation, ā kept at −1e-7 or below. Only completions are scored: the released code and others put
-         prompt tokens into the likelihood unless told not to.
-         --online: the policy draws the pairs and a reward labels them, as in dpo.py.
-Law      λ = 0, pairs drawn from μ, labelled with probability p(y ≻ y'): SFT on the winners, a short one counting more: π ∝ W(y)/|y|,
-         W(y) = 2·μ(y)·E_{y'~μ} p(y ≻ y'). With λ > 0 there is no closed form. Never π*: ref and β do not occur.
+Symbols  (→ name in the code) x: prompt; y_w: the preferred answer → chosen; y_l: the other one → rejected; π_θ: the trained policy;
+         ā: log-prob of an answer, averaged over its |y| tokens → *_logps (B,); odds: P/(1 − P) with P = e^ā; λ → weight.
+Idea     The first term is SFT on the chosen answers. Alone, it would also make similar answers more likely, and the rejected one is often
+         similar. The second term lowers the odds of the rejected answer relative to those of the chosen one. Both terms are trained in
+         the same step and without a reference, so alignment takes one stage instead of two.
+Differs  from sft.py: the second term. From simpo.py: odds instead of likelihoods, and SFT's term limits how far the policy moves.
+Details  P(y|x) in the paper's odds is computed from the average log-prob, P = e^ā, as in its code. From the sum, 1 − P would be 1 for any
+         real answer. log(1 − e^ā) is computed without cancellation, and ā is clamped to at most −1e-7.
+         Only completions are scored. The released code and others include prompt tokens in the likelihood by default.
+         --online: the policy samples the pairs and a reward labels them, as in dpo.py.
+Law      Pairs are drawn from μ, and y is preferred to y' with probability p(y ≻ y'). With λ = 0 this is SFT on the chosen answers in which
+         a short answer has more weight: π ∝ W(y)/|y|, where W(y) = 2·μ(y)·E_{y'~μ} p(y ≻ y') is how often y is chosen. With λ > 0 there
+         is no closed form. It is never π* ∝ ref·e^{r/β} (dpo.py): ref and β do not occur in the loss.
 Checked  tests/methods/test_orpo.py (worked numbers, gradient, stability, the limit and stationarity by enumeration), test_against_trl.py,
          toy/tiny_language.py.
 
@@ -31,12 +34,12 @@ from minialign.settings import OnPairs
 
 @dataclass
 class Config(OnPairs):
-    weight: float = 0.1             # λ: weight of the odds ratio; 0 is SFT on the chosen answers, each with the same weight
+    weight: float = 0.1             # λ: weight of the odds-ratio term; 0 is SFT on the chosen answers, each with the same weight
     lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-6)
 
 
 def log_odds(mean_logps):
-    """log(P / (1 − P)) of P = e^ā, ā (B,) ≤ 0. 1 − e^ā is −expm1(ā): exact for ā near 0 too, where e^ā is rounded to 1."""
+    """log(P / (1 − P)) of P = e^ā, for ā (B,) ≤ 0. 1 − e^ā is computed as −expm1(ā): exact even near 0, where e^ā rounds to 1."""
     a = mean_logps.clamp(max=-1e-7)  # at 0 the odds are infinite
     return a - torch.log(-torch.expm1(a))
 
@@ -57,7 +60,7 @@ def orpo_loss(chosen_logps, rejected_logps, *, weight):
 
 
 def step(policy, ref, pairs, cfg):
-    """One batch of pairs to one loss: the only place where models meet the equation."""
+    """Evaluate the models on one batch of pairs and compute the loss. Only this function connects models and equation."""
     chosen_logps, rejected_logps = mean_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
     return orpo_loss(chosen_logps, rejected_logps, weight=cfg.weight)
 

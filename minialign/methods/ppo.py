@@ -173,10 +173,9 @@ def main(cfg):
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
         seed = derive_seed("ppo", cfg.seed, k)
         answers = rollout_with_values(policy, value_model, ref, prompts_ids, cfg, tokenizer.eos_id, seed)
-        rewards = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        rewards = run.ask(k, reward_fn, tokenizer, prompts, answers)  # (B,)
         if rewards is None:
             continue
-        rewards = rewards - cfg.missing_eos * ~answers.finished
         metrics = rollout_stats(rewards, answers)
         credit(answers, rewards, cfg)
 

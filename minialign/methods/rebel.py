@@ -95,11 +95,9 @@ def main(cfg):
         picked = batch_rows(len(rows), cfg.batch_size // 2, k, cfg.seed)
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
         answers = rollout(policy, ref, prompts_ids, cfg, n=2, eos_id=tokenizer.eos_id, seed=derive_seed("rebel", cfg.seed, k))
-        asked = [prompt for prompt in prompts for _ in range(2)]
-        rewards = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        rewards = run.ask(k, reward_fn, tokenizer, prompts, answers)  # (B,)
         if rewards is None:
             continue
-        rewards = rewards - cfg.missing_eos * ~answers.finished
         metrics = rollout_stats(rewards, answers, group_size=2)
         answers.rewards = kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)
 

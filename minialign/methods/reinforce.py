@@ -104,10 +104,9 @@ def main(cfg):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
         answers = rollout(policy, ref, prompts_ids, cfg, eos_id=tokenizer.eos_id, seed=derive_seed("reinforce", cfg.seed, k))
-        rewards = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        rewards = run.ask(k, reward_fn, tokenizer, prompts, answers)  # (B,)
         if rewards is None:
             continue
-        rewards = rewards - cfg.missing_eos * ~answers.finished
         metrics = rollout_stats(rewards, answers)
         rewards = kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)
         metrics["baseline"] = baseline.value

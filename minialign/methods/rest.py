@@ -2,25 +2,23 @@
 
     L(θ) = E_{(x, y) ~ D_g}[ 1[ r(x, y) > τ_i ] · (−log π_θ(y|x)) ] / P(r > τ_i),        D_g = completions of π_g, drawn once a Grow step
 
-Symbols  D_g → a Grow step's data set, π_g → old (the policy at its start), τ_1 < τ_2 < … → thresholds, one for each Improve step,
-         log π_θ(y|x) → logps (B, T), summed.
-Idea     Two loops. Grow: sample a data set from the policy and score it once. Improve: fine-tune on what is above a threshold, then on what
-         is above a higher one, of the same data. Sampling is rare, and every sample is used many times.
-Differs  from best_of_n.py: an absolute threshold over all prompts instead of the best of each; a prompt may keep all of its completions
-         or none. From rloo.py: no gradient below the threshold, nothing is pushed down but by what rises.
-Details  The thresholds are quantiles of the Grow step's own rewards, so they need no knowledge of the scale (the paper begins above the
-         mean; 0.5 is the median). Strictly above: rewards equal to τ are dropped. If that leaves nothing (many completions share the
-         largest reward), those with the largest reward are kept.
-         One threshold serves all prompts. A learned reward is known up to a constant per prompt only: it may then select prompts.
-         The paper's data set also holds the demonstrations that the policy was trained on; here samples alone.
-         Without a reference or a KL, what holds the policy is the number of Grow steps.
-         The data set of a Grow step is not stored: a resumed run draws it again, from the policy and the seed that drew it, and
-         scores it again: a reward that is no function of the text would give another data set.
-         missing_eos is subtracted from r where max_new cut the completion off.
-         Sampling is at tau, the likelihood at 1.
-Law      For a prompt x with completions above it, π ∝ π_g·1[r > τ_I] after the last Improve step, as the data set grows:
-         KL(π‖π_g) = −log P(r > τ_I | x) (toy/closed_form.py, rest_law). A finite set is learned as it is: what was not drawn loses its
-         probability too.
+Symbols  D_g: the data set of a Grow step; π_g: the policy at its start → old; τ_1 < τ_2 < …: thresholds, one for each Improve step;
+         log π_θ(y|x): the sum of logps (B, T).
+Idea     Two loops. Grow: sample a data set from the policy and compute its rewards once. Improve: fine-tune on the samples whose reward is
+         above a threshold, then on those above a higher threshold, in the same data. Sampling is rare, and every sample is used many times.
+Differs  from best_of_n.py: one threshold over all prompts instead of the best of each; a prompt may keep all of its completions or none.
+         From rloo.py: samples below the threshold have no gradient; they fall only because others rise.
+Details  The thresholds are quantiles of the Grow step's own rewards, so the scale of the reward need not be known (the paper begins above
+         the mean; 0.5 is the median). Rewards equal to τ are dropped. If then nothing is left (many completions share the largest
+         reward), the completions with the largest reward are kept.
+         One threshold serves all prompts. A learned reward is known only up to a constant per prompt, so this may select prompts instead.
+         The paper's data set also contains the demonstrations that the policy was trained on. Here it contains only samples.
+         There is no reference and no KL. Only the number of Grow steps limits how far the policy moves.
+         The data set of a Grow step is not stored. A resumed run samples it again with the same policy and seed, and computes the
+         rewards again. If the reward is not a function of the text, the data set will be different.
+         missing_eos is subtracted from r if max_new cut the completion off. Samples are drawn at tau, the likelihood is at 1.
+Law      If x has completions above the threshold, π ∝ π_g·1[r > τ_I] after the last Improve step, as the data set grows: KL(π‖π_g) =
+         −log P(r > τ_I | x) (toy/closed_form.py, rest_law). With a finite data set, what was not drawn loses its probability too.
 Checked  tests/methods/test_rest.py (thresholds, the guard, what is regenerated), toy/tiny_language.py (the law).
 
     python -m minialign rest                                                 # built-in task, laptop CPU
@@ -49,7 +47,7 @@ from minialign.settings import OnPrompts
 @dataclass
 class Config(OnPrompts):
     grows: int = 1                  # number of Grow steps; each samples a new data set from the policy so far
-    grow_prompts: int = 64          # prompts of a data set
+    grow_prompts: int = 64          # prompts in a data set
     n: int = 8                      # completions of each prompt
     quantiles: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])  # thresholds of the Improve steps, as quantiles of the rewards
     steps: int = 90                 # optimizer steps, divided evenly among all Improve steps of all Grow steps
@@ -69,21 +67,18 @@ def rest_loss(logps, mask):
 
 
 def keep(rewards, threshold):
-    """rewards (B,) -> (B,) bool: those strictly above the threshold, or, if there are none, those that equal the largest.
-
-    R = .2 .5 .9 .7 and their mean .575 keep the last two.
-    """
+    """(B,) bool: which rewards (B,) exceed the threshold or, if none does, equal the largest. .2 .5 .9 .7 at .575: the last two."""
     above = rewards > threshold
     return above if above.any() else rewards == rewards.max()
 
 
 def rollout(old, prompts_ids, cfg, eos_id, seed):
-    """The Grow step: n completions of each prompt by the policy at its start."""
+    """The Grow step: sample n completions of each prompt from the policy at its start."""
     return sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=eos_id, seed=seed)
 
 
 def step(policy, kept, cfg):
-    """One batch of kept completions to one loss: the only place where the policy meets the equation."""
+    """Evaluate the policy on kept completions and compute the loss. Only this function connects policy and equation."""
     return rest_loss(token_logps(policy, kept), kept.mask)
 
 
@@ -92,7 +87,7 @@ def main(cfg):
     run = Run("rest", cfg)
     cfg = run.cfg
     if not cfg.quantiles or not all(0 <= q < 1 for q in cfg.quantiles) or sorted(set(cfg.quantiles)) != cfg.quantiles:
-        raise BadInput(f"--quantiles {cfg.quantiles}: must rise, from 0 to below 1")
+        raise BadInput(f"--quantiles {cfg.quantiles}: must increase, from at least 0 to below 1")
     phases = cfg.grows * len(cfg.quantiles)
     if phases > cfg.steps:
         raise BadInput(f"--steps {cfg.steps}: {cfg.grows} Grow steps with {len(cfg.quantiles)} Improve steps each need at least {phases}")
@@ -104,7 +99,7 @@ def main(cfg):
     run.register(policy=policy, old=old, optimizer=optimizer)
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": old})
 
-    data = None  # of this Grow step: prompts, completions, rewards
+    data = None  # the data set of this Grow step: prompts, completions, rewards
     for k in run.steps(cfg.steps):
         phase, phase_before = k * phases // cfg.steps, (k - 1) * phases // cfg.steps
         g, i = divmod(phase, len(cfg.quantiles))
@@ -113,13 +108,12 @@ def main(cfg):
             data = None
 
         if data is None:
-            source = [j for j in batch_rows(len(rows), cfg.grow_prompts, g, cfg.seed) for _ in range(cfg.n)]  # the prompt of each
+            source = [j for j in batch_rows(len(rows), cfg.grow_prompts, g, cfg.seed) for _ in range(cfg.n)]  # prompt of each sample
             prompts_ids, prompts = zip(*[rows[j] for j in source], strict=True)
             answers = rollout(old, prompts_ids[:: cfg.n], cfg, tokenizer.eos_id, derive_seed("rest", cfg.seed, g))
-            rewards = run.ask(k, reward_fn, prompts, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+            rewards = run.ask(k, reward_fn, tokenizer, prompts, answers)  # (B,)
             if rewards is None:
                 continue
-            rewards = rewards - cfg.missing_eos * ~answers.finished
             data = source, prompts_ids, answers, rewards
         source, prompts_ids, answers, rewards = data
         threshold = torch.quantile(rewards, cfg.quantiles[i])

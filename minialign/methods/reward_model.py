@@ -2,14 +2,14 @@
 
     L(φ) = −E[ log σ( r_φ(x, y_w) − r_φ(x, y_l) − m ) ] + c·E[ (r_φ(x, y_w) + r_φ(x, y_l))² ]
 
-Symbols  y_w → chosen, y_l → rejected, r_φ → *_rewards (B,), m → margin, c → centre.
-Idea     If P(y_w preferred) = σ(r(y_w) − r(y_l)), maximum likelihood recovers r up to a term in x only.
-Differs  from dpo.py: the reward is a model of its own, a trunk with a scalar head, not the policy's log-ratio.
-Details  The reward is read at the last token (EOS), found from lengths, never from ids. Only differences are identified: after
-         training the mean reward of the chosen training answers is subtracted (config.reward_offset), so that they score 0 on
-         average. centre > 0 pulls both rewards of a pair towards opposite signs instead; .01 is usual.
-Law      With labels from r: r up to a constant per prompt. With chosen ~ P and rejected ~ Q: log P/Q up to a constant per prompt
-         (the pairwise density-ratio lemma, toy/closed_form.py), which is what RFT and IRL use.
+Symbols  y_w: the preferred answer → chosen; y_l: the other → rejected; r_φ: rewards → *_rewards (B,); m → margin; c → centre.
+Idea     If y_w is preferred with probability σ(r(y_w) − r(y_l)), maximum likelihood recovers r, up to a term that depends on x only.
+Differs  from dpo.py: the reward is a separate model, a trunk with a scalar head, not the policy's log-ratio.
+Details  The reward is read at the last token (EOS), which is found from lengths, never from ids. Only differences are determined. So after
+         training the mean reward of the chosen training answers is subtracted (config.reward_offset): they score 0 on average.
+         centre > 0 pulls both rewards of a pair towards opposite signs instead; .01 is usual.
+Law      With labels from r: r, up to a constant per prompt. With chosen ~ P and rejected ~ Q: log P/Q, up to a constant per prompt
+         (the pairwise density-ratio lemma, toy/closed_form.py). RFT and IRL use this.
 Checked  tests/methods/test_reward_model.py (worked numbers, shifts, gradient, the lemma by enumeration).
 
     python -m minialign reward_model                                         # built-in task, laptop CPU
@@ -54,7 +54,7 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards, *, margin=0.0, centre=0
 
 
 def step(reward_model, pairs, cfg):
-    """One batch of pairs to one loss: the only place where the model meets the equation."""
+    """Evaluate the reward model on one batch of pairs and compute the loss. Only this function connects model and equation."""
     chosen_rewards = score(reward_model, pairs.chosen)  # (B,)
     rejected_rewards = score(reward_model, pairs.rejected)  # (B,)
     return bradley_terry_loss(chosen_rewards, rejected_rewards, margin=cfg.margin, centre=cfg.centre)

@@ -4,24 +4,24 @@ Eq. 5 and 9.
     L(φ)    = −(1/β)·E_{(x,y)~D, ỹ~π_t(·|x)}[ r_φ(x, y) − r_φ(x, ỹ) ]             reward alignment: K steps
     π_{t+1} = argmax_π E_π[r_φ(x, y)] − β·KL(π‖ref)  ∝  ref·e^{r_φ/β}             policy alignment: M rollouts
 
-Symbols  y → demo, ỹ → sample (the policy's own answer), r_φ → *_rewards (B,), T → rounds, K → the share reward_share of a round's steps,
-         M → the others, π_t → policy at the start of the round, ref → the policy before the run.
-Idea     Maximum-likelihood inverse reinforcement learning: look for the reward under which the demonstrations are what the best policy
-         would do. Raise the reward of what the expert did, lower that of what the policy does instead, then follow the reward, and again.
-Differs  from irft.py: the reward is a model of its own, the policy follows it by RL. From irl.py: one reward throughout, by the
-         likelihood's own gradient, and the pull is always to ref. From reward_model.py: nobody labelled the other answer, it is sampled.
-Details  Linear in r, L has no minimum: unbounded, the reward grows as long as it is trained. So it is bounded (bound R: r = R·σ(·),
-         within [0, R]) or regularised (bound 0 and ridge c: + c·(r(y)² + r(ỹ)²)), or it is stopped early by few steps and many rounds.
-         loss="bt" is Bradley-Terry on (demonstration over own answer), what the released code runs: it slows as the pairs separate.
-         The reward starts constant (a head of zeros), so no noise of a new head steers the policy; only its head moves in step 1.
-         read="sum" adds a number for every token, "last" reads one at the last token; sums learn faster from few demonstrations.
-         Policy alignment is ppo.py, rloo.py, grpo.py or rebel.py with their own defaults, but for one lr that ppo's critic shares
-         (what the released code runs instead, advantage-induced policy alignment: docs/ERRATA.md). With ppo, loss holds the critic's too.
-         During a round's K steps the policy stands still, so each step's own answers are drawn when needed: the law is that of Algorithm 1.
-Law      Exact policies. Unbounded and in small steps π → E, the expert, monotonically.
-         Within [0, R]: π = ref·clip(Z·E/ref, 1, e^{R/β})/Z, the papers' Table 1 where E shows one action: the bound regularises.
-         Ridge: r = (E − π)/(2cβ·(E + π)), the expert for c → 0, ref for c → ∞. bt: π ∝ E^{1/(1+β)}·ref^{β/(1+β)}, never E; one
-         converged round of it ref·(E/ref)^{1/β}. All derived in toy/closed_form.py; grpo.py, with laws of its own, reaches none exactly.
+Symbols  y: demonstration → demo; ỹ: the policy's own answer → sample; r_φ: rewards → *_rewards (B,); T → rounds; K: the share reward_share
+         of a round's steps; M: its other steps; π_t: the policy at the start of the round; ref: the policy before the run.
+Idea     Inverse reinforcement learning by maximum likelihood: find the reward whose best policy most likely gives the demonstrations. Each
+         round raises the reward of the demonstrations and lowers that of the policy's own answers; then RL trains the policy on it.
+Differs  from irft.py: the reward is a model of its own, and RL trains the policy on it. From irl.py: one reward throughout, trained by the
+         likelihood's own gradient, and the KL is always to ref. From reward_model.py: nobody labels the other answer; it is sampled.
+Details  L is linear in r and has no minimum: an unbounded reward grows as long as it is trained. So it is bounded (bound R: r = R·σ(·),
+         within [0, R]), or regularised (bound 0 and ridge c: + c·(r(y)² + r(ỹ)²)), or stopped early by few steps and many rounds.
+         loss="bt" is Bradley-Terry on (demonstration over own answer), as the released code runs. Its gradient shrinks as pairs separate.
+         The reward starts constant (its head is zero), so no noise of a new head moves the policy. In step 1 only the head changes.
+         read="sum" adds one number per token, "last" reads one at the last token. With few demonstrations "sum" learns faster.
+         Policy alignment is ppo.py, rloo.py, grpo.py or rebel.py with their own defaults, except for one lr that ppo's critic shares.
+         (The released code runs advantage-induced policy alignment: docs/ERRATA.md.) With ppo, loss includes the critic's loss.
+         The policy does not change in a round's K steps, so own answers sampled at each step have the distribution of Algorithm 1.
+Law      Exact policies. Unbounded, in small steps: π → E, the expert, monotonically.
+         Within [0, R]: π = ref·clip(Z·E/ref, 1, e^{R/β})/Z, the papers' Table 1 if E shows one action: the bound regularises.
+         Ridge: r = (E − π)/(2cβ·(E + π)); the expert for c → 0, ref for c → ∞. bt: π ∝ E^{1/(1+β)}·ref^{β/(1+β)}, never E; after one
+         converged round ref·(E/ref)^{1/β}. All are derived in toy/closed_form.py. grpo.py has laws of its own and reaches none exactly.
 Checked  tests/methods/test_rft.py (gradients by enumeration, every law), toy/three_actions.py, toy/tiny_language.py (a GPT, sampled).
 
     python -m minialign rft                                                  # built-in task, laptop CPU
@@ -52,8 +52,8 @@ from minialign.settings import OnDemonstrations
 
 @dataclass
 class Config(OnDemonstrations):
-    beta: float = 1.0               # β: the pull to ref, in units of reward; the fixed point depends only on bound / beta
-    rounds: int = 1                 # T: number of rounds, each with steps of the reward and then steps of the policy
+    beta: float = 1.0               # β: strength of the pull to ref, in units of reward; the fixed point depends only on bound / beta
+    rounds: int = 1                 # T: number of rounds, each with reward steps, then policy steps
     reward_share: float = 0.4       # share of a round's steps that train the reward (K); the others train the policy. 1 = reward only
     loss: str = "linear"            # reward alignment: linear (the paper's gradient) or bt (Bradley-Terry, the released code's)
     bound: float = 6.0              # R: rewards lie in [0, R]; 0 = unbounded
@@ -94,14 +94,14 @@ def rollout(policy, prompts_ids, cfg, eos_id, seed):
 
 
 def step(reward_model, demos, samples, cfg):
-    """Reward alignment. One batch of demonstrations and own answers to one loss: the only place where the reward meets its equation."""
+    """Reward alignment: compute the loss of one batch. Only this function connects the reward model and its equation."""
     return reward_alignment_loss(score(reward_model, demos), score(reward_model, samples), beta=cfg.beta, loss=cfg.loss, ridge=cfg.ridge)
 
 
-def align(policy, value_model, ref, prompts_ids, reward_of, cfg, eos_id, seed):
-    """Policy alignment: one rollout of the method that cfg.policy_step names, rewarded by reward_of: Rollout -> (B,).
+def policy_alignment(policy, value_model, ref, prompts_ids, reward_of, cfg, eos_id, seed):
+    """Policy alignment: make one rollout with the method cfg.policy_step. reward_of(Rollout) -> (B,) gives its rewards.
 
-    Returns (metrics of the rollout, how many updates to make on it, update). update(epoch, stats) yields (loss, share) of each micro-batch;
+    Returns (metrics of the rollout, number of updates on it, update). update(epoch, stats) yields (loss, share) of each micro-batch;
     the loss of the update is the sum of loss·share. prompts_ids: one for each group of completions. value_model: for ppo only.
     """
     method = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "rebel": rebel}[cfg.policy_step]
@@ -114,7 +114,7 @@ def align(policy, value_model, ref, prompts_ids, reward_of, cfg, eos_id, seed):
     rewards = reward_of(answers)  # (B,)
     metrics = rollout_stats(rewards, answers, group_size=completions_per_prompt(cfg))
     if method is ppo:
-        ppo.credit(answers, rewards, beta=cfg.beta, gamma=settings.gamma, lam=settings.lam, whitened=True)
+        ppo.credit(answers, rewards, settings)
         metrics["explained_variance"] = ppo.explained_variance(answers.values, answers.returns, answers.mask)
     elif method is grpo:
         answers.advantages = grpo.group_advantages(rewards, group_size=cfg.group_size)
@@ -144,9 +144,9 @@ def completions_per_prompt(cfg):
 
 
 def plan_turns(cfg):
-    """For each step (round, whether it trains the reward, how many of its kind came before), and how many there are of each kind."""
+    """For each step (round, whether it trains the reward, number of earlier steps of its kind); and the number of steps of each kind."""
     plan, counts = [], {True: 0, False: 0}
-    begins = [math.ceil(t * cfg.steps / cfg.rounds) for t in range(cfg.rounds + 1)]  # the rounds of irft.py
+    begins = [math.ceil(t * cfg.steps / cfg.rounds) for t in range(cfg.rounds + 1)]  # the same rounds as in irft.py
     for t in range(cfg.rounds):
         length = begins[t + 1] - begins[t]
         n_reward = max(1, round(cfg.reward_share * length))
@@ -160,26 +160,26 @@ def plan_turns(cfg):
 
 
 def check_rounds(cfg, per_prompt):
-    """Refuse rounds and batches that do not divide. per_prompt: completions of one prompt in a policy step."""
+    """Refuse too many rounds and batches that are not whole groups. per_prompt: completions of one prompt in a policy step."""
     if cfg.rounds > cfg.steps // (2 if cfg.reward_share < 1 else 1):
-        raise BadInput(f"--rounds {cfg.rounds}: {cfg.steps} steps are too few for a step of the reward and one of the policy in each round")
+        raise BadInput(f"--rounds {cfg.rounds}: {cfg.steps} steps are too few for a reward step and a policy step in each round")
     if cfg.batch_size % per_prompt or per_prompt < 2 and cfg.policy_step != "ppo":
-        raise BadInput(f"--batch_size {cfg.batch_size}: {cfg.policy_step} needs a whole number of groups, of 2 completions at least")
+        raise BadInput(f"--batch_size {cfg.batch_size}: {cfg.policy_step} needs a whole number of groups of at least 2 completions")
 
 
 def constant_reward(policy, cfg):
-    """A reward model on the policy's trunk whose head is zero: r_0 is constant, so π_0 = ref."""
+    """A reward model: the policy's trunk with a new head of zeros. So r_0 is constant and π_0 = ref."""
     reward_model = policy.with_scalar_head(reward_read=cfg.read, reward_bound=cfg.bound)
     torch.nn.init.zeros_(reward_model.head_weight)
     return reward_model
 
 
 def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, policy_update, per_prompt, begin_round=None):
-    """The loop of rft and irl: in each round first steps of the reward, then steps of the policy. Returns the run folder.
+    """The loop of rft and irl: each round has first reward steps, then policy steps. Returns the run folder.
 
     frozen: {name: model} of the models that are not trained; the last is the reference. reward_step(demos, samples) -> (loss, stats).
-    policy_update(value_model, prompts_ids, seed) -> what `align` returns. begin_round(reward_optimizer) is called when a round begins and
-    may renew the frozen models, which are then part of a checkpoint.
+    policy_update(value_model, prompts_ids, seed) -> what policy_alignment returns. begin_round(reward_optimizer) is called when a round
+    begins. It may update the frozen models, which are then part of a checkpoint.
     """
     cfg = run.cfg
     rows, held_out, batch_of = open_demos(run, tokenizer)
@@ -219,7 +219,7 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
             if run.may_update(k, reward_model, picked, total, grad_norm, of="reward"):
                 reward_optimizer.step()
             metrics = {"completions/mean_length": answers.lengths.float().mean(), "completions/finished": answers.finished.float().mean()}
-        else:  # one rollout; update() then yields the losses of each epoch's micro-batches
+        else:  # one rollout; update() then yields the loss of each micro-batch in each epoch
             metrics, epochs, update = policy_update(value_model, prompts_ids, seed)
             set_lr(optimizer, lr_at(nth, lr=cfg.lr, steps=counts[False], warmup=cfg.warmup, schedule=cfg.schedule))
             for epoch in range(epochs):
@@ -246,7 +246,7 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
 
 
 def main(cfg):
-    """Run it; returns the run folder. The learned reward lies beside the policy, in reward/."""
+    """Run it; returns the run folder. The learned reward is saved beside the policy, in reward/."""
     run = Run("rft", cfg)
     cfg = run.cfg
     if cfg.loss not in ("linear", "bt") or cfg.policy_step not in ("rloo", "ppo", "grpo", "rebel"):
@@ -258,8 +258,10 @@ def main(cfg):
     def reward_of(answers):
         return in_micro(lambda micro: score(reward_model, micro), answers, cfg.micro_batch)  # (B,)
 
+    def policy_update(value_model, prompts_ids, seed):
+        return policy_alignment(policy, value_model, ref, prompts_ids, reward_of, cfg, tokenizer.eos_id, seed)
+
     return alternate(
-        run, policy, tokenizer, reward_model, {"ref": ref}, per_prompt=completions_per_prompt(cfg),
+        run, policy, tokenizer, reward_model, {"ref": ref}, per_prompt=completions_per_prompt(cfg), policy_update=policy_update,
         reward_step=lambda demos, samples: step(reward_model, demos, samples, cfg),
-        policy_update=lambda critic, prompts_ids, seed: align(policy, critic, ref, prompts_ids, reward_of, cfg, tokenizer.eos_id, seed),
     )

@@ -104,11 +104,9 @@ def main(cfg):
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
         seed = derive_seed("rloo", cfg.seed, k)
         answers = rollout(policy, ref, prompts_ids, cfg, n=cfg.group_size, eos_id=tokenizer.eos_id, seed=seed)
-        asked = [prompt for prompt in prompts for _ in range(cfg.group_size)]
-        rewards = run.ask(k, reward_fn, asked, [tokenizer.decode(ids) for ids in answers.completions])  # (B,)
+        rewards = run.ask(k, reward_fn, tokenizer, prompts, answers)  # (B,)
         if rewards is None:
             continue
-        rewards = rewards - cfg.missing_eos * ~answers.finished
         metrics = rollout_stats(rewards, answers, group_size=cfg.group_size)
         rewards = kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)
         answers.advantages = leave_one_out(rewards, group_size=cfg.group_size)  # (B,)

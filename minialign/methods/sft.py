@@ -1,18 +1,18 @@
-"""Supervised fine-tuning: maximum likelihood on demonstrations. The starting point and the yardstick of every other method here.
+"""Supervised fine-tuning: maximum likelihood on demonstrations. The other methods here start from it and are compared with it.
 
     L(θ) = −(1/N) Σ_b Σ_t log π_θ(y_{b,t} | x_b, y_{b,<t})          N = all scored tokens of the optimizer step
 
-Symbols  x → prompt, y → completion (its EOS included), log π_θ(y_t|·) → logps (B, T), N → n_tokens.
-Idea     Minimising L minimises KL(demonstrations ‖ π_θ): all probability moves to what was demonstrated, and away from the rest.
-Differs  from irft.py: nothing is pushed down by name; what falls, falls because probabilities sum to one. No reference model.
-Details  The mean is over tokens, as in TRL: for token losses [1, 1] and [2, 2, 2, 2] that is 10/6. It is maximum likelihood, and so is
-         the mean of sequence sums (5), which differs by one factor for the whole batch. The mean of sequence means (1.5) is not:
-         it counts the tokens of short completions for more.
-         N counts the whole step, so that 1×8, 2×4 and 8×1 rows give one gradient; a mean of micro-batch means would not.
-         Prompts are not scored. EOS is: a policy that is never taught to stop does not.
-         --text trains a base model instead: every token of plain text after BOS is a target; --policy new starts from random weights.
-Law      The expert's own distribution as data grow. On the three actions the gap d between the demonstrated logit and another
-         follows 2d + e^d = 1 + 3·lr·steps as lr → 0: probability 1, reached like 1/steps (toy/three_actions.py).
+Symbols  (→ name in the code) x: prompt; y: completion, its EOS included; log π_θ(y_t|·): log-prob of a token → logps (B, T); N → n_tokens.
+Idea     Make the demonstrations likely. Minimising L minimises KL(demonstrations ‖ π_θ): probability moves to them and away from the rest.
+Differs  from irft.py: no answer is pushed down explicitly; others fall because probabilities sum to one. There is no reference model.
+Details  The mean is over tokens, as in TRL: for token losses [1, 1] and [2, 2, 2, 2] it is 10/6. This is maximum likelihood. So is the
+         mean of sequence sums (5), which differs by one factor for the whole batch. The mean of sequence means (1.5) is not: it gives
+         more weight to the tokens of short completions.
+         N counts the whole step, so one micro-batch of 8 rows, two of 4 and eight of 1 give the same gradient. With a mean of micro-batch
+         means they would not. Prompts are not scored. EOS is scored: a policy that is never taught to stop does not stop.
+         --text trains a base model instead: every token of plain text after BOS is a target. --policy new starts from random weights.
+Law      The expert's own distribution, as the data grow. On the three actions of toy/three_actions.py the gap d between the demonstrated
+         logit and another follows 2d + e^d = 1 + 3·lr·steps as lr → 0. The probability tends to 1, and the rest falls like 1/steps.
 Checked  tests/methods/test_sft.py (worked numbers, accumulation, masks), toy/three_actions.py (the trajectory).
 
     python -m minialign sft                                                  # built-in task, laptop CPU, half a minute
@@ -53,8 +53,8 @@ class Config(OnDemonstrations):
 def sft_loss(logps, mask, *, n_tokens=None):
     """Mean negative log-likelihood of the scored tokens, in nats per token.
 
-    logps, mask: (B, T). n_tokens: what to divide by; default the scored tokens of this batch, in an accumulated step those of the
-    whole step. Returns the scalar loss and stats. A batch with nothing scored has loss 0.
+    logps, mask: (B, T). n_tokens: the number to divide by. By default it is the scored tokens of this batch; in an accumulated step it is
+    those of the whole step. Returns the scalar loss and stats. A batch with nothing scored has loss 0.
     """
     assert logps.dim() == 2 and logps.shape == mask.shape, (logps.shape, mask.shape)
     mask = mask.bool()
@@ -65,7 +65,7 @@ def sft_loss(logps, mask, *, n_tokens=None):
 
 
 def step(policy, batch, n_tokens=None):
-    """One batch of demonstrations to one loss: the only place where the model meets the equation."""
+    """Evaluate the policy on one batch of demonstrations and compute the loss. Only this function connects model and equation."""
     logps = token_logps(policy, batch)  # (B, T)
     return sft_loss(logps, batch.mask, n_tokens=n_tokens)
 
@@ -101,7 +101,7 @@ def main(cfg):
 
 
 def open_policy_and_rows(run):
-    """(policy, tokenizer, rows to train on, held-out rows). For demonstrations or plain text, and for an existing policy or a new one."""
+    """(policy, tokenizer, rows to train on, held-out rows), for demonstrations or plain text, with an existing policy or a new one."""
     cfg = run.cfg
     run.same_input("data", cfg.text or cfg.demos)
     if cfg.text:

@@ -2,15 +2,17 @@
 
     L(θ) = −E_{(x, y_w, y_l)}[ log σ(scale·(ā_w − ā_l) − γ) ],      ā = log π_θ(y|x) / |y|
 
-Symbols  y_w → chosen, y_l → rejected, ā → *_logps (B,), log-probs averaged over the tokens, γ → target_margin.
-Idea     Answers are often ranked by their average log-prob when they are decoded, so let that be the reward: no ref is needed, and a long
-         answer is not better for being long. γ asks of every pair to be ordered by a margin, not just right.
-Differs  from dpo.py: averages in the place of log-ratios, no reference, a target margin. From orpo.py: no likelihood term.
-Details  Without a reference and without a likelihood nothing holds the policy but the learning rate (the paper's are 3e-7 to 1e-6) and the
-         number of steps; a learning rate of 1e-5 ruins a large model. The paper's ratio γ/β is target_margin / scale.
-         --online: the policy draws the pairs and a reward labels them, as in dpo.py.
-Law      Preferences from Bradley-Terry on r, γ = 0: π ∝ e^{|y|·(r − c)/scale}, c such that it sums to 1; where training began is
-         forgotten. With γ > 0 there is no closed form.
+Symbols  (→ name in the code) x: prompt; y_w: the preferred answer → chosen; y_l: the other one → rejected; π_θ: the trained policy;
+         ā: log-prob of an answer, averaged over its |y| tokens → *_logps (B,); γ → target_margin.
+Idea     During generation, candidate answers are often ranked by their average log-prob per token. SimPO takes this average, times scale,
+         as the reward of an answer. So it needs no reference, and an answer is not better just because it is long. It is not enough
+         that the chosen answer has the larger reward: it should be larger by the margin γ.
+Differs  from dpo.py: average log-probs instead of log-ratios, no reference, and a target margin. From orpo.py: no likelihood term.
+Details  There is no reference and no likelihood term, so only the learning rate (3e-7 to 1e-6 in the paper) and the number of steps limit
+         how far the policy moves. A learning rate of 1e-5 ruins a large model. The paper's ratio γ/β is target_margin / scale.
+         --online: the policy samples the pairs and a reward labels them, as in dpo.py.
+Law      If the preferences follow Bradley-Terry on r and γ = 0, the fixed point is π ∝ e^{|y|·(r − c)/scale}, with c such that it sums
+         to 1. It does not depend on the policy before training. With γ > 0 there is no closed form.
 Checked  tests/methods/test_simpo.py (worked numbers, gradient, the law by enumeration), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign simpo                                                # built-in task, laptop CPU
@@ -49,7 +51,7 @@ def simpo_loss(chosen_logps, rejected_logps, *, scale, target_margin):
 
 
 def step(policy, ref, pairs, cfg):
-    """One batch of pairs to one loss: the only place where models meet the equation."""
+    """Evaluate the models on one batch of pairs and compute the loss. Only this function connects models and equation."""
     chosen_logps, rejected_logps = mean_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
     return simpo_loss(chosen_logps, rejected_logps, scale=cfg.scale, target_margin=cfg.target_margin)
 

@@ -2,17 +2,19 @@
 
     L(θ) = E_{(x, y_w, y_l)}[ max(0, δ − log π_θ(y_w|x) + log π_θ(y_l|x)) − λ·log π_θ(y_ref|x) ]
 
-Symbols  y_w → chosen, y_l → rejected, y_ref → target, log π → *_logps (B,), δ → delta, λ → weight.
-Idea     Of two answers the chosen one should be likelier, by e^δ at least; beyond that a pair is done and says no more. The likelihood of
-         a good answer in a second term keeps the policy a language model.
-Differs  from dpo.py: no reference, and a hinge: its pressure does not fade, it stops. The lecture's "SLiC", a hinge on log-ratios to ref,
-         is gpo.py with f = hinge. From orpo.py: sums, not averages: a long answer weighs more in both terms.
-Details  Log-probs are summed over the completion. y_ref is the chosen answer here; it may be any good one. The paper's other variant ranks
-         samples of the SFT policy, which is this file on pairs made in that way.
-         --online: the policy draws the pairs and a reward labels them, as in dpo.py.
-Law      Pairs drawn from μ, labelled with probability p; W(y) and L(y): the shares with which y is the chosen and the rejected one. If
-         π = W + (W − L)/λ is nowhere negative and no pair of it has reached δ, it is that. Else, and at the default λ nearly always, there
-         is no closed form. Never π*: ref and β do not occur.
+Symbols  (→ name in the code) x: prompt; y_w: the preferred answer → chosen; y_l: the other one → rejected; y_ref: a good answer → target;
+         π_θ: the trained policy; log π: log-prob of an answer → *_logps (B,); δ → delta; λ → weight.
+Idea     The first term is a hinge: the chosen answer should be at least e^δ times as likely as the rejected one. A pair that has reached
+         this margin adds no gradient. The second term raises the likelihood of a good answer, so that the policy stays a language model.
+Differs  from dpo.py: there is no reference. The hinge has a constant gradient until the margin and then none; DPO's gradient fades instead.
+         The lecture's "SLiC", a hinge on log-ratios to ref, is gpo.py with f = hinge.
+         From orpo.py: log-probs are summed, not averaged, so a long answer has more weight in both terms.
+Details  Log-probs are summed over the answer. Here y_ref is the chosen answer; it may be any good one.
+         The paper's other variant samples answers from the SFT policy and ranks them. That is this file with pairs made in that way.
+         --online: the policy samples the pairs and a reward labels them, as in dpo.py.
+Law      Pairs are drawn from μ and labelled with probability p. W(y) and L(y) are the shares of pairs in which y is chosen and rejected.
+         If π = W + (W − L)/λ is nowhere negative and no pair reaches the margin δ under it, it is the fixed point. Otherwise, and at the
+         default λ nearly always, there is no closed form. It is never π* ∝ ref·e^{r/β} (dpo.py): ref and β do not occur in the loss.
 Checked  tests/methods/test_slic.py (worked numbers, gradient, law, stationarity), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign slic                                                 # built-in task, laptop CPU
@@ -47,7 +49,7 @@ def slic_loss(chosen_logps, rejected_logps, target_logps, *, delta, weight):
 
 
 def step(policy, ref, pairs, cfg):
-    """One batch of pairs to one loss: the only place where models meet the equation."""
+    """Evaluate the models on one batch of pairs and compute the loss. Only this function connects models and equation."""
     chosen_logps, rejected_logps = seq_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
     return slic_loss(chosen_logps, rejected_logps, chosen_logps, delta=cfg.delta, weight=cfg.weight)
 

@@ -1,19 +1,19 @@
-"""The papers' experiments as small files: a method's Config with the published numbers, and what the run needs.
+"""The papers' experiments as small files: a method's Config with the published numbers, a model, a data set, a number of GPUs.
 
-    python -m minialign recipes                                                     # what there is
-    python -m minialign.recipes.irft_ultrachat_zephyr --plan h100                   # steps, tokens, memory, hours; touches no weights
+    python -m minialign recipes                                                     # the list of recipes
+    python -m minialign.recipes.irft_ultrachat_zephyr --plan h100                   # steps, tokens, memory, hours; loads no weights
     python -m minialign.recipes.irft_ultrachat_zephyr --smoke                       # the same code path at toy size, on any CPU
-    torchrun --nproc_per_node 8 -m minialign.recipes.irft_ultrachat_zephyr          # the run; every flag of the method goes here too
+    torchrun --nproc_per_node 8 -m minialign.recipes.irft_ultrachat_zephyr          # the run; takes every flag of the method
 
---smoke writes a model of the same family with random weights, and rows in the data set's own columns, to a temporary folder, both as the
-hub has them, and takes two steps of the recipe's Config with its sizes made small: in two processes over gloo if the recipe is for more
-than one GPU. --plan counts: parameters from the architecture, bytes for each thing that is kept, floating-point operations (2 for each
-parameter and token of a forward pass, 6 with its backward pass, 4 if adapters are trained, 2 more with activation checkpointing) and
-bytes read by sampling. Time assumes the shares of a card's bare products and copies that stand in RATES, and rows of full length: an
-estimate, which knows neither communication nor evaluation.
+--smoke writes a model of the same family with random weights, and rows with the data set's columns, to a temporary folder, both in the
+hub's formats. Then it takes two steps with a small version of the recipe's Config, in two processes over gloo if the recipe is for more
+than one GPU. --plan counts the parameters of the architecture, the bytes of everything kept in memory, the floating-point operations (per
+parameter and token: 2 forward, 6 with the backward pass, or 4 if adapters are trained, 2 more with activation checkpointing) and the bytes
+that sampling reads. Its hours assume rows of full length, and that a card reaches the shares in RATES of its speed in bare matrix products
+and copies. They are an estimate, without communication and evaluation.
 
-`python -m minialign.bench.receipts` takes a few real steps of the recipes' models on one GPU, with rows of 1,024 tokens, and prints their
-memory and time beside the plan: the receipts.
+`python -m minialign.bench.receipts` takes a few real steps with the recipes' models on one GPU, with rows of 1,024 tokens, and prints the
+measured memory and time beside the plan. These measurements are the receipts.
 
 Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
 """
@@ -41,7 +41,7 @@ from minialign.weights import load_pretrained, save_pretrained
 
 NEOX = dict(family="gpt_neox", norm="layer", norm_eps=1e-5, activation="gelu", gated=False, parallel_residual=True, qkv_bias=True,
             out_bias=True, mlp_bias=True, tied=False, vocab_size=50304, max_len=2048)
-MODELS = {  # from the config.json of each
+MODELS = {  # from the config.json of each model
     "pythia-1b": GPTConfig(**NEOX, n_layer=16, n_head=8, n_embd=2048, ffn_dim=8192, rotary_dim=64),
     "pythia-1.4b": GPTConfig(**NEOX, n_layer=24, n_head=16, n_embd=2048, ffn_dim=8192, rotary_dim=32),
     "mistral-7b": GPTConfig(family="mistral", vocab_size=32000, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, ffn_dim=14336,
@@ -50,7 +50,7 @@ MODELS = {  # from the config.json of each
                               max_len=32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, tied=True),
 }
 
-# name: (training rows, their columns on the hub)
+# name: (number of training rows, an example row with the hub's columns)
 ASKED, SAID, OTHER = ({"role": role, "content": text} for role, text in (("user", "ask for tea"), ("assistant", "tea, please."),
                                                                          ("assistant", "no tea.")))
 DATA = {
@@ -63,25 +63,25 @@ DATA = {
     "openai/gsm8k": (7_473, {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"}),
 }
 
-# card: (GiB, products in bfloat16 per second, bytes copied per second), bare. H200: seen on one; else .8 and .9 of the vendor's peaks.
+# card: (GiB, flops/s of bare bfloat16 products, bytes/s of a bare copy). H200: measured on one. Others: .8 and .9 of the vendor's peaks.
 CARDS = {"a100": (80, 250e12, 1.8e12), "h100": (80, 790e12, 3.0e12), "h200": (141, 790e12, 4.3e12)}
-RATES = {"train": 0.5, "sample": 0.6}  # shares of those that a step, and a token of sampling, are expected to reach
+RATES = {"train": 0.5, "sample": 0.6}  # expected shares: of the flops/s in a training step, of the bytes/s in sampling
 
 
 @dataclass
 class Work:
-    """What a step of a method does to one row of its batch, in passes over a sequence; what it keeps beside the policy."""
+    """The passes over a sequence that a step of a method makes for one row of its batch, and the models it keeps besides the policy."""
 
-    trained: float  # forward and backward
-    scored: float  # forward alone
-    sampled: float  # completions drawn
-    copies: int = 0  # frozen ones of the policy: the reference, the old policy
+    trained: float  # passes forward and backward
+    scored: float  # passes forward only
+    sampled: float  # completions sampled
+    copies: int = 0  # frozen copies of the policy: the reference, the old policy
     more: int = 0  # trained models of the policy's size: the critic, the learned reward
-    judges: int = 0  # reward models that --reward names, whole on every card
+    judges: int = 0  # reward models named by --reward, each whole on every card
 
 
 def work(method, cfg):
-    """Of a method's Config. A policy step of rft and irl is the method's that cfg.policy_step names."""
+    """The Work of a method with its Config. For rft and irl, a policy step is that of the method named by cfg.policy_step."""
     epochs, remembers = getattr(cfg, "epochs", 1), getattr(cfg, "precompute_ref", False)
     offline = {"sft": Work(1, 0, 0), "ift": Work(1, 1, 0), "orpo": Work(2, 0, 0), "reward_model": Work(2, 0, 0),
                "dpo": Work(2, 2, 0, copies=int(not remembers))}
@@ -94,7 +94,7 @@ def work(method, cfg):
         return Work(epochs, 1 + judges, 1, copies=1, judges=judges)
     if method == "ppo":
         return Work(2 * epochs, 2 + judges, 1, copies=1, more=1, judges=judges)
-    base = int(method == "irl")  # the reward of the round before
+    base = int(method == "irl")  # the reward model of the previous round
     if cfg.policy_step.startswith("bon"):
         policy = Work(2 / cfg.n, 1 + 2 / cfg.n, 1)
     else:
@@ -107,7 +107,7 @@ def work(method, cfg):
 
 @dataclass
 class Recipe:
-    """method: its module. Config: the method's, with the paper's numbers. model: a name in MODELS. data: a name in DATA. gpus: how many."""
+    """method: a module. Config: the method's, with the paper's numbers. model: a key of MODELS. data: a key of DATA. gpus: how many."""
 
     method: object
     Config: type
@@ -126,7 +126,7 @@ class Recipe:
 def plan(recipe, cfg, card, config=None, prompt=512):
     """{'memory': {part: GiB on each card}, 'steps', 'tokens', 'hours': {part: h}, …} of a run on `recipe.gpus` cards.
 
-    config: another architecture than the recipe's. prompt: tokens of the longest, where --max_prompt names none.
+    config: an architecture to use instead of the recipe's. prompt: tokens of the longest prompt, if --max_prompt is not set.
     """
     memory_size, products, copied = CARDS[card]
     config, gpus, does = config or MODELS[recipe.model], recipe.gpus, work(recipe.name, cfg)
@@ -136,22 +136,22 @@ def plan(recipe, cfg, card, config=None, prompt=512):
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     block = sum(p.numel() for p in model.blocks[0].parameters())
-    weight, wide = (4, 2) if cfg.dtype == "mixed" else (pick_dtype(cfg.dtype).itemsize,) * 2  # bytes: kept, computed in
-    launched = gpus > 1 or cfg.dtype == "mixed"  # by torchrun
+    weight, wide = (4, 2) if cfg.dtype == "mixed" else (pick_dtype(cfg.dtype).itemsize,) * 2  # bytes of a number: stored, in computation
+    launched = gpus > 1 or cfg.dtype == "mixed"  # started by torchrun
     slices = gpus if cfg.parallel == "fsdp" else 1
     models = 1 + does.copies + does.more
 
-    sampled = (getattr(cfg, "max_prompt", None) or prompt) + cfg.max_new if does.sampled else 0  # tokens of a row that is drawn
+    sampled = (getattr(cfg, "max_prompt", None) or prompt) + cfg.max_new if does.sampled else 0  # tokens of a sampled row
     length = getattr(cfg, "max_len", sampled)
-    if sampled and length > sampled:  # of demonstrations and own answers in equal parts
+    if sampled and length > sampled:  # half the rows are demonstrations, half are sampled: take the mean length
         length = (length + sampled) // 2
     rows = cfg.batch_size // gpus
     micro = min(cfg.micro_batch or rows, rows)
-    # Sequences of a row, or passes over one, that wait for the backward pass together.
+    # Sequences of a row, or passes over one, whose activations are kept at the same time for the backward pass.
     at_once = 2 if recipe.name in ("dpo", "orpo", "irft", "reward_model", "ppo", "rft", "irl") else 1
     kept = config.n_layer * (8 * config.n_embd + (3 + config.gated) * config.ffn_dim)
     kept = config.n_layer * config.n_embd + kept // config.n_layer if cfg.activation_checkpointing else kept
-    root = everything - config.n_layer * block  # embeddings and head: gathered until the backward pass is over
+    root = everything - config.n_layer * block  # embeddings and head: they stay gathered until the backward pass ends
     cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * wide
     memory = {
         "weights": everything * weight * (1 + does.more) / slices,
@@ -161,12 +161,12 @@ def plan(recipe, cfg, card, config=None, prompt=512):
         "gathered while computing": (root * models + 2 * block) * wide * launched,
         "gradients before they are summed": ((root if not cfg.lora else 0) + trained / config.n_layer) * (wide + 4) * launched,
         "whole copy for sampling": everything * wide * (does.sampled > 0) * launched,
-        "cache of sampling": 1.75 * cache * sampled * rows * does.sampled,  # when a quarter of the rows leaves, the others are copied
+        "cache of sampling": 1.75 * cache * sampled * rows * does.sampled,  # when a quarter of the rows is finished, the others are copied
         "activations of a micro-batch": at_once * micro * length * kept * wide,
         "log-probs": 4 * SLICE_BYTES["cuda"] + 4 * micro * length * config.n_embd,
     }
     sequences = cfg.steps * cfg.batch_size
-    backward = 2 if cfg.lora else 4  # adapters: the frozen weights get no gradient, but pass one on
+    backward = 2 if cfg.lora else 4  # adapters: frozen weights get no gradient, but gradients pass through them
     passes = (2 + backward + 2 * cfg.activation_checkpointing) * does.trained + 2 * does.scored
     per_step = 2 * everything + cache * (sampled - getattr(cfg, "max_new", 0) / 2) * rows
     hours = {
@@ -179,7 +179,7 @@ def plan(recipe, cfg, card, config=None, prompt=512):
 
 
 def prompts_in(recipe, cfg):
-    """How many rows of the data a run takes."""
+    """How many rows of the data set a run uses."""
     groups = {"rebel": 2, "ppo": 1, "bon_sft": getattr(cfg, "n", 1), "bon_dpo": getattr(cfg, "n", 1)}
     if recipe.name in ("rft", "irl"):
         of_a_prompt = groups.get(cfg.policy_step, cfg.group_size)
@@ -195,7 +195,7 @@ def print_plan(recipe, cfg, card):
     print(f"  {numbers['parameters']:,} parameters, {numbers['trained']:,} trained")
     passes = prompts_in(recipe, cfg) / rows
     print(f"  {numbers['steps']:,} steps of {cfg.batch_size} rows, {passes:.2f} passes over the data; "
-          f"at most {numbers['tokens']:.3g} tokens through a model")
+          f"at most {numbers['tokens']:.3g} tokens pass through a model")
     total = sum(numbers["memory"].values())
     for part, size in numbers["memory"].items():
         print(f"  {part:30} {size:8.2f} GiB on each")
@@ -204,7 +204,7 @@ def print_plan(recipe, cfg, card):
         print(f"  {'host, while models are loaded':30} {numbers['host']:8.2f} GiB for {recipe.gpus} processes on one machine")
     for part, hours in numbers["hours"].items():
         print(f"  {part:30} {hours:8.1f} hours")
-    print(f"  {'together':30} {sum(numbers['hours'].values()):8.1f} hours, at {RATES['train']:.0%} of the card's products and "
+    print(f"  {'together':30} {sum(numbers['hours'].values()):8.1f} hours, at {RATES['train']:.0%} of the card's matrix-product rate and "
           f"{RATES['sample']:.0%} of its bandwidth")
     return numbers
 
@@ -223,9 +223,9 @@ def small(config, vocab_size):
 
 
 def write_smoke_inputs(recipe, cfg, folder):
-    """Model and data on disk as the hub has them; returns the recipe's Config, pointed at them and made small."""
+    """Write a model and data in the hub's formats. Returns the recipe's Config with their paths and with small sizes."""
     row = DATA[recipe.data][1]
-    rows = [json.loads(json.dumps(row).replace("tea", "tea, please, now"[: 3 + 4 * (i % 4)])) for i in range(12)]  # of several lengths
+    rows = [json.loads(json.dumps(row).replace("tea", "tea, please, now"[: 3 + 4 * (i % 4)])) for i in range(12)]  # of different lengths
     tokenizer = train_bpe([json.dumps(rows)], 300)
     if "messages" in row and not recipe.model.startswith("pythia"):
         tokenizer.settings["chat_template"] = TEMPLATE
@@ -253,13 +253,13 @@ def write_smoke_inputs(recipe, cfg, folder):
     if "/" in getattr(cfg, "value", ""):
         sizes["value"] = str(folder / "reward")
     if recipe.gpus == 1 and cfg.dtype == "bfloat16":
-        sizes["dtype"] = "float32"  # a CPU's bfloat16 is no GPU's
+        sizes["dtype"] = "float32"  # bfloat16 on a CPU is not like bfloat16 on a GPU
     fields = {field.name for field in dataclasses.fields(cfg)}
     return dataclasses.replace(cfg, **{name: value for name, value in sizes.items() if name in fields})
 
 
 def smoke(recipe, cfg, words):
-    """Two steps, an export, and the export loaded again: here, or in two processes over gloo if the recipe is for several GPUs."""
+    """Take two steps, export, and load the export: in this process, or in two over gloo if the recipe is for several GPUs."""
     if recipe.gpus > 1 and not parallel.launched():
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", own_name(), "--smoke", *words]
         raise SystemExit(subprocess.run([sys.executable, *command]).returncode)
@@ -269,7 +269,7 @@ def smoke(recipe, cfg, words):
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         done = recipe.method.main(parallel.on_main(write_smoke_inputs, recipe, cfg, folder))
         load_pretrained(done / "final")
-        parallel.gather(None)  # the first process removes the folder
+        parallel.gather(None)  # wait for all processes: the first one removes the folder
     print(f"smoke: {own_name()} ran in {parallel.world()} process{'es' * (parallel.world() > 1)}")
 
 
@@ -288,7 +288,7 @@ def main(recipe):
         check_config(cfg)
         if asked.plan:
             if asked.plan not in CARDS:
-                raise BadInput(f"--plan {asked.plan}: no such card; known are {', '.join(CARDS)}")
+                raise BadInput(f"--plan {asked.plan}: unknown card; use one of {', '.join(CARDS)}")
             print_plan(recipe, cfg, asked.plan)
         elif asked.smoke:
             smoke(recipe, cfg, words)

@@ -1,7 +1,7 @@
 """DPO of Mistral-7B on UltraFeedback: the baseline of Tables 2 and 3 of Hua et al. 2024 (arXiv:2405.11870).
 
-Published: 58.28 from the base, 57.52 after SFT (leaderboard mean); AlpacaEval 2, length-controlled, 8.58 and 13.72 %.
-Here AdamW, there RMSprop.
+Published: leaderboard mean 58.28 from the base and 57.52 after SFT; length-controlled AlpacaEval 2 8.58 and 13.72 %.
+The paper uses RMSprop, this recipe AdamW.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.dpo_ultrafeedback_mistral

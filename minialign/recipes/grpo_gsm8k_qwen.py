@@ -1,9 +1,9 @@
-"""GRPO of Qwen2.5-1.5B on GSM8K, paid for the right final number. Shao et al. 2024 (arXiv:2402.03300).
+"""GRPO of Qwen2.5-1.5B on GSM8K, rewarded for the right final number. Shao et al. 2024 (arXiv:2402.03300).
 
-It starts from SFT on the same questions, which teaches the #### before the number that `exact_match` reads: python -m minialign sft
---policy Qwen/Qwen2.5-1.5B --demos openai/gsm8k/main --max_len 512 --lr 1e-5 --steps 700 --out runs/sft_gsm8k_qwen. Published for
-DeepSeekMath-7B, from its own SFT: 82.9 to 88.2 % on GSM8K.
-Compare: lm-evaluation-harness, gsm8k, on final/.
+It starts after SFT on the same questions, which teaches the #### before the number that `exact_match` reads: python -m minialign sft
+--policy Qwen/Qwen2.5-1.5B --demos openai/gsm8k/main --max_len 512 --lr 1e-5 --steps 700 --out runs/sft_gsm8k_qwen. Published: from 82.9 %
+to 88.2 % on GSM8K, for DeepSeekMath-7B after its own SFT.
+To compare: run lm-evaluation-harness, task gsm8k, on final/.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.grpo_gsm8k_qwen
@@ -24,7 +24,7 @@ class Config(grpo.Config):
     prompts: str = "openai/gsm8k/main"
     reward: list[str] = field(default_factory=lambda: ["exact_match"])
     steps: int = 467                                            # one pass over 7,473 questions
-    batch_size: int = 1024                                      # 16 questions of 64 answers
+    batch_size: int = 1024                                      # 16 questions with 64 answers each
     micro_batch: int = 8
     lr: float = 1e-6
     schedule: str = "constant"

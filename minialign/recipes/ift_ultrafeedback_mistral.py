@@ -1,8 +1,8 @@
 """IFT of Mistral-7B on UltraFeedback: Tables 2 and 3 of Hua et al. 2024 (arXiv:2405.11870).
 
-Published (leaderboard mean, from the base): ORPO 57.70, DPO 58.28, SFT 58.65, IFT 59.61, the last two with 60,000 rows of UltraChat more,
-which this leaves out; after SFT: SFT 56.99, ORPO 57.35, DPO 57.52, IFT 58.22. Here AdamW, there RMSprop, and a frozen copy of the
-embedding.
+Published leaderboard means. From the base: ORPO 57.70, DPO 58.28, SFT 58.65, IFT 59.61. After SFT: SFT 56.99, ORPO 57.35, DPO 57.52, IFT
+58.22. From the base, SFT and IFT also train on 60,000 rows of UltraChat, which this recipe leaves out. The paper uses RMSprop and a frozen
+copy of the embedding; this recipe uses AdamW.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.ift_ultrafeedback_mistral
@@ -19,7 +19,7 @@ from minialign.recipes import Recipe, main
 class Config(ift.Config):
     mix: float = 0.2                                            # λ
     decay: float = 0.95                                         # γ
-    detach_weights: bool = False                                # as released; the default of ift.py detaches (docs/ERRATA.md)
+    detach_weights: bool = False                                # as in the released code; ift.py detaches by default (docs/ERRATA.md)
     policy: str = "mistralai/Mistral-7B-v0.1"
     demos: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the chosen answers
     steps: int = 360                                            # 3 epochs of 61,135 rows

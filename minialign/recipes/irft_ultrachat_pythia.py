@@ -1,9 +1,9 @@
 """IRFT of Pythia-1.4B on UltraChat: Table 3 of Li et al. 2024 (arXiv:2405.17888), T = 1 (SPIN), 2, 5, 8, 10, 16.
 
-T = 10 and 16 are a second run at a fifth of the learning rate: --policy the first run's final/, --rounds 5 or 8, --lr 1e-7.
+For T = 10 and 16, add a second run at a fifth of the learning rate: --policy is the first run's final/, --rounds 5 or 8, --lr 1e-7.
 Published (mean of six benchmarks): base 37.27, SFT 37.27, SPIN 37.35, T2 37.18, T5 37.36, T8 37.43, T10 37.69. Differences of .1 are
-within the noise of those benchmarks. Here AdamW, there RMSprop; own answers are sampled at temperature 1.
-Compare: lm-evaluation-harness on final/, and `evaluate` on held-out pairs.
+within the noise of those benchmarks. The paper uses RMSprop, this recipe AdamW. The policy's answers are sampled at temperature 1.
+To compare: run lm-evaluation-harness on final/, and `evaluate` on held-out pairs.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.irft_ultrachat_pythia
@@ -20,11 +20,11 @@ from minialign.recipes import Recipe, main
 class Config(irft.Config):
     beta: float = 0.1
     rounds: int = 5                                             # T
-    precompute_ref: bool = True                                 # "the same memory as SFT": docs/RESULTS.md
+    precompute_ref: bool = True                                 # gives "the same memory as SFT": docs/RESULTS.md
     policy: str = "EleutherAI/pythia-1.4b"
-    demos: str = "HuggingFaceH4/ultrachat_200k:train_sft"       # the paper: 50,000 of them
-    steps: int = 6_250                                          # 100,000 rows; the paper: 50,000, each twice
-    batch_size: int = 16                                        # Appendix C: two cards with 8
+    demos: str = "HuggingFaceH4/ultrachat_200k:train_sft"       # the paper uses 50,000 of them
+    steps: int = 6_250                                          # 100,000 rows; the paper uses 50,000, each twice
+    batch_size: int = 16                                        # Appendix C: two cards with 8 rows each
     micro_batch: int = 4
     lr: float = 5e-7
     schedule: str = "linear"

@@ -1,9 +1,9 @@
 """Iterative IRL with PPO of Pythia-1B on TL;DR summaries: Figure 2 of "From Demonstrations to Rewards".
 
-Published: gold reward rises over the iterations, and so do wins over the demonstrations: .242 (SFT), .312, .335; the learned reward is
-right on 58.4 to 58.7 % of human preferences. There the 10,000 demonstrations, of SFT too, are written by a PPO policy of 6.9B, here they
-are the data set's own; the reward's batch is 64 there, here that of the policy.
-Compare: `evaluate --policies … --reward runs/…/reward --pairs trl-lib/tldr-preference`.
+Published: over the iterations the gold reward rises, and so do the wins over the demonstrations: .242 (SFT), .312, .335. The learned reward
+is right on 58.4 to 58.7 % of human preferences. In the paper a 6.9B PPO policy writes the 10,000 demonstrations, which SFT uses too, and
+the reward's batch is 64. Here the demonstrations are the data set's own, and the reward's batch is the policy's.
+To compare: `evaluate --policies … --reward runs/…/reward --pairs trl-lib/tldr-preference`.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.irl_tldr_pythia
@@ -22,13 +22,13 @@ class Config(irl.Config):
     beta: float = 0.05
     rounds: int = 3
     reward_share: float = 0.5
-    bound: float = 0.0                                          # none
+    bound: float = 0.0                                          # no bound
     read: str = "last"
     reward_lr: float = 3e-6
     policy_step: str = "ppo"                                    # 4 epochs, ε .2, λ .95: the defaults of ppo.py
     policy: str = "runs/sft_tldr_pythia/final"                  # made by sft_tldr_pythia --out runs/sft_tldr_pythia
     demos: str = "trl-lib/tldr"
-    steps: int = 1_368                                          # an epoch of either part in each round
+    steps: int = 1_368                                          # one epoch of each part in each round
     batch_size: int = 512
     micro_batch: int = 8
     lr: float = 3e-6

@@ -1,7 +1,7 @@
 """ORPO of Mistral-7B on UltraFeedback: the baseline of Tables 2 and 3 of Hua et al. 2024 (arXiv:2405.11870).
 
-Published: 57.70 from the base, 57.35 after SFT (leaderboard mean); AlpacaEval 2, length-controlled, 12.34 and 12.27 %.
-Here AdamW, there RMSprop.
+Published: leaderboard mean 57.70 from the base and 57.35 after SFT; length-controlled AlpacaEval 2 12.34 and 12.27 %.
+The paper uses RMSprop, this recipe AdamW.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.orpo_ultrafeedback_mistral
@@ -16,7 +16,7 @@ from minialign.recipes import Recipe, main
 
 @dataclass
 class Config(orpo.Config):
-    weight: float = 0.25                                        # their λ; .1 in the ORPO paper for this model
+    weight: float = 0.25                                        # λ of the baseline; the ORPO paper uses .1 for this model
     policy: str = "mistralai/Mistral-7B-v0.1"
     pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
     steps: int = 360                                            # 3 epochs of 61,135 pairs

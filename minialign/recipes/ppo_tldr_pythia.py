@@ -1,6 +1,6 @@
 """PPO of Pythia-1B on TL;DR summaries. Huang et al. 2024 (arXiv:2403.17031).
 
-Published wins over the human summaries at 1.4B: REBEL 55.1, PPO 51.7, iterative DPO 47.2, DPO 42.7, SFT 24.9 %
+Published win rates over the human summaries at 1.4B: REBEL 55.1, PPO 51.7, iterative DPO 47.2, DPO 42.7, SFT 24.9 %
 (Gao et al. 2024, arXiv:2404.16767).
 Receipt (of a run at full size): none yet.
 
@@ -23,7 +23,7 @@ class Config(ppo.Config):
     policy: str = "runs/sft_tldr_pythia/final"                  # made by sft_tldr_pythia --out runs/sft_tldr_pythia
     prompts: str = "trl-lib/tldr"
     reward: list[str] = field(default_factory=lambda: ["runs/reward_model_tldr_pythia/final"])
-    missing_eos: float = 1.0                                    # less reward; the reference puts −1 in its place
+    missing_eos: float = 1.0                                    # subtracted from the reward; the reference code sets it to −1 instead
     steps: int = 1_954                                          # 1,000,000 completions
     batch_size: int = 512
     micro_batch: int = 8

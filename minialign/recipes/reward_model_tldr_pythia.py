@@ -1,6 +1,6 @@
-"""A Bradley-Terry reward model from Pythia-1B on TL;DR preferences: what ppo, rloo and rebel follow. Huang et al. 2024 (arXiv:2403.17031).
+"""A Bradley-Terry reward model from Pythia-1B on TL;DR preferences, for ppo, rloo and rebel. Huang et al. 2024 (arXiv:2403.17031).
 
-Published: AdamW, 3e-6, batch 64, cosine, one epoch.
+Published settings: AdamW, learning rate 3e-6, batch 64, cosine, one epoch.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.reward_model_tldr_pythia

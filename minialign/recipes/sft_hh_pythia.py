@@ -1,7 +1,7 @@
-"""SFT of Pythia-1.4B on the chosen answers of Anthropic HH: the base of Figures 1 and 2 of Li et al. 2024 (arXiv:2405.17888).
+"""SFT of Pythia-1.4B on the chosen answers of Anthropic HH: the starting point of Figures 1 and 2 of Li et al. 2024 (arXiv:2405.17888).
 
-Published: ten epochs, of which the best is kept (--snapshots keeps all). Here AdamW, there RMSprop.
-Compare: held-out log-prob gap, `evaluate --policies … --pairs Anthropic/hh-rlhf:test`; the figure shows it below 0.
+The paper trains ten epochs with RMSprop and keeps the best one (--snapshots keeps all). This recipe uses AdamW.
+To compare: the held-out log-prob gap by `evaluate --policies … --pairs Anthropic/hh-rlhf:test`. The figure shows it below 0.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.sft_hh_pythia
@@ -17,11 +17,11 @@ from minialign.recipes import Recipe, main
 @dataclass
 class Config(sft.Config):
     policy: str = "EleutherAI/pythia-1.4b"
-    demos: str = "Anthropic/hh-rlhf"                            # the chosen answer of a pair is its demonstration
+    demos: str = "Anthropic/hh-rlhf"                            # the chosen answer of each pair is the demonstration
     steps: int = 25_125                                         # 10 epochs of 160,800 rows
     batch_size: int = 64                                        # not published
     micro_batch: int = 8
-    lr: float = 5e-7                                            # the peak of its Appendix C
+    lr: float = 5e-7                                            # the peak rate in Appendix C
     schedule: str = "linear"
     max_len: int = 1024
     dtype: str = "mixed"

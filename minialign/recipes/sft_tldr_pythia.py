@@ -1,6 +1,6 @@
-"""SFT of Pythia-1B on TL;DR summaries: where the other TL;DR recipes begin. Huang et al. 2024 (arXiv:2403.17031).
+"""SFT of Pythia-1B on TL;DR summaries: the starting point of the other TL;DR recipes. Huang et al. 2024 (arXiv:2403.17031).
 
-Published: AdamW, 3e-6, cosine, one epoch. The token mean is over the summary here, there over prompt and summary.
+Published: AdamW, 3e-6, cosine, one epoch. The paper's token mean is over prompt and summary, this recipe's over the summary.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.sft_tldr_pythia
@@ -23,7 +23,7 @@ class Config(sft.Config):
     lr: float = 3e-6
     schedule: str = "cosine"
     warmup: float = 0.0
-    max_len: int = 565                                          # 512 of the prompt, 53 of the summary
+    max_len: int = 565                                          # 512 tokens of the prompt, 53 of the summary
     max_prompt: int = 512
     dtype: str = "mixed"
     held_out: float = 0.01

@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -118,6 +118,31 @@ class Recipe:
     @property
     def name(self):
         return self.method.__name__.rpartition(".")[2]
+
+
+@dataclass
+class FullScale:
+    """The fields that all recipes set. A recipe's Config inherits them ahead of the method's."""
+
+    dtype: str = "mixed"
+    held_out: float = 0.01
+
+
+@dataclass
+class TLDR(FullScale):
+    """The fields that ppo, rloo and rebel share on TL;DR summaries."""
+
+    policy: str = "runs/sft_tldr_pythia/final"                  # made by sft_tldr_pythia --out runs/sft_tldr_pythia
+    prompts: str = "trl-lib/tldr"
+    reward: list[str] = field(default_factory=lambda: ["runs/reward_model_tldr_pythia/final"])
+    missing_eos: float = 1.0                                    # subtracted from the reward; the reference code sets it to −1 instead
+    steps: int = 1_954                                          # 1,000,000 completions
+    batch_size: int = 512
+    max_prompt: int = 512
+    max_new: int = 53
+    tau: float = 0.7
+    eval_every: int = 100
+    save_every: int = 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------- plan

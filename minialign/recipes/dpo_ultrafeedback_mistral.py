@@ -11,11 +11,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import dpo
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(dpo.Config):
+class Config(FullScale, dpo.Config):
     beta: float = 0.1
     precompute_ref: bool = True
     policy: str = "mistralai/Mistral-7B-v0.1"
@@ -28,8 +28,6 @@ class Config(dpo.Config):
     max_len: int = 1024
     max_grad_norm: float = 10.0
     activation_checkpointing: bool = True
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 60
     save_every: int = 60
 

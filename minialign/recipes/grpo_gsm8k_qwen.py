@@ -13,11 +13,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass, field
 
 from minialign.methods import grpo
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(grpo.Config):
+class Config(FullScale, grpo.Config):
     beta: float = 0.04
     group_size: int = 64                                        # G
     policy: str = "runs/sft_gsm8k_qwen/final"
@@ -31,8 +31,6 @@ class Config(grpo.Config):
     max_prompt: int = 512
     max_new: int = 1024
     activation_checkpointing: bool = True
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 50
     save_every: int = 50
 

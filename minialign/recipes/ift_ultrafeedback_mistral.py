@@ -12,11 +12,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import ift
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(ift.Config):
+class Config(FullScale, ift.Config):
     mix: float = 0.2                                            # λ
     decay: float = 0.95                                         # γ
     detach_weights: bool = False                                # as in the released code; ift.py detaches by default (docs/ERRATA.md)
@@ -30,8 +30,6 @@ class Config(ift.Config):
     max_len: int = 1024
     max_grad_norm: float = 10.0
     activation_checkpointing: bool = True
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 60
     save_every: int = 60
 

@@ -13,11 +13,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import irft
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(irft.Config):
+class Config(FullScale, irft.Config):
     beta: float = 0.1
     rounds: int = 5                                             # T
     precompute_ref: bool = True                                 # gives "the same memory as SFT": docs/RESULTS.md
@@ -31,8 +31,6 @@ class Config(irft.Config):
     max_len: int = 1024
     max_prompt: int = 512
     max_new: int = 256
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 500
     save_every: int = 500
 

@@ -13,11 +13,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import irft
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(irft.Config):
+class Config(FullScale, irft.Config):
     beta: float = 0.1
     rounds: int = 5                                             # T; Table 4 has 1 (SPIN), 5, 8, 10 and 16
     precompute_ref: bool = True                                 # gives "the same memory as SFT": docs/RESULTS.md
@@ -32,8 +32,6 @@ class Config(irft.Config):
     max_prompt: int = 512
     max_new: int = 256
     activation_checkpointing: bool = True
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 500
     save_every: int = 500
 

@@ -13,11 +13,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import irl
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(irl.Config):
+class Config(FullScale, irl.Config):
     mode: str = "accumulate"
     beta: float = 0.05
     rounds: int = 3
@@ -37,8 +37,6 @@ class Config(irl.Config):
     max_prompt: int = 512
     max_new: int = 53
     tau: float = 0.7
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 50
     save_every: int = 50
 

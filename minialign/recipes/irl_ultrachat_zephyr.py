@@ -13,11 +13,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import irl
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(irl.Config):
+class Config(FullScale, irl.Config):
     mode: str = "accumulate"
     beta: float = 0.1
     rounds: int = 2
@@ -37,8 +37,6 @@ class Config(irl.Config):
     max_prompt: int = 512
     max_new: int = 512
     activation_checkpointing: bool = True
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 500
     save_every: int = 500
 

@@ -11,11 +11,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import orpo
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(orpo.Config):
+class Config(FullScale, orpo.Config):
     weight: float = 0.25                                        # λ of the baseline; the ORPO paper uses .1 for this model
     policy: str = "mistralai/Mistral-7B-v0.1"
     pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
@@ -27,8 +27,6 @@ class Config(orpo.Config):
     max_len: int = 1024
     max_grad_norm: float = 10.0
     activation_checkpointing: bool = True
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 60
     save_every: int = 60
 

@@ -10,11 +10,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import reward_model
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(reward_model.Config):
+class Config(FullScale, reward_model.Config):
     policy: str = "runs/sft_tldr_pythia/final"                  # made by sft_tldr_pythia --out runs/sft_tldr_pythia
     pairs: str = "trl-lib/tldr-preference"
     steps: int = 1_450                                          # 1 epoch of 92,858 pairs
@@ -25,8 +25,6 @@ class Config(reward_model.Config):
     warmup: float = 0.0
     max_len: int = 638
     max_prompt: int = 512
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 100
     save_every: int = 100
 

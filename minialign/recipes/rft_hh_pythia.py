@@ -14,11 +14,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import rft
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(rft.Config):
+class Config(FullScale, rft.Config):
     beta: float = 0.1
     rounds: int = 1                                             # T
     loss: str = "bt"                                            # as in the released code; Algorithm 1 prints the linear loss
@@ -36,8 +36,6 @@ class Config(rft.Config):
     max_len: int = 256                                          # from the released code; Appendix C has 1024
     max_prompt: int = 128
     max_new: int = 128
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 500
     save_every: int = 500
 

@@ -11,11 +11,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import sft
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(sft.Config):
+class Config(FullScale, sft.Config):
     policy: str = "EleutherAI/pythia-1.4b"
     demos: str = "Anthropic/hh-rlhf"                            # the chosen answer of each pair is the demonstration
     steps: int = 25_125                                         # 10 epochs of 160,800 rows
@@ -24,8 +24,6 @@ class Config(sft.Config):
     lr: float = 5e-7                                            # the peak rate in Appendix C
     schedule: str = "linear"
     max_len: int = 1024
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 500
     save_every: int = 500
 

@@ -10,11 +10,11 @@ Receipt (of a run at full size): none yet.
 from dataclasses import dataclass
 
 from minialign.methods import sft
-from minialign.recipes import Recipe, main
+from minialign.recipes import FullScale, Recipe, main
 
 
 @dataclass
-class Config(sft.Config):
+class Config(FullScale, sft.Config):
     policy: str = "EleutherAI/pythia-1b"
     demos: str = "trl-lib/tldr"
     steps: int = 910                                            # 1 epoch of 116,722 rows
@@ -25,8 +25,6 @@ class Config(sft.Config):
     warmup: float = 0.0
     max_len: int = 565                                          # 512 tokens of the prompt, 53 of the summary
     max_prompt: int = 512
-    dtype: str = "mixed"
-    held_out: float = 0.01
     eval_every: int = 100
     save_every: int = 100
 

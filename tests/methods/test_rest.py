@@ -90,7 +90,7 @@ def test_a_failed_grow_step_is_tried_again(small, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"quantiles": [0.9, 0.5]}, "--quantiles .*must increase"), ({"quantiles": []}, "--quantiles .*must rise"),
+    ({"quantiles": [0.9, 0.5]}, "--quantiles .*must increase"), ({"quantiles": []}, "--quantiles .*must increase"),
     ({"quantiles": [0.5, 1.0]}, "must increase, from at least 0 to below 1"),
     ({"grows": 7}, "--steps 6: 7 Grow steps with 1 Improve steps each need at least 7"), ({"grows": 0}, "--grows 0: must be at least 1"),
 ])

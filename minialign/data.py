@@ -13,6 +13,7 @@ A bad row raises an error that gives path:line, the keys found and the keys acce
 No row is dropped silently. docs/DATA.md describes the formats in full. Checked by tests/test_data.py.
 """
 
+import functools
 import gzip
 import json
 import os
@@ -333,14 +334,8 @@ def encode_feedback(tokenizer, feedback, *, max_prompt=None):
 
 def encode_pairs(tokenizer, pairs, *, max_prompt=None):
     """[(prompt ids, chosen ids, rejected ids)]."""
-    return [
-        (
-            encode_prompt(tokenizer, p.prompt, max_prompt=max_prompt),
-            encode_completion(tokenizer, p.chosen),
-            encode_completion(tokenizer, p.rejected),
-        )
-        for p in pairs
-    ]
+    answer = functools.partial(encode_completion, tokenizer)
+    return [(encode_prompt(tokenizer, p.prompt, max_prompt=max_prompt), answer(p.chosen), answer(p.rejected)) for p in pairs]
 
 
 def encode_prompts(tokenizer, prompts, *, max_prompt=None):

@@ -25,9 +25,6 @@ from minialign.weights import load_pretrained
 
 READS_ALL = ("reward_model", "rft", "irl")  # a reward model reads the last token of a row, which a policy only predicts
 
-# ------------------------------------------------------------------------------------------------------------------- policy
-
-
 def open_policy(run):
     """(policy, tokenizer) that --policy names, on the run's device: a model's folder, an adapter's folder, a hub name, or builtin."""
     cfg = run.cfg
@@ -104,9 +101,6 @@ def open_value_model(run, policy, tokenizer):
     return value_model
 
 
-# --------------------------------------------------------------------------------------------------------------- data, reward
-
-
 def open_demos(run, tokenizer):
     """(rows to train on, held-out rows, batch_of) of --demos. A row is (prompt ids, completion ids).
 
@@ -132,6 +126,13 @@ def open_prompts(run, policy, tokenizer):
     rows, held_out = split_held_out(encode_prompts(tokenizer, prompts, max_prompt=cfg.max_prompt), cfg.held_out)
     check_context(run, policy, rows + held_out)
     return rows, held_out
+
+
+def open_online(run):
+    """(reward function, policy, tokenizer, prompt rows to train on, held-out rows): what a method starts from that follows a reward."""
+    reward_fn = open_rewards(run)
+    policy, tokenizer = open_policy(run)
+    return reward_fn, policy, tokenizer, *open_prompts(run, policy, tokenizer)
 
 
 def check_context(run, policy, rows, max_len=math.inf):

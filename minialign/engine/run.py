@@ -145,10 +145,10 @@ class Run:
         newest = parallel.on_main(checkpoint.newest_checkpoint, self.folder)
         if newest is not None:  # None: killed before the first checkpoint. Starting again gives the same run.
             state = checkpoint.load_checkpoint(newest, self.modules, self.optimizers)
-            if state["config"] != self._config_hash():
+            if state["config"] != checkpoint.sha256(self.folder / "config.json"):
                 raise BadInput(f"{self.folder}/config.json: was edited since {newest.name} was written; restore it to resume")
-            self.first_step, self.skipped = state["step"], state["skipped"]
-            self.skipped_in_a_row, self.failing = state["skipped_in_a_row"], state["failing"]
+            self.first_step = state["step"]
+            self.skipped, self.skipped_in_a_row, self.failing = state["skipped"], state["skipped_in_a_row"], state["failing"]
             if state["torch"] != torch.__version__:
                 note(f"note: written by torch {state['torch']}, continued by {torch.__version__}: equal only up to rounding")
         if not parallel.is_main():
@@ -163,11 +163,9 @@ class Run:
             parallel.shard(module, self.cfg.parallel, self.device.type, self.dtype, optimizers)
 
     def save(self, step):
-        state = {"config": self._config_hash(), "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "failing": self.failing}
+        state = {name: getattr(self, name) for name in ("skipped", "skipped_in_a_row", "failing")}
+        state["config"] = checkpoint.sha256(self.folder / "config.json")
         checkpoint.save_checkpoint(self.folder, step, self.modules, self.optimizers, state)
-
-    def _config_hash(self):
-        return checkpoint.sha256(self.folder / "config.json")
 
     def steps(self, total):
         """Yield the steps still to do, from 0, and save a checkpoint when one is due. SIGTERM or Ctrl-C: save, say how to resume, exit."""

@@ -32,7 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.batch import collate, masked_mean
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
 from minialign.engine.look import first_rollout
-from minialign.engine.opening import open_policy, open_prompts, open_rewards
+from minialign.engine.opening import open_online
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.logps import token_logps
@@ -100,9 +100,7 @@ def main(cfg):
     cfg = run.cfg
     if cfg.rounds > cfg.steps:
         raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
-    reward_fn = open_rewards(run)
-    policy, tokenizer = open_policy(run)
-    rows, held_out = open_prompts(run, policy, tokenizer)
+    reward_fn, policy, tokenizer, rows, held_out = open_online(run)
     old = frozen_copy(policy)  # π_t: the policy at the start of the round
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.register(policy=policy, old=old, optimizer=optimizer)

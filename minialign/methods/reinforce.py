@@ -38,7 +38,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.batch import masked_mean
 from minialign.engine.common import Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
 from minialign.engine.look import first_rollout
-from minialign.engine.opening import open_policy, open_prompts, open_rewards
+from minialign.engine.opening import open_online
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.kl import kl_rewards
@@ -91,9 +91,7 @@ def main(cfg):
     """Run it; returns the run folder."""
     run = Run("reinforce", cfg)
     cfg = run.cfg
-    reward_fn = open_rewards(run)
-    policy, tokenizer = open_policy(run)
-    rows, held_out = open_prompts(run, policy, tokenizer)
+    reward_fn, policy, tokenizer, rows, held_out = open_online(run)
     ref = frozen_copy(policy)
     baseline = Baseline(cfg.decay)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)

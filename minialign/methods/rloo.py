@@ -22,7 +22,6 @@ Checked  tests/methods/test_rloo.py (all pairs enumerated, hand numbers, clip), 
 
     python -m minialign rloo                                                 # built-in task, laptop CPU
     python -m minialign rloo --prompts prompts.jsonl --policy runs/sft/final --reward runs/reward_model/final
-    python -m minialign rloo --reward rewards.py:politeness                  # any function (prompts, completions) -> numbers
 """
 
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.batch import masked_mean
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
 from minialign.engine.look import first_rollout
-from minialign.engine.opening import open_policy, open_prompts, open_rewards
+from minialign.engine.opening import open_online
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.kl import kl_rewards
@@ -91,9 +90,7 @@ def main(cfg):
     cfg = run.cfg
     if cfg.group_size < 2:
         raise BadInput("--group_size 1: the baseline is the mean of the other completions, so there must be at least 2")
-    reward_fn = open_rewards(run)
-    policy, tokenizer = open_policy(run)
-    rows, held_out = open_prompts(run, policy, tokenizer)
+    reward_fn, policy, tokenizer, rows, held_out = open_online(run)
     ref = frozen_copy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.register(policy=policy, optimizer=optimizer)

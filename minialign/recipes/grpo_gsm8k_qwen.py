@@ -7,7 +7,6 @@ To compare: run lm-evaluation-harness, task gsm8k, on final/.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.grpo_gsm8k_qwen
-    python -m minialign.recipes.grpo_gsm8k_qwen --plan h100
 """
 
 from dataclasses import dataclass, field

@@ -6,7 +6,6 @@ copy of the embedding; this recipe uses AdamW.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.ift_ultrafeedback_mistral
-    python -m minialign.recipes.ift_ultrafeedback_mistral --plan h100
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,6 @@ To compare: run lm-evaluation-harness on final/, and `evaluate` on held-out pair
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.irft_ultrachat_pythia
-    python -m minialign.recipes.irft_ultrachat_pythia --plan h100
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,6 @@ To compare: `evaluate --policies … --reward runs/…/reward --pairs trl-lib/tl
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.irl_tldr_pythia
-    python -m minialign.recipes.irl_tldr_pythia --plan h100
 """
 
 from dataclasses import dataclass

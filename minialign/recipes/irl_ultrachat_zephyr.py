@@ -7,7 +7,6 @@ To compare: run RewardBench on reward/ and lm-evaluation-harness on final/.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 8 -m minialign.recipes.irl_ultrachat_zephyr
-    python -m minialign.recipes.irl_ultrachat_zephyr --plan h100
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,6 @@ The paper uses RMSprop, this recipe AdamW.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.orpo_ultrafeedback_mistral
-    python -m minialign.recipes.orpo_ultrafeedback_mistral --plan h100
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,6 @@ Published win rates over the human summaries at 1.4B: REBEL 55.1, PPO 51.7, iter
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.ppo_tldr_pythia
-    python -m minialign.recipes.ppo_tldr_pythia --plan h100
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,6 @@ The paper trains adapters of rank 1024 (--lora 1024); this recipe trains all wei
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.rebel_tldr_pythia
-    python -m minialign.recipes.rebel_tldr_pythia --plan h100
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,6 @@ Published settings: AdamW, learning rate 3e-6, batch 64, cosine, one epoch.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.reward_model_tldr_pythia
-    python -m minialign.recipes.reward_model_tldr_pythia --plan h100
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,6 @@ best 10,000.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.rft_hh_pythia
-    python -m minialign.recipes.rft_hh_pythia --plan h100
 """
 
 from dataclasses import dataclass

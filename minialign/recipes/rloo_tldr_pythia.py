@@ -5,7 +5,6 @@ SFT 45.2 % (Gao et al. 2024, arXiv:2404.16767).
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.rloo_tldr_pythia
-    python -m minialign.recipes.rloo_tldr_pythia --plan h100
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,6 @@ To compare: the held-out log-prob gap by `evaluate --policies … --pairs Anthro
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.sft_hh_pythia
-    python -m minialign.recipes.sft_hh_pythia --plan h100
 """
 
 from dataclasses import dataclass

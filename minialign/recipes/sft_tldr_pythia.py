@@ -4,7 +4,6 @@ Published: AdamW, 3e-6, cosine, one epoch. The paper's token mean is over prompt
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 2 -m minialign.recipes.sft_tldr_pythia
-    python -m minialign.recipes.sft_tldr_pythia --plan h100
 """
 
 from dataclasses import dataclass

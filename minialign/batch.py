@@ -6,7 +6,7 @@
     targets  b c d ⏎      what it predicts from that
     mask     . 1 1 1      the predictions that are completion tokens, EOS included
 
-All other code is indexed by prediction; there is no `[:, 1:]` anywhere else. Masks come from lengths, never from token ids, so that
+All other code is indexed by prediction and never shifts a batch itself. Masks come from lengths, never from token ids, so that
 padding may use the EOS id.
 """
 

@@ -65,7 +65,7 @@ class GPTConfig:
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "ffn_dim", "max_len"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-                raise BadInput(f"{name} must be a whole number from 1 to 2**31, found {value!r}")
+                raise BadInput(f"{name} must be a whole number from 1 to 2**31 − 1, found {value!r}")
         choices = {"norm": ("rms", "layer"), "positions": ("rotary", "learned"), "head": ("lm", "scalar"), "activation": tuple(ACTIVATIONS),
                    "reward_read": ("last", "sum")}
         for name, allowed in choices.items():
@@ -86,7 +86,7 @@ class GPTConfig:
 
     @classmethod
     def from_hf(cls, config_dict):
-        """Build from the dict of a Hugging Face config.json. Raises BadInput for an architecture or option this file does not implement."""
+        """Build from the dict of a Hugging Face config.json. Raises BadInput for an architecture or option that is not implemented."""
         return config_from_hf(config_dict, cls)
 
 
@@ -110,8 +110,8 @@ def rotary_angles(config, positions):
 def scale_rotation(speed, scaling):
     """Slow the rotation so that a longer context spans the angles seen in training. `linear` slows all pairs, `llama3` only slow pairs.
 
-    llama3 (Llama 3.1 report, section 3.1.2): the speed of pairs whose wavelength exceeds the old context is divided by `factor`, fast
-    pairs are unchanged, and a linear ramp connects the two.
+    llama3 (Llama 3.1 report, section 3.1.2): the speed of slow pairs (a wavelength long beside the old context) is divided by
+    `factor`, fast pairs are unchanged, and a linear ramp connects the two.
     """
     if scaling["rope_type"] == "linear":
         return speed / scaling["factor"]

@@ -107,9 +107,6 @@ def label_by_reward(prompts_ids, completions, rewards, seed):
     return [(x, pair[c], pair[1 - c]) for x, pair, c in zip(prompts_ids, both, chosen.int().tolist(), strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------------------------ reference
-
-
 def precomputes(cfg):
     return getattr(cfg, "precompute_ref", False)
 

@@ -400,9 +400,6 @@ def time_limit(seconds):
             signal.setitimer(signal.ITIMER_REAL, max(0.001, others - (time.monotonic() - began)), every)
 
 
-# --------------------------------------------------------------------------------------------------------------------- log
-
-
 def rollout_stats(rewards, answers, *, group_size=1):
     """The metrics of one rollout. rewards: (B,) without the KL. answers: a Rollout; if it has ref_logps, the KL to ref is included."""
     stats = {

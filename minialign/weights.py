@@ -57,7 +57,7 @@ def interleaved(n_head):  # gpt_neox's query_key_value: q, k, v of one head, the
 
 
 def layout(config):
-    """[(name in the file without the trunk's prefix, [our names], (pack, unpack))] and the trunk's prefix, e.g. 'model.'."""
+    """[(name in the file, [our names], (pack, unpack))] and the prefix of the trunk's names, e.g. 'model.'."""
     rows = []
 
     def add(theirs, *ours, packing=None):
@@ -232,9 +232,6 @@ def fit_vocabulary(model, tokenizer, where):
             "embedding rows; the two do not belong together"
         )
     model.config.n_tokens = tokenizer.vocab_size
-
-
-# ----------------------------------------------------------------------------------------------------------------- writing
 
 
 def save_pretrained(model, folder, tokenizer=None):

@@ -441,7 +441,7 @@ def ipo_online_law(ref, prefer, beta):
 
 
 def simpo_law(lengths, reward, scale):
-    """SimPO without a target margin: π ∝ e^{|y|(r − c)/scale} with Σ = 1, for Bradley-Terry labels and any μ. It does not depend on ref.
+    """SimPO without a target margin: π = e^{|y|(r − c)/scale} with Σ = 1, for Bradley-Terry labels and any μ. It does not depend on ref.
 
     The lemma applies as for DPO. The score scale·log π/|y| equals r − c, with one unknown c for all completions. Σ e^{|y|(r − c)/scale}
     falls in c, so bisection finds it.

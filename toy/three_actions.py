@@ -2,7 +2,7 @@
 
 The setting is Example 1 of "Getting More Juice Out of the SFT Data" and of "From Demonstrations to Rewards", with any expert and any
 reference. A policy is three logits in float64. Expectations over demonstrations and samples are exact sums, so nothing is noisy and the
-tolerances are those of float64 (one row is sampled, to show the noise). The losses are imported from minialign/methods. The laws (closed
+tolerances are those of float64 (two rows are sampled, to show the noise). The losses are imported from minialign/methods. The laws (closed
 forms) are those of toy/closed_form.py, which does not use the losses.
 
     python -m toy.three_actions                                        # a table with PASS or FAIL per row, a figure; exit 1 on a miss
@@ -52,7 +52,7 @@ class Config:
     ref_update: str = "both"        # reference of IRFT: refreshed each round (SPIN), fixed, or both
     resampling: str = "both"        # samples of IRFT: fresh at every step, stale (kept for a round), or both
     rounds: int = 6                 # number of rounds with stale samples
-    seed: int = 0                   # seed of the one sampled row
+    seed: int = 0                   # seed of the two sampled rows
     full: bool = False              # also run eight other settings, from a distant reference to beta = 5
     out: str = "runs/three_actions.png"  # the figure
 
@@ -371,7 +371,7 @@ def irft_checks(cfg):
         sampler = logits.softmax(0)
         logits = descend(lambda z, q=sampler: expected_irft(z, expert, q, ref, beta=beta, h="identity"), logits, lr, inner)
     learned, sft = logits.softmax(0).numpy(), descend(lambda z: expected_sft(z, expert), start, beta * inner * lr, 3).softmax(0).numpy()
-    yield Check("IRFT identity, 3 rounds of 7 steps", learned, sft, 1e-12, "= SFT, 3 steps of 7 times the size")
+    yield Check("IRFT identity, 3 rounds of 7 steps", learned, sft, 1e-12, "= SFT, 3 steps of 7·β times the size")
     learned = descend(lambda z: expected_irft(z, expert, ref, ref, beta=beta, h="identity"), start, lr, 25).softmax(0).numpy()
     yield Check("IRFT identity, one round of 25 steps", learned, closed_form.identity_round(E, reference, beta * lr * 25), 1e-12)
     gradients = [

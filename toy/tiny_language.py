@@ -58,7 +58,7 @@ class Config:
     methods: list[str] = field(default_factory=list)  # methods to train: all, or some of reinforce, rloo, …; default: a few, --full all
     beta: float = 0.5               # strength of the pull to the reference
     steps: int = 300                # updates per run (PPO: a third as many rollouts, four updates on each; RFT, IRL: twice as many updates)
-    samples: int = 32               # completions per prompt and step (REBEL: twice as many pairs)
+    samples: int = 32               # completions per prompt and step (REBEL, preferences and KTO: twice as many pairs)
     lr: float = 3e-3                # Adam's learning rate, which falls linearly to 0
     seeds: int = 1                  # runs per row; every run must pass
     full: bool = False              # 1555 completions per prompt instead of 85, twice the updates, every method
@@ -402,7 +402,7 @@ def inverse_rl_losses(round_length, reward_steps, reward_loss, beta, policy, rew
             base = copy.deepcopy(reward_model)
         if k % round_length < reward_steps:
             completions = language.draw(expert, cfg.samples, generator).completions
-            own = rft.rollout(policy, prompts_ids, settings, language.eos_id, (seed, k))
+            own = sample(policy, prompts_ids, max_new=settings.max_new, eos_id=language.eos_id, seed=(seed, k))
             yield reward_loss(reward_model, base, collate(prompts_ids, completions, pad_id=language.eos_id), own)
         else:
             grouped = prompts_ids[:: settings.group_size]
@@ -549,7 +549,7 @@ def best_of_n_losses(policy, value_model, ref, language, cfg, seed):
     settings = best_of_n.Config(n=4, max_new=language.max_new)
     prompts_ids = [x for x in language.prompts for _ in range(cfg.samples)]
     for k in range(cfg.steps):
-        answers = best_of_n.rollout(ref, prompts_ids, settings, language.eos_id, (seed, k))
+        answers = sample(ref, prompts_ids, max_new=settings.max_new, n=settings.n, eos_id=language.eos_id, seed=(seed, k))
         scores = language.scores([x for x in prompts_ids for _ in range(4)], answers).view(-1, 4)
         completions = [answers.completions[4 * b + i] for b, i in enumerate(best_of_n.pick(scores).tolist())]
         yield best_of_n.step(policy, collate(prompts_ids, completions, pad_id=language.eos_id), settings)[0]
@@ -557,7 +557,7 @@ def best_of_n_losses(policy, value_model, ref, language, cfg, seed):
 
 def rest_losses(policy, value_model, ref, language, cfg, seed):
     settings = rest.Config(n=cfg.steps * cfg.samples // 2, max_new=language.max_new)
-    answers = rest.rollout(ref, language.prompts, settings, language.eos_id, seed)
+    answers = sample(ref, language.prompts, max_new=settings.max_new, n=settings.n, eos_id=language.eos_id, seed=seed)
     prompts_ids = [x for x in language.prompts for _ in range(settings.n)]
     kept = rest.keep(language.scores(prompts_ids, answers), 0.0).nonzero().squeeze(1).tolist()
     for k in range(cfg.steps):

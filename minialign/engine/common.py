@@ -215,9 +215,6 @@ class Mean:
         return {name: sums[name] / weights[name] for name in names}
 
 
-# ------------------------------------------------------------------------------------------------------ words about this machine
-
-
 def note(text):
     """Print a remark on stderr; of several processes only the first prints it."""
     if parallel.is_main():

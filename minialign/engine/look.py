@@ -99,8 +99,7 @@ def print_folder(run):
     print(f"folder: {run.folder}" + (f", resuming after step {run.first_step}" if run.resuming else ""), flush=True)
 
 
-def rows_at_once(cfg):
-    """Rows of one forward pass: a micro-batch."""
+def rows_at_once(cfg):  # a micro-batch
     return min(cfg.micro_batch or cfg.batch_size, cfg.batch_size)
 
 

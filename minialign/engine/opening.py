@@ -25,6 +25,7 @@ from minialign.weights import load_pretrained
 
 READS_ALL = ("reward_model", "rft", "irl")  # a reward model reads the last token of a row, which a policy only predicts
 
+
 def open_policy(run):
     """(policy, tokenizer) that --policy names, on the run's device: a model's folder, an adapter's folder, a hub name, or builtin."""
     cfg = run.cfg

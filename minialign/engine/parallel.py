@@ -5,10 +5,10 @@
 
 Every process runs the same program on the same numbers, so a method file reads as if there were one process. They differ in four places:
 
-    micro-batches   each process takes an equal share of a step's rows (`share`). A micro-batch is weighted by its share of the whole step,
+    micro-batches   each process takes an equal share of a step's rows (`local_rows`). A micro-batch is weighted by its share of the step,
                     so gradients are summed, not averaged, and a step is the same on 1, 2 or 64 processes. Their number must divide
                     --batch_size: then all do equally many micro-batches, and none waits in a collective that another never enters.
-    rollouts        each samples its share of the rows, with weights gathered once (`whole`), not once per token. Then all get all rows.
+    rollouts        each samples its share of the rows, with weights gathered once (`full_copy`), not per token. Then all get all rows.
     rewards         each requests the rewards of its rows. Then all get all rewards, or all get the error.
     files, terminal the first process writes. Only checkpoints differ: each process writes its own part.
 
@@ -108,7 +108,7 @@ def gather(value):
 
 
 def gather_rows(rows):
-    """The whole tensor, joined from the `share` of each process."""
+    """The whole tensor, joined from the `local_rows` of each process."""
     return rows if world() == 1 else torch.cat(gather(rows.cpu())).to(rows.device)
 
 

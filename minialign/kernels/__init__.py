@@ -1,4 +1,4 @@
-"""The code written for speed, one algorithm per file. logps.py and sample.py use it (ift.py and run.py import one name each).
+"""The code written for speed, one algorithm per file. logps.py and sample.py use it.
 
 logprob.py                 logits -> log-prob, entropy and log-sum-exp of each row in one pass, then the gradient in place of the logits
 logprob_triton.py          the same two passes for a GPU

@@ -1,4 +1,4 @@
-"""logprob.py's update_statistics and to_gradient for a GPU, in Triton: one program per row, one pass, one exp2 per logit.
+"""logprob.py's update_statistics and to_gradient for a GPU, in Triton: one pass, one exp2 per logit.
 
 The running statistics are scalars. A vector with one number per lane would double the exponentials and make them the bottleneck. exp2 is
 one instruction. Each logit is multiplied once, by log2(e)/tau, and the results are multiplied by ln 2 at the end. Row offsets are int64,

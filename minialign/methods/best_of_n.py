@@ -20,7 +20,6 @@ Checked  tests/methods/test_best_of_n.py (enumeration, sampling, bound, expected
 
     python -m minialign best_of_n                                            # built-in task, laptop CPU
     python -m minialign best_of_n --n 16 --prompts prompts.jsonl --policy runs/sft/final --reward runs/reward_model/final
-    python -m minialign best_of_n --reward rewards.py:politeness             # any function (prompts, completions) -> numbers
 """
 
 import math
@@ -84,11 +83,6 @@ def expected_max(rewards, n):
     return sum(math.comb(i - 1, n - 1) / math.comb(N, n) * reward for i, reward in enumerate(ordered, start=1))
 
 
-def rollout(old, prompts_ids, cfg, eos_id, seed):
-    """Sample n completions of each prompt from the policy at the start of the round."""
-    return sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=eos_id, seed=seed)
-
-
 def step(policy, winners, cfg):
     """Evaluate the policy on one batch of winners and compute the loss. Only this function connects policy and equation."""
     return best_of_n_loss(token_logps(policy, winners), winners.mask)
@@ -113,7 +107,8 @@ def main(cfg):
 
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
-        answers = rollout(old, prompts_ids, cfg, tokenizer.eos_id, derive_seed("best_of_n", cfg.seed, k))
+        seed = derive_seed("best_of_n", cfg.seed, k)
+        answers = sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=tokenizer.eos_id, seed=seed)
         rewards = run.ask(k, reward_fn, tokenizer, prompts, answers)  # (B·n,)
         if rewards is None:
             continue

@@ -43,6 +43,7 @@ from minialign.lora import frozen_copy
 from minialign.methods import best_of_n, dpo
 from minialign.methods.rft import alternate, check_rounds, completions_per_prompt, constant_reward, policy_alignment, reward_alignment_loss
 from minialign.rewards import rollout_stats, score
+from minialign.sample import sample
 from minialign.settings import OnDemonstrations
 
 
@@ -99,7 +100,7 @@ def select_best(policy, anchor, prompts_ids, reward_of, cfg, tokenizer, seed):
 
     Returns what rft.policy_alignment returns. If all n rewards are equal, best and worst are the same completion: DPO's gradient is 0.
     """
-    answers = best_of_n.rollout(policy, prompts_ids, cfg, tokenizer.eos_id, seed)
+    answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=tokenizer.eos_id, seed=seed)
     rewards = reward_of(answers).view(-1, cfg.n)  # (N, n)
 
     def rows(picked):  # (N,) indices within the groups -> Batch

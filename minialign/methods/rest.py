@@ -23,7 +23,6 @@ Checked  tests/methods/test_rest.py (thresholds, the guard, what is regenerated)
 
     python -m minialign rest                                                 # built-in task, laptop CPU
     python -m minialign rest --prompts prompts.jsonl --policy runs/sft/final --reward runs/reward_model/final --grows 2
-    python -m minialign rest --reward rewards.py:politeness                  # any function (prompts, completions) -> numbers
 """
 
 from dataclasses import dataclass, field
@@ -72,11 +71,6 @@ def keep(rewards, threshold):
     return above if above.any() else rewards == rewards.max()
 
 
-def rollout(old, prompts_ids, cfg, eos_id, seed):
-    """The Grow step: sample n completions of each prompt from the policy at its start."""
-    return sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=eos_id, seed=seed)
-
-
 def step(policy, kept, cfg):
     """Evaluate the policy on kept completions and compute the loss. Only this function connects policy and equation."""
     return rest_loss(token_logps(policy, kept), kept.mask)
@@ -108,7 +102,8 @@ def main(cfg):
         if data is None:
             source = [j for j in batch_rows(len(rows), cfg.grow_prompts, g, cfg.seed) for _ in range(cfg.n)]  # prompt of each sample
             prompts_ids, prompts = zip(*[rows[j] for j in source], strict=True)
-            answers = rollout(old, prompts_ids[:: cfg.n], cfg, tokenizer.eos_id, derive_seed("rest", cfg.seed, g))
+            answers = sample(old, prompts_ids[:: cfg.n], max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=tokenizer.eos_id,
+                             seed=derive_seed("rest", cfg.seed, g))
             rewards = run.ask(k, reward_fn, tokenizer, prompts, answers)  # (B,)
             if rewards is None:
                 continue

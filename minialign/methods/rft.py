@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from minialign import sample
 from minialign.batch import collate
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr, split_micro
 from minialign.engine.look import check_sampler, first_look
@@ -47,6 +46,7 @@ from minialign.kl import kl_rewards
 from minialign.lora import frozen_copy
 from minialign.methods import grpo, ppo, rebel, rloo
 from minialign.rewards import rollout_stats, score
+from minialign.sample import rollout, sample
 from minialign.settings import OnDemonstrations
 
 
@@ -88,11 +88,6 @@ def reward_alignment_loss(demo_rewards, sample_rewards, *, beta, loss="linear", 
     return value.mean(), {name: stat.detach() for name, stat in stats.items()}
 
 
-def rollout(policy, prompts_ids, cfg, eos_id, seed):
-    """The policy's own answer to each prompt: ỹ ~ π_t."""
-    return sample.sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=eos_id, seed=seed)
-
-
 def step(reward_model, demos, samples, cfg):
     """Reward alignment: compute the loss of one batch. Only this function connects the reward model and its equation."""
     return reward_alignment_loss(score(reward_model, demos), score(reward_model, samples), beta=cfg.beta, loss=cfg.loss, ridge=cfg.ridge)
@@ -110,7 +105,7 @@ def policy_alignment(policy, value_model, ref, prompts_ids, reward_of, cfg, eos_
     if method is ppo:
         answers = ppo.rollout_with_values(policy, value_model, ref, prompts_ids, settings, eos_id, seed)
     else:
-        answers = sample.rollout(policy, ref, prompts_ids, settings, n=completions_per_prompt(cfg), eos_id=eos_id, seed=seed)
+        answers = rollout(policy, ref, prompts_ids, settings, n=completions_per_prompt(cfg), eos_id=eos_id, seed=seed)
     rewards = reward_of(answers)  # (B,)
     metrics = rollout_stats(rewards, answers, group_size=completions_per_prompt(cfg))
     if method is ppo:
@@ -204,7 +199,7 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
         prompts_ids, seed = [rows[row][0] for row in picked], derive_seed(run.method, cfg.seed, k)
         total, stats = 0.0, Mean()
         if of_reward:
-            answers = rollout(policy, prompts_ids, cfg, tokenizer.eos_id, seed)
+            answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=seed)
             set_lr(reward_optimizer, lr_at(nth, lr=cfg.reward_lr, steps=counts[True], warmup=cfg.warmup, schedule=cfg.schedule))
             reward_optimizer.zero_grad()
             own = collate(prompts_ids, answers.completions, pad_id=tokenizer.pad_id).to(run.device)

@@ -11,7 +11,7 @@ Differs  from dpo.py: average log-probs instead of log-ratios, no reference, and
 Details  There is no reference and no likelihood term, so only the learning rate (3e-7 to 1e-6 in the paper) and the number of steps limit
          how far the policy moves. A learning rate of 1e-5 ruins a large model. The paper's ratio γ/β is target_margin / scale.
          --online: the policy samples the pairs and a reward labels them, as in dpo.py.
-Law      If the preferences follow Bradley-Terry on r and γ = 0, the fixed point is π ∝ e^{|y|·(r − c)/scale}, with c such that it sums
+Law      If the preferences follow Bradley-Terry on r and γ = 0, the fixed point is π = e^{|y|·(r − c)/scale}, with c such that it sums
          to 1. It does not depend on the policy before training. With γ > 0 there is no closed form.
 Checked  tests/methods/test_simpo.py (worked numbers, gradient, the law by enumeration), test_against_trl.py, toy/tiny_language.py.
 

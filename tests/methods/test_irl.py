@@ -10,10 +10,11 @@ from torch.autograd import gradcheck
 
 from minialign.batch import collate
 from minialign.engine.common import BadInput, Mean, read_rows
-from minialign.methods import best_of_n, irl
+from minialign.methods import irl
 from minialign.methods.reward_model import bradley_terry_loss
 from minialign.methods.rft import reward_alignment_loss
 from minialign.rewards import score
+from minialign.sample import sample
 from minialign.weights import load_pretrained
 from tests.alternating import Account
 from tests.enumerable import EOS, LANGUAGE, expected, relative, tiny_gpt, tiny_reward_model
@@ -277,7 +278,7 @@ def selected(m, rewards, **settings):
     for loss, share in update(0, stats):
         (loss * share).backward()
         total += loss.item() * share
-    answers = best_of_n.rollout(policy, PROMPTS, cfg, EOS, 5)
+    answers = sample(policy, PROMPTS, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=EOS, seed=5)
     gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
     return total, gradient, metrics, answers.completions, stats.result()
 

@@ -44,7 +44,7 @@ def test_the_picture_has_dots_of_every_method(tmp_path, capsys):
     assert (tmp_path / "laws.png").stat().st_size > 30_000 and f"{n} dots of 21 methods" in capsys.readouterr().out
     for method, (law, learned, started) in plot.dots(*numbers()).items():
         trained = np.isfinite(started)
-        assert np.abs(law - learned)[~trained].max(initial=0) < 0.02, method  # (one of its rows is sampled, the others are exact)
+        assert np.abs(law - learned)[~trained].max(initial=0) < 0.02, method  # (two of its rows are sampled, the others are exact)
         if trained.any():
             assert np.abs(law - learned)[trained].mean() < 0.3 * np.abs(law - started)[trained].mean(), method
 

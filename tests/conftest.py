@@ -14,6 +14,8 @@ ONLINE = ("reinforce", "rloo", "grpo", "ppo", "rebel")  # they follow a reward
 SELECTING = ("best_of_n", "rest")  # they keep what a reward likes
 LEARNING = ("rft", "irl")  # they learn a reward from demonstrations and follow it
 PREFERRING = ("dpo", "ipo", "slic", "gpo", "simpo", "orpo")  # they are trained on pairs
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and sums would depend on the machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
 

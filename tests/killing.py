@@ -68,7 +68,7 @@ def kill_between_writes(folder):
 
             return wrapper
 
-        for name in ("save_file", "flush_to_disk", "write_atomic", "prune"):
+        for name in ("save_file", "flush_to_disk", "prune"):
             setattr(checkpoint, name, counted(getattr(checkpoint, name)))
         os.replace, Path.mkdir, Path.write_text = counted(os.replace), counted(Path.mkdir), counted(Path.write_text)
         checkpoint.save_checkpoint(folder, 2, *new, {})

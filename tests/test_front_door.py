@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minialign import __main__ as front_door
-from minialign.methods import sft
+from minialign.engine.opening import train_builtin_base
 from minialign.settings import field_comments
 from tests.conftest import METHODS
 
@@ -104,7 +104,7 @@ def test_a_reward_model_writes_nothing(small, capsys):
 def builtin_base(tmp_path_factory):
     """runs/builtin-base, trained as the first run of a stranger does it."""
     folder = tmp_path_factory.mktemp("base") / "runs" / "builtin-base"
-    sft.main(sft.builtin_base_config(str(folder)))
+    train_builtin_base(folder)
     return folder
 
 

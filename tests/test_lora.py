@@ -9,6 +9,8 @@ import torch
 from minialign.batch import collate
 from minialign.engine.common import BadInput
 from minialign.engine.look import peak_memory
+from minialign.engine.opening import open_policy
+from minialign.engine.run import Run
 from minialign.logps import token_logps
 from minialign.lora import ALL, adapters, frozen_copy, inject, load_adapter, merged, save_adapter
 from minialign.model import GPT, GPTConfig
@@ -219,7 +221,7 @@ def test_a_run_with_adapters_resumes_bit_for_bit(small, method):
     module, cfg = small(method, lora=4)
     whole = load_pretrained(module.main(cfg) / "final")
     _, again = small(method, lora=4)
-    real, Run = module.Run.steps, module.Run
+    real = Run.steps
 
     def interrupted(self, steps):
         for k in real(self, steps):
@@ -253,7 +255,80 @@ def test_the_memory_of_a_run_with_adapters(small):
     said = []
     for lora in (0, 2):
         module, cfg = small("dpo", steps=1, lora=lora, micro_batch=1)
-        run = module.Run("dpo", cfg)
-        model, _ = run.open_policy(cfg.policy)
+        run = Run("dpo", cfg)
+        model, _ = open_policy(run)
         said.append(peak_memory(run, {"policy": model, "ref": frozen_copy(model)}, 1))
     assert said[1] < 0.5 * said[0]
+
+
+# ------------------------------------------------------------------------------------------------------ --policy ADAPTER_FOLDER
+
+
+@pytest.fixture
+def adapter_run(small):
+    """A run with adapters: final/ holds them merged, adapter/ on their own."""
+    module, cfg = small("sft", lora=4, held_out=0.0)
+    return module.main(cfg)
+
+
+def first_loss(small, policy, **changes):
+    module, cfg = small("sft", policy=str(policy), steps=1, held_out=0.0, **changes)
+    folder = module.main(cfg)
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"], folder
+
+
+def test_an_adapter_folder_is_a_policy(small, adapter_run, capsys):
+    """It starts where final/ is, trains the adapters alone, and writes them for the same base; inputs.json has a hash of both."""
+    base = json.loads((adapter_run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    merged_loss, _ = first_loss(small, adapter_run / "final")
+    loss, folder = first_loss(small, adapter_run / "adapter")
+    assert loss == pytest.approx(merged_loss, abs=1e-12)
+    written = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == base and written["r"] == 4
+    assert {"policy", "base"} <= json.loads((folder / "inputs.json").read_text()).keys()
+    plain, trained = load_pretrained(base), load_pretrained(folder / "final")
+    assert torch.equal(plain.tok_embed.weight, trained.tok_embed.weight) and not torch.equal(
+        plain.blocks[0].attn.q.weight, trained.blocks[0].attn.q.weight)
+    assert f"a PEFT folder for {base}" in capsys.readouterr().out
+
+
+def test_an_adapter_folder_that_peft_wrote_is_a_policy_too(small, policy_folder, tmp_path):
+    """The loss of step 1 is that of PEFT's own merged model."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float64)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    merged_folder = tmp_path / "merged"
+    theirs.merge_and_unload().save_pretrained(merged_folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (merged_folder / name).write_bytes((policy_folder / name).read_bytes())
+    loss, _ = first_loss(small, tmp_path / "theirs")
+    assert loss == pytest.approx(first_loss(small, merged_folder)[0], abs=1e-9)
+
+
+def test_sample_and_evaluate_take_an_adapter_folder(adapter_run, capsys):
+    from minialign import evaluate
+    from minialign.__main__ import main as front_door
+
+    said = []
+    for name in ("adapter", "final"):
+        front_door(["sample", "--policy", str(adapter_run / name), "--max_new", "5", "--dtype", "float64"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+    settings = evaluate.Config(policies=[str(adapter_run / "final"), str(adapter_run / "adapter")], n=0, dtype="float64", max_len=64)
+    one, other = evaluate.main(settings)
+    assert one["nll"] == pytest.approx(other["nll"], abs=1e-9)
+
+
+def test_an_adapter_folder_with_other_adapters_or_without_a_base_is_refused(small, adapter_run):
+    with pytest.raises(BadInput, match="--lora 2: .* has adapters already"):
+        first_loss(small, adapter_run / "adapter", lora=2)
+    config = adapter_run / "adapter" / "adapter_config.json"
+    record = json.loads(config.read_text())
+    config.write_text(json.dumps({**record, "base_model_name_or_path": ""}))
+    with pytest.raises(BadInput, match="names no base_model_name_or_path"):
+        first_loss(small, adapter_run / "adapter")
+    config.write_text(json.dumps({**record, "base_model_name_or_path": "nowhere.safetensors"}))
+    with pytest.raises(BadInput, match="nowhere.safetensors: expected a folder"):
+        first_loss(small, adapter_run / "adapter")

@@ -59,7 +59,7 @@ def test_a_reward_that_dies_loses_no_step(small, reward_file, method):
     module, cfg = small(method, reward=reward_file(dying.replace(">= DEAD", "< 0")), **settings)
     expected = (module.main(cfg) / "final" / "model.safetensors").read_bytes()
     module, cfg = small(method, reward=reward_file(dying.replace("DEAD", str(dead))), **settings)
-    with pytest.raises(BadInput, match="3 steps in a row had no rewards, the last step 7: .*no judge.*do them again with --resume"):
+    with pytest.raises(BadInput, match="3 steps in a row had no rewards, the last step 7: .*no judge.*repeat these steps with --resume"):
         module.main(cfg)
     assert newest_checkpoint(cfg.out).name == "step_000004"
     reward_file(dying.replace(">= DEAD", "< 0"))
@@ -132,7 +132,7 @@ def test_a_critic_of_another_vocabulary_is_refused(small, tmp_path):
     vocab[a], vocab[b] = vocab[b], vocab[a]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     module, cfg = small("ppo", value=str(folder))
-    with pytest.raises(BadInput, match="--value .*expected a reward model over the policy's own tokens"):
+    with pytest.raises(BadInput, match="--value .*expected a reward model with the policy's own tokens"):
         module.main(cfg)
 
 

@@ -92,10 +92,10 @@ def test_what_was_kept_is_asked_for_when_the_policy_has_moved(small):
 
 def test_refusals(small):
     module, cfg = small("dpo", online=True, reward=["length:9"], precompute_ref=True)
-    with pytest.raises(BadInput, match="--online draws new answers"):
+    with pytest.raises(BadInput, match="--online samples new answers"):
         module.main(cfg)
     module, cfg = small("irft", ref="initial", precompute_ref=True)
-    with pytest.raises(BadInput, match="--ref initial is asked"):
+    with pytest.raises(BadInput, match="--ref initial"):
         module.main(cfg)
 
 

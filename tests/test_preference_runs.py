@@ -181,7 +181,7 @@ def test_three_failures_in_a_row_end_the_run_and_lose_nothing(online, method):
     module, cfg, _ = online(method, body.replace("DEAD", "100"), **settings)
     expected = (module.main(cfg) / "final" / "model.safetensors").read_bytes()
     module, cfg, _ = online(method, body.replace("DEAD", "4"), **settings)
-    with pytest.raises(BadInput, match="3 steps in a row had no rewards, the last step 6: .*do them again with --resume"):
+    with pytest.raises(BadInput, match="3 steps in a row had no rewards, the last step 6: .*repeat these steps with --resume"):
         module.main(cfg)
     assert newest_checkpoint(cfg.out).name == "step_000003"
     online(method, body.replace("DEAD", "100"))
@@ -192,8 +192,8 @@ def test_three_failures_in_a_row_end_the_run_and_lose_nothing(online, method):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"reward": ["builtin"]}, "--reward builtin scores the built-in task, not .*: name a reward"),
     ({"reward": ["nonsense"]}, "--reward nonsense: expected builtin"), ({"reward_limit": 0.0}, "--reward_limit 0.0: must be above 0"),
-    ({"max_new": 120}, "exceeds --max_len 64, so answers would be cut after the reward has seen them; set --max_len"),
-    ({"max_new": 120, "max_len": 128}, "exceeds"), ({"max_new": 60, "max_len": 80, "online": False}, "labels only what --online draws"),
+    ({"max_new": 120}, "exceeds --max_len 64, so answers would be cut after the reward has judged them; set --max_len"),
+    ({"max_new": 120, "max_len": 128}, "exceeds"), ({"max_new": 60, "max_len": 80, "online": False}, "is used only with --online"),
     ({"beta": 0.0}, "--beta 0.0: must be above 0"),
 ])
 def test_online_refusals_before_step_1(online, method, changes, message):

@@ -1,7 +1,7 @@
 """A run folder that an older version wrote is resumed: its Config keys, its checkpoint and its hashes of inputs are still understood.
 
-run_of_e4c1357/ was written by commit e4c1357: three runs of six steps on a model of 8 channels, stopped after the checkpoint of step 3, with
-the metrics of the unbroken runs in expected.jsonl. (`checkpoints/latest`, which later versions do not write, is among the files.)
+run_of_e4c1357/ was written by commit e4c1357: three runs of six steps on a model of 8 channels, stopped after the checkpoint of step 3,
+with the metrics of the unbroken runs in expected.jsonl. (`checkpoints/latest`, which later versions do not write, is among the files.)
 """
 
 import importlib
@@ -20,8 +20,8 @@ STORED = Path(__file__).parent / "run_of_e4c1357"
 
 @pytest.mark.parametrize("method", ["dpo", "irl", "rloo"])
 def test_a_stored_run_resumes_and_ends_as_it_would_have(method, tmp_path, monkeypatch):
-    """dpo with stored reference log-probs, irl with a critic, base and anchor, rloo with adapters. Every metric to 1e-3 of what the unbroken
-    run logged (bits need not agree between machines); the first three rows are the stored ones, bit for bit."""
+    """dpo with stored reference log-probs, irl with a critic, base and anchor, rloo with adapters. Every metric to 1e-3 of what the
+    unbroken run logged (bits need not agree between machines); the first three rows are the stored ones, bit for bit."""
     shutil.copytree(STORED, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

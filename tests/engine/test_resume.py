@@ -13,6 +13,7 @@ import pytest
 from minialign.engine import run
 from minialign.engine.common import BadInput
 from minialign.methods import rloo
+from minialign.methods.rft import plan_turns
 from tests.conftest import EACH_LOOP, LEARNING, LOOPS, METHODS
 from tests.killing import result_of
 
@@ -99,7 +100,7 @@ def test_a_cut_after_each_step_of_a_run_in_rounds(small, monkeypatch, method, ch
     Eleven pieces equal the unbroken run bit for bit, the exported reward included."""
     settings = dict(steps=11, eval_every=100, save_every=100, **ROUNDS, **changes)
     module, cfg = small(method, **settings)
-    plan = [(t, of_reward) for t, of_reward, _ in module.turns(cfg)[0]]
+    plan = [(t, of_reward) for t, of_reward, _ in plan_turns(cfg)[0]]
     assert [t for t, _ in plan] == [0] * 4 + [1] * 4 + [2] * 3 and "".join("pR"[r] for _, r in plan) == "RRppRRppRpp"
     expected = result_of(module.main(cfg))
     module, cfg = small(method, **settings)
@@ -239,7 +240,7 @@ def test_resume_refuses_what_would_not_be_the_same_run(small, demos_file, tmp_pa
         irft.main(irft.Config(resume=str(folder)))
     with pytest.raises(BadInput, match="drop --steps .*--policy"):
         module.main(module.Config(resume=str(folder), steps=99))
-    with pytest.raises(BadInput, match="holds no config.json"):
+    with pytest.raises(BadInput, match="has no config.json"):
         module.main(module.Config(resume=str(tmp_path / "nowhere")))
     with pytest.raises(BadInput, match="exists and is not empty.*--resume"):
         module.main(cfg)

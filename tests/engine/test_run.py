@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from minialign.batch import collate
-from minialign.engine import run
+from minialign.engine import look, run
 from minialign.engine.common import BadInput, read_rows
 from minialign.methods import rloo
 from minialign.task import builtin_tokenizer
@@ -131,11 +131,11 @@ def test_show_row_marks_exactly_what_is_scored():
     tokenizer = builtin_tokenizer()
     prompt, completion = tokenizer.encode("ask for tea: "), tokenizer.encode("give me tea now!") + [tokenizer.eos_id]
     whole = collate([prompt], [completion], pad_id=tokenizer.pad_id)
-    assert run.show_row(tokenizer, whole, 0) == "ask for tea: ⟦give me tea now!⏎⟧  (17 scored)"
+    assert look.show_row(tokenizer, whole, 0) == "ask for tea: ⟦give me tea now!⏎⟧  (17 scored)"
     cut = collate([prompt], [completion], pad_id=tokenizer.pad_id, max_len=len(prompt) + 4)
-    assert run.show_row(tokenizer, cut, 0) == "ask for tea: ⟦give⟧  (4 scored)"
+    assert look.show_row(tokenizer, cut, 0) == "ask for tea: ⟦give⟧  (4 scored)"
     none = collate([prompt], [completion], pad_id=tokenizer.pad_id, max_len=len(prompt))
-    assert run.show_row(tokenizer, none, 0).endswith("⟦⟧  (0 scored)")
+    assert look.show_row(tokenizer, none, 0).endswith("⟦⟧  (0 scored)")
 
 
 def test_the_run_folder(small):
@@ -193,7 +193,7 @@ def test_a_tokenizer_too_large_for_the_policy(small, policy_folder, tmp_path):
     shutil.copytree(policy_folder, folder)
     CharTokenizer("".join(chr(i) for i in range(40, 140))).save(folder)
     module, cfg = small("sft", policy=str(folder))
-    with pytest.raises(BadInput, match="ids up to 100, the model only"):
+    with pytest.raises(BadInput, match="ids up to 100, but the model has only"):
         module.main(cfg)
 
 

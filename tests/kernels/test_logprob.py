@@ -15,8 +15,6 @@ from minialign.kernels.linear_logprob import LinearLogps
 from minialign.kernels.logprob import Statistics, to_gradient, update_statistics
 from tests.test_logps import narrow, problem
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: they are by the first test that asks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # on a GPU: compiled and run there, `python -m pytest -m gpu`
 

@@ -58,8 +58,13 @@ def test_a_run_grows_once_and_improves_with_rising_thresholds(small, monkeypatch
     """Two Grow steps of three Improve steps in 12 steps: two rollouts; within one the data set and its rewards stay, the thresholds do
     not fall, what is kept is above them; the second is drawn by the policy that the first made."""
     calls = []
-    original = rest.rollout
-    monkeypatch.setattr(rest, "rollout", lambda old, *args: calls.append(old.tok_embed.weight.sum().item()) or original(old, *args))
+    original = rest.sample
+
+    def counted(old, *args, **how):
+        calls.append(old.tok_embed.weight.sum().item())
+        return original(old, *args, **how)
+
+    monkeypatch.setattr(rest, "sample", counted)
     module, cfg = small("rest", steps=12, grows=2, n=4, grow_prompts=6, quantiles=[0.2, 0.5, 0.8])
     rows = read_rows(module.main(cfg) / "metrics.jsonl")
     assert len(calls) == 2 and calls[0] != calls[1]
@@ -107,14 +112,14 @@ def test_what_main_trains_on_is_above_the_threshold_and_under_its_own_prompt(sma
 
     module, cfg = small("rest", n=4, quantiles=[0.3, 0.6])
     drawn, given = set(), []
-    rollout, step = rest.rollout, rest.step
+    sample, step = rest.sample, rest.step
 
-    def recorded(old, prompts_ids, *args):
-        answers = rollout(old, prompts_ids, *args)
+    def recorded(old, prompts_ids, **how):
+        answers = sample(old, prompts_ids, **how)
         drawn.update((tuple(prompts_ids[b // 4]), tuple(ids)) for b, ids in enumerate(answers.completions))
         return answers
 
-    monkeypatch.setattr(rest, "rollout", recorded)
+    monkeypatch.setattr(rest, "sample", recorded)
     monkeypatch.setattr(rest, "step", lambda policy, batch, cfg: given.append(batch) or step(policy, batch, cfg))
     rows, tokenizer = read_rows(module.main(cfg) / "metrics.jsonl"), load_tokenizer(cfg.policy)
     reward = open_reward(cfg.reward, prompts=cfg.prompts)

@@ -25,7 +25,7 @@ if not IN_NOTEBOOK:
 import matplotlib.pyplot as plt
 import torch
 
-from minialign import data, logps
+from minialign import data, logps, task
 from minialign.batch import collate
 from minialign.engine.common import batch_rows, derive_seed, lr_at, set_lr
 from minialign.model import GPT, GPTConfig
@@ -347,10 +347,10 @@ torch.testing.assert_close((short.sum() - long.sum()).exp().item(), 13.4637, ato
 # We train a tiny GPT on 2000 such requests (some ten seconds) and look at `token_logps` letter by letter.
 
 # %%
-tokenizer = data.builtin_tokenizer()
+tokenizer = task.builtin_tokenizer()
 torch.manual_seed(0)
 base = GPT(GPTConfig.tiny(tokenizer.vocab_size))
-rows = data.encode_texts(tokenizer, data.builtin_texts(), max_len=96)  # plain text: every token is scored
+rows = data.encode_texts(tokenizer, task.builtin_texts(), max_len=96)  # plain text: every token is scored
 STEPS, LR = 300, 1e-2
 optimizer = torch.optim.AdamW(base.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
 for k in range(STEPS):
@@ -374,7 +374,7 @@ answers = collate(
 )
 with torch.no_grad():
     answer_logps = my_token_logps(base, answers)  # watch: answer_logps (B, T)
-law = data.builtin_law(PROMPT, data.RUDE)
+law = task.builtin_law(PROMPT, task.RUDE)
 
 print("log π(y|x)   log of the true probability")
 for answer, number in zip(ANSWERS, answer_logps.sum(1).tolist(), strict=True):

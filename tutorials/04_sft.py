@@ -25,7 +25,7 @@ if not IN_NOTEBOOK:
 import matplotlib.pyplot as plt
 import torch
 
-from minialign import data
+from minialign import data, task
 from minialign.batch import collate
 from minialign.engine.common import batch_rows, lr_at, set_lr, split_micro
 from minialign.logps import seq_logps, token_logps
@@ -204,7 +204,7 @@ for reduction, expected in ((token_mean, 0.5), (sequence_mean, 0.75), (sequence_
 # divided by its own and the pieces are averaged. The first rows below are five answers in a word or two, the last three a sentence.
 
 # %%
-tokenizer = data.builtin_tokenizer()
+tokenizer = task.builtin_tokenizer()
 torch.manual_seed(0)
 small = GPT(GPTConfig.tiny(tokenizer.vocab_size)).double()
 answers = ["now", "tea", "i want", "rope", "me"] + ["could i get tea if you can. could i get tea if you can."] * 3
@@ -244,15 +244,15 @@ for micro_batch in (8, 4, 1):
 # Because the laws are known, so is $\mathrm{KL}$: no estimate, a sum over 36 completions, averaged over the 24 things.
 
 # %%
-PROMPTS = [data.builtin_prompt(thing) for thing in data.THINGS]
-COMPLETIONS = [list(data.builtin_law(prompt, data.EXPERT)) for prompt in PROMPTS]  # 24 lists of 36
+PROMPTS = [task.builtin_prompt(thing) for thing in task.THINGS]
+COMPLETIONS = [list(task.builtin_law(prompt, task.EXPERT)) for prompt in PROMPTS]  # 24 lists of 36
 everything = collate(
     [data.encode_prompt(tokenizer, prompt) for prompt in PROMPTS for _ in range(36)],
     [data.encode_completion(tokenizer, completion) for completions in COMPLETIONS for completion in completions],
     pad_id=tokenizer.pad_id,
 )
-expert = torch.tensor([list(data.builtin_law(prompt, data.EXPERT).values()) for prompt in PROMPTS])  # watch: expert (24, 36)
-rude = torch.tensor([list(data.builtin_law(prompt, data.RUDE).values()) for prompt in PROMPTS])
+expert = torch.tensor([list(task.builtin_law(prompt, task.EXPERT).values()) for prompt in PROMPTS])  # watch: expert (24, 36)
+rude = torch.tensor([list(task.builtin_law(prompt, task.RUDE).values()) for prompt in PROMPTS])
 shown = 0.7 * expert + 0.3 * rude  # the law that the demonstrations are drawn from
 entropy = -(shown * shown.log()).sum(1).mean().item()
 
@@ -296,7 +296,7 @@ def train(policy, rows, *, steps, lr, schedule="cosine", every=0, look=None):
 
 torch.manual_seed(0)
 base = GPT(GPTConfig.tiny(tokenizer.vocab_size))
-train(base, data.encode_texts(tokenizer, data.builtin_texts(), max_len=96), steps=300, lr=1e-2)
+train(base, data.encode_texts(tokenizer, task.builtin_texts(), max_len=96), steps=300, lr=1e-2)
 base_logps = all_logps_of(base)
 print(f"KL(rude ‖ base) {exact_kl(rude, base_logps):.3f}   KL(expert ‖ base) {exact_kl(expert, base_logps):.3f}   "
       f"mass on the 36 completions {base_logps.exp().sum(1).mean():.3f}")
@@ -311,7 +311,7 @@ assert exact_kl(rude, base_logps) < 0.4 < 1.2 < exact_kl(expert, base_logps)
 # - where the probability is: on completions that were demonstrated for their prompt, on the other ones of the 36, or on none of them.
 
 # %%
-demos = data.builtin_demos()
+demos = task.builtin_demos()
 demo_rows = data.encode_demos(tokenizer, demos)
 demo_whole = data.demo_batch(demo_rows, range(len(demo_rows)), pad_id=tokenizer.pad_id, max_len=96)
 seen = torch.tensor([[(prompt, completion) in {(d.prompt, d.completion) for d in demos} for completion in completions]
@@ -413,7 +413,7 @@ assert polite_mass[2] < 0.85 * polite_mass[1] and last["seen"] > 0.5
 # Even the best policy of the run is not the expert's. Its target is the law of the demonstrations, rude speakers included.
 
 # %%
-polite_opening = torch.tensor([[c.startswith(data.POLITE_OPENINGS) for c in completions] for completions in COMPLETIONS])
+polite_opening = torch.tensor([[c.startswith(task.POLITE_OPENINGS) for c in completions] for completions in COMPLETIONS])
 shares = {"base": base_logps.exp(), "SFT, best step": best_probs, "demonstrations' law": shown, "expert": expert}
 shares = {name: ((probs * polite_opening).sum(1) / probs.sum(1)).mean().item() for name, probs in shares.items()}
 for name, share in shares.items():
@@ -459,7 +459,7 @@ assert prompt_share > 0.3
 # %%
 torch.manual_seed(0)
 endless = GPT(GPTConfig.tiny(tokenizer.vocab_size))
-without_eos = [(seen_ids, ids[:-1]) for seen_ids, ids in data.encode_texts(tokenizer, data.builtin_texts(), max_len=96)]
+without_eos = [(seen_ids, ids[:-1]) for seen_ids, ids in data.encode_texts(tokenizer, task.builtin_texts(), max_len=96)]
 train(endless, without_eos, steps=150, lr=1e-2)
 
 asked = [data.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
@@ -630,7 +630,7 @@ for decay, expected in ((0.0, 2 / 3), (0.5, 0.6066), (0.95, 0.5912)):
 # ## Where to read on
 #
 # - `minialign/methods/sft.py`: the loss above, then `step`, then `main` with micro-batches and the global token count. `ift.py` beside it.
-# - `minialign/data.py`: `encode_demos`, and `encode_completion`, the one place that appends EOS; the built-in task at the end.
+# - `minialign/data.py`: `encode_demos`, and `encode_completion`, the one place that appends EOS. `minialign/task.py`: the built-in task.
 # - `toy/closed_form.py`: `sft_flow` and `ift_law` with their derivations. `tests/methods/test_sft.py`, `test_ift.py`: the worked numbers.
 # - `python -m minialign sft` runs it on the built-in task. `python -m minialign sft --demos FILE --policy FOLDER` on yours.
 #
@@ -640,7 +640,7 @@ for decay, expected in ((0.0, 2 / 3), (0.5, 0.6066), (0.95, 0.5912)):
 # policy. What do you get, and which term is to blame?
 #
 # **Exercise 2** (★★☆, 10 minutes). We stopped by looking at the exact KL, which nobody has. Do it honestly: train again from `base`, watch
-# the loss on 200 *other* demonstrations (`data.builtin_demos(seed=1)`), and stop where it is lowest. How much exact KL does that cost?
+# the loss on 200 *other* demonstrations (`task.builtin_demos(seed=1)`), and stop where it is lowest. How much exact KL does that cost?
 #
 # **Exercise 3** (★★★, 15 minutes). Show that with $n$ other actions the flow obeys $n d + e^d = 1 + (n + 1)\,\mathrm{lr} \cdot
 # \mathrm{steps}$, and use it to predict how many steps of 0.1 ten actions need to reach a probability of 0.9. Check by descending.
@@ -665,7 +665,7 @@ assert (elsewhere > 0).all() and other_way == torch.inf and math.isfinite(best["
 # draws judge every step, so most of the noise is common to all of them and the lowest step is found well.
 
 # %%
-held_out_rows = data.encode_demos(tokenizer, data.builtin_demos(seed=1))
+held_out_rows = data.encode_demos(tokenizer, task.builtin_demos(seed=1))
 held_out = data.demo_batch(held_out_rows, range(200), pad_id=tokenizer.pad_id, max_len=96)
 again, curve = copy.deepcopy(base), []
 

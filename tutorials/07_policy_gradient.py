@@ -643,8 +643,8 @@ for include_me in (False, True):
 #
 # ## Where to read on
 #
-# - `minialign/methods/reinforce.py`: loss, `kl_rewards`, `Baseline`, then `rollout`, `step` and `main`. `rloo.py` and `grpo.py` have the
-#   same shape; read them side by side. Both have a *ratio* and a clip that we left out: at one update per rollout the ratio is exactly 1.
+# - `minialign/methods/reinforce.py`: loss, `Baseline`, `step` and `main`; `minialign/kl.py` has `kl_rewards`. `rloo.py` and `grpo.py`
+#   have the same shape; read them side by side. Both have a *ratio* and a clip that we left out: at one update per rollout the ratio is exactly 1.
 #   Tutorial 08 is about them.
 # - `minialign/kl.py`: the three estimators, safe at large log-ratios.
 # - `tests/methods/test_reinforce.py`, `test_rloo.py`, `test_grpo.py`: the enumerations above, with GPTs.

@@ -830,8 +830,8 @@ np.testing.assert_allclose(frozen_lake.policies_of(shuffled), frozen_lake.polici
 #
 # ## Where to read on
 #
-# - `minialign/methods/ppo.py`: the functions above, then `rollout`, `step` with its assertion that the first ratio is 1, `main` with the
-#   two optimizers. `explained_variance` is the number to watch: how much of the returns the critic foresees.
+# - `minialign/methods/ppo.py`: the functions above, then `rollout_with_values`, `credit`, `step` with its assertion that the first ratio
+#   is 1, `main` with the two optimizers. `explained_variance` is the number to watch: how much of the returns the critic foresees.
 # - `minialign/methods/rloo.py` and `grpo.py`: the same clip, on whole completions and on tokens, without a critic.
 # - `tests/methods/test_ppo.py`: the enumerations above. `python -m toy.tiny_language --full --methods ppo` trains on 1555 completions of
 #   three prompts.

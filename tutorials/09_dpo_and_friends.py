@@ -179,8 +179,8 @@ for name, mu in writers.items():
 
 # %% [markdown]
 # No reward model, no sampling, no critic, and the same $\pi^*$ that PPO reached in tutorial 08. It holds for every writer, so it holds when
-# the policy writes the pairs itself: *online* DPO (`--online`), whose rest is the last row. Who writes them matters for noise, not for the
-# limit.
+# the policy writes the pairs itself: *online* DPO (`--online`), whose fixed point is the last row. Who writes them matters for noise,
+# not for the limit.
 #
 # Two premises carry this: the judge follows Bradley-Terry, and *every* pair has been judged so often that its frequencies are right. The
 # first is a matter of taste. The second is never true. Most of what follows is about it.

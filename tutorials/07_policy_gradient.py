@@ -644,8 +644,8 @@ for include_me in (False, True):
 # ## Where to read on
 #
 # - `minialign/methods/reinforce.py`: loss, `Baseline`, `step` and `main`; `minialign/kl.py` has `kl_rewards`. `rloo.py` and `grpo.py`
-#   have the same shape; read them side by side. Both have a *ratio* and a clip that we left out: at one update per rollout the ratio is exactly 1.
-#   Tutorial 08 is about them.
+#   have the same shape; read them side by side. Both have a *ratio* and a clip that we left out: at one update per rollout the ratio is
+#   exactly 1. Tutorial 08 is about them.
 # - `minialign/kl.py`: the three estimators, safe at large log-ratios.
 # - `tests/methods/test_reinforce.py`, `test_rloo.py`, `test_grpo.py`: the enumerations above, with GPTs.
 # - `python -m toy.tiny_language --full` trains all of them on 1555 completions and measures how far each ends from its own law.

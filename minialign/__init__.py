@@ -1,4 +1,4 @@
-"""minialign: language-model alignment from scratch. Every loss is in one readable file and is proved against its own fixed point.
+"""minialign: language-model alignment from scratch. Every loss is in one readable file and is checked against its own fixed point.
 
 The letters used in the whole project:
 
@@ -11,7 +11,7 @@ There is one layout: right padding. The model sees `inputs[:, t]` and predicts `
 `values[:, t]` and `kl[:, t]` all belong to that prediction. `mask[:, t]` is True iff `targets[:, t]` is a completion token, EOS included.
 
 The prefix rule: a name without a prefix belongs to the policy being trained. For every other model, its name comes first (`ref_logps`,
-`old_logps`). A bare plural like `logps` is per token (B, T). `seq_` is summed over the completion (B,). `chosen_logps` and
+`old_logps`). A bare plural like `logps` is per token (B, T). With `seq_` it is summed over the completion (B,). `chosen_logps` and
 `rejected_logps` are (B,), the log π(y|x) of the papers.
 
 Start with `python -m minialign`. Then open minialign/methods/sft.py.

@@ -1,16 +1,16 @@
 """Read demonstrations, preferences and prompts from files and encode them as token ids. This is the one place that appends EOS.
 
-Files are JSONL or JSON, plain or gzipped. A row has one of these sets of keys (TRL's names). Each text is a string or a list of messages:
+Files are JSONL or JSON, plain or gzipped (with `datasets` also parquet or hub data sets). A row has one of these sets of keys (TRL's names):
 
     demonstrations   prompt + completion | messages | question + answer (GSM8K) | instruction [+ input] + output (Alpaca)
                      | any preference row (its chosen answer)
     preferences      prompt + chosen + rejected | chosen + rejected (whole conversations, Anthropic-HH transcripts as they are)
     feedback         prompt + completion + label (true: desirable) | any preference row, which gives two rows
     prompts          prompt | any of the above (its prompt)
-    texts            text | any of the above (its prompt and answer joined) | a .txt file
+    texts            text | any demonstration (prompt and answer joined; a preference row gives two texts) | a .txt file
 
-A bad row raises an error that gives path:line, the keys found and the keys accepted. With skip_bad, bad rows are skipped and counted.
-No row is dropped silently. docs/DATA.md describes the formats in full. Checked by tests/test_data.py.
+prompt, completion, chosen and rejected are strings or lists of messages. A bad row raises an error with path:line and the reason. With
+skip_bad, bad rows are skipped and counted: none is dropped silently. docs/DATA.md has every detail. Checked by tests/test_data.py.
 """
 
 import functools
@@ -124,7 +124,7 @@ def _decode(path, content):
 
 
 def _records(path):
-    """Yield (where, value, fault) for each row: its place 'path:line', its JSON value, and an error message if it has no value."""
+    """Yield (where, value, fault) for each row: where it is ('path:line'), its JSON value, and an error message if there is no value."""
     name, _, split = (str(path), "", "") if os.path.exists(path) else str(path).partition(":")
     if os.path.isdir(name) or name.endswith(".parquet") or not os.path.exists(name) and HUB_NAME.fullmatch(name) and not Path(name).suffix:
         yield from _hub_records(name, split or "train")
@@ -210,7 +210,7 @@ def _split_conversations(chosen, rejected):
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
-        shared = min(shared, len(chosen) - 1, len(rejected) - 1)  # equal answers are still answers
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)  # two equal conversations: their last messages are the answers
         if not shared:
             raise BadRow("'chosen' and 'rejected' share no message that could be the prompt")
         return chosen[:shared], _answer(chosen[shared:]), _answer(rejected[shared:])
@@ -226,7 +226,7 @@ def _split_conversations(chosen, rejected):
 def _pair(row):
     if {"chosen", "rejected"} <= row.keys():
         _check(row, "chosen", "rejected")
-        whole = all(isinstance(row[key], list) and len(row[key]) > 1 for key in ("chosen", "rejected"))  # UltraFeedback repeats its prompt
+        whole = all(isinstance(row[key], list) and len(row[key]) > 1 for key in ("chosen", "rejected"))  # they include the prompt
         if row.get("prompt") is not None and not whole:
             _check(row, "prompt")
             return Pair(row["prompt"], _answer(row["chosen"]), _answer(row["rejected"]))
@@ -395,7 +395,7 @@ def scorable(rows, max_len):
 
 
 def split_scorable(rows, share, max_len):
-    """Apply split_held_out, then scorable to both parts. In this order `evaluate` holds out the same rows of the file.
+    """Apply split_held_out, then scorable to both parts. In this order training holds out the rows of the file that `evaluate` uses.
 
     Raises BadInput if nothing is left to train on.
     """

@@ -2,18 +2,18 @@
 policy with a reward that no method saw.
 
 The built-in task is a language of requests (task.py). The base model is trained on rude speakers. Of the 200 demonstrations, 30 % come
-from rude speakers and the rest from a polite expert. Each number is exact or has its standard deviation over seeds:
+from rude speakers and the rest from a polite expert. Each number is exact or a mean with its standard deviation over seeds:
 
     gold reward      mean of the programmatic reward over 8 answers to each of the 24 prompts (the expert's is exact)
     wins over SFT    share of those answers with a higher reward than SFT's answers to the same prompt; a tie counts one half
-    gap              mean of log π(better) − log π(worse) over 400 pairs of rude answers; better is drawn by Bradley-Terry with gold
+    gap              mean of log π(better) − log π(worse) over 400 pairs of rude answers; Bradley-Terry with gold draws the better
     implicit         share of the pairs with log π/base (better) > log π/base (worse)
-    KL(expert‖π)     exact, by summing over all 36 answers a speaker can give. A gap or a reward above the expert's is overshoot,
-                     and this column shows its cost.
+    KL(expert‖π)     exact, by summing over all 36 answers of the expert. A policy whose gap or reward is above the expert's goes
+                     too far, and this column shows what that costs.
     KL(π‖base)       mean of log π/base over the answers
 
-Below the table the demo prints the orderings that the papers claim. Each has its difference between runs of the same seed (with a 95 %
-interval of Student's t) and a verdict: holds if the interval lies above 0, does not hold if below, not separable otherwise.
+Below the table the demo prints the papers' claims, each as a number that should be above 0: mostly a difference of two runs with the same
+seed, with a 95 % interval (Student's t). Verdict: holds if the interval is above 0, does not hold if below, else not separable.
 
     python -m minialign demo              # five seeds, under five minutes on two cores
 """
@@ -121,7 +121,7 @@ def measure_policy(policy, base, tokenizer, seed):
 
 
 def on_the_way(folder, base, tokenizer, seed):
-    """Two lists: {step, gap, rewards (24, 4)} of a run's snapshots, and {step, accuracy} of its learned reward, if any, on the pairs."""
+    """Two lists: {step, gap, rewards (24, 4)} of a run's snapshots, and {step, accuracy} of its learned reward (if it has one) on the pairs."""
     pairs, settings, path = builtin_pairs(seed=1), evaluate.Config(max_len=96), []
     for snapshot in sorted((folder / "snapshots").iterdir()):
         policy = load_pretrained(snapshot)
@@ -158,7 +158,7 @@ def run_one(cfg, seed, name, out, base_folder):
 
 
 def exact_rows():
-    """The same numbers for the speakers behind the data, by enumeration. No policy can be closer to the expert than its own row."""
+    """The same numbers for the rude speakers and the expert, exact by enumeration. In KL(expert‖π) no policy is below the expert's own 0."""
     rows, pairs = {}, builtin_pairs(seed=1)
     prompt = builtin_prompt("tea")  # the distribution is the same for every thing
     expert, rude = builtin_law(prompt, EXPERT), builtin_law(prompt, RUDE)
@@ -233,7 +233,7 @@ def spread(values):
 
 
 def report(table, answers, exact, judged, cfg):
-    """Print the table, answers of every policy to the same prompts, and the orderings."""
+    """Print the table, answers of every policy to the same prompts, and the claims."""
     print(f"\n── 3. the result: mean ± standard deviation over {cfg.seeds} seeds " + "─" * 62)
     print(f"{'policy':24}" + "".join(f"{column:>18}" for column in COLUMNS))
     for name, values in table.items():
@@ -356,7 +356,7 @@ def main(cfg):
             raise
 
     of = {(result["name"], result["seed"]): result for result in results}
-    results = [of[name, seed] for name in names for seed in range(cfg.seeds)]  # this order, whichever run finished first
+    results = [of[name, seed] for name in names for seed in range(cfg.seeds)]  # in a fixed order: runs finish in any order
     order = ["base", SFT, IFT, *(irft_name(T) for T in ROUNDS), RFT, IRL, BEST]
     table = table_of(results)
     table = {name: table[name] for name in order}

@@ -1,4 +1,4 @@
-"""Compare checkpoints on held-out preference pairs, and by the answers they sample.
+"""Compare checkpoints on held-out preference pairs and by their sampled answers.
 
 On the pairs (x is the prompt, y_w the chosen and y_l the rejected answer):
 
@@ -10,13 +10,13 @@ On the pairs (x is the prompt, y_w the chosen and y_l the rejected answer):
 On n sampled answers of each policy to each prompt of the pairs:
 
     reward      mean of the first --reward
-    win rate    share of (policy's answer, opponent's answer to the same prompt) where the policy's has the higher reward
+    win rate    share of comparisons with the opponent's answer to the same prompt in which the policy's answer has the higher reward
     KL          mean of log π(y|x)/ref(y|x) over the policy's answers, nats: an unbiased estimate of KL(π‖ref)
-    distinct    different texts / answers: 1 if no answer occurs twice, 1/answers if all are the same
+    distinct    number of different texts / number of answers: 1 if no answer occurs twice, 1/answers if all are the same
 
-The tables give n and 95 % intervals: normal for means, Wilson for shares, the ratio estimator for the NLL. A tie counts one half. The
-answers to one prompt are averaged first, so n is the number of prompts. The gap of sums favours the shorter answer, so the gap per token
-is given too. --figure plots reward over √KL: how far each policy moved from ref for its reward.
+The tables give n and 95 % intervals: normal for means, Wilson for shares, the ratio estimator for the NLL. Ties count one half. The n
+answers to one prompt are averaged first, so the interval is over prompts. The gap of sums favours the shorter answer, so the gap per token
+is given too. --figure plots reward over √KL: how far from ref each policy moved to get it.
 
     python -m minialign evaluate --policies runs/base/final runs/sft/final --ref runs/base/final --pairs pairs.jsonl --reward runs/rm/final
 """
@@ -44,12 +44,12 @@ from minialign.task import builtin_pairs
 @dataclass
 class Config:
     policies: list[str] = field(default_factory=list)  # folders or hub names to compare
-    ref: str = ""                   # the reference of the implicit reward; default the first policy
-    against: str = ""               # the opponent of the win rate; default the reference
+    ref: str = ""                   # the reference of the implicit reward and of the KL; default: the first policy
+    against: str = ""               # the opponent of the win rate; default: the reference
     reward: list[str] = field(default_factory=list)  # builtin, FILE.py:FUNCTION, a reward model, …: docs/DATA.md; the first scores answers
     reward_limit: float = 60.0      # seconds that a reward may take for all answers of one policy
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
-    held_out: float = 0.1           # share of the file, taken from its end, to use; training with the same share never sees it; 1 = all
+    held_out: float = 0.1           # share of the file's rows to use, from its end; runs with the same --held_out never train on them; 1 = all
     batch_size: int = 32            # pairs per forward pass; report it with published numbers
     max_len: int = 256              # longest row in tokens; a longer one loses its end
     max_prompt: int | None = None   # longest prompt in tokens; a longer one loses its beginning
@@ -105,7 +105,7 @@ def verdict(differences):
 
 
 def wins(left, right):
-    """How often left exceeds right, as a float. A tie counts one half."""
+    """How many numbers of left exceed those of right, as a float. A tie counts one half."""
     return float((left > right).sum()) + 0.5 * float((left == right).sum())
 
 
@@ -114,7 +114,7 @@ def wins(left, right):
 
 @torch.no_grad()
 def held_out_nll(policy, rows, batch_of, batch_size):
-    """{'eval/nll': nats per scored token over all rows, from encode_demos}; {} without rows. batch_of(rows, picked) -> Batch."""
+    """{'eval/nll': nats per scored token}; {} without rows. rows: from encode_demos; batch_of(rows, picked) -> Batch."""
     nats, tokens = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = batch_of(rows, range(start, min(start + batch_size, len(rows))))
@@ -141,7 +141,7 @@ def held_out_reward(policy, tokenizer, rows, reward_fn, cfg):
 
 @torch.no_grad()
 def held_out_pairs(step, rows, batch_of, batch_size):
-    """{'eval/loss', 'eval/accuracy'} over all rows, from encode_pairs; {} without rows. step(pairs) -> (loss, stats)."""
+    """{'eval/loss', 'eval/accuracy'} over all rows; {} without rows. rows: from encode_pairs; step(pairs) -> (loss, stats)."""
     mean = Mean()
     for start in range(0, len(rows), batch_size):
         pairs = batch_of(rows, range(start, min(start + batch_size, len(rows))))
@@ -152,7 +152,7 @@ def held_out_pairs(step, rows, batch_of, batch_size):
 
 @torch.no_grad()
 def pair_measures(model, tokenizer, pairs, cfg):
-    """{'chosen', 'rejected': summed log-probs, or rewards for a scalar head; 'chosen_tokens', 'rejected_tokens': scored}, (n,) tensors."""
+    """{'chosen', 'rejected': summed log-probs, or rewards for a scalar head; 'chosen_tokens', 'rejected_tokens': counts}, (n,) tensors."""
     rows = scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.max_len)
     if not rows:
         raise BadInput(f"no pair has a scored token: every prompt fills --max_len {cfg.max_len}; raise it, or set --max_prompt")
@@ -306,7 +306,7 @@ def main(cfg):
 
 
 def finite(value):
-    """The value for JSON, which has no NaN: a NaN, as in an interval from one row, becomes null. A tuple becomes a list."""
+    """Convert a value for JSON, which has no NaN: NaN (the interval of a single row) becomes null. A tuple becomes a list."""
     if isinstance(value, tuple):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,6 +1,6 @@
 """Convert between Hugging Face's config.json and the fields of model.GPTConfig, for six families.
 
-The keys of config.json differ between families, and older files store the same setting in another place. We read only the settings that
+The keys of config.json differ between families, and older files store the same setting under another key. We read only the settings that
 change the computation. A value that we cannot reproduce raises an error that names it, so that no model is computed slightly wrong.
 
 Checked by tests/test_model.py and tests/test_weights.py, against transformers.
@@ -14,7 +14,7 @@ HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "
 
 
 def config_from_hf(hf, make):
-    """Call make (GPTConfig) with the fields from a config.json's dict. Raises BadInput with the key for what is not implemented."""
+    """Call make (GPTConfig) with the fields from a config.json's dict. Raises BadInput with the key if a setting is not implemented."""
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise BadInput(f"config.json: model_type {family!r} is not implemented; supported are {', '.join(FAMILIES)}")

@@ -17,8 +17,8 @@ import math
 
 import torch
 
-# Beyond e^20 = 5e8 the exponential continues as its tangent line. So value and gradient are never inf, and the gradient keeps its sign.
-# (Clipping after exp would give 0·inf = NaN in the backward pass. Clipping before it would leave only the +1 of d, which pushes π away.)
+# Beyond e^20 = 5e8 the exponential continues as its tangent line: value and gradient are never inf, and the gradient keeps its sign.
+# (A clip after exp gives 0·inf = NaN in the backward pass. A clip before exp leaves only the slope +1 of d, which pushes π away from ref.)
 MAX_EXPONENT = 20.0
 
 

@@ -43,8 +43,8 @@ def token_logps(policy, batch, *, tau=1.0, entropy=False, embeds=None):
 def seq_logps(policy, *batches):
     """log π(y|x), summed over each completion: (B,), one for each batch. A Remembered model (below) is looked up, not run.
 
-    Several batches share one forward pass. After two passes, autograd would hold the gradients of one until those of the other arrive,
-    which is a second copy of all gradients.
+    Several batches share one forward pass. With two, autograd would keep two copies of every gradient for a while: those from the first
+    pass wait until those from the second are added.
     """
     batch = batches[0] if len(batches) == 1 else stack(batches)
     logps = policy.of(batch) if isinstance(policy, Remembered) else token_logps(policy, batch).sum(1)

@@ -3,12 +3,12 @@
     h = W x + (alpha / rank) · B A x          W (out, in) frozen, A (rank, in) random, B (out, rank) zero: training starts at W
 
 In layers of width C, about 2·rank·C numbers per matrix are trained instead of C², and only these have gradients and optimizer states.
-A reference or an old policy copies only the thin matrices, because `frozen_copy` shares everything that is already frozen. So "adapter
-off = ref" needs neither a second model nor a switch.
+A reference or an old policy copies only the thin matrices, because `frozen_copy` shares everything that is already frozen. So a
+reference needs neither a second copy of the frozen weights nor a switch that turns the adapters off.
 
-On disk an adapter is a PEFT folder (adapter_config.json, adapter_model.safetensors), so PEFT reads ours and we read PEFT's. There, two
-families pack queries, keys and values into one matrix. When we read such an adapter, each of our three matrices gets its rows of B and all
-of A. When we write one, we stack our three A and put our three B on a block diagonal: three times the rank, and the same sum.
+On disk an adapter is a PEFT folder (adapter_config.json, adapter_model.safetensors), so PEFT reads ours and we read PEFT's. PEFT's gpt2
+and gpt_neox have one matrix for queries, keys and values. When we read such an adapter, each of our three matrices gets its rows of B and
+all of A. When we write one, we stack our three A and put our three B on a block diagonal: the rank triples, B A x is unchanged.
 
 Checked by tests/test_lora.py: logits equal PEFT's for every family, both ways; merged weights equal W + (alpha / rank)·B A.
 """
@@ -81,14 +81,14 @@ def replace(model, name, make):
 
 
 def frozen_copy(model):
-    """A copy that will not be trained. Parameters that are already frozen are shared, so of a model with adapters only the adapters are
-    copied. Of a model that is frozen as a whole nothing is copied: if the model changes, its copy changes too."""
+    """A copy that will not be trained. Parameters that are already frozen are shared, so if only the adapters are trained, only they
+    are copied. If all parameters are frozen, nothing is copied, and a change of the model changes its "copy" too."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
 def merged(model):
-    """A model without adapters that computes the same: the merged matrices are new, everything else is shared with `model`."""
+    """A model without adapters that computes the same. The merged matrices are new; all other parameters are shared with `model`."""
     plain = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for name in adapters(plain):
         replace(plain, name, merge_one)
@@ -104,7 +104,7 @@ def merge_one(adapter):
 # ------------------------------------------------------------------------------------------------------------ PEFT's folder
 
 PREFIX = "base_model.model."
-# PEFT options that change the sum. This file implements only the values given here and refuses all others.
+# PEFT options that change the formula above. This file implements only the values given here and refuses all others.
 PLAIN = {"use_dora": False, "use_rslora": False, "use_qalora": False, "lora_bias": False, "bias": "none", "modules_to_save": None,
          "layer_replication": None, "trainable_token_indices": None, "target_parameters": None}
 
@@ -121,7 +121,7 @@ def packed(config):
 
 
 def save_adapter(model, folder, base=""):
-    """Write the adapters as a PEFT folder. `base` is the name or folder of the model they belong to. adapter_config.json comes last."""
+    """Write the adapters as a PEFT folder. `base` is the name or folder of the model they belong to. adapter_config.json is written last."""
     found, tensors, ranks, scales = adapters(model), {}, {}, {}
     for theirs, ours, (pack, _) in packed(model.config):
         mine = [found.get(name) for name in ours]
@@ -155,8 +155,8 @@ def save_adapter(model, folder, base=""):
 def load_adapter(model, folder):
     """Freeze the model and put the adapters of a PEFT folder beside its matrices, in place.
 
-    Raises BadInput with the file's name if the adapter is of another kind, if an option changes the sum in a way that is not implemented
-    here, or if tensors are missing, unknown or of the wrong shape.
+    Raises BadInput with the file's name if the adapter is of another kind, if an option changes the formula in a way that is not
+    implemented here, or if tensors are missing, unknown or of the wrong shape.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
@@ -216,5 +216,5 @@ def load_model(path, *, dtype=None, device=None):
 
 
 def of_module(pattern, module, otherwise):
-    """PEFT's rule: the value of the first key in the pattern that matches the end of the module's name, else the common value."""
+    """PEFT's rule: the value of the first key in the pattern that matches the end of the module's name, else `otherwise`."""
     return next((value for key, value in (pattern or {}).items() if re.search(rf"(^|\.){key}$", module)), otherwise)

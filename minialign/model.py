@@ -1,8 +1,8 @@
 """A complete GPT: configuration, rotary positions, attention with a ragged KV cache, MLP, block, and the model with its head.
 
 One class covers six families (gpt2, gpt_neox, llama, mistral, qwen2, qwen3), because every switch of GPTConfig names a mechanism
-(learned or rotary positions, LayerNorm or RMSNorm, parallel residual, grouped keys, ...) and never a model. There is no dropout:
-in alignment, the policy that computes log-probs would then differ from the policy that sampled.
+(learned or rotary positions, LayerNorm or RMSNorm, parallel residual, grouped keys, ...) and never a model. There is no dropout,
+because with dropout the policy that computes log-probs would differ from the policy that sampled.
 
 Read the file from the bottom up: GPT.hidden is the forward pass, and Block, Attention and MLP are its parts. minialign/__init__.py
 explains the letters. In addition, KV is the number of key-value heads and S is the number of cached positions.
@@ -110,8 +110,8 @@ def rotary_angles(config, positions):
 def scale_rotation(speed, scaling):
     """Slow the rotation so that a longer context spans the angles seen in training. `linear` slows all pairs, `llama3` only slow pairs.
 
-    llama3 (Llama 3.1 report, section 3.1.2): the speed of slow pairs (a wavelength long beside the old context) is divided by
-    `factor`, fast pairs are unchanged, and a linear ramp connects the two.
+    llama3 (Llama 3.1 report, section 3.1.2): pairs that make few turns within the context of training are slow, and their speed is
+    divided by `factor`. Fast pairs are unchanged, and a linear ramp connects the two.
     """
     if scaling["rope_type"] == "linear":
         return speed / scaling["factor"]
@@ -135,7 +135,7 @@ class KVCache:
     """Keys and values of every layer for a ragged batch. Row b holds `lengths[b]` positions, then garbage that no query ever sees.
 
     keys, values: (L, B, KV, capacity, D). A row's next token is written at that row's own position, so rows need no left padding.
-    longest: the largest length as a Python int, so that no step waits for the device to read it.
+    longest: the largest length, kept as a Python int so that no step has to wait for the GPU to report it.
     """
 
     def __init__(self, config, batch_size, capacity, *, device=None, dtype=None):
@@ -146,7 +146,7 @@ class KVCache:
         self.longest = 0
 
     def span(self, end):
-        """How many positions to attend to when `end` are written. On CUDA in steps of 64: one recorded step then serves 64 tokens."""
+        """Positions to attend to when `end` are filled: on CUDA rounded up to 64s, so that one recorded graph serves 64 tokens."""
         return min(-(-end // 64) * 64, self.keys.shape[3]) if self.keys.is_cuda else end
 
     def write(self, layer, k, v, positions, span):
@@ -271,7 +271,7 @@ class GPT(nn.Module):
             self.head.weight = self.tok_embed.weight
 
     def init_weights(self):
-        """Normal with std 0.02. For the two projections that write into the residual stream it is divided by sqrt(2L), as in GPT-2."""
+        """Normal with std 0.02 (scalar head: 1/sqrt(C+1)). The two projections into the residual stream have 0.02/sqrt(2L), as in GPT-2."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 into_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
@@ -331,12 +331,12 @@ class GPT(nn.Module):
             again = self.recompute and cache is None and torch.is_grad_enabled()
             x = checkpoint(block, x, *context, use_reentrant=False) if again else block(x, *context)
         if cache is not None:
-            cache.lengths += T if lengths is None else lengths.to(cache.lengths)  # in place: a recorded step reads this tensor
+            cache.lengths += T if lengths is None else lengths.to(cache.lengths)  # in place: a recorded CUDA graph reads this tensor
             cache.longest = end if lengths is None else int(cache.lengths.max())
         return self.norm(x)
 
     def mask(self, positions, span, window, cache, dtype):
-        """The mask added to attention scores, (B, 1, T, S): 0 where a query sees the key, else −∞. None: plain causal, without a cache.
+        """The mask added to attention scores, (B, 1, T, S): 0 where a query sees the key, else −∞. None means plain causal attention.
 
         For T = 1 it is (B, 1, H/KV, S), because attention then puts the queries that share a key on the sequence axis.
         """

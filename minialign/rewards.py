@@ -4,7 +4,7 @@
     format_match    1 if the whole completion matches a pattern                         --reward format   or   format:PATTERN
     regex           1 if the pattern occurs in the completion                           --reward 'regex:\\d+'
     length          0 at the target length, −1 when empty or at least twice as long     --reward length:200
-    lexicon         the sum of the weights of the words that occur                      --reward 'lexicon:please,thanks,-now'
+    lexicon         the sum of the words' weights over all their occurrences            --reward 'lexicon:please,thanks,-now'
     learned         a reward model trained by `python -m minialign reward_model`        --reward FOLDER_OR_HUB_NAME
     yours           a function in a file                                                --reward rewards.py:politeness
     ensemble        the mean or the minimum of several; `warm` averages the weights     --reward A B C --combine min
@@ -110,15 +110,15 @@ def lexicon(weights):
 def score(reward_model, batch):
     """The reward model's reward for each row, (B,). batch: Batch with inputs, targets, mask (B, T).
 
-    It is the scalar head at the last completion token (EOS, unless the row was cut). With config.reward_read "sum" it is the head's sum
-    over the completion tokens. With config.reward_bound R it is mapped into [0, R] by R·σ(·). Positions come from the mask, so padding may
-    hold any token. For a row with nothing scored it is the head at the first token, or the sum 0.
+    The reward is the scalar head at the last completion token (EOS, unless the row was cut), or with config.reward_read "sum" the head's sum
+    over the completion tokens. With config.reward_bound R, R·σ(·) maps it into [0, R]. Last, config.reward_offset is subtracted. Padding may
+    hold any token, as positions come from the mask. With no scored token the reward is the head at the first token, or the sum 0.
     """
     config = reward_model.config
     tokens = torch.cat([batch.inputs[:, :1], batch.targets], dim=1)  # (B, T + 1) the whole row, with the last target as an input
     numbers = reward_model(tokens)  # (B, T + 1)
-    numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))  # bfloat16 would round sums and differences to 1/64
-    numbers = numbers + config.reward_offset  # undo the offset per token: it is subtracted once per completion
+    numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))  # bfloat16 would round a difference near 2 to 1/64
+    numbers = numbers + config.reward_offset  # the head subtracted it at each token; here it is subtracted once per row
     if config.reward_read == "sum":
         rewards = torch.where(batch.mask, numbers[:, 1:], 0).sum(1)  # (B,) target t is token t + 1
     else:
@@ -130,7 +130,7 @@ def score(reward_model, batch):
 
 
 def learned(reward_model, tokenizer, *, batch_size=32):
-    """A reward function made from a reward model. It encodes text with its own tokenizer and appends EOS, so the policy's may differ.
+    """A reward function made from a reward model. It encodes text with its own tokenizer, so the policy may have another, and appends EOS.
 
     It scores a completion that max_new cut off as if it had ended there; use missing_eos to penalise it.
     If a row is longer than the context, the prompt loses its beginning. If that is not enough, the completion loses its end.
@@ -171,7 +171,7 @@ def ensemble(reward_fns, how="mean"):
 
 
 def weight_average(models):
-    """WARM: one reward model whose weights are the mean of several models fine-tuned from the same start. It costs as much as one.
+    """WARM: one reward model whose weights are the mean of several models fine-tuned from the same start. Evaluating it costs as much as one.
 
     Raises BadInput if their configurations differ.
     """
@@ -206,7 +206,7 @@ def open_reward(specs, *, combine="mean", prompts="builtin", device="cpu", dtype
 
 
 def reward_folders(specs):
-    """The folders among the specs: reward models, which must not change during a run. (Code may change: a failing reward must be fixed.)"""
+    """The reward models among the specs: local folders, which must not change during a run. (Code may, so that a failing one can be fixed.)"""
     return [Path(spec).expanduser() for spec in specs if os.path.isdir(os.path.expanduser(spec))]
 
 
@@ -298,8 +298,8 @@ def ask(reward_fn, prompts, completions, *, limit=60.0):
 def ask_here(reward_fn, prompts, completions, limit):
     """reward_fn's rewards for a batch, (B,) float32 on the CPU. reward_fn gets copies of both lists. limit: seconds it may take.
 
-    Raises BadReward if reward_fn raises, takes longer, or returns anything but B finite numbers. To name the row it may call reward_fn row
-    by row (for at most twice the limit). The limit is an alarm signal: it stops Python code, sleeps, input and output, and regular
+    Raises BadReward if reward_fn raises, takes longer, or returns anything but B finite numbers. To find the bad row, ask_here may call
+    reward_fn row by row (for at most twice the limit). The limit is an alarm signal: it stops Python code, sleeps, input and output, and regular
     expressions, but not C code that never checks for signals. Windows and threads other than the main one have no alarm, so no limit.
     """
     rewards, fault, row = _try(reward_fn, prompts, completions, limit)
@@ -347,7 +347,7 @@ def _try(reward_fn, prompts, completions, limit):
         return None, f"took longer than {limit:.3g} s", None
     except (Exception, SystemExit) as error:
         return None, f"raised {type(error).__name__}: {one_line(error)}", None
-    if time.monotonic() - began > limit and has_alarm():  # it caught the alarm and went on
+    if time.monotonic() - began > limit and has_alarm():  # reward_fn caught the alarm and went on
         return None, f"took longer than {limit:.3g} s", None
     if len(numbers) != len(completions):
         return None, f"returned {len(numbers)} rewards for {len(completions)} completions", None
@@ -401,7 +401,7 @@ def time_limit(seconds):
 
 
 def rollout_stats(rewards, answers, *, group_size=1):
-    """The metrics of one rollout. rewards: (B,) without the KL. answers: a Rollout; if it has ref_logps, the KL to ref is included."""
+    """The metrics of one rollout. rewards: (B,) without KL penalty. answers: a Rollout; if it has ref_logps, the KL to ref is included."""
     stats = {
         "reward": rewards.mean(), "reward_std": rewards.std(correction=0),
         "completions/mean_length": answers.lengths.float().mean(), "completions/finished": answers.finished.float().mean(),

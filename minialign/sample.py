@@ -6,8 +6,8 @@ are removed once they are a quarter of the batch. The result is a Rollout in the
 Every row has its own random generator, seeded by (seed, the prompt's ids, the sample's index among those of its prompt). So the same seed
 gives the same completion in any batch.
 
-`old_logps` are log-probs of the tempered but UNtruncated softmax. With them, the ratio to the trained policy starts at exactly 1.
-Log-probs renormalised after top-k or top-p would give a ratio below 1 (the kept probability). Truncate for display, not for RL.
+`old_logps` are log-probs of the tempered but UNtruncated softmax. With them, the ratio π/π_old starts at exactly 1.
+With log-probs renormalised after top-k or top-p it would start below 1, at the probability that was kept. Truncate for display, not for RL.
 
 Checked by tests/test_sample.py: chi-square on an enumerable model, invariance to the batch, equality with token_logps.
 """
@@ -54,7 +54,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     """Sample n completions of each of N prompts -> Rollout with B = N·n rows; the n of one prompt are adjacent.
 
     prompts_ids: N non-empty lists of ids. max_new: maximum tokens of a completion. tau: temperature. top_k, top_p: None means off.
-    eos_id: the token that ends a completion and is kept in it; with None, no token does. greedy: take the most likely token.
+    eos_id: the token that ends a completion and is kept in it; with None, no token ends one. greedy: take the most likely token.
     Ids from config.n_tokens on (padding rows of the vocabulary) are never sampled. The policy's mode and gradients do not change.
     Under torchrun each process samples its share of the rows, and every process gets all of them.
     Raises BadInput for arguments out of range, and when prompt and max_new do not fit the model's context.
@@ -71,7 +71,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     policy, own = parallel.full_copy(policy), parallel.local_rows(rows)
     drawn = [torch.zeros(0, max_new, dtype=torch.long), torch.zeros(0, max_new, dtype=wide), torch.zeros(0).long(), torch.zeros(0).bool()]
     if own:
-        # inference_mode also skips version counters and view tracking: a twentieth of a small model's time on a CPU.
+        # inference_mode also skips version counters and view tracking, which saves a twentieth of a small model's time on a CPU.
         with torch.inference_mode() if device.type == "cpu" else torch.no_grad():
             drawn = generate(policy, own, parallel.local_rows(uniforms), tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
     drawn = [parallel.gather_rows(part.to(device).clone()) for part in drawn]  # cloned: inference_mode tensors cannot be saved for backward
@@ -89,7 +89,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
 def rollout(policy, ref, prompts_ids, cfg, *, n=1, eos_id, seed):
     """What an online method trains on: a Rollout of n completions of each prompt by the current policy, with ref's log-probs of them.
 
-    cfg: the method's Config, with max_new, tau and micro_batch. Both log-probs are at temperature tau and are constants in the objective.
+    cfg: the method's Config, with max_new, tau and micro_batch. old_logps and ref_logps are at temperature tau and have no gradient.
     """
     answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=n, eos_id=eos_id, seed=seed)
     answers.ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # (B, T)
@@ -98,11 +98,11 @@ def rollout(policy, ref, prompts_ids, cfg, *, n=1, eos_id, seed):
 
 def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     """B prompts, one row each, and the uniform numbers (B, max_new) that decide the draws -> tokens (B, max_new), their log-probs
-    (B, max_new), lengths (B,) (how many of them count), and finished (B,) (whether EOS is among them)."""
+    (B, max_new), lengths (B,) (how many of them belong to the completion), and finished (B,) (whether EOS is among them)."""
     config, device, (B, max_new) = policy.config, policy.head_weight.device, uniforms.shape
     distinct = list(dict.fromkeys(rows))
     source = torch.tensor([distinct.index(row) for row in rows], device=device)  # (B,) which prefill a row continues
-    wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # logits in bfloat16 would give log-probs unlike token_logps
+    wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # bfloat16 logits would give log-probs that differ from token_logps
     uniforms = uniforms.to(device, wide)
     pure = not greedy and top_k is None and top_p in (None, 1) and config.n_tokens in (None, config.vocab_size)  # nothing is forbidden
     head = policy.head_weight if policy.head_weight.is_cuda else policy.head_weight.to(wide)  # (V, C)
@@ -152,16 +152,16 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
 
 
 def stepper(policy, cache):
-    """Returns a function: tokens (A,) that continue the rows of a cache -> hidden states (A, C). On a CPU with up to 512 channels it is the
-    Decoder. In wider models reading the weights takes the whole step, and the Decoder's copy of them would be a second model in memory.
-    In bfloat16 it is not the Decoder either, because PyTorch's attention kernel keeps its sums in float32."""
+    """Returns a function: tokens (A,) that continue the rows of a cache -> hidden states (A, C). It is the Decoder on a CPU, in float32 or
+    float64, with up to 512 channels; otherwise Step. In wider models nearly all time goes into reading the weights, and the Decoder's copy
+    of them would be a second model in memory. In bfloat16 only PyTorch's attention kernel, which Step uses, sums in float32."""
     weight = policy.head_weight
     quick = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64) and policy.config.n_embd <= 512
     return (Decoder if quick else Step)(policy, cache)
 
 
 class Step:
-    """Runs the model as it is. On CUDA the next step overwrites the hidden states of this one.
+    """Runs the model as it is. On CUDA the hidden states that it returns are overwritten by its next call.
 
     On CUDA a step is recorded as a graph and replayed: one launch instead of about thirty per layer. These launches take most of a step's
     time while the batch is small. A recording is valid for one span of the cache, so a new one is made every 64 tokens.

@@ -2,7 +2,7 @@
 
 A prompt names a thing; a completion asks for it with an opening, the thing, and an ending. Openings and endings are polite or rude.
 Speakers differ only in how often they are polite, so the distribution of each speaker is known exactly. The base model learned from
-rude speakers. The expert is polite. A share of the demonstrations comes from rude speakers.
+rude speakers. The demonstrations come from a polite expert, and a share of them from rude speakers.
 
 Checked by tests/test_task.py.
 """
@@ -26,7 +26,7 @@ def builtin_prompt(thing):
 
 
 def builtin_law(prompt, politeness):
-    """{completion: probability} of a speaker: the exact distribution that its demonstrations are sampled from."""
+    """{completion: probability} of a speaker: the exact distribution of what the speaker answers."""
     thing = prompt.removeprefix("ask for ").removesuffix(": ")
     law = {}
     for openings, p_opening in ((POLITE_OPENINGS, politeness), (RUDE_OPENINGS, 1 - politeness)):
@@ -39,7 +39,7 @@ def builtin_law(prompt, politeness):
 
 def gold_reward(prompts, completions):
     """The programmatic reward of the built-in task for lists of text, in [−2, 3]: +1 if the text names the thing. The opening and the
-    ending each add +1 if polite, −1 if rude, 0 if neither. The demonstration methods never see this reward."""
+    ending each add +1 if polite, −1 if rude, 0 if neither. Methods that learn from demonstrations never see it."""
     rewards = []
     for prompt, text in zip(prompts, completions, strict=True):
         thing = prompt.removeprefix("ask for ").removesuffix(": ")

@@ -1,7 +1,7 @@
 """Text <-> token ids: a character tokenizer, any tokenizer.json through `tokenizers`, byte-level BPE training, chat templates.
 
-Both classes have .encode(str) -> list[int], .decode(ids) -> str, .eos_id, .pad_id, .bos_id, .vocab_size and .save(folder).
-`encode` adds no special token: data.py prepends BOS and appends EOS, each in one place. `decode` leaves special tokens out.
+Tokenizer and CharTokenizer have .encode(str) -> list[int], .decode(ids) -> str, .eos_id, .pad_id, .bos_id, .vocab_size and .save(folder).
+`encode` adds no special token: only data.py prepends BOS and appends EOS. `decode` leaves special tokens out.
 """
 
 import json
@@ -22,7 +22,7 @@ MAX_TEMPLATE = 200_000  # most characters in a chat template, and most that it m
 class Tokenizer:
     """A tokenizer.json, read by `tokenizers`, with the special tokens and the chat template from tokenizer_config.json.
 
-    bos_id is None unless the folder says that prompts begin with BOS. pad_id falls back to eos_id, as masks are made from lengths.
+    bos_id is None unless the folder says that prompts begin with BOS. pad_id falls back to eos_id: masks come from lengths, not from pad_id.
     """
 
     def __init__(self, inner, settings):
@@ -119,7 +119,7 @@ def load_tokenizer(path_or_hub_name):
         eos_id = read_json(folder / "config.json").get("eos_token_id")
         eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
         settings = settings | {"eos_token": inner.id_to_token(eos_id) if isinstance(eos_id, int) else None}
-    if "add_bos_token" not in settings:  # llama3 says so in the post-processor only
+    if "add_bos_token" not in settings:  # Llama 3 says only in tokenizer.json's post-processor that prompts begin with BOS
         ids = inner.encode("a").ids
         bos = settings.get("bos_token")
         bos = bos.get("content") if isinstance(bos, dict) else bos
@@ -144,21 +144,21 @@ def plain_chat(messages):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox that also limits products. Otherwise 'x' * 10**9 would take gigabytes before anything is rendered."""
+    """jinja2's sandbox that also refuses powers and large products: 'x' * 10**9 would take gigabytes before anything is rendered."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context, operator, left, right):
         sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
         if operator == "**" or sizes[0] * sizes[1] > MAX_TEMPLATE:
-            raise TemplateError(f"{operator} of operands this large is refused")
+            raise TemplateError(f"{operator}: powers and large products are refused")
         return super().call_binop(context, operator, left, right)
 
 
 def render_chat(tokenizer, messages):
     """Render a list of {role, content} as the prompt text with the tokenizer's chat template.
 
-    A template is foreign code. It runs in jinja2's immutable sandbox, where it cannot read attributes that start with an underscore or
+    A template is code that others wrote. It runs in jinja2's immutable sandbox, where it cannot read attributes that start with an underscore or
     change its inputs. Raises BadInput if the template fails or breaks the rules of the sandbox.
     """
     template = getattr(tokenizer, "chat_template", None)
@@ -181,6 +181,6 @@ def render_chat(tokenizer, messages):
             rendered += piece
             if len(rendered) > limit:
                 raise TemplateError(f"it renders more than {limit} characters")
-    except Exception as error:  # foreign code may raise anything, even ZeroDivisionError or MemoryError
+    except Exception as error:  # a template may raise anything, even ZeroDivisionError or MemoryError
         raise BadInput(f"the chat template failed ({type(error).__name__}: {error})") from None
     return rendered

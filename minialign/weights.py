@@ -178,7 +178,7 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
     """Load a GPT from a Hugging Face folder or hub name. dtype None keeps the file's dtype. device None means the CPU.
 
     The scalar head is built if config.json names a ...ForSequenceClassification architecture. If the folder has a tokenizer,
-    config.n_tokens is set from it, so that padding rows of the vocabulary are never sampled.
+    config.n_tokens is set from it, so that ids without a token (padding of the embedding) are never sampled.
     Raises BadInput with the file's name if the architecture is not implemented, if tensors are missing, unknown or of the wrong
     shape, if a file is damaged, or if the weights are pickles.
     """
@@ -225,7 +225,7 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
 
 
 def fit_vocabulary(model, tokenizer, where):
-    """Record how many ids the tokenizer has. More embedding rows than ids mean that the table is padded. Fewer are an error."""
+    """Record how many ids the tokenizer has. If the embedding has more rows, it is padded. Fewer rows are an error."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise BadInput(
             f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only {model.config.vocab_size} "
@@ -238,10 +238,10 @@ def save_pretrained(model, folder, tokenizer=None):
     """Write a folder that transformers, vLLM and lm-evaluation-harness load: config.json, safetensors (sharded above 5 GB), tokenizer.
 
     A tied head is left out of the file, as safetensors requires. config.json is written last, so a folder that has it is complete. It also
-    stores a reward model's reward_offset, reward_read and reward_bound. transformers ignores them: its scores are the head's raw outputs.
+    stores a reward model's reward_offset, reward_read and reward_bound. transformers ignores these and returns the head's raw outputs.
     Raises BadInput, before anything is written, if the family's layout cannot express the configuration.
     """
-    from huggingface_hub import save_torch_state_dict  # imported here: the import takes longer than most runs take to start
+    from huggingface_hub import save_torch_state_dict  # imported here because importing it is slow
 
     ours, readers = vars(replace(model.config, n_tokens=None)), vars(GPTConfig.from_hf(config_to_hf(model.config)))
     if lost := [name for name in ours if ours[name] != readers[name]]:

@@ -109,7 +109,7 @@ def test_the_sequence_ratio_does_not_overflow():
     ({"reward": ["builtin"]}, "--reward builtin scores the built-in task, not .*: name a reward"),
     ({"lr": math.inf}, "--lr inf: must be a finite number"), ({"missing_eos": math.nan}, "--missing_eos nan: must be a finite number"),
     ({"tau": 0.0}, "--tau 0.0: must be above 0"), ({"reward_limit": 0.0}, "--reward_limit 0.0"), ({"beta": -0.1}, "--beta -0.1"),
-    ({"max_new": 1000}, "--max_new 1000 it exceeds the policy's context of 128; lower it"),
+    ({"max_new": 1000}, "--max_new 1000 it exceeds the policy's context of 128; lower --max_new"),
     ({"max_new": 120}, "exceeds the policy's context of 128; set --max_prompt 8, or a smaller --max_new"),
     ({"reward": ["nonsense"]}, "--reward nonsense: expected builtin, exact_match"),
 ])
@@ -150,4 +150,4 @@ def test_the_memory_estimate_knows_the_cache_and_the_length(small, policy_folder
     assert needed[0] < needed[1] < needed[2]
     module, cfg = small("reinforce", steps=1)
     module.main(cfg)
-    assert " tokens, 0 at --max_prompt; up to 12 new tokens each; about " in capsys.readouterr().out
+    assert " tokens, 0 have --max_prompt tokens; up to 12 new tokens each; about " in capsys.readouterr().out

@@ -1,7 +1,7 @@
-"""The oracles: the exact policies that the methods must converge to, in numpy alone. It imports none of the code that it tests.
+"""The laws: the exact policies that the methods must converge to, in numpy alone. This file imports none of the code that it tests.
 
 A policy is a probability vector over the finitely many completions of one prompt. E is the expert, ref the reference, β > 0 the pull to
-ref, r a reward vector. Each law is derived in its docstring; toy/three_actions.py and the tests compare the methods with the laws.
+ref, r a reward vector. Each law is derived in its docstring. toy/three_actions.py and the tests compare the methods with the laws.
 
 About half of the laws follow from the **pairwise density-ratio lemma**. For P and Q with full support,
 
@@ -42,7 +42,7 @@ def table_1(bound_over_beta, n_actions=3):
 
     The likelihood of the demonstration under π_r ∝ e^{r/β} rises with the reward of the demonstrated action and falls with every other
     reward. So the optimum is at the bounds: r = (0, ..., 0, R) and π = (1, ..., 1, e^x) / (n − 1 + e^x). The paper prints 2/(2 + e^x) for
-    each unseen action; its row sums to (4 + e^x)/(2 + e^x) > 1.
+    each unseen action; the row printed there sums to (4 + e^x)/(2 + e^x) > 1.
     """
     reward = np.zeros(n_actions)
     reward[-1] = bound_over_beta
@@ -55,8 +55,8 @@ def demonstration_law(expert, ref, bound_over_beta):
     Maximise E_E[log π] over π = ref·u/Z with u = e^{r/β} in [1, e^x]. The objective is concave in r, with gradient (E − π)/β. The KKT
     conditions are π = E where u is inside its bounds (so u = Z·E/ref there), E ≤ π where u = 1, and E ≥ π where u = e^x. Together,
     u = clip(Z·E/ref, 1, e^x). Z itself solves Σ ref·u = Z. The left side minus the right, divided by Z, is
-    Σ ref·clip(E/ref, 1/Z, e^x/Z) − 1. This falls in Z, so bisection finds the root. Z is a mean of u, so log Z is in [0, x]. (The root
-    may be an interval, on which π is the same: a constant is added to the reward.) If max E/ref ≤ e^x·min E/ref, π = E.
+    Σ ref·clip(E/ref, 1/Z, e^x/Z) − 1. This falls in Z, so bisection finds the root. Z is a mean of u, so log Z is in [0, x]. (If an
+    interval of Z solves it, π is the same on all of it, and r differs by a constant.) If max E/ref ≤ e^x·min E/ref, π = E.
     """
     expert, ref = normalise(expert), normalise(ref)
 
@@ -266,7 +266,7 @@ def mean_and_spread(law, reward):
 def temperature_curve(ref, reward):
     """(temperatures s, β(s)), from cold to hot: β(s) is the β whose law is ref·e^{r/s}. See collapse_threshold.
 
-    The grid starts where even the completions of the second-best level have died out and ends where the law is practically ref.
+    The grid starts where all completions below the best reward have almost no probability and ends where the law is almost ref.
     """
     reward, levels = np.asarray(reward, dtype=np.float64), np.unique(reward)
     coldest = np.diff(levels).min() / (50 - 2 * np.log(normalise(ref).min()))
@@ -328,9 +328,9 @@ def std_normalised_law(ref, reward, beta):
 def ift_law(completions, expert, decay):
     """The fixed point of IFT with λ = 0 and weights held constant: π(a|s) ∝ E(a|s)·E[w_t/n | s, a], not the expert.
 
-    The expected update of the logits at the prefix s is Σ_a E(a|s)·W(s, a)·∇log π(a|s), W = E_E[w_t/n | s, a]. The weight w_t = n·c_t/Σc
-    depends on the whole completion and on π. The update vanishes iff E(a|s)·W(s, a) is proportional to π(a|s). W depends on π through
-    ℓ = −log π, so iteration from the expert finds the law. With completions of one token w = 1 and the law is E.
+    The expected update of the logits at the prefix s is Σ_a E(a|s)·W(s, a)·∇log π(a|s), W = E_E[w_t/n | s, a]. It vanishes iff
+    E(a|s)·W(s, a) is proportional to π(a|s). The weight w_t = n·c_t/Σc, c_t = Σ_{i≥t} decay^{i−t}·ℓ_i, depends on the whole completion and,
+    through ℓ = −log π, on π. So the law is found by iteration from the expert. With completions of one token w = 1 and the law is E.
     """
     expert = np.asarray(expert, dtype=np.float64)
     prefixes = {}
@@ -387,7 +387,7 @@ def best_of_n_law(ref, reward, n):
 
 
 def rest_law(ref, reward, threshold):
-    """ref restricted to rewards strictly above the threshold: the maximum-likelihood fit to what is kept of many samples.
+    """ref restricted to rewards strictly above the threshold: the maximum-likelihood fit to the samples kept, if there are many.
 
     KL(law‖ref) = −log P(r > threshold), because law/ref is constant where the law is not 0.
     """
@@ -412,9 +412,9 @@ def winners(mu, prefer):
     return normalise(weight.sum(1)), normalise(weight.sum(0))
 
 
-# DPO and the lemma. Σ weight·log(1 + e^{−β(ρ_a − ρ_b)}) has two terms per unordered pair. The first has the share p = prefer[a, b] for
-# every μ_a·μ_b, so β(ρ_a − ρ_b) = log prefer[a, b]/prefer[b, a] = r_a − r_b for Bradley-Terry. All pairs agree: ρ = r/β. So the law is
-# tilt(ref, r, β) for every μ, also for μ = π. It is the same for any f whose pair optimum is the logit. For Savage's σ(−x)² a pair's slope
+# DPO by the lemma. Σ weight·log(1 + e^{−β(ρ_a − ρ_b)}) has two terms per unordered pair, with weights in the ratio p : 1 − p for every μ.
+# Here p = prefer[a, b], so β(ρ_a − ρ_b) = log p/(1 − p) = r_a − r_b for Bradley-Terry. ρ = r/β satisfies this for all pairs, so the law is
+# tilt(ref, r, β) for every μ, also for μ = π. Any f whose pair optimum is log p/(1 − p) has this law. For Savage's σ(−x)² a pair's slope
 # is −2·p·σ(−x)²·σ(x) + 2·(1 − p)·σ(x)²·σ(−x) = 2·σ(x)·σ(−x)·(σ(x) − p), 0 at σ(x) = p. For e^−x it is −p·e^−x + (1 − p)·e^x, 0 at half the
 # logit: tilt(ref, r, 2β).
 
@@ -422,9 +422,9 @@ def winners(mu, prefer):
 def ipo_law(ref, prefer, beta, mu):
     """IPO: ref·e^{g/β}, g(y) = E_{y'~μ} prefer[y, y'].
 
-    The part of each pair is p·(Δ − c)² + (1 − p)·(Δ + c)² with c = 1/(2β), which is (Δ − c·(2p − 1))² plus a constant. The pair optima do
-    not agree, so this is least squares: Σ_b μ_b·(ρ_a − ρ_b − c·(2p_ab − 1)) = 0 for every a, i.e. ρ_a − E_μ ρ = c·(2g_a − 1), ρ = g/β up
-    to a constant. GPO's (β·Δ − 1)² = β²·(Δ − 1/β)² has c = 1/β: half the β here.
+    The part of each pair is p·(Δ − c)² + (1 − p)·(Δ + c)² with c = 1/(2β), which is (Δ − c·(2p − 1))² plus a constant. No ρ meets all
+    pair optima, so this is least squares: Σ_b μ_b·(ρ_a − ρ_b − c·(2p_ab − 1)) = 0 for every a, i.e. ρ_a − E_μ ρ = c·(2g_a − 1), ρ = g/β
+    up to a constant. GPO's (β·Δ − 1)² = β²·(Δ − 1/β)² has c = 1/β: half the β here.
     """
     return tilt(ref, prefer @ normalise(mu), beta)
 
@@ -441,7 +441,7 @@ def ipo_online_law(ref, prefer, beta):
 
 
 def simpo_law(lengths, reward, scale):
-    """SimPO without a target margin: π = e^{|y|(r − c)/scale} with Σ = 1, for Bradley-Terry labels and any μ. It does not depend on ref.
+    """SimPO without a target margin: π = e^{|y|(r − c)/scale} with Σ = 1, for Bradley-Terry labels and any μ. ref does not matter.
 
     The lemma applies as for DPO. The score scale·log π/|y| equals r − c, with one unknown c for all completions. Σ e^{|y|(r − c)/scale}
     falls in c, so bisection finds it.

@@ -1,4 +1,4 @@
-"""Two hundred demonstrations, 30 % of them bad: the one setting that can test the papers' orderings of methods exactly, and their cost.
+"""Two hundred demonstrations, 30 % of them bad: the one toy that tests exactly how the papers rank methods, and what a better rank costs.
 
 It uses the larger language of tiny_language.py with four prompts. The base model prefers what the reward dislikes (ref·e^{−κr}). The
 expert is E ∝ base·e^{r/β}. Most demonstrations come from E, and a share comes from the base model. SFT, SPIN (IRFT with one round), IRFT
@@ -14,10 +14,10 @@ exactly, by summing over all 1555 completions of each prompt:
     python -m toy.few_demos --full                                 # ten seeds
     python -m toy.few_demos --contamination 0                      # clean demonstrations: the orderings need not hold there
 
-The gated orderings follow from the law of one stale round, base·(E_mix/base)^{1/β}. With β far below 1 it extrapolates past the
-demonstrated mixture E_mix: whatever is rarer there than in base goes to 0. That raises gap and reward, and ends far from the expert. It
-helps because base is worse than the demonstrations. A gap or reward above the expert's own is overshoot. Five rounds against one, and
-fresh samples, are printed but not gated: their order changes with the step at which one looks.
+The gated orderings follow from the law of one round with samples from base, base·(E_mix/base)^{1/β}, E_mix the demonstrated mixture. With
+β far below 1 the law extrapolates past E_mix: whatever is rarer in E_mix than in base goes to 0. That raises gap and reward, because base
+is worse than the demonstrations, but it ends far from the expert. A gap or reward above the expert's own is overshoot. The comparisons with
+five rounds and with fresh samples are printed but not gated: their results change with the number of steps.
 """
 
 import copy
@@ -48,7 +48,7 @@ class Config:
     steps: int = 60                 # updates of each method
     batch_size: int = 32            # demonstrations per update
     lr: float = 1e-3                # Adam's learning rate
-    seeds: int = 5                  # runs; seeds 0 to 4 have one base model each, 5 to 9 reuse them
+    seeds: int = 5                  # runs; seeds 0 to 4 have one base model each, later seeds reuse these five
     full: bool = False              # twice as many seeds
     out: str = "runs/few_demos.png"  # the figure
 

@@ -1,24 +1,24 @@
 """Gymnasium's Frozen Lake: what each method learns from one demonstration, what inverse RL learns from many, and the IFT paper's Figure 3.
 
 A lake is a few small tables: where each move leads (the environment's own `P`) and what it earns. So every reference value is exact: values
-and best actions come from value iteration, the probability of reaching the gift from a linear recursion. With a pull β to a uniform
-reference, soft value iteration gives the policy π ∝ ref·e^{Q/β}. A language model has the same closed form, with tokens for moves.
+and best actions come from value iteration, the probability of reaching the gift (the goal) from a linear recursion. With a pull β to a
+uniform ref, soft value iteration gives the policy π ∝ ref·e^{Q/β}. A language model has the same closed form, with tokens for moves.
 
     references    values, best actions and success of the lakes (14/17 on the slippery one); what an entropy bonus does
-    Figure 3      A two-layer net learns one trajectory by SFT, IFT, IRFT or RFT, two of them by ORPO or DPO, or plays, by PPO or GRPO. All
-                  start at the weights from which another net, θ*, was fitted to the best policy (in one setting, to a soft one). The paper
-                  ranks the methods by the mean squared error of their *parameters* against θ*. We also measure the error of the policy,
-                  KL(π*‖π), and how often the gift is reached.
-    a control     The hidden units are permuted: other parameters θ, the same policy. This shows what an error of parameters is worth.
-    inverse RL    A reward is learned from visits alone (maximum entropy; RFT's gradient on a table), then the policy that follows from it.
-                  From 1, 5 or 20 games it is nearer to the expert than SFT if the ice does not slip. If it slips, visits depend mostly on
-                  the ice, and a reward fitted to visits is worse than SFT. A reward fitted to the moves is not.
+    Figure 3      A two-layer net learns from one game (SFT, IFT, IRFT, RFT), from a good and a bad one (ORPO, DPO) or by playing (PPO,
+                  GRPO). All start at the same weights. Another net, θ*, was fitted from them to the best policy (in one setting to a soft
+                  one). The paper ranks the methods by the mean squared error of their *parameters* against θ*. We also measure how far the
+                  policy is from that of θ*, KL(π*‖π), and how often it reaches the gift.
+    a control     The hidden units of θ* are permuted: other parameters, same policy. So an error of parameters says little about policies.
+    inverse RL    A reward is learned from state visits alone (maximum entropy; RFT's gradient on a table), and a policy from the reward.
+                  From 1, 5 or 20 games this policy is nearer to the expert than SFT's if the ice does not slip. If it slips, visits depend
+                  mostly on the ice, and a reward fitted to visits is worse than SFT. A reward fitted to the moves is not.
 
     python -m toy.frozen_lake                                          # ten seeds; PASS or FAIL per reference; a figure; exit 1 on a miss
     python -m toy.frozen_lake --full                                   # thirty seeds
 
-The paper gives no map, no width, no learning rate and no numbers. So we judge its ranking in five settings, and it is a gate in none. We
-searched for one of them so that the ranking holds: there θ* itself seldom arrives, and the nearest to it of four methods plays worst.
+The paper gives no map, no width, no learning rate and no numbers. So we judge its ranking in five settings, without a gate. One of them
+was found by a search for a case where the ranking holds. There θ* itself seldom arrives, and the nearest to θ* of four methods plays worst.
 
 Checked by tests/toy/test_frozen_lake.py.
 """
@@ -54,7 +54,7 @@ MOVES = {letter: move for move, letter in enumerate("LDRU")}
 class Config:
     seeds: int = 10                 # number of seeds, for the initial weights of the nets and the draws of demonstrations
     full: bool = False              # use thirty seeds
-    steps: int = 300                # updates of SFT, IFT, ORPO and DPO (at most 60 in the setting "found by search")
+    steps: int = 300                # updates of SFT, IFT, ORPO and DPO (always 60 in the setting "found by search")
     hidden: int = 32                # width of the nets
     out: str = "runs/frozen_lake.png"  # path of the figure
 
@@ -147,8 +147,8 @@ def soft_value_iteration(lake, rewards, gamma, beta, *, horizon=None, entropy=Fa
 
 
 def soft_policy_iteration(lake, rewards, gamma, beta, policy=None):
-    """The same V and π in a few steps instead of hundreds: solve the linear equations for the value of a policy, set π ∝ e^{Q/β}, repeat.
-    policy: where to start."""
+    """V and π of soft_value_iteration, in a few steps instead of hundreds: solve linear equations for the value of the policy, set
+    π ∝ e^{Q/β}, repeat. policy: where to start."""
     policy = np.full(lake.P.shape[:2], 0.25) if policy is None else policy
     for _ in range(200):
         kl = (policy * np.log(4 * np.maximum(policy, 1e-300))).sum(1)
@@ -219,8 +219,8 @@ def learn_reward(lake, shown, gamma, beta, *, ridge=0.0, precision=1e-9):
 
 
 def same_reward(lake, learned, rewards, gamma):
-    """The learned rewards, shifted by the one constant that no policy can reveal: V − c at every live state gives the same policy, and
-    means r − (1 − γ)·c on arriving at a live state and r − c at an end. We choose c so that the end states have the right sum."""
+    """The learned rewards, shifted by the one constant c that no policy can reveal: adding (1 − γ)·c to the reward of every live state and
+    c to that of every end adds c to V at all live states, and π stays the same. We choose c so that the end states have the right sum."""
     ends = lake.over & (lake.P.sum((0, 1)) > 0)
     c = float((rewards - learned)[ends].mean())
     return learned + c * np.where(lake.over, 1, 1 - gamma)
@@ -391,7 +391,7 @@ def irft_losses(start, lake, good, generator):
 
 
 def rft_losses(start, lake, good, generator, beta=0.1):
-    """Raise the reward (in [0, 1]) where the demonstration arrives and lower it where the games arrive. RLOO maximises it, with the KL."""
+    """Raise the reward (in [0, 1]) where the demonstration arrives and lower it where the games arrive. RLOO maximises it minus a KL."""
     ref, rewards = vmap(log_policy)(start), torch.zeros(len(start["bias"]), len(lake.P), dtype=torch.float64)
     shown = lake.P[good[0], good[1]].argmax(-1)
 
@@ -480,7 +480,7 @@ def settings(steps):
         result.append(Setting(name, lake, lake.walk(good), lake.walk(bad), best, lake.live, steps=steps))
 
     lake, rng = Lake(FOUR, slippery=True), np.random.default_rng(0)
-    _, _, best = value_iteration(lake, lake.goal, 0.99)  # good: its first game that ends at the gift; bad: the first that does not
+    _, _, best = value_iteration(lake, lake.goal, 0.99)  # good: best's first game that reaches the gift; bad: its first that does not
     games = [lake.episode(best, rng) for _ in range(100)]
     good = next(game for game in games if lake.goal[game[0][-1]])
     bad = next(game for game in games if not lake.goal[game[0][-1]])
@@ -753,7 +753,7 @@ def inverse(report, cfg):
                 report.claim("inverse RL", f"{name}, {n} demonstration{'s'[: n > 1]}: {FEW[index]}, is nearer to the expert than SFT",
                              f"distance {rows[:, index].mean():.3f}, SFT {rows[:, 2].mean():.3f}, lead",
                              (rows[:, 2] - rows[:, index]).tolist())
-    lake = Lake(FOUR, slippery=True)  # a stronger pull leaves every move some probability: then the reward is found on ice, too
+    lake = Lake(FOUR, slippery=True)  # with a stronger pull every move occurs, so the reward can be recovered on ice too
     _, expert = soft_value_iteration(lake, lake.goal, 0.99, 0.02)
     rewards, _ = learn_reward(lake, visits(lake, expert, 0.99)[0], 0.99, 0.02)
     report.check("4x4, slippery, β = .02: the reward itself", same_reward(lake, rewards, lake.goal, 0.99), lake.goal, 1e-3)

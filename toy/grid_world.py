@@ -8,8 +8,8 @@ and the rewards: +1 for the move into s3 (goal) or −1 for every move (step).
 
     V(s) = Σ_a π(a|s)·Q(s, a)        Q(s, a) = r(s, a) + γ·V(s')        A(s, a) = Q(s, a) − V(s)
 
-The Bellman equations are linear, so we solve them for V and Q in fractions and check the results with tolerance 0: V against the formula
-that two equations give by hand (`by_hand`), value and policy iteration against the best of all 64 deterministic policies. In float64 we
+The Bellman equations are linear, so we solve them for V and Q in fractions and check the results with tolerance 0: V against a formula that
+is derived by hand (`by_hand`), value and policy iteration against the best of all 64 deterministic policies. In float64 we
 check the policy gradient theorem against autograd through the solved equations. With samples we check REINFORCE, which uses the project's
 own loss: its gradient against the exact one, its policy against V*.
 
@@ -101,7 +101,7 @@ def values(policy, world):
 
 
 def action_values(policy, world):
-    """Q (3, 4) from its own twelve equations, Q(s, a) = r + γ·Σ_b π(b|s')·Q(s', b). V is not used, so it can be checked by Q."""
+    """Q (3, 4) from its own twelve equations, Q(s, a) = r + γ·Σ_b π(b|s')·Q(s', b). V is not used here, so Q can check V."""
     pairs = list(itertools.product(STATES, range(4)))
     matrix, right = [], []
     for s, a in pairs:
@@ -113,7 +113,7 @@ def action_values(policy, world):
 
 
 def look_ahead(V, world):
-    """r(s, a) + γ·V(s') of all moves, (3, 4): by Bellman's equations this is Q."""
+    """r(s, a) + γ·V(s') of all moves, (3, 4). If V is the value of a policy, this is the policy's Q."""
     V = [*V, Fraction(0)]
     return [[reward + world.gamma * V[after] for after, reward in (world.step(s, a) for a in range(4))] for s in STATES]
 
@@ -251,7 +251,7 @@ def step(logits, states, actions, mask, advantages):
 
 
 def sampled_gradient(logits, world, cfg, seed=0, batches=100):
-    """(mean, standard error) of ∇V(s0) by REINFORCE, (3, 4) each, over 100 batch means. The baseline is the exact V(s0)."""
+    """(mean, standard error) of ∇V(s0) by REINFORCE, (3, 4) each, from the means of 100 batches. The baseline is the exact V(s0)."""
     generator = torch.Generator().manual_seed(seed)
     *sampled, returns = sample_episodes(logits, world, cfg.episodes // batches * batches, cfg.horizon, generator)
     advantages = returns - value_of_logits(logits, world)

@@ -1,18 +1,18 @@
-"""Over-optimisation of a proxy that is blind to one feature of the true reward. Pushed too far by best-of-n or RL, the true reward falls.
+"""Over-optimisation: best-of-n or RL on a proxy that is blind to one feature of the true reward lowers the true reward if pushed too far.
 
 We use the larger language of tiny_language.py. Its true ("gold") reward punishes adjacent repeats by −.7·repeats²: two repeats cost more
 than two liked tokens bring. Comparisons of ref's own completions are labelled by Bradley-Terry on gold. A proxy is the Bradley-Terry
-optimum among rewards that are linear in token counts. Counting starts at the prompt's token, so that one weight serves all prompts. Such a
+optimum among rewards that are linear in token counts. Ids are taken relative to the prompt's, so that one weight serves all prompts. Such a
 proxy cannot see repeats. The control has one more feature, repeats², so it can equal gold. The policies are not trained but known exactly:
 
     best-of-n   closed_form.best_of_n_law on the proxy, n = 1, 2, 4, …
     RL          closed_form.tilt: ref·e^{proxy/β}, β from 100 to .03; training on RLOO's own expected loss is checked to end there
 
 So gold, proxy and d = √KL(π‖ref) are sums over all 1555 completions of each prompt, and only the comparisons are random. Gates check what
-follows: no policy has more proxy for its KL than the tilt (it maximises E[proxy] − β·KL). The KL of best-of-n is at most log n − (n − 1)/n.
+follows: for its KL the tilt has the most proxy (it maximises E[proxy] − β·KL). The KL of best-of-n is at most log n − (n − 1)/n.
 RL leaves ref with slope √2·cov(gold, proxy)/σ(proxy), since at small 1/β gold gains cov/β and KL is σ²/2β². RL's curve is nearly a parabola
-in d, for this reason: moving a proxy that is Gaussian under ref by s standard deviations costs a KL of s²/2, so a loss of gold in
-proportion to s² gives gold a·d − b·d². Gao et al. 2022 (arXiv:2210.10760) give this form to best-of-n, not to RL.
+in d: if the proxy is Gaussian under ref, raising it by s standard deviations costs a KL of s²/2. So s is proportional to d, and with a
+loss in proportion to s² gold is a·d − b·d². Gao et al. 2022 (arXiv:2210.10760) give this form to best-of-n, not to RL.
 
     python -m toy.overoptimization                                 # PASS or FAIL, claims with verdicts, a figure; exit 1 on a miss
     python -m toy.overoptimization --full                          # three times the seeds
@@ -50,12 +50,12 @@ from toy.tiny_language import Language, TabularPolicy, expected_rloo, tiny_gpt
 @dataclass
 class Config:
     comparisons: int = 1000         # labelled pairs to fit a proxy to, over all prompts
-    few: int = 100                  # the same, for the claims about noise instead of blindness
+    few: int = 100                  # labelled pairs for the claims about noise instead of blindness
     ridge: float = 1.0              # weight of ½·|w|², added to the summed Bradley-Terry loss
     members: int = 5                # proxies in an ensemble, each fitted to a bootstrap sample of the same comparisons
     largest_n: int = 16384          # the largest n of best-of-n
     seeds: int = 10                 # draws of the comparisons; every one must pass
-    neural_seeds: int = 3           # the same for the neural reward models; 0 skips them
+    neural_seeds: int = 3           # draws for the neural reward models; 0 skips them
     neural_members: int = 3         # neural reward models in an ensemble
     neural_steps: int = 100         # updates of a neural reward model
     full: bool = False              # use three times the seeds
@@ -131,7 +131,7 @@ def scores(model, seen):
 
 
 def combine(columns, how):
-    """Combine computed scores [(N, C)] by minialign.rewards.ensemble. Its functions return them whatever their arguments are."""
+    """Combine scores [(N, C)] by minialign.rewards.ensemble. The functions given to it ignore their arguments and return the scores."""
     fns = [lambda prompts, completions, column=column: column.ravel() for column in columns]
     return ensemble(fns, how)(None, None).double().numpy().reshape(columns[0].shape)
 

@@ -1,9 +1,9 @@
 """The figure at the top of the README: what every method learned against its closed form; the dots should lie on the diagonal.
 
-Each dot is the probability of one action or completion. three_actions gives the probabilities of every row named after its method.
-tiny_language gives a GPT's probabilities of fifteen completions per prompt, from the most to the least likely; grey dots show them before
-training. Probabilities below 1e-6 are cut off. Methods without a closed form (KTO, ORPO with λ > 0, the hinge and the truncated
-quadratic) have no dots: their toys test that the update is at rest.
+Each dot is the probability of one action or completion. From three_actions come all rows whose name begins with that of the method.
+From tiny_language come a GPT's probabilities of fifteen completions per prompt, from the most to the least likely. Grey dots show them
+before training. Probabilities below 1e-6 are cut off. Losses without a closed form (KTO with β > 0, ORPO with λ > 0, GPO's hinge and
+truncated quadratic) have no dots: for them the toys test that the expected update is 0, or small, at the end of training.
 
     python -m toy.plot --numbers docs --out docs/laws.png              # what `make figures` does with the numbers that it has written
 

@@ -1,6 +1,6 @@
 """The report of a toy: PASS or FAIL for every number that is known exactly, a verdict for every claim that is not, and a JSON of both.
 
-A check is gated: a toy that misses one exits with code 1. A claim is never gated: a paper's statement is measured and gets a verdict.
+A check is gated: a toy that misses one exits with code 1. A claim (mostly of a paper) is measured and gets a verdict, without a gate.
 
 Checked by tests/toy/test_report.py.
 """
@@ -38,7 +38,7 @@ class Report:
         self._gated(name, bool(error <= tolerance), f"{shown:36} off by {error:.1e} (≤ {tolerance:g})", note)
 
     def gate(self, name, passed, measured, note=""):
-        """The same if what is known is an inequality. measured: the numbers, as text."""
+        """Print PASS or FAIL for a condition that was tested already, such as an inequality. measured: the numbers, as text."""
         self._gated(name, bool(passed), measured, note)
 
     def _gated(self, name, passed, measured, note):

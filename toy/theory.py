@@ -1,11 +1,11 @@
 """Checks the lemmas and the theorem behind learning a reward from demonstrations, and the KL estimators, where all can be computed exactly.
 
 Lemmas  A GPT with a scalar head is the reward r of all 85 completions of two prompts (of unequal weight ρ). Two more GPTs are ref and the
-        expert E. So π_θ ∝ ref·e^{r/β} and ℓ(θ) = E_ρ E_E[log π_θ] are finite sums, in float64. β is not 1, so a lost 1/β shows.
+        expert E. So π_θ ∝ ref·e^{r/β} and ℓ(θ) = E_ρ E_E[log π_θ] are finite sums, in float64. β is not 1, so a missing 1/β shows.
           value      E_E[r]/β − E_π[r]/β + KL(π‖ref) = ℓ(θ) − E_E[log ref] + KL(π‖π_θ), because log ref + r/β = log π_θ + log Z and log Z
                      cancels. So π_θ is the minimiser, the minimum is ℓ(θ) − E_E[log ref], and any other π exceeds it by KL(π‖π_θ).
           gradient   ∇ log Z = E_{π_θ}[∇r]/β, hence ∇ℓ = (E_E[∇r] − E_{π_θ}[∇r])/β. With r = β·log π_θ/ref + β·log Z it becomes Lemma 3.2.
-                     But E_π[∇ log π] = ∇ Σ π = 0 for every π, so the term of the own answers is 0 and SFT's gradient remains.
+                     But E_π[∇ log π] = ∇ Σ π = 0 for every π, so its term of the own answers is 0 and SFT's gradient remains.
 Theorem SGD with η = c/√(TK) on ĝ = ∇r(y) − ∇r(ỹ). ỹ is a sample of the policy at the start of the round of K steps; r is in units of β.
         The problems are random, with four actions: a reward per action, or a two-layer net a·sin(Wφ), bounded with all its derivatives,
         as assumed. The proof says ‖Σ_{i<k} ĝ_i‖² ≤ kG², but equal gradients make it k²G². With k² the same proof gives (bias
@@ -13,14 +13,14 @@ Theorem SGD with η = c/√(TK) on ĝ = ∇r(y) − ∇r(ỹ). ỹ is a sample o
           mean E‖∇ℓ‖² ≤ 2(ℓ* − ℓ_0)/(c√(TK)) + c·L·G²/√(TK) + c²·L̃²·G²·(K − 1)(2K − 1)/(6TK):  O(1/√(TK) + K/T), not 1/√(TK) + 1/T.
         For a reward per action L = L̃ = ½ (the largest variance of a one-hot vector along a direction), G² = 2, ℓ* − ℓ_0 = KL(E‖ref).
 Data    L − L̂ is E_E of r/β + log ref minus its mean over D. These numbers have a range of at most C_r/β − C_p, C_p = min log ref, so
-        Hoeffding's inequality applies to a θ that does not depend on D. It promises nothing for the θ̂ that maximises L̂(·; D).
+        Hoeffding's inequality applies to a θ that does not depend on D. It does not apply to the θ̂ that maximises L̂(·; D).
 KL      Σ_y π(y)·k(y) and its gradient with π(y) held constant, which is the gradient of a loss over samples.
 
     python -m toy.theory                     # PASS or FAIL per identity, a verdict per sentence of the papers; a figure; exit 1 on a miss
     python -m toy.theory --full              # four times the seeds
 
-The slopes use the average over problems. On a single problem a long round may pass the optimum by chance, so its minimum says little.
-Checked by tests/toy/test_theory.py.
+The papers' numbers: 000 "Getting More Juice Out of the SFT Data" (RFT), 002 "From Demonstrations to Rewards", 004 the lecture. Slopes use
+means over problems: on one problem a long round may hit the optimum by chance. Checked by tests/toy/test_theory.py.
 """
 
 import math
@@ -139,7 +139,7 @@ def expected_irft(logps, ref_logps, demo_weights, sample_weights, beta):
 
 
 def empirical_likelihood(world, demos):
-    """L̂(θ; D), Eq. 6 of 002 as printed. π_θ and its KL are not detached: Lemma 5.1 includes that this does not matter."""
+    """L̂(θ; D), Eq. 6 of 002 as printed. π_θ and its KL are not detached. That this makes no difference is part of Lemma 5.1."""
     rewards = world.rewards()
     logps = world.logps(rewards)
     inner = rewards / world.beta - (logps - world.ref_logps)  # its mean under π_θ is E[r]/β − KL

@@ -140,7 +140,7 @@ def descend(loss_of, logits, lr, steps):
 
 
 def descend_to_rest(loss_of, logits, lr):
-    """The same until the logits stop moving: the fixed point of the expected update."""
+    """Gradient descent until the logits stop moving, which is at the fixed point of the expected update."""
     for _ in range(30_000):
         step = lr * gradient(loss_of, logits)
         if step.abs().max() < 1e-14:
@@ -150,7 +150,7 @@ def descend_to_rest(loss_of, logits, lr):
 
 
 def minimise(loss_of, logits):
-    """Newton's method to machine precision, for losses that are convex in the logits. It does not shift all logits by a constant.
+    """Newton's method to machine precision, for losses that are convex in the logits. The mean of the logits does not change.
 
     Each step is halved until the loss falls in proportion to its slope (Armijo), so a distant start does not make it diverge. Where the
     loss no longer changes in float64, the step is halved until the gradient shrinks.
@@ -161,7 +161,7 @@ def minimise(loss_of, logits):
             break
         hessian = torch.autograd.functional.hessian(loss_of, logits)
         step, _ = torch.linalg.solve_ex(hessian + torch.ones_like(hessian), grad)  # 11ᵀ: the gradient has no component along 1
-        step = step / max(1.0, float(step.abs().max()) / 2)  # at most two nats: far out the curvature means nothing
+        step = step / max(1.0, float(step.abs().max()) / 2)  # at most two nats: far from the optimum the curvature misleads
         size, slope = 1.0, float(grad @ step)
 
         def good(size, logits=logits, step=step, grad=grad, value=value, slope=slope):
@@ -431,7 +431,7 @@ def preference_checks(cfg):
 
         return descend_to_rest(expected, start, 1 / curvature).softmax(0).numpy()
 
-    pull = max(beta, 0.7)  # with two of the three probabilities near 0 the policy samples no useful pairs, and it takes forever
+    pull = max(beta, 0.7)  # with two of the three probabilities near 0 the policy samples few useful pairs, and training takes forever
     best = closed_form.tilt(reference, reward, beta)
     yield Check("DPO", learned(partial(dpo_loss, beta=beta)).softmax(0).numpy(), best, 1e-8, "π* = ref·e^{r/β}, for pairs from any policy")
     policy = rests(partial(dpo_loss, beta=pull), pull**2 / 4)
@@ -498,7 +498,7 @@ def preference_checks(cfg):
 
 
 def converged_rounds(expert, ref, beta, n_rounds, ref_update):
-    """(learned, law): the policies after each round, with every inner loop run to its minimum. Stops early where the law leaves float64."""
+    """(learned, law): policies after each round, with every inner loop run to its minimum. Stops where float64 cannot hold the law."""
     law = closed_form.usable_rounds(closed_form.rounds_law(expert.numpy(), ref.numpy(), beta, n_rounds, ref_update=ref_update))
     policy, learned = ref, []
     for _ in law:

@@ -11,17 +11,17 @@ Each method is tested in two ways, with its own functions from minialign/methods
     trained    the GPT of minialign/model.py trains by sampling, with the method's own rollout, advantages and step in the order of its main
                (Adam, no gradient clipping, one learning rate); then KL(π‖law), summed over all completions, must be small
 
-The laws are those of toy/closed_form.py. REINFORCE, RLOO, PPO and REBEL have π* ∝ ref·e^{r/β}. RFT and IRL see only demonstrations of π*
-and must find it too, and so must DPO and GPO with Savage's f. GRPO, IFT, RFT by Bradley-Terry and most relatives of DPO have other laws
-and must end nearer to those than to π*. For a method without a closed form, the expected slope at the end must be small compared with the
-slope at ref.
+The laws are those of toy/closed_form.py. The law of REINFORCE, RLOO, PPO and REBEL is π* ∝ ref·e^{r/β}. RFT and IRL see only
+demonstrations of π* and must find it too, and so must DPO and GPO with Savage's f. GRPO, IFT, RFT by Bradley-Terry and most relatives of
+DPO have other laws and must end nearer to those than to π*. For a method without a closed form, the expected slope at the end must be small
+compared with the slope at ref.
 
     python -m toy.tiny_language                                        # all at rest, a few trained; a figure; exit 1 on a miss
     python -m toy.tiny_language --full                                 # all trained, on 1555 completions: seven minutes
     python -m toy.tiny_language --methods rloo grpo --seeds 5
 
-Why both? With the KL in the reward the advantages are constant at π*, so training ends there even if the advantages are wrong by a factor.
-And a fixed point is not enough: training must reach it. tests/test_wrong_variants.py shows which test catches which mistake.
+Why both? With the KL in the reward the advantages are constant at π*, so training ends there even if they are wrong by a factor. And being
+at rest alone is not enough: training must get there. tests/test_wrong_variants.py shows which test catches which mistake.
 """
 
 import copy
@@ -146,7 +146,7 @@ class Language:
         return torch.tensor(rows, dtype=torch.float64)
 
     def exact_values(self, law, token_rewards):
-        """(C, T): E[rewards from t on | the tokens before t] for token_rewards (C, T) and a distribution law (C,), as a perfect critic."""
+        """(C, T): E[rewards from t on | the tokens before t] for token_rewards (C, T) and a distribution law (C,): a perfect critic."""
         to_come = token_rewards.flip(1).cumsum(1).flip(1)  # (C, T) return from token t on
         values = torch.zeros_like(token_rewards)
         for t in range(self.max_new):
@@ -161,7 +161,7 @@ class Language:
         return values
 
     def draw(self, law, n, generator):
-        """Sample n completions per prompt from the distribution `law` (N, C), grouped by prompt; in .completions, as from a sampler."""
+        """Sample n completions per prompt from the distribution `law` (N, C), grouped by prompt: an object with .completions."""
         drawn = torch.multinomial(law, n, replacement=True, generator=generator).flatten().tolist()
         return SimpleNamespace(completions=[list(self.completions[c]) for c in drawn])
 
@@ -220,7 +220,7 @@ def expected_reinforce(logps, ref_logps, rewards, law, language, beta):
 
 def expected_rloo(logps, ref_logps, rewards, law, language, beta):
     rewards = kl_rewards(rewards, logps, ref_logps, beta=beta)
-    advantages = rewards - law @ rewards  # the mean of leave_one_out, given the completion
+    advantages = rewards - law @ rewards  # the expectation of leave_one_out for each completion
     return rloo.rloo_loss(logps, logps.detach(), advantages * law * len(law), language.mask, eps=0.2)[0]
 
 
@@ -239,7 +239,7 @@ def expected_rebel(logps, ref_logps, rewards, law, language, beta):
 
 
 def expected_grpo(group_size, logps, ref_logps, rewards, law, language, beta):
-    advantages = (group_size - 1) / group_size * (rewards - law @ rewards)  # the mean of group_advantages with normalize=False
+    advantages = (group_size - 1) / group_size * (rewards - law @ rewards)  # the expectation of group_advantages with normalize=False
     weight = law * len(law)
     return grpo.grpo_loss(logps, logps.detach(), ref_logps, advantages * weight, language.mask, eps=0.2, beta=beta * weight[:, None],
                           aggregate="dr_grpo", max_len=language.max_new)[0]
@@ -360,7 +360,7 @@ def ift_losses(policy, value_model, ref, language, cfg, seed):
 
 
 # Inverse RL. The reward model is a GPT that sums one number per token, and the policy is trained on it by RLOO. The two take turns. In RFT
-# a turn is 2 reward updates, then 4 policy updates. IRL has 3 rounds; each trains the reward's increase for long, then the policy.
+# a turn is 2 reward updates, then 4 policy updates. IRL has 3 rounds; each trains an increase of the reward for long, then the policy.
 # With β = 1 its law is the expert after every round (with the toy's β = ½ it would oscillate). At rest the policy is the expert (or RFT's
 # mixture) and the reward is β·log π/ref. The expected gradient is taken there, for the tabular reward of the tabular policy.
 
@@ -569,7 +569,7 @@ def rest_losses(policy, value_model, ref, language, cfg, seed):
 FEW = ("rloo", "grpo", "ppo", "rebel", "ift", "dpo", "ipo")  # trained by default; takes a minute
 
 # Gates: bounds that a correct implementation meets for all seeds and references, at the default beta and steps. They are wider than one
-# run needs because training is noisy and a net has a floor: even the exact gradient of J ends at a KL of .0005 here. For selection the
+# run needs because training is noisy and a net has a floor: even the exact gradient of E[r] − β·KL ends at KL .0005. For selection the
 # floor is higher: its laws jump between levels of reward (ReST's to 0), and a smooth net rounds the edges.
 ROWS = [
     Row("REINFORCE, running-mean baseline", "reinforce", tilted, expected_reinforce, reinforce_losses, 0.008),

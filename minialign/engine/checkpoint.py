@@ -3,16 +3,16 @@
     checkpoints/step_000100/   model.safetensors   parameters of every module of the run, 'policy.…', 'old.…'
                                optim.safetensors   the optimizers' tensors
                                rng.safetensors     torch's CPU (and CUDA) generator states
-                               state.json          the step, plain numbers, the optimizers' settings, versions and threads
+                               state.json          step, skipped steps, the optimizers' settings, torch's version, thread count
                                manifest.json       size and sha256 of each file above
 
 Under torchrun each process writes its slices of model and optim into shard-….safetensors (torch.distributed.checkpoint, in Hugging Face's
 layout). A run can be resumed with a different number of processes, or with one.
 
-A checkpoint is written into a temporary folder beside it, each file is flushed to disk, and the folder is renamed in one step. So
-step_000100 is never half-written. Reading takes the newest folder that matches its manifest and prints which it skips. No pickle is used.
+A checkpoint is written into a temporary folder, each file is flushed to disk, and then the folder is renamed to step_000100. So step_000100
+is never half-written. A resumed run takes the newest folder that matches its manifest and prints which ones it skips. No pickle is used.
 
-The data order and the learning rate are functions of (seed, step), and samplers are seeded by step, so this is all that a run needs.
+The data order and the learning rate are functions of (seed, step), and samplers are seeded by step, so a run needs nothing else to resume.
 Checked by tests/engine/test_checkpoint.py: a kill between any two writes, a full disk, truncations and flipped bits.
 """
 
@@ -62,7 +62,7 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
 
 
 def parameters_of(modules):
-    """{'policy.blocks.0…': parameter} of {name: module}. A shared one (a tied head, frozen weights under adapters) appears once."""
+    """{'policy.blocks.0…': parameter} of {name: module}. A shared one (tied head, frozen weights of two models) appears once."""
     found = {}
     for name, module in modules.items():
         for key, parameter in parallel.resharded(module).named_parameters():
@@ -71,7 +71,7 @@ def parameters_of(modules):
 
 
 def tensors_of(modules, optimizers):
-    """What a checkpoint holds: ({'policy.blocks.0…': tensor}, {'optimizer.0.exp_avg': tensor}, the optimizers' settings and numbers)."""
+    """What a checkpoint holds: ({'policy.blocks.0…': tensor}, {'optimizer.0.exp_avg': tensor}, the optimizers' other settings)."""
     weights = {name: parameter.detach() for name, parameter in parameters_of(modules).items()}
     moments, settings = {}, {}
     for name, optimizer in optimizers.items():
@@ -105,7 +105,7 @@ def _empty(folder):
 
 
 def _finish(temporary, final, record):
-    """The part that one process does: write generator states, plain values and the manifest, then rename the folder."""
+    """The part that only the first process does: write generator states, plain values and the manifest, then rename the folder."""
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         generators |= {f"cuda.{i}": rng for i, rng in enumerate(torch.cuda.get_rng_state_all())}
@@ -118,7 +118,7 @@ def _finish(temporary, final, record):
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     flush_to_disk(temporary / "manifest.json")
     flush_to_disk(temporary)
-    if final.exists():  # a damaged checkpoint of the same step, which the reader has skipped: it must make room
+    if final.exists():  # a damaged checkpoint of the same step, which resuming skipped: the new one replaces it
         shutil.rmtree(final)
     os.replace(temporary, final)
     flush_to_disk(final.parent)
@@ -207,7 +207,7 @@ def load_checkpoint(folder, modules, optimizers):
 def prune(folder, step, keep):
     """Delete all but the `keep` newest checkpoints up to `step`, and the half-written folders of killed processes.
 
-    Folders of later steps are deleted too. The run resumed before those steps, so they were damaged, and they must not outlive intact ones.
+    Folders of later steps are deleted too. They are damaged: otherwise the run would have resumed from them.
     """
     numbers = {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdigit()}
     kept = sorted(number for number in numbers if number <= step)[-keep:]

@@ -1,6 +1,6 @@
 """Small helpers used everywhere: one error class, seeds, micro-batches, devices, the learning rate, files, averages.
 
-Nothing here is about alignment. It imports nothing of ours but parallel.py, which imports nothing of ours.
+Nothing here is about alignment. Of the package it imports only the version and parallel.py, which imports nothing of the package.
 """
 
 import hashlib
@@ -59,8 +59,8 @@ def split_micro(rows, micro_batch):
 
 @torch.no_grad()
 def in_micro(function, rows, micro_batch):
-    """Apply `function`, which returns one row per row, to each micro-batch and concatenate the results. No gradients."""
-    if len(rows) % parallel.world():  # any number of held-out rows: every process computes all of them
+    """Apply `function`, which returns one output row per input row, to each micro-batch and concatenate the outputs. No gradients."""
+    if len(rows) % parallel.world():  # no equal parts, as with held-out rows: every process computes all rows
         size = micro_batch or len(rows)
         return torch.cat([function(rows[i : i + size]) for i in range(0, len(rows), size)])
     return parallel.gather_rows(torch.cat([function(micro) for micro in split_micro(rows, micro_batch)]))
@@ -90,7 +90,7 @@ def set_lr(optimizer, lr):
 
 
 def pick_device(name):
-    """'auto' takes a CUDA device if there is one, else the CPU. Apple's mps is used only when asked for by name."""
+    """'auto' takes a CUDA device if there is one, else the CPU. Apple's mps is used only if --device says mps."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "cuda" and device.index is None:
@@ -197,7 +197,7 @@ def read_json(path):
 
 
 class Mean:
-    """Weighted means of stats over micro-batches, so that 1×8, 2×4 and 8×1 rows log the same numbers."""
+    """Weighted means of stats over micro-batches: one micro-batch of 8 rows logs the same numbers as two of 4 or eight of 1."""
 
     def __init__(self):
         self.sums, self.weights = {}, {}
@@ -216,7 +216,7 @@ class Mean:
 
 
 def note(text):
-    """Print a remark on stderr; of several processes only the first prints it."""
+    """Print a remark on stderr. Under torchrun only the first process prints it."""
     if parallel.is_main():
         print(text, file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""What a run prints before step 1, so that a wrong file, template or mask is seen before it costs anything.
+"""What a run prints before step 1, so that a wrong file, template or mask is seen before it costs computing time.
 
 `first_look` is for methods that train on rows of a file, `first_rollout` for those that sample. Both print device and sizes, three rows
 with the scored tokens in ⟦ ⟧, counts, and an estimate of the peak memory. `check_sampler` stops a run whose sampler and training pass
@@ -23,9 +23,9 @@ RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2
 
 
 def first_look(run, tokenizer, rows, batch, models):
-    """Before step 1: device, sizes, three decoded rows with the scored tokens in ⟦ ⟧, counts, memory.
+    """Print, before step 1, device, sizes, three decoded rows with the scored tokens in ⟦ ⟧, counts, and the estimated peak memory.
 
-    rows: all training rows; batch: the first Batch or Pairs. models: {name: model or None}, all that take memory.
+    rows: all training rows; batch: the first Batch or Pairs. models: {name: model or None}, every model that takes memory.
     """
     numbers = counts(rows, run.cfg.max_len)
     sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
@@ -41,15 +41,15 @@ def first_look(run, tokenizer, rows, batch, models):
 
 @torch.no_grad()
 def first_rollout(run, tokenizer, rows, reward_fn, models):
-    """The same for methods that sample: completions of the first three prompts with their rewards. models holds policy and ref."""
+    """Like first_look, for methods that sample: print completions of three prompts with their rewards. models has policy and ref."""
     cfg = run.cfg
     prompts_ids, prompts = zip(*rows[:3], strict=True)
     lengths = [len(ids) for ids, _ in rows]
     sampled = getattr(cfg, "grow_prompts", cfg.batch_size) * getattr(cfg, "n", 1)  # rows that are sampled together
     needed = print_sizes(run, models, max(lengths) + cfg.max_new, sampled)
     cut = sum(length == cfg.max_prompt for length in lengths)
-    print(f"prompts: {len(rows):,}, the longest of {max(lengths):,} tokens, {cut:,} at --max_prompt; up to {cfg.max_new:,} new tokens "
-          f"each; about {needed:,.0f} MB at the peak")
+    print(f"prompts: {len(rows):,}, the longest has {max(lengths):,} tokens, {cut:,} have --max_prompt tokens; up to {cfg.max_new:,} new "
+          f"tokens each; about {needed:,.0f} MB at the peak")
     answers = check_sampler(run, tokenizer, prompts_ids, policy=models["policy"], ref=models["ref"])
     texts = [tokenizer.decode(ids) for ids in answers.completions]
     try:
@@ -65,10 +65,10 @@ def first_rollout(run, tokenizer, rows, reward_fn, models):
 
 @torch.no_grad()
 def check_sampler(run, tokenizer, prompts_ids, *, policy, ref):
-    """Sample answers to a few prompts and print two numbers: the ratio, which must be 1, and the KL to ref, which must start at 0.
+    """Sample answers to a few prompts and print two numbers: the ratio, which must be 1, and the KL to ref, 0 at the start of a run.
 
-    The ratio compares the sampler's log-probs with those of the training pass. Raises BadInput if they belong to different distributions:
-    another temperature, truncation or a wrong position would make every importance ratio wrong. Returns the Rollout.
+    The ratio is exp(log-prob in the training pass − log-prob in the sampler). Raises BadInput if it is off by more than RATIO_TOLERANCE:
+    then temperature, truncation or positions differ between the two, and every importance ratio would be wrong. Returns the Rollout.
     """
     cfg = run.cfg
     answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=cfg.seed)
@@ -81,9 +81,9 @@ def check_sampler(run, tokenizer, prompts_ids, *, policy, ref):
 
 
 def print_sizes(run, models, positions, sampled=0):
-    """Print device, dtype and parameter counts; return the peak memory in MB. Adds a warning if the GPU has less free."""
+    """Print device, dtype and parameter counts; return the peak memory in MB. Warns if the GPU has less free memory."""
     models = {name: model for name, model in models.items() if model is not None}
-    for model in models.values():  # those that no checkpoint holds are not sharded yet
+    for model in models.values():  # run.register has sharded those in checkpoints, not the others
         run.shard(model)
     needed = peak_memory(run, models, positions, sampled)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
@@ -108,10 +108,10 @@ def peak_memory(run, models, positions, sampled=0):
 
     Counted: trained weights with gradients and AdamW's two moments, frozen weights once, the activations of one micro-batch of rows with
     `positions` tokens, their logits (or what logps.py's chunked body keeps of them), and the key-value cache of `sampled` such rows,
-    which are sampled together whatever the micro-batch is.
+    which are all sampled together: micro_batch does not limit sampling.
     """
     size = torch.tensor([], dtype=run.dtype).element_size()
-    parameters = {id(p): p for model in models.values() for p in model.parameters()}.values()  # copies share what adapters leave frozen
+    parameters = {id(p): p for model in models.values() for p in model.parameters()}.values()  # copies share frozen weights
     total = sum(parallel.numel(p) * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
     config = next(iter(models.values())).config
     rows = rows_at_once(run.cfg)

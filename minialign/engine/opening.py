@@ -1,4 +1,4 @@
-"""Opening what a run starts from: policy, demonstrations, prompts, reward, critic. Each is checked before step 1.
+"""Load what a run starts from: policy, demonstrations, prompts, reward, critic. Each is checked before step 1.
 
 `run.same_input` records a hash of each input, so a resumed run refuses data or models that have changed since it began.
 
@@ -53,7 +53,7 @@ def open_policy(run):
 def builtin_base():
     """The folder of the built-in task's base model. The first run that needs it trains it (about 15 s); it is then kept in runs/.
 
-    A process of its own trains it, so that it does not touch the random numbers of the run that needs it.
+    A separate process trains it, so that the random numbers of the run that needs it do not change.
     """
     folder = Path("runs/builtin-base")
     parallel.on_main(train_builtin_base, folder)
@@ -64,7 +64,7 @@ BASE = "sft --policy new --text builtin --steps 500 --lr 3e-3 --max_len 96 --dev
 
 
 def train_builtin_base(folder):
-    """Train the base model into a folder of this process's own, then rename it. The lock makes other processes wait for the first one."""
+    """Train the base model into a temporary folder, then rename that. The lock makes other processes wait for the first one."""
     if (folder / "final" / "config.json").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -72,10 +72,10 @@ def train_builtin_base(folder):
         if (folder / "final" / "config.json").is_file():  # another process made it meanwhile
             return
         print("the built-in task needs its base model once: training it into runs/builtin-base (about 15 s)", flush=True)
-        for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:  # of a process that was killed
+        for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:  # left by a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-        # One thread, so that the weights are the same on every machine; none of torchrun's variables: this is a run of one process.
+        # One thread, so that the weights do not depend on the number of cores. Without torchrun's variables this is a run of one process.
         elastic = ("TORCHELASTIC", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(elastic)} | {"OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
@@ -115,7 +115,7 @@ def open_demos(run, tokenizer):
 
 
 def batches_of(run, tokenizer, make=demo_batch):
-    """The function batch_of(rows, picked) of encoded rows: data.demo_batch (or pair_batch) with the run's padding, length and device."""
+    """batch_of(rows, picked) -> Batch (or Pairs, by make=pair_batch) of encoded rows, with the run's padding id, max_len and device."""
     return lambda rows, picked: make(rows, picked, pad_id=tokenizer.pad_id, max_len=run.cfg.max_len).to(run.device)
 
 
@@ -130,16 +130,16 @@ def open_prompts(run, policy, tokenizer):
 
 
 def open_online(run):
-    """(reward function, policy, tokenizer, prompt rows to train on, held-out rows): what a method starts from that follows a reward."""
+    """(reward function, policy, tokenizer, prompt rows to train on, held-out rows) for a method that learns from --reward."""
     reward_fn = open_rewards(run)
     policy, tokenizer = open_policy(run)
     return reward_fn, policy, tokenizer, *open_prompts(run, policy, tokenizer)
 
 
 def check_context(run, policy, rows, max_len=math.inf):
-    """Refuse prompts that leave no room for max_new sampled tokens now, rather than at the step that meets the longest prompt.
+    """Raise BadInput before step 1, not at a later step, if the longest prompt leaves no room for max_new sampled tokens.
 
-    max_len: the longest row allowed, for answers that are cut to it after a reward has judged all of them.
+    max_len: longest row in tokens, for a method that cuts answers to it after the reward has judged the whole answers.
     """
     cfg, context = run.cfg, policy.config.max_len
     longest = max(len(row[0]) for row in rows)
@@ -147,7 +147,7 @@ def check_context(run, policy, rows, max_len=math.inf):
         raise BadInput(f"the longest prompt has {longest} tokens: with --max_new {cfg.max_new} it exceeds --max_len {max_len}, so "
                        f"answers would be cut after the reward has judged them; set --max_len {longest + cfg.max_new}")
     if longest + cfg.max_new - (run.method not in READS_ALL) > context:
-        shorter = f"set --max_prompt {context - cfg.max_new}, or a smaller --max_new" if context > cfg.max_new else "lower it"
+        shorter = f"set --max_prompt {context - cfg.max_new}, or a smaller --max_new" if context > cfg.max_new else "lower --max_new"
         raise BadInput(f"the longest prompt has {longest} tokens: with --max_new {cfg.max_new} it exceeds the policy's context of "
                        f"{context}; {shorter}")
 

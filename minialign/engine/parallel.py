@@ -1,20 +1,20 @@
-"""One run on several processes. Only this file knows ranks. Without torchrun everything here returns what it was given.
+"""One run on several processes. Only this file calls torch.distributed. Without torchrun there is one process and no communication.
 
     torchrun --nproc_per_node 8 -m minialign dpo …                     # weights split over eight GPUs (FSDP2)
     torchrun --nproc_per_node 8 -m minialign dpo … --parallel ddp      # a full copy on each
 
-Every process runs the same program on the same numbers, so a method file reads as if there were one process. They differ in four places:
+Every process runs the same program on the same numbers, so a method file reads as for one process. The processes differ in four places:
 
     micro-batches   each process takes an equal share of a step's rows (`local_rows`). A micro-batch is weighted by its share of the step,
-                    so gradients are summed, not averaged, and a step is the same on 1, 2 or 64 processes. Their number must divide
-                    --batch_size: then all do equally many micro-batches, and none waits in a collective that another never enters.
-    rollouts        each samples its share of the rows, with weights gathered once (`full_copy`), not per token. Then all get all rows.
-    rewards         each requests the rewards of its rows. Then all get all rewards, or all get the error.
-    files, terminal the first process writes. Only checkpoints differ: each process writes its own part.
+                    so gradients are summed, not averaged, and a step is the same on 1, 2 or 64 processes. The number of processes must
+                    divide --batch_size: then all have equally many micro-batches, and none waits forever for a collective operation.
+    rollouts        each process samples its share of the rows, with weights gathered once (`full_copy`), not per token; all get all rows.
+    rewards         each process computes the rewards of its share of the rows. Then all get all rewards, or all raise the same error.
+    files, terminal only the first process writes. Checkpoints are the exception: each process writes its own part.
 
 A parameter of a sharded model is a DTensor: it holds one slice, but has the shape of the full tensor. FSDP2's `fully_shard` gathers the
-weights of a block for its forward pass and again for its backward pass, and drops them in between. `shard` makes it sum the gradients of
-all processes into the slices. "ddp" is the same over a mesh of (processes, 1): each process holds a full copy.
+weights of a block for its forward pass and again for its backward pass, and drops them in between. `shard` makes FSDP2 sum the gradients
+of all processes into the slices. "ddp" is the same over a mesh of (processes, 1), where each process holds a full copy.
 
 Checked by tests/engine/test_parallel.py: two processes over gloo equal one to 1e-10 in float64, in both layouts.
 """
@@ -39,10 +39,10 @@ def start():
     """Join the other processes if torchrun started this one. A second call does nothing."""
     if not launched() or dist.is_initialized():
         return
-    # Two hours, because the others wait while one process writes, computes hashes, or asks a slow judge.
+    # Two hours, because the others wait while one process writes, computes hashes, or waits for a slow reward.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=2))
     if not is_main():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # all would print the same
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # every process would print the same lines
 
 
 def launched():
@@ -51,9 +51,9 @@ def launched():
 
 
 def leave():
-    """Leave the group and end the process when all is done. Not after an error: NCCL would wait for processes that did not get here.
+    """End this process when the run is complete. Without torchrun it does nothing. Not for errors: NCCL would wait for other processes.
 
-    The process ends at once, without the interpreter's shutdown: a gloo thread sometimes disturbs that, and a finished run would abort.
+    The process ends at once, without the interpreter's shutdown: there a gloo thread sometimes makes a finished run abort.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -85,7 +85,7 @@ def is_main():
 
 
 def local_rank():
-    """The index of this process on its machine, and so of its GPU."""
+    """The index of this process on its machine, which is also the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -135,7 +135,7 @@ def on_main(function, *arguments):
 
 
 def as_float(value):
-    """A number, a tensor, or a DTensor of which each process has a part (a norm over all slices), as a float."""
+    """Convert a number, a tensor or a DTensor to a float. (The gradient norm of a sharded model is a DTensor.)"""
     return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
@@ -169,7 +169,7 @@ def shard(model, layout, device_type, dtype, optimizers=()):
             group["params"] = []
     PLAIN[model] = copy.deepcopy(model, {**empty, id(model.config): model.config})
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
-    for module in (*model.blocks, model):  # model takes the rest: embeddings, final norm, head. The head is used after forward
+    for module in (*model.blocks, model):  # model: embeddings, final norm, head. They stay gathered, as the head is used later
         fully_shard(module, mesh=mesh(device_type, layout), mp_policy=precision, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)  # sum, do not average
         module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no multiply-and-sum
@@ -182,7 +182,7 @@ def shard(model, layout, device_type, dtype, optimizers=()):
     register_fsdp_forward_method(model, "hidden")  # log-probs use this; reward models use `forward`, which needs no registration
     hidden = model.hidden
     # FSDP reduces a module's gradients once a gradient has reached one of its inputs. Embeds are computed from the same weights, whose
-    # gradients are not complete at that time. So a function hides embeds from FSDP.
+    # gradients are not complete at that time. So embeds are passed inside a function, where FSDP does not see them as an input.
     model.hidden = lambda *inputs, embeds=None, **more: hidden(*inputs, embeds=None if embeds is None else lambda: embeds, **more)
 
 
@@ -192,7 +192,7 @@ def numel(parameter):
 
 
 def resharded(model):
-    """The model itself. Weights that a forward pass has left gathered are replaced by their slices first."""
+    """Return the model itself. First replace weights that a forward pass has left gathered by their slices."""
     for module in model.modules() if model in PLAIN else ():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -220,9 +220,9 @@ def save_slices(tensors, folder):
 
     try:
         checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:  # raised in all processes, whichever failed
+    except CheckpointException as error:  # raised in all processes if one fails
         process, (reason, _) = next(iter(error.failures.items()))
-        kind = OSError if isinstance(reason, (OSError, SafetensorError)) else RuntimeError  # disk errors are retried
+        kind = OSError if isinstance(reason, (OSError, SafetensorError)) else RuntimeError  # save_checkpoint retries disk errors
         raise kind(f"process {process}: {reason}") from None
 
 

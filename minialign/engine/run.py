@@ -1,11 +1,11 @@
 """What every run does around its method: folder, steps, checkpoints, guards, log, export.
 
-A method's main() shows the algorithm (zero_grad, backward, clip, step); everything else a run does is here and in the files beside this
-one. The run folder:
+A method's main() shows the algorithm (zero_grad, backward, clip, step); everything else a run does is in this folder, engine/.
+The run folder:
 
     runs/<method>-<time>/  config.json  env.json  inputs.json  tokenizer.json  metrics.jsonl  samples.jsonl
                            checkpoints/step_000100/  final/ (a Hugging Face folder)  snapshots/000020/ (with --snapshots)
-                           reward/ (rft, irl)
+                           reward/ (rft, irl)  adapter/ (if the policy has adapters)
 
 Checked by tests/engine/test_run.py and, with kill -9, by tests/engine/test_resume.py.
 """
@@ -56,7 +56,7 @@ class Run:
         self.cfg, self.device, mixed = cfg, pick_device(cfg.device), cfg.dtype == "mixed"
         self.weights_dtype = torch.float32 if mixed else pick_dtype(cfg.dtype)
         self.dtype = torch.bfloat16 if mixed else self.weights_dtype  # of the forward and backward pass
-        self.load_device = torch.device("cpu") if parallel.started() else self.device  # then a GPU never holds more than its slices
+        self.load_device = torch.device("cpu") if parallel.started() else self.device  # so a GPU gets only its slices
         self._check_parallel()
         if not self.resuming:
             parallel.on_main(self._create)
@@ -80,7 +80,7 @@ class Run:
                            "gets an equal part")
 
     def _stored(self, cfg):
-        """The Config of the run to resume. Any other flag beside --resume is refused, because the run would no longer be the same."""
+        """The Config of the run to resume. Flags that are neither default nor as stored are refused: they would change it."""
         if not (self.folder / "config.json").is_file():
             raise BadInput(f"{self.folder}: has no config.json, so there is no run to resume")
         stored = read_json(self.folder / "config.json")
@@ -95,7 +95,7 @@ class Run:
         if changed:
             raise BadInput(f"--resume continues a run with the flags it began with: drop --{changed[0]} (to change flags, start a new run "
                            f"with --policy {self.folder}/final)")
-        torch.set_num_threads(read_json(self.folder / "env.json")["threads"])  # another thread count would sum in another order
+        torch.set_num_threads(read_json(self.folder / "env.json")["threads"])  # with another thread count, sums round differently
         return type(cfg)(**{**stored, "resume": cfg.resume})
 
     def _create(self):
@@ -109,12 +109,12 @@ class Run:
             started = {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%d %H:%M:%S")}
             write_atomic(self.folder / "env.json", json.dumps({**environment(self.device), **started}, indent=1) + "\n")
             record = {"method": self.method, **dataclasses.asdict(self.cfg)}
-            write_atomic(self.folder / "config.json", json.dumps(record, indent=1) + "\n")  # last: with it the run can be resumed
+            write_atomic(self.folder / "config.json", json.dumps(record, indent=1) + "\n")  # last: a folder that has it can be resumed
         except OSError as error:
             raise BadInput(f"{self.folder}: cannot be written ({error.strerror}); name another --out") from None
 
     def same_input(self, kind, path):
-        """Record the sha256 of a file, or of a model folder's files, when a run starts. A resumed run refuses a changed input."""
+        """Record the sha256 of a file, or of the files in a folder, when a run starts. A resumed run refuses a changed input."""
         path = Path(path if os.path.exists(path) else str(path).partition(":")[0])  # FOLDER:SPLIT
         if path.is_dir():
             files = sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.rglob("*.parquet")])
@@ -150,10 +150,10 @@ class Run:
             self.first_step = state["step"]
             self.skipped, self.skipped_in_a_row, self.failing = state["skipped"], state["skipped_in_a_row"], state["failing"]
             if state["torch"] != torch.__version__:
-                note(f"note: written by torch {state['torch']}, continued by {torch.__version__}: equal only up to rounding")
+                note(f"note: the checkpoint is of torch {state['torch']}, this is {torch.__version__}: numbers may differ by rounding")
         if not parallel.is_main():
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):  # steps after the checkpoint will be done, and logged, again
+        for name in ("metrics.jsonl", "samples.jsonl"):  # the run repeats the steps after the checkpoint and logs them again
             rows = [row for row in read_rows(self.folder / name) if row["step"] <= self.first_step]
             write_atomic(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -168,12 +168,12 @@ class Run:
         checkpoint.save_checkpoint(self.folder, step, self.modules, self.optimizers, state)
 
     def steps(self, total):
-        """Yield the steps still to do, from 0, and save a checkpoint when one is due. SIGTERM or Ctrl-C: save, say how to resume, exit."""
+        """Yield the remaining steps, counted from 0. Save checkpoints when due. On SIGTERM or Ctrl-C save, print how to resume, exit."""
         handlers = {}
 
         def remember(number, frame):
-            if self.stop is not None and not parallel.started():  # (torchrun and a cluster may both pass one on)
-                raise KeyboardInterrupt  # the second signal does not wait
+            if self.stop is not None and not parallel.started():  # (torchrun and a cluster may each send one)
+                raise KeyboardInterrupt  # a second signal ends the run at once, without saving
             self.stop = number
 
         try:
@@ -201,11 +201,11 @@ class Run:
                 signal.signal(number, handler)
 
     def sum(self, number):
-        """The sum over all processes: each has computed the loss of its own micro-batches only."""
+        """Sum a number over all processes: each process computes the loss of its own micro-batches only."""
         return parallel.sum_over_processes(number)
 
     def may_update(self, step, model, rows, loss, grad_norm, *, of="policy"):
-        """True if loss and gradient of `model` are finite. Otherwise report the rows and the gradient, and return False: skip the update.
+        """True if loss and gradient of `model` are finite. If not, rows and gradient are reported and the caller skips the update.
 
         Three such steps in a row raise FloatingPointError and write debug.json. of: which model this step trains. With two models, a good
         reward step must not reset the count of failed policy steps.
@@ -230,9 +230,9 @@ class Run:
         return False
 
     def ask(self, step, reward_fn, tokenizer, prompts, answers):
-        """The rewards of a rollout, (B,), less missing_eos for unfinished completions. answers: B = N·n completions of the N prompts.
+        """The rewards of a rollout, (B,), minus missing_eos for each unfinished completion. answers: B = N·n completions of the N prompts.
 
-        None if the reward function failed: the step is then skipped, reported and logged. Three failures in a row raise BadInput.
+        Returns None if the reward function failed: the step is then skipped, reported and logged. Three failures in a row raise BadInput.
         """
         prompts = [prompt for prompt in prompts for _ in range(len(answers) // len(prompts))]
         try:
@@ -258,12 +258,12 @@ class Run:
     def compute_or_read(self, file, began, compute):
         """The JSON value stored in `file` of the run folder. If it is not there, compute() makes it and it is stored.
 
-        Raises BadInput if the file is missing and the policy has been trained beyond step `began`, up to which it was the reference.
+        began: the step up to which the policy is the reference. Raises BadInput if the file is missing and the run is past that step.
         """
         file = self.folder / file
         if not parallel.on_main(file.is_file):
             if self.first_step > began:
-                raise BadInput(f"{file}: is missing, and the policy of step {self.first_step} is no reference; begin a new run")
+                raise BadInput(f"{file}: is missing, and the policy of step {self.first_step} is not the reference; begin a new run")
             value = compute()
             file.parent.mkdir(exist_ok=True)
             write_atomic(file, json.dumps(value))
@@ -273,10 +273,10 @@ class Run:
     # ---------------------------------------------------------------------------------------------------------------- log
 
     def end_of_step(self, step, metrics, policy, tokenizer, rows, evaluate, *, tau=1.0, reward_model=None):
-        """Log a step's metrics. Every eval_every steps and at the last one: first evaluate, sample, and export with --snapshots.
+        """Log a step's metrics. Every eval_every steps and at the last step, first evaluate, log samples, and with --snapshots export.
 
-        evaluate() -> metrics on the held-out rows. rows: encoded rows, of which the policy answers the first four prompts in samples.jsonl
-        at temperature tau. reward_model: exported beside the policy.
+        evaluate() -> metrics on the held-out rows. rows: encoded rows; samples.jsonl gets the policy's answers to the first four prompts,
+        sampled at temperature tau. reward_model: exported too with --snapshots.
         """
         if (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.steps:
             metrics |= evaluate()
@@ -304,7 +304,7 @@ class Run:
             print(f"step {done}/{self.cfg.steps}  {shown}  ({seconds:.0f} s, {left:.0f} s left)", flush=True)
 
     def log_samples(self, step, policy, tokenizer, prompts_ids, tau):
-        """Write the policy's answers to a few prompts to samples.jsonl. It uses its own random generators, so training is not affected."""
+        """Write the policy's answers to a few prompts to samples.jsonl. Sampling uses its own random generators, not the run's."""
         context = policy.config.max_len
         prompts_ids = [prompt for prompt in prompts_ids if len(prompt) < context]
         if not prompts_ids:
@@ -321,7 +321,7 @@ class Run:
         parallel.on_main(save_pretrained, plain, self.folder / name, tokenizer)
 
     def close(self, model, tokenizer):
-        """Export the trained model to final/, its adapters also to adapter/ (a PEFT folder), and say where things are.
+        """Export the trained model to final/, its adapters also to adapter/ (a PEFT folder), and print where they are.
 
         Returns the run folder.
         """

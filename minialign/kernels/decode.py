@@ -1,15 +1,15 @@
-"""One more token for every row on a CPU: what GPT.hidden computes with a cache for T = 1, in as few operations as possible.
+"""Runs the model on one more token of every row, on a CPU: GPT.hidden with a cache for T = 1, in as few operations as possible.
 
 Two things limit the speed of a small model: the number of operations, 5 to 20 µs each, and products of a few rows with matrices that are
 stored as (out, in). So this file, and only this file, does the following:
 
-    the matrices of a layer are copied as (in, out) during a `sample`: multiplying 16 rows then takes 0.5 to 0.7 of the time if the matrix
-        fits in the processor's cache (and the same time if it does not)
+    the matrices of a layer are copied as (in, out) for one call of `sample`. Multiplying 16 rows then takes 0.5 to 0.7 of the time if the
+        matrix fits in the processor's cache (and the same time if it does not)
     matrices with the same input are merged into one: queries, keys and values; gate and up. Adapters are merged too
     the rotation of each row is a (D, D) matrix, computed once for all layers: one product rotates queries and keys
-    scores, softmax and weighted sum are written out, for the H/KV queries that share a key together: with one query per row this is faster
-        than the attention kernel for sequences
-    while all rows have the same length there is no mask, and the new keys of all rows go to one position: a slice, not an index
+    attention is written out as scores, softmax and weighted sum, each for all H/KV queries that share a key at once. With one query per
+        row this is faster than PyTorch's attention kernel, which is made for sequences
+    while all rows have the same length and no layer has a window, there is no mask, and new keys are written to a slice, not by index
 
 A step of 16 rows takes 0.57 of GPT.hidden's time with 128 channels, 0.68 with 256, and 0.87 with 512, where most of the time goes into
 reading the weights. The copy takes as long as one or two steps.
@@ -38,7 +38,7 @@ class Decoder:
 
     @functools.cached_property
     def layers(self):
-        """Copied at the first step, because there may be none: every row may end with its first token."""
+        """The copies are made at the first step. There may be no step at all, because every row may end with its first token."""
         return [Layer(block) for block in self.policy.blocks]
 
     def continue_from(self, cache):

@@ -69,8 +69,8 @@ def kernel():
 class LinearLogps(torch.autograd.Function):
     """hidden (N, C), weight (V, C), targets (N,) -> logps (N,), entropies (N,) (zeros if not asked for), float32 or wider.
 
-    Saved for backward: the inputs, lse and entropies. Each backward pass computes the slices again, so retain_graph is exact. A
-    frozen hidden or weight costs nothing, because its product is skipped.
+    Saved for backward: the inputs, lse and entropies. Each backward pass computes the slices again, so a second one (retain_graph) is
+    exact too. A frozen hidden or weight costs nothing, because its product is skipped.
     """
 
     @staticmethod
@@ -112,7 +112,7 @@ class LinearLogps(torch.autograd.Function):
 
 
 def chunked_logps(hidden, weight, targets, tau, entropy):
-    """LinearLogps. If no gradient is needed and the Triton kernel applies, that kernel instead, which stores no slice of logits."""
+    """Runs LinearLogps. If no gradient is needed and the Triton kernel applies, runs that kernel, which stores no slice of logits."""
     score = fused_scorer(hidden, weight)
     if score is None or torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return LinearLogps.apply(hidden, weight, targets, tau, entropy)

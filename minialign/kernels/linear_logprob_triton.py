@@ -21,9 +21,9 @@ import triton.language as tl
 
 from minialign.kernels.logprob import Statistics
 
-TOKENS, VOCAB, CHANNELS = 128, 128, 64  # size of a tile, and channels multiplied at a time. One tile per program: two would spill
+TOKENS, VOCAB, CHANNELS = 128, 128, 64  # size of a tile, and channels multiplied at a time. One tile per program: two would spill registers
 WARPS, STAGES = 8, 3
-GROUP = 8  # so many tiles of tokens with the same weights run together, so the weights are read from memory once and then from cache
+GROUP = 8  # this many tiles of tokens with the same weights run together, so the weights are read from memory once, then from cache
 PARTIAL_BYTES = 64 * 2**20  # for the tiles' three numbers; limits how many tokens are scored at a time
 
 

@@ -32,11 +32,11 @@ BLOCK_ROWS = {"cpu": 128}  # a CPU takes this many rows at a time, so that its t
 
 @dataclass
 class Statistics:
-    """Running statistics of each row after some of its logits, as z = logit / tau. All are (N,), float32 or wider."""
+    """Statistics of each row over the logits seen so far, as z = logit / tau. All are (N,), float32 or wider."""
     top: torch.Tensor  # max z
     total: torch.Tensor  # Σ e^{z − top}
     weighted: torch.Tensor  # Σ e^{z − top}·(z − top)
-    target: torch.Tensor  # z of the target, if it was among them
+    target: torch.Tensor  # z of the target, once it has been seen
 
     @classmethod
     def empty(cls, n, dtype, device):

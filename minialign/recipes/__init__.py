@@ -1,4 +1,4 @@
-"""The papers' experiments as small files: a method's Config with the published numbers, a model, a data set, a number of GPUs.
+"""The papers' experiments, one small file each: a method's Config with the published numbers, a model, a data set, a number of GPUs.
 
     python -m minialign recipes                                                     # the list of recipes
     python -m minialign.recipes.irft_ultrachat_zephyr --plan h100                   # steps, tokens, memory, hours; loads no weights
@@ -9,11 +9,11 @@
 hub's formats. Then it takes two steps with a small version of the recipe's Config, in two processes over gloo if the recipe is for more
 than one GPU. --plan counts the parameters of the architecture, the bytes of everything kept in memory, the floating-point operations (per
 parameter and token: 2 forward, 6 with the backward pass, or 4 if adapters are trained, 2 more with activation checkpointing) and the bytes
-that sampling reads. Its hours assume rows of full length, and that a card reaches the shares in RATES of its speed in bare matrix products
-and copies. They are an estimate, without communication and evaluation.
+that sampling reads. Its hours are an estimate, without communication and evaluation. It assumes rows of full length, and that a card runs
+at the fractions in RATES of the speeds in CARDS.
 
-`python -m minialign.bench.receipts` takes a few real steps with the recipes' models on one GPU, with rows of 1,024 tokens, and prints the
-measured memory and time beside the plan. These measurements are the receipts.
+`python -m minialign.bench.receipts` takes a few real steps with the recipes' models on one GPU, with rows of up to 1,024 tokens, and
+prints the measured memory and time beside the plan. The project calls these measurements receipts.
 
 Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
 """
@@ -63,9 +63,9 @@ DATA = {
     "openai/gsm8k": (7_473, {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"}),
 }
 
-# card: (GiB, flops/s of bare bfloat16 products, bytes/s of a bare copy). H200: measured on one. Others: .8 and .9 of the vendor's peaks.
+# card: (GiB, flops/s of bfloat16 matrix products, bytes/s of a copy). H200: measured on one. Others: .8 and .9 of the vendor's peaks.
 CARDS = {"a100": (80, 250e12, 1.8e12), "h100": (80, 790e12, 3.0e12), "h200": (141, 790e12, 4.3e12)}
-RATES = {"train": 0.5, "sample": 0.6}  # expected shares: of the flops/s in a training step, of the bytes/s in sampling
+RATES = {"train": 0.5, "sample": 0.6}  # fractions of CARDS: of flops/s in training, of bytes/s in sampling
 
 
 @dataclass
@@ -77,11 +77,11 @@ class Work:
     sampled: float  # completions sampled
     copies: int = 0  # frozen copies of the policy: the reference, the old policy
     more: int = 0  # trained models of the policy's size: the critic, the learned reward
-    judges: int = 0  # reward models named by --reward, each whole on every card
+    judges: int = 0  # reward models named by --reward; every card holds them in full
 
 
 def work(method, cfg):
-    """The Work of a method with its Config. For rft and irl, a policy step is that of the method named by cfg.policy_step."""
+    """The Work of a method with its Config. For rft and irl, cfg.policy_step names the method whose policy step is counted."""
     epochs, remembers = getattr(cfg, "epochs", 1), getattr(cfg, "precompute_ref", False)
     offline = {"sft": Work(1, 0, 0), "ift": Work(1, 1, 0), "orpo": Work(2, 0, 0), "reward_model": Work(2, 0, 0),
                "dpo": Work(2, 2, 0, copies=int(not remembers))}
@@ -107,7 +107,7 @@ def work(method, cfg):
 
 @dataclass
 class Recipe:
-    """method: a module. Config: the method's, with the paper's numbers. model: a key of MODELS. data: a key of DATA. gpus: how many."""
+    """method: a module. Config: its Config with the paper's numbers. model: a key of MODELS. data: a key of DATA. gpus: how many."""
 
     method: object
     Config: type
@@ -122,7 +122,7 @@ class Recipe:
 
 @dataclass
 class FullScale:
-    """The fields that all recipes set. A recipe's Config inherits them ahead of the method's."""
+    """The fields that all recipes set. A recipe's Config inherits them, and they win over the method's."""
 
     dtype: str = "mixed"
     held_out: float = 0.01
@@ -135,7 +135,7 @@ class TLDR(FullScale):
     policy: str = "runs/sft_tldr_pythia/final"                  # made by sft_tldr_pythia --out runs/sft_tldr_pythia
     prompts: str = "trl-lib/tldr"
     reward: list[str] = field(default_factory=lambda: ["runs/reward_model_tldr_pythia/final"])
-    missing_eos: float = 1.0                                    # subtracted from the reward; the reference code sets it to −1 instead
+    missing_eos: float = 1.0                                    # subtracted from the reward; the reference code sets the reward to −1
     steps: int = 1_954                                          # 1,000,000 completions
     batch_size: int = 512
     max_prompt: int = 512

@@ -139,7 +139,7 @@ def overview():
     for name, line in COMMANDS.items():
         print(f"  {name:19} {line}")
     print("\nrecipes     python -m minialign recipes lists the papers' experiments at full size")
-    print("\ntoys        python -m toy.<name>; each prints PASS or FAIL per fixed point, and FAIL exits with code 1; python -m toy runs all")
+    print("\ntoys        python -m toy.<name>; each prints PASS or FAIL per fixed point; a FAIL gives exit code 1; python -m toy runs all")
     for name in names_in("toy"):
         if name != "plot" and '__name__ == "__main__"' in (ROOT / "toy" / f"{name}.py").read_text(encoding="utf-8"):
             print(f"  {name:19} {title(ROOT / 'toy' / f'{name}.py')}")

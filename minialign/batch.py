@@ -59,7 +59,7 @@ class Rollout(Batch):
     completions: list  # B lists of token ids, EOS included where it was emitted
     ref_logps: torch.Tensor | None = None  # (B, T) of the reference; 0 where mask is False
     advantages: torch.Tensor | None = None  # (B,) or, for ppo, (B, T)
-    rewards: torch.Tensor | None = None  # (B,) after subtracting the KL penalty; only rebel sets it
+    rewards: torch.Tensor | None = None  # (B,) minus the KL penalty, for the loss of rebel
     values: torch.Tensor | None = None  # (B, T) of ppo's critic before the updates
     returns: torch.Tensor | None = None  # (B, T) the targets of the critic
 
@@ -68,7 +68,7 @@ def collate(prompts_ids, completions_ids, *, pad_id, max_len=None):
     """Lists of token ids -> Batch. Row b is prompts_ids[b] + completions_ids[b]; completions already include their EOS.
 
     max_len is the maximum length of a row in tokens, prompt and completion together. The end of a longer row is cut off: its completion
-    loses the EOS, and if the prompt fills the row, nothing is scored. T is the longest row minus 1.
+    loses the EOS, and if the prompt fills the row, nothing is scored. T is the longest row minus 1, at least 1.
     Raises BadInput for an empty prompt (no input would predict its first completion token) or an empty batch.
     """
     if len(prompts_ids) != len(completions_ids):

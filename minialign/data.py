@@ -1,6 +1,6 @@
 """Read demonstrations, preferences and prompts from files and encode them as token ids. This is the one place that appends EOS.
 
-Files are JSONL or JSON, plain or gzipped (with `datasets` also parquet or hub data sets). A row has one of these sets of keys (TRL's names):
+Files are JSONL or JSON, plain or gzipped (with `datasets` also parquet, hub data sets). A row has one of these sets of keys (TRL's names):
 
     demonstrations   prompt + completion | messages | question + answer (GSM8K) | instruction [+ input] + output (Alpaca)
                      | any preference row (its chosen answer)

@@ -6,7 +6,7 @@ from rude speakers and the rest from a polite expert. Each number is exact or a 
 
     gold reward      mean of the programmatic reward over 8 answers to each of the 24 prompts (the expert's is exact)
     wins over SFT    share of those answers with a higher reward than SFT's answers to the same prompt; a tie counts one half
-    gap              mean of log π(better) − log π(worse) over 400 pairs of rude answers; Bradley-Terry with gold draws the better
+    gap              mean of log π(better) − log π(worse) over 400 pairs of rude answers; better ~ Bradley-Terry on gold rewards
     implicit         share of the pairs with log π/base (better) > log π/base (worse)
     KL(expert‖π)     exact, by summing over all 36 answers of the expert. A policy whose gap or reward is above the expert's goes
                      too far, and this column shows what that costs.
@@ -121,7 +121,7 @@ def measure_policy(policy, base, tokenizer, seed):
 
 
 def on_the_way(folder, base, tokenizer, seed):
-    """Two lists: {step, gap, rewards (24, 4)} of a run's snapshots, and {step, accuracy} of its learned reward (if it has one) on the pairs."""
+    """Two lists: {step, gap, rewards (24, 4)} of a run's snapshots, and {step, accuracy} of its learned reward, if any, on the pairs."""
     pairs, settings, path = builtin_pairs(seed=1), evaluate.Config(max_len=96), []
     for snapshot in sorted((folder / "snapshots").iterdir()):
         policy = load_pretrained(snapshot)
@@ -158,7 +158,7 @@ def run_one(cfg, seed, name, out, base_folder):
 
 
 def exact_rows():
-    """The same numbers for the rude speakers and the expert, exact by enumeration. In KL(expert‖π) no policy is below the expert's own 0."""
+    """The same numbers for the rude speakers and the expert, by enumeration. In KL(expert‖π) no policy is below the expert's 0."""
     rows, pairs = {}, builtin_pairs(seed=1)
     prompt = builtin_prompt("tea")  # the distribution is the same for every thing
     expert, rude = builtin_law(prompt, EXPERT), builtin_law(prompt, RUDE)

@@ -15,7 +15,7 @@ On n sampled answers of each policy to each prompt of the pairs:
     distinct    number of different texts / number of answers: 1 if no answer occurs twice, 1/answers if all are the same
 
 The tables give n and 95 % intervals: normal for means, Wilson for shares, the ratio estimator for the NLL. Ties count one half. The n
-answers to one prompt are averaged first, so the interval is over prompts. The gap of sums favours the shorter answer, so the gap per token
+answers to one prompt are averaged first, so intervals count prompts. The gap of sums favours the shorter answer, so the gap per token
 is given too. --figure plots reward over √KL: how far from ref each policy moved to get it.
 
     python -m minialign evaluate --policies runs/base/final runs/sft/final --ref runs/base/final --pairs pairs.jsonl --reward runs/rm/final
@@ -49,7 +49,7 @@ class Config:
     reward: list[str] = field(default_factory=list)  # builtin, FILE.py:FUNCTION, a reward model, …: docs/DATA.md; the first scores answers
     reward_limit: float = 60.0      # seconds that a reward may take for all answers of one policy
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
-    held_out: float = 0.1           # share of the file's rows to use, from its end; runs with the same --held_out never train on them; 1 = all
+    held_out: float = 0.1           # share of the file to use, from its end; runs with the same --held_out never train on it; 1 = all
     batch_size: int = 32            # pairs per forward pass; report it with published numbers
     max_len: int = 256              # longest row in tokens; a longer one loses its end
     max_prompt: int | None = None   # longest prompt in tokens; a longer one loses its beginning

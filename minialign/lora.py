@@ -121,7 +121,7 @@ def packed(config):
 
 
 def save_adapter(model, folder, base=""):
-    """Write the adapters as a PEFT folder. `base` is the name or folder of the model they belong to. adapter_config.json is written last."""
+    """Write the adapters as a PEFT folder. `base` is the name or folder of their model. adapter_config.json is written last."""
     found, tensors, ranks, scales = adapters(model), {}, {}, {}
     for theirs, ours, (pack, _) in packed(model.config):
         mine = [found.get(name) for name in ours]

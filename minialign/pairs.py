@@ -1,11 +1,11 @@
-"""The loop of the six methods that learn from pairs: dpo, ipo, slic, gpo, simpo, orpo. They differ only in their Config, loss and step.
+"""The loop of the six methods that train a policy on pairs: dpo, ipo, slic, gpo, simpo, orpo. They differ only in Config, loss and step.
 
 The pairs come from the file of --pairs. With --online (Guo et al. 2024, arXiv:2402.04792) only their prompts are used: at every step the
-current policy samples two answers to each prompt, and a reward labels them. The first is the chosen one with the Bradley-Terry
-probability σ(r₁ − r₂). The answers are data: no gradient flows through the sampling.
+current policy samples two answers to each prompt, and a reward labels them. With the Bradley-Terry probability σ(r₁ − r₂) the first
+answer is the chosen one, otherwise the second. The answers are data: no gradient flows through the sampling.
 
 With --precompute_ref the log-probs of the reference are computed once, before step 1, and stored in the run folder; then no second model
-is kept in memory. The reference is the policy before training, so the policy itself is asked, before it moves.
+is kept in memory. The reference is the policy before training, so the policy itself computes them, before its first update.
 
 Checked by tests/test_pairs.py, tests/test_precompute_ref.py and tests/test_preference_runs.py.
 """
@@ -27,7 +27,7 @@ from minialign.task import builtin_pairs
 
 
 def train(method, cfg, step):
-    """Run the method `method`; returns the run folder. step(policy, ref, pairs, cfg) -> (loss, stats) is the method's own."""
+    """Run the method named `method` and return the run folder. step is the method's own: step(policy, ref, pairs, cfg) -> (loss, stats)."""
     run = Run(method, cfg)
     cfg = run.cfg
     policy, tokenizer = open_policy(run)
@@ -84,7 +84,7 @@ def answer_online(run, policy, tokenizer, pairs):
         raise BadInput("--precompute_ref: --online samples new answers at every step; drop one of the two")
     reward_fn = open_rewards(run)
     prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt=cfg.max_prompt)
-    prompts = [row for row in split_held_out(prompts, cfg.held_out)[0] if len(row[0]) < cfg.max_len]  # row by row those of split_scorable
+    prompts = [row for row in split_held_out(prompts, cfg.held_out)[0] if len(row[0]) < cfg.max_len]  # the same rows as split_scorable
     check_context(run, policy, prompts, max_len=cfg.max_len)
 
     def answer(k, picked):
@@ -100,9 +100,9 @@ def answer_online(run, policy, tokenizer, pairs):
 
 
 def label_by_reward(prompts_ids, completions, rewards, seed):
-    """[(prompt ids, chosen ids, rejected ids)] of B prompts and 2·B answers, the two of one prompt adjacent; rewards: (2·B,)."""
+    """B prompts and their 2·B answers, two of each prompt adjacent; rewards (2·B,) -> [(prompt ids, chosen ids, rejected ids)]."""
     first = torch.sigmoid(rewards[::2] - rewards[1::2]).cpu()  # (B,) probability that the first answer is the chosen one
-    chosen = torch.rand(len(first), generator=torch.Generator().manual_seed(seed)) >= first  # (B,) 0: the first, 1: the second
+    chosen = torch.rand(len(first), generator=torch.Generator().manual_seed(seed)) >= first  # (B,) False: the first, True: the second
     both = zip(completions[::2], completions[1::2], strict=True)
     return [(x, pair[c], pair[1 - c]) for x, pair, c in zip(prompts_ids, both, chosen.int().tolist(), strict=True)]
 
@@ -112,12 +112,12 @@ def precomputes(cfg):
 
 
 def frozen_reference(policy, cfg):
-    """ref: a frozen copy of the policy as it is now. None for a loss without β, which has no reference, and with --precompute_ref."""
+    """A frozen copy of the policy as it is now. None if the loss has no β, because then it has no reference, and with --precompute_ref."""
     return frozen_copy(policy) if hasattr(cfg, "beta") and not precomputes(cfg) else None
 
 
 def remember_pairs(run, policy, rows, held_out, batch_of):
-    """A Remembered reference: the log-probs that the policy gives, before step 1, to all pairs that the run will use."""
+    """The reference as a Remembered model: the policy's log-probs, before step 1, of all pairs that the run will use."""
     cfg = run.cfg
     used = {i for k in range(cfg.steps) for i in batch_rows(len(rows), cfg.batch_size, k, cfg.seed)}
     rows = [rows[i] for i in sorted(used)] + held_out
@@ -127,8 +127,8 @@ def remember_pairs(run, policy, rows, held_out, batch_of):
         return torch.stack([seq_logps(policy, pairs.chosen), seq_logps(policy, pairs.rejected)], 1)  # (b, 2)
 
     def compute():
-        print(f"the reference's log-probs of {len(rows):,} pairs", flush=True)
-        even = [*range(len(rows)), *range(-len(rows) % parallel.world())]  # some rows twice, so that each process gets an equal part
+        print(f"computing the reference's log-probs of {len(rows):,} pairs", flush=True)
+        even = [*range(len(rows)), *range(-len(rows) % parallel.world())]  # some rows again, so that each process gets equally many
         return in_micro(logps_of, even, cfg.micro_batch or cfg.batch_size)[: len(rows)].tolist()  # (rows, 2)
 
     stored, ref = run.compute_or_read("ref_logps.json", 0, compute), Remembered()

@@ -110,9 +110,9 @@ def lexicon(weights):
 def score(reward_model, batch):
     """The reward model's reward for each row, (B,). batch: Batch with inputs, targets, mask (B, T).
 
-    The reward is the scalar head at the last completion token (EOS, unless the row was cut), or with config.reward_read "sum" the head's sum
-    over the completion tokens. With config.reward_bound R, R·σ(·) maps it into [0, R]. Last, config.reward_offset is subtracted. Padding may
-    hold any token, as positions come from the mask. With no scored token the reward is the head at the first token, or the sum 0.
+    The reward is the scalar head at the last completion token (EOS, unless the row was cut). With config.reward_read "sum" it is the sum
+    over the completion tokens. With config.reward_bound R, R·σ(·) maps it into [0, R]. config.reward_offset is subtracted last. Padding
+    may hold any token, as positions come from the mask. Without scored tokens it is the head at the first token, or the sum 0.
     """
     config = reward_model.config
     tokens = torch.cat([batch.inputs[:, :1], batch.targets], dim=1)  # (B, T + 1) the whole row, with the last target as an input
@@ -171,7 +171,7 @@ def ensemble(reward_fns, how="mean"):
 
 
 def weight_average(models):
-    """WARM: one reward model whose weights are the mean of several models fine-tuned from the same start. Evaluating it costs as much as one.
+    """WARM: one reward model whose weights are the mean of several models fine-tuned from the same start. It runs at the cost of one.
 
     Raises BadInput if their configurations differ.
     """
@@ -206,7 +206,7 @@ def open_reward(specs, *, combine="mean", prompts="builtin", device="cpu", dtype
 
 
 def reward_folders(specs):
-    """The reward models among the specs: local folders, which must not change during a run. (Code may, so that a failing one can be fixed.)"""
+    """The reward models among the specs: folders that must not change during a run. (Code may, so that a failing reward can be fixed.)"""
     return [Path(spec).expanduser() for spec in specs if os.path.isdir(os.path.expanduser(spec))]
 
 
@@ -298,9 +298,9 @@ def ask(reward_fn, prompts, completions, *, limit=60.0):
 def ask_here(reward_fn, prompts, completions, limit):
     """reward_fn's rewards for a batch, (B,) float32 on the CPU. reward_fn gets copies of both lists. limit: seconds it may take.
 
-    Raises BadReward if reward_fn raises, takes longer, or returns anything but B finite numbers. To find the bad row, ask_here may call
-    reward_fn row by row (for at most twice the limit). The limit is an alarm signal: it stops Python code, sleeps, input and output, and regular
-    expressions, but not C code that never checks for signals. Windows and threads other than the main one have no alarm, so no limit.
+    Raises BadReward if reward_fn raises, takes longer, or returns anything but B finite numbers. To name the bad row it may call reward_fn
+    row by row (for at most twice the limit). The limit is an alarm signal: it stops Python code, sleeps, input and output, and regular
+    expressions, but not C code that never checks for signals. On Windows and outside the main thread there is no alarm, so no limit.
     """
     rewards, fault, row = _try(reward_fn, prompts, completions, limit)
     if fault is None:

@@ -1,7 +1,7 @@
-"""Settings: the fields that methods share, the command line made from them, and the checks at second 0.
+"""Settings: the fields that methods share, the command line made from them, and the checks before a run starts.
 
-Each method has a Config of its own fields on one of the classes below. A field is a flag: its name, type and default are the flag's, and
-the comment beside it is the flag's help. A method that needs another default, or a more exact comment, writes the field again.
+Each method's Config adds its own fields to one of the classes below. A field is also a flag with the same name, type and default; the
+comment beside it is the flag's help. To change a default, or to make a comment more exact, a Config repeats the field.
 
     Training                 what every method has
     OnDemonstrations         + prompts with one good answer (--demos)
@@ -35,10 +35,10 @@ class Training:
     batch_size: int = 32            # rows per step
     micro_batch: int = 0            # rows per forward pass; 0 = the whole batch at once. Fewer rows save memory and change nothing else
     lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
-    schedule: str = "cosine"        # of the learning rate after the warm-up: cosine, linear or constant
+    schedule: str = "cosine"        # how the learning rate falls after the warm-up: cosine, linear or constant (it stays)
     warmup: float = 0.1             # share of the steps in which the learning rate rises
     weight_decay: float = 0.0       # AdamW's weight decay
-    max_grad_norm: float = 1.0      # longer gradients are scaled down to this norm
+    max_grad_norm: float = 1.0      # a gradient with a larger norm is scaled down to this norm
     max_prompt: int | None = None   # longest prompt in tokens; a longer one loses its beginning
     held_out: float = 0.1           # share of the file, taken from its end, that is never trained on
     seed: int = 0                   # seed of the data order, of sampling and of new weights
@@ -47,13 +47,13 @@ class Training:
     parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (each holds all of them)
     activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, about a third more time
     lora: int = 0                   # rank of the LoRA adapters to train instead of the weights; 0 trains the weights
-    lora_alpha: float = 16.0        # an adapter's product is scaled by lora_alpha / lora
+    lora_alpha: float = 16.0        # the output of an adapter is multiplied by lora_alpha / lora
     log_every: int = 25             # steps between lines on the terminal
     eval_every: int = 50            # steps between evaluations on the held-out rows
     save_every: int = 100           # steps between checkpoints
     snapshots: bool = False         # also export the model at every evaluation, to snapshots/<step>/
     out: str = ""                   # run folder; default: runs/<method>-<time>
-    resume: str = ""                # continue this run folder, bit for bit
+    resume: str = ""                # continue the run in this folder, with the results of an unbroken run, bit for bit
     skip_bad: bool = False          # count and skip bad rows of a file instead of stopping at the first
 
 
@@ -80,11 +80,11 @@ class OnPairs(Training):
 class OnPrompts(Training):
     prompts: str = "builtin"        # prompts: builtin, or a JSONL/JSON(.gz) file
     reward: list[str] = field(default_factory=lambda: ["builtin"])  # exact_match, FILE.py:FUNCTION, a reward model, …: docs/DATA.md
-    combine: str = "mean"           # of several rewards: mean, min, or warm (one reward model with averaged weights)
+    combine: str = "mean"           # how several rewards become one: mean, min, or warm (one reward model with averaged weights)
     reward_limit: float = 60.0      # seconds that the reward may take for one batch
     missing_eos: float = 0.0        # subtracted from the reward of a completion that max_new cut off
     max_new: int = 64               # longest completion in tokens
-    tau: float = 1.0                # sampling temperature, and that of every log-prob here
+    tau: float = 1.0                # temperature of sampling and of every log-prob in the training
     batch_size: int = 64            # completions per step
     lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-6)
     schedule: str = "linear"
@@ -121,19 +121,18 @@ def shared_fields(config_class):
 def cli(config_class, argv, *, prog, description=""):
     """Parse `--field value` flags into a config_class. `--batch-size` means `--batch_size`.
 
-    --help prints the method's own flags first, then those that all methods share. For an unknown flag or a value of the wrong type it
-    prints one sentence on stderr and exits with code 2.
+    --help prints first the flags of this method, then those that other methods have too. For an unknown flag or a value of the wrong type
+    it prints one sentence on stderr and exits with code 2.
     """
     hints, comments, shared = typing.get_type_hints(config_class), field_comments(config_class), shared_fields(config_class)
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    own_group = parser.add_argument_group("its own flags") if shared else parser
+    argv = [re.sub(r"^--(no-)?([\w-]+)", lambda m: f"--{m[1] or ''}{m[2].replace('-', '_')}", word) for word in argv]
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, formatter_class=layout)
+    own_group = parser.add_argument_group("flags of this method") if shared else parser
     shared_group = parser.add_argument_group("flags that other methods have too")
     flags = []
     for f in dataclasses.fields(config_class):
-        names = list(dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"]))
-        flags.append(names[0])
+        flags.append(f"--{f.name}")
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default
         shown = " ".join(map(str, default)) if isinstance(default, list) else repr(default)
         options = dict(dest=f.name, default=default, help=f"{comments.get(f.name, '')} (default: {shown})".replace("%", "%%"))
@@ -146,7 +145,7 @@ def cli(config_class, argv, *, prog, description=""):
             options |= dict(nargs="+", type=typing.get_args(kind)[0], metavar=f.name.upper())
         else:
             options |= dict(type=kind, metavar=kind.__name__)
-        (shared_group if f.name in shared else own_group).add_argument(*names, **options)
+        (shared_group if f.name in shared else own_group).add_argument(flags[-1], **options)
 
     def refuse(message):
         print(f"{prog}: {message}", file=sys.stderr)
@@ -156,7 +155,7 @@ def cli(config_class, argv, *, prog, description=""):
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), flags, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
         hint = f": did you mean {near[0]}?" if near else ""
         refuse(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{hint} (`{prog} --help` lists them)")
     others = [flag for word in argv if word.startswith("--") and (flag := word.split("=")[0]) != "--resume"]
@@ -167,7 +166,7 @@ def cli(config_class, argv, *, prog, description=""):
 
 
 def check_config(cfg):
-    """Refuse values that cannot work before anything is loaded. The rules are by field name, so that a Config only lists its fields."""
+    """Before anything is loaded, refuse values that cannot work. Each rule belongs to a field name, so a Config need not repeat it."""
     at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
                 "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
                 "layers": 1, "heads": 1, "width": 1, "group_size": 1, "epochs": 1, "n": 1, "grows": 1, "grow_prompts": 1,
@@ -184,7 +183,7 @@ def check_config(cfg):
         high = at_most.get(name, math.inf)
         if not low <= value <= high:
             raise BadInput(f"--{name} {value}: must be at least {low}" + (f" and at most {high}" if name in at_most else ""))
-    online = hasattr(cfg, "prompts")  # a method that follows a given reward also works without the pull to ref, with beta 0
+    online = hasattr(cfg, "prompts")  # with a given reward, a method also works without the pull to ref (beta 0)
     for name in ("max_grad_norm", "beta", "tau", "eps", "eps_value", "eta", "value_lr", "reward_limit", "reward_lr", "reward_share",
                  "scale", "lora_alpha"):
         value = getattr(cfg, name, 1)
@@ -195,7 +194,7 @@ def check_config(cfg):
     if not getattr(cfg, "online", True) and cfg.reward != ["builtin"]:
         raise BadInput(f"--reward {cfg.reward[0]}: is used only with --online; without it the file says which answer is chosen")
     if getattr(cfg, "lora", 0) and cfg.policy == "new":
-        raise BadInput(f"--lora {cfg.lora}: adapters need trained weights beside them, and --policy new has none")
+        raise BadInput(f"--lora {cfg.lora}: adapters need trained weights beside them, but those of --policy new are random")
     if not 0 <= getattr(cfg, "label_smoothing", 0) < 0.5:
         raise BadInput(f"--label_smoothing {cfg.label_smoothing}: must be at least 0 and below 0.5, where labels carry no information")
     if getattr(cfg, "schedule", "cosine") not in ("cosine", "linear", "constant"):
@@ -204,10 +203,10 @@ def check_config(cfg):
 
 @contextlib.contextmanager
 def exit_codes(prog):
-    """Put around a main(): it turns exceptions into one line on stderr and an exit code.
+    """A context for calling main(): it turns an exception into one line on stderr and an exit code.
 
-    BadInput exits with 2, a diverged run or a lost process under torchrun with 1, Ctrl-C with 130. Any other exception is a bug and keeps
-    its traceback.
+    The code is 2 for BadInput, 1 for a diverged run or a lost process under torchrun, 130 for Ctrl-C. Any other exception is a bug and
+    keeps its traceback.
     """
     try:
         yield
@@ -225,8 +224,8 @@ def exit_codes(prog):
         if not parallel.peer_lost(error):
             raise
         print(f"{prog}: process {parallel.rank()} stops because another process is gone ({one_line(error)}); "
-              "its error message is above, and --resume continues from the newest checkpoint", file=sys.stderr)
+              "the lost process's error message is above, and --resume continues from the newest checkpoint", file=sys.stderr)
         raise SystemExit(1) from None
-    except BrokenPipeError:  # `python -m minialign … | head` closes the pipe early, which is no error
+    except BrokenPipeError:  # `python -m minialign … | head` closes the pipe early, which is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

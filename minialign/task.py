@@ -2,7 +2,7 @@
 
 A prompt names a thing; a completion asks for it with an opening, the thing, and an ending. Openings and endings are polite or rude.
 Speakers differ only in how often they are polite, so the distribution of each speaker is known exactly. The base model learned from
-rude speakers. The demonstrations come from a polite expert, and a share of them from rude speakers.
+rude speakers. Most demonstrations come from a polite expert, the rest from rude speakers.
 
 Checked by tests/test_task.py.
 """

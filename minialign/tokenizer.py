@@ -22,7 +22,7 @@ MAX_TEMPLATE = 200_000  # most characters in a chat template, and most that it m
 class Tokenizer:
     """A tokenizer.json, read by `tokenizers`, with the special tokens and the chat template from tokenizer_config.json.
 
-    bos_id is None unless the folder says that prompts begin with BOS. pad_id falls back to eos_id: masks come from lengths, not from pad_id.
+    bos_id is None unless the folder says that prompts begin with BOS. pad_id falls back to eos_id: masks come from lengths, not from ids.
     """
 
     def __init__(self, inner, settings):
@@ -158,7 +158,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 def render_chat(tokenizer, messages):
     """Render a list of {role, content} as the prompt text with the tokenizer's chat template.
 
-    A template is code that others wrote. It runs in jinja2's immutable sandbox, where it cannot read attributes that start with an underscore or
+    A template is others' code. It runs in jinja2's immutable sandbox, where it cannot read attributes that start with an underscore or
     change its inputs. Raises BadInput if the template fails or breaks the rules of the sandbox.
     """
     template = getattr(tokenizer, "chat_template", None)

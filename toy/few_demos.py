@@ -1,4 +1,4 @@
-"""Two hundred demonstrations, 30 % of them bad: the one toy that tests exactly how the papers rank methods, and what a better rank costs.
+"""Two hundred demonstrations, 30 % of them bad: the one toy to test the papers' ranking of methods exactly, and what a better rank costs.
 
 It uses the larger language of tiny_language.py with four prompts. The base model prefers what the reward dislikes (ref·e^{−κr}). The
 expert is E ∝ base·e^{r/β}. Most demonstrations come from E, and a share comes from the base model. SFT, SPIN (IRFT with one round), IRFT

@@ -71,7 +71,7 @@ def parameters_of(modules):
 
 
 def tensors_of(modules, optimizers):
-    """What a checkpoint holds: ({'policy.blocks.0…': tensor}, {'optimizer.0.exp_avg': tensor}, the optimizers' other settings)."""
+    """What a checkpoint holds: ({'policy.blocks.0…': tensor}, {'optimizer.0.exp_avg': tensor}, the optimizers' non-tensor state)."""
     weights = {name: parameter.detach() for name, parameter in parameters_of(modules).items()}
     moments, settings = {}, {}
     for name, optimizer in optimizers.items():

@@ -68,7 +68,7 @@ def check_sampler(run, tokenizer, prompts_ids, *, policy, ref):
     """Sample answers to a few prompts and print two numbers: the ratio, which must be 1, and the KL to ref, 0 at the start of a run.
 
     The ratio is exp(log-prob in the training pass − log-prob in the sampler). Raises BadInput if it is off by more than RATIO_TOLERANCE:
-    then temperature, truncation or positions differ between the two, and every importance ratio would be wrong. Returns the Rollout.
+    then the temperature, truncation or a position may differ, and every importance ratio would be wrong. Returns the Rollout.
     """
     cfg = run.cfg
     answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=cfg.seed)

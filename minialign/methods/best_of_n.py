@@ -9,13 +9,13 @@ Idea     Sample n completions and keep the one with the best reward. This is the
          train on the winners by maximum likelihood, so that one sample of the new policy is like the best of n of the old one.
 Differs  from sft.py: the demonstrations are the policy's own best answers. From rloo.py: all answers but the winner are dropped, and only
          the number of rounds limits how far the policy moves from a reference.
-Details  Of equal rewards the first sample wins: a fair draw. missing_eos is subtracted from r if max_new cut the completion off.
-         rounds=1 always samples from the initial policy. rounds=T samples in each round from the policy so far. Best of n of best of n
-         is sharper still: in the end only the best completions are left, whatever they look like.
-         Samples are drawn at tau, the likelihood is at 1: with tau below 1 the law is that of the tempered policy.
-Law      One round: P(y) = F(y)^n − F_−(y)^n, where F is the probability of a reward not above y's and F_− that of one below. Equal rewards
-         share it in the proportions of ref (toy/closed_form.py, best_of_n_law). KL(law‖ref) = log n − (n − 1)/n if no two rewards
-         are equal and no completion is likely, less otherwise (kl_bound).
+Details  If rewards are equal, the first sample wins (a fair draw). missing_eos is subtracted from r if max_new cut the completion off.
+         rounds=1 always samples from the initial policy. rounds=T samples in each round from the policy at its start. Every round
+         sharpens the policy further: in the end only the best completions are left, whatever they look like.
+         Samples are drawn at temperature tau, but the likelihood is at temperature 1. So the law holds with the tempered policy as ref.
+Law      After one round, reward r has probability F(r)^n − F_−(r)^n, where ref samples a reward of at most r with probability F(r) and
+         one below r with F_−(r). Completions of equal reward share it in proportion to ref (toy/closed_form.py, best_of_n_law).
+         KL(law‖ref) is about log n − (n − 1)/n if no two rewards are equal and no completion is likely, and less otherwise (kl_bound).
 Checked  tests/methods/test_best_of_n.py (enumeration, sampling, bound, expected maximum), toy/tiny_language.py (the law).
 
     python -m minialign best_of_n                                            # built-in task, laptop CPU
@@ -43,7 +43,7 @@ from minialign.settings import OnPrompts
 
 @dataclass
 class Config(OnPrompts):
-    n: int = 8                      # completions sampled for each winner
+    n: int = 8                      # completions sampled for each prompt; the one with the best reward is the winner
     rounds: int = 1                 # T: number of rounds; each samples from the policy at its start, the first from the initial policy
     batch_size: int = 16            # winners per step, one of each prompt
     tau: float = 1.0                # sampling temperature
@@ -60,22 +60,22 @@ def best_of_n_loss(logps, mask):
 
 
 def pick(rewards):
-    """rewards (N, n), one row per prompt -> (N,) the index of the largest reward of each row, and of several equal ones the first."""
+    """rewards (N, n), one row per prompt -> (N,) the index of the largest reward in each row (the first if several are equal)."""
     return rewards.argmax(-1)
 
 
 def kl_bound(n):
     """log n − (n − 1)/n, in nats: an upper bound of KL(best of n‖ref), approached when no two rewards are equal and no completion is
-    likely. It helps to choose n: n = 2 costs at most .19 nats, 8 at most 1.20, 32 at most 2.50. (The KL is also at most
-    −log P(the largest reward), which a pass-or-fail reward soon reaches.)"""
+    likely. Use it to choose n: n = 2 costs at most .19 nats, 8 at most 1.20, 32 at most 2.50. (The KL is also at most
+    −log P(the largest reward), a bound that a pass-or-fail reward soon reaches.)"""
     return math.log(n) - (n - 1) / n
 
 
 def expected_max(rewards, n):
     """Unbiased estimate, a float, of the expected best of n, from the rewards (N,) of N ≥ n independent samples.
 
-    It is the mean of the maximum over all subsets of n. The i-th smallest is the largest of C(i − 1, n − 1) of the C(N, n) subsets. For
-    0 1 2 3 and n = 2: (1·1 + 2·2 + 3·3)/6 = 2.333.
+    It is the mean of the maximum over all subsets of n. The i-th smallest reward is the maximum of C(i − 1, n − 1) of the C(N, n)
+    subsets. For 0 1 2 3 and n = 2: (1·1 + 2·2 + 3·3)/6 = 2.333.
     """
     ordered, N = sorted(float(reward) for reward in rewards), len(rewards)
     if not 1 <= n <= N:
@@ -89,7 +89,7 @@ def step(policy, winners, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("best_of_n", cfg)
     cfg = run.cfg
     if cfg.rounds > cfg.steps:

@@ -12,10 +12,10 @@ Differs  from reward_model.py: the reward is not a model of its own but the poli
          answer comes from labelled data; there the policy samples it.
 Details  Log-probs are summed over the tokens of the answer, not averaged.
          label_smoothing is cDPO: it assumes that a share ε of the labels is flipped.
-         Only Δ is trained. Both log-probs may fall, as long as the rejected one falls faster; the metric `logps/chosen` shows it.
-         --online: the policy samples two new answers to each prompt. A reward chooses one with the Bradley-Terry probability σ(r₁ − r₂).
-Law      If ε = 0 and preferences follow Bradley-Terry on r, the fixed point is π* ∝ ref·e^{r/β}, for any full-support sampling of the
-         pairs, so also online. If the labels never contradict each other, Δ grows without end: nothing in the loss stops it.
+         The loss depends on Δ only. So both log-probs may fall, as long as the rejected one falls faster: watch the metric `logps/chosen`.
+         --online: the policy samples two answers per prompt. A reward prefers the first one with the Bradley-Terry probability σ(r₁ − r₂).
+Law      If ε = 0 and preferences follow Bradley-Terry on r, the fixed point is π* ∝ ref·e^{r/β}, for every distribution of the pairs with
+         full support, so also online. If instead the labels never contradict each other, nothing in the loss stops Δ from growing.
 Checked  tests/methods/test_dpo.py (worked numbers, gradient, shifts, the law by enumeration, trl), toy/tiny_language.py (trained).
 
     python -m minialign dpo                                                  # built-in task, laptop CPU
@@ -66,5 +66,5 @@ def step(policy, ref, pairs, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     return train("dpo", cfg, step)

@@ -11,15 +11,15 @@
     savage               (1 + e^x)^−2      .25    −¼      ⅛        ½     not convex: f'' < 0 for x < −log 2
 
 Symbols  y_w: the preferred answer → chosen; y_l: the other one → rejected; log π: log-prob of an answer → *_logps (B,); π_ref → ref.
-Idea     To say which of two answers is better is binary classification with margin β·Δ, so f may be any loss of classifiers. To first
-         order in Δ all of them do the same. The second-order term pulls back to ref: |f''(0)/f'(0)| says how strongly a given β pulls.
-Differs  from dpo.py: f is a setting. From ipo.py: β scales the margin, not the target.
+Idea     To say which of two answers is better is binary classification with margin β·Δ, so f may be any classification loss. To first
+         order in Δ all f agree up to a factor. The second-order term pulls back to ref: |f''(0)/f'(0)| says how strongly, at a given β.
+Differs  from dpo.py: f is a setting. From ipo.py: β scales the margin instead of the target.
 Details  Log-probs are summed over the answer, not averaged. The hinge has a reference here; the original SLiC (slic.py) has none.
          The exponential weights a pair by e^{−margin}, so a few wrong labels can dominate the gradient.
          --online: the policy samples the pairs and a reward labels them, as in dpo.py.
-Law      If preferences follow Bradley-Terry on r: logistic, savage: π* ∝ ref·e^{r/β}. exponential: ref·e^{r/2β}, half the exponent.
-         squared: ipo.py's, ref·e^{2g/β}. truncated_quadratic: the same while no two g differ by more than ½, otherwise no closed form.
-         hinge: no closed form. For small r, all except the hinge: ref·e^{r/(2β·|f''(0)/f'(0)|)}.
+Law      If preferences follow Bradley-Terry on r, logistic and savage converge to π* ∝ ref·e^{r/β}, exponential to ref·e^{r/2β}, squared
+         to ref·e^{2g/β} (g: see ipo.py). truncated_quadratic converges to the same as squared if no two g differ by more than ½;
+         otherwise it has no closed form, and hinge has none. For small r, all except hinge converge to ref·e^{r/(2β·|f''(0)/f'(0)|)}.
 Checked  tests/methods/test_gpo.py (table, gradients, laws, stationarity), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign gpo --f exponential                                  # built-in task, laptop CPU
@@ -91,5 +91,5 @@ def step(policy, ref, pairs, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     return train("gpo", cfg, step)

@@ -1,7 +1,7 @@
 """Group relative policy optimisation (GRPO). Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, Eq. 3-4.
 
 What this deletes from the paper, and why:
-    1. the outer loop, in which each iteration takes the policy as its new reference. A run has one; start another run from final/.
+    1. the outer loop, in which each iteration takes the policy as its new reference. One run is one iteration; start the next from final/.
     2. training the reward model between iterations, with replay of old data. The reward here is any fixed function: a rule or a model.
     3. rewards for single reasoning steps (process supervision). A completion has one reward, so all of its tokens have one advantage.
     4. several updates on one rollout: epochs is 1 by default, as in the paper's experiments. Then the ratio is 1 and the clip never acts.
@@ -14,21 +14,21 @@ Idea     PPO without a critic. Sample several answers to a prompt: their mean re
          deviation sets the scale of the rewards.
 Differs  from rloo.py: the mean contains the sample itself, the advantage is divided by a standard deviation, the ratio is per token, and
          the KL is a term of the loss instead of a part of the reward. From ppo.py: no critic, one advantage for all tokens of a completion.
-Details  **The trap of k3.** Its value is an unbiased estimate of KL(π‖ref), but its gradient is not the gradient of that KL. On whole
-         completions it is the gradient of the reverse divergence, KL(ref‖π). Per token it also ignores that a token changes the KL of later
-         tokens. So GRPO does not maximise E[r] − β·KL; its law is below. To get π* use rloo.py, or k1 in the reward.
-         aggregate: with "grpo", the paper's, all completions have equal weight, so a token of a long one has less (a long wrong answer is
+Details  **The trap of k3.** Its value is an unbiased estimate of KL(π‖ref), but its gradient is not the gradient of that KL. For k3 of
+         whole completions it is the gradient of the reverse divergence, KL(ref‖π). Per token it also ignores that a token changes the KL
+         of later tokens. So GRPO does not maximise E[r] − β·KL; its law is below. For the maximiser π*, use rloo.py, or k1 in the reward.
+         aggregate: with "grpo", the paper's, all completions weigh the same, so a token of a long one weighs less (a long wrong answer is
          punished less per token). With "dapo" (arXiv:2503.14476) all tokens have equal weight. "dr_grpo" (arXiv:2503.20783) divides by a
-         constant, B·max_new, usually with --no-normalize. Only its expected gradient is one of E[r] (that of "dapo" for large B).
+         constant, B·max_new, usually with --no-normalize. Its expected gradient then is that of E[r] up to a factor (dapo: for large B).
          A group with equal rewards has advantages of exactly 0, not 0/0; `frac_reward_zero_std` is the share of such groups. ddof = 1 is
-         the sample standard deviation (TRL), 0 the population's: a group of two has ±0.707 or ±1.
-         Because the mean contains the sample itself, an advantage is (G − 1)/G times the leave-one-out one. The KL term is not scaled
-         along: without normalize the effective pull is β·G/(G − 1).
-         At ratio 1 the loss is about 0 ("grpo"), or the covariance of advantage and length (the other two). It does not show progress.
-Law      Without normalize and with dr_grpo: π(a|s) = β'·ref(a|s) / (c_s + β' − Q(s, a)), with β' = β·G/(G − 1), Q = E_π[r | s, a] and c_s
-         such that it sums to 1, backwards over the tokens (token_k3_law of toy/closed_form.py). The paper's form with G → ∞ has the same
-         law with r → A/|y| and β → β/|y| (group_normalised_law). Dividing by the standard deviation makes the pull about β·std_π(r). So π
-         ends sharper than without the division if the rewards' standard deviation at the fixed point is below 1. Never π*.
+         the sample standard deviation (TRL), 0 the population's: in a group of two the advantages are ±0.707 or ±1.
+         Because the mean contains the sample itself, an advantage is (G − 1)/G times the leave-one-out one. The KL term is not scaled by
+         that factor, so without normalize the effective pull is β·G/(G − 1).
+         At ratio 1 the surrogate is 0 ("grpo") or a multiple of the covariance of advantage and length (the others): it shows no progress.
+Law      Without normalize and with dr_grpo: π(a|s) = β'·ref(a|s) / (c_s + β' − Q(s, a)), with β' = β·G/(G − 1), Q = E_π[r | s, a] and the
+         c_s for which it sums to 1 (a: token after prefix s), from the last token backwards (token_k3_law of toy/closed_form.py). The
+         paper's form with G → ∞ has the same law with A/|y| for r and β/|y| for β (group_normalised_law). Dividing by the standard
+         deviation makes the pull about β·std_π(r), so π is sharper than without it if std_π(r) < 1 at the fixed point. None of these is π*.
 Checked  tests/methods/test_grpo.py (hand numbers, aggregates, gradients by enumeration), toy/tiny_language.py (the laws).
 
     python -m minialign grpo                                                 # built-in task, laptop CPU
@@ -61,14 +61,14 @@ class Config(OnPrompts):
     eps: float = 0.2                # ε: how far the ratio of a token may move in the updates on one rollout; matters with epochs > 1
     group_size: int = 8             # G: completions of each prompt
     normalize: bool = True          # divide the advantages of a group by the standard deviation of its rewards
-    ddof: int = 1                   # of that standard deviation: 1 sample, 0 population
-    std_eps: float = 1e-4           # added to that standard deviation
+    ddof: int = 1                   # 1: the sample standard deviation, 0: the population's
+    std_eps: float = 1e-4           # added to the standard deviation before dividing by it
     aggregate: str = "grpo"         # how token losses become one number: grpo, dapo or dr_grpo
     epochs: int = 1                 # updates on the same completions
 
 
 def group_advantages(rewards, *, group_size, normalize=True, ddof=1, std_eps=1e-4):
-    """rewards: (B,), the G of one prompt adjacent -> advantages (B,): each minus its group's mean, over the group's spread + std_eps.
+    """rewards: (B,), the G of one prompt adjacent -> advantages (B,): (reward − mean) / (std + std_eps) within its group.
 
     ddof: 1 for the sample standard deviation, 0 for the population's. A group with equal rewards gives exactly 0.
     """
@@ -102,7 +102,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, *, eps, beta, aggre
     ratio = torch.where(mask, logps - old_logps.detach(), 0).exp()  # (B, T)
     clipped = ratio.clamp(1 - eps, 1 + eps)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    kl = k3(torch.where(mask, logps, 0), torch.where(mask, ref_logps.detach(), 0))  # (B, T), its gradient flows
+    kl = k3(torch.where(mask, logps, 0), torch.where(mask, ref_logps.detach(), 0))  # (B, T), not detached
     losses = torch.where(mask, beta * kl - surrogate, 0)
     stats = {"ratio": masked_mean(ratio, mask),
              "clip_ratio/region_mean": masked_mean((clipped * advantages < ratio * advantages).to(ratio), mask)}
@@ -110,7 +110,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, *, eps, beta, aggre
 
 
 def step(policy, answers, cfg, *, on_policy):
-    """One batch of completions to one loss: the only place where the policy meets the equation.
+    """Compute the loss of one batch of completions. Only this function connects policy and equation.
 
     on_policy: no update since sampling, so the old log-probs are set to those of this forward pass and the ratio is exactly 1.
     """
@@ -121,16 +121,16 @@ def step(policy, answers, cfg, *, on_policy):
         logps, answers.old_logps, answers.ref_logps, answers.advantages, answers.mask,
         eps=cfg.eps, beta=cfg.beta, aggregate=cfg.aggregate, max_len=cfg.max_new,
     )
-    assert not (on_policy and abs(stats["ratio"] - 1) > 0), stats  # (a NaN passes: run.may_update reports its rows)
+    assert not (on_policy and abs(stats["ratio"] - 1) > 0), stats  # a NaN passes here; run.may_update reports the rows
     return loss, {**stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("grpo", cfg)
     cfg = run.cfg
     if cfg.group_size < 2:
-        raise BadInput("--group_size 1: a group of one is its own mean; at least 2")
+        raise BadInput("--group_size 1: the mean of one reward is that reward, so the advantage is always 0; use at least 2")
     if cfg.aggregate not in ("grpo", "dapo", "dr_grpo"):
         raise BadInput(f"--aggregate {cfg.aggregate}: must be grpo, dapo or dr_grpo")
     if cfg.ddof not in (0, 1):

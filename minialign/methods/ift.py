@@ -6,19 +6,19 @@
 Symbols  (→ name in the code) e: embedding of a token; ỹ_t: the policy's guess of y_t; λ → mix; γ → decay; n: tokens of a completion;
          ℓ: token losses, −logps (B, T); c: discounted sum of the losses from t on (B, T); w → weights (B, T), mean 1 per completion.
 Idea     In SFT the policy reads only the demonstration, never its own mistakes. Here its own guesses are mixed into the input embeddings,
-         so it reads some of its mistakes, without sampling. And a token's weight includes the losses of the tokens that follow it, so
+         so it reads some of its mistakes, without sampling. Also, a token's weight includes the losses of the tokens that follow it, so
          tokens before a difficult place have more weight than those after it.
 Differs  from sft.py: mixed inputs, weights, and a mean per completion, not over tokens. With λ = 0 and γ = 0 it is SFT with that mean.
          From irft.py: there are no samples and no reference, only one extra forward pass without gradient.
 Details  γ = 0 means w = 1, as in the released code. The limit γ → 0 of the formula is different: w_t ∝ ℓ_t.
-         detach_weights: the paper reads w as weights, so by default they are constants. The released code differentiates them
-         (--no-detach_weights), which pushes a share of the tokens *down*. In the listing as printed, ℓ comes from the pass without
-         gradient, so backward fails. Eq. 22, printed as a double sum, gives *later* tokens more weight; the code and Algorithm 1 give
-         it to earlier ones, and so does this file (docs/ERRATA.md).
+         detach_weights: the paper describes w as weights, so by default they are constants. The released code differentiates them
+         (--no-detach_weights), which makes some tokens *less* likely. In the paper's listing, ℓ comes from the pass without gradient, so
+         backward fails. Its Eq. 22, a double sum, gives *later* tokens more weight; the code, Algorithm 1 and this file give *earlier*
+         tokens more (docs/ERRATA.md).
          Prompts keep their own embeddings. A token in the completion that is not scored still counts in the exponent of γ.
-         The released code also freezes the input embeddings at their initial values. Here they train like everything else.
-Law      One token: the expert E, as SFT. Several tokens, λ = 0, constant weights: π(a|s) ∝ E(a|s)·E[w_t/n | s, a] (toy/closed_form.py,
-         ift_law), not E. A token is weighted by its share of its completion's c: a first token gains if it is rare or little loss follows.
+         The released code also freezes the input embeddings at their initial values. Here they are trained like everything else.
+Law      Completions of one token: the expert E, as in SFT. Longer ones, with λ = 0 and constant weights: π(a|s) ∝ E(a|s)·E[w_t/n | s, a]
+         for token a after prefix s, not E (toy/closed_form.py, ift_law). A first token gains if it is rare or if little loss follows it.
 Checked  tests/methods/test_ift.py (worked numbers in both modes, holes, gradients, what is fed in), toy/tiny_language.py (the law).
 
     python -m minialign ift                                                  # built-in task, laptop CPU
@@ -52,7 +52,7 @@ class Config(OnDemonstrations):
 def ift_loss(logps, mask, *, decay, detach_weights=True):
     """logps, mask: (B, T), decay in [0, 1]. Returns the scalar loss, stats. A row with nothing scored has loss 0.
 
-    ℓ = 1, 2, .5, 4 with decay .95: c = 6.780, 6.084, 4.3, 4 and w = 1.281, 1.150, .813, .756; loss Σ w·ℓ / 4 = 1.753.
+    ℓ = 1, 2, .5, 4 with decay .95: c = 6.781, 6.085, 4.3, 4 and w = 1.281, 1.150, .813, .756; loss Σ w·ℓ / 4 = 1.753.
     """
     assert logps.dim() == 2 and logps.shape == mask.shape, (logps.shape, mask.shape)
     mask = mask.bool()
@@ -75,7 +75,7 @@ def ift_loss(logps, mask, *, decay, detach_weights=True):
 def lookahead_embeds(policy, batch, *, mix):
     """(B, T, C): the embeddings of batch.inputs. Those of completion tokens are mixed with the embeddings of the policy's greedy guesses.
 
-    The guess for inputs[:, t] is the prediction at t − 1 from demonstrated tokens only. It takes one forward pass without gradient.
+    The guess for inputs[:, t] is the prediction at t − 1 from demonstrated tokens only. The guesses take one forward pass without gradient.
     """
     with torch.no_grad():
         hidden, head = policy.hidden(batch.inputs)[batch.mask], policy.head_weight[: policy.config.n_tokens]  # (scored, C), (V, C)
@@ -94,7 +94,7 @@ def step(policy, batch, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("ift", cfg)
     cfg = run.cfg
     policy, tokenizer = open_policy(run)

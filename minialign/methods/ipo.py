@@ -10,10 +10,10 @@ Idea     Suppose everybody prefers y_w to y_l. Bradley-Terry explains this only 
 Differs  from dpo.py: the loss is the squared distance of Δ to 1/(2β), not −log σ. A pair whose Δ is beyond the target is pulled back.
 Details  Log-probs are summed over the answer, as in the paper. Some libraries average them over the tokens. That is another method: its
          targets grow with the length of the answers.
-         The lecture's table of GPO losses has (β·Δ − 1)². That is β² times IPO at half the β: its target is 1/β.
-         --online: the policy samples two new answers to each prompt. A reward chooses one with the Bradley-Terry probability σ(r₁ − r₂).
-Law      Pairs are drawn from μ, and y is preferred to y' with probability p(y ≻ y'). Fixed point: ref·e^{g/β}, g(y) = E_{y'~μ} p(y ≻ y').
-         g(y) is how often y wins. It depends on μ (online: on the policy itself). log π/ref stays finite even where p is 0 or 1.
+         The table of GPO losses in the lecture (docs/ERRATA.md) has (β·Δ − 1)². That is β² times IPO at half the β: its target is 1/β.
+         --online: the policy samples two answers per prompt. A reward prefers the first one with the Bradley-Terry probability σ(r₁ − r₂).
+Law      Pairs are drawn from μ, and y is preferred to y' with probability p(y ≻ y'). Fixed point: π ∝ ref·e^{g/β}. Here g(y) = E_{y'~μ}
+         p(y ≻ y') is how often y wins. It depends on μ (online: on π itself). log π/ref stays finite even where p is 0 or 1.
 Checked  tests/methods/test_ipo.py (worked numbers, gradient, the laws by enumeration), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign ipo                                                  # built-in task, laptop CPU
@@ -60,5 +60,5 @@ def step(policy, ref, pairs, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     return train("ipo", cfg, step)

@@ -1,4 +1,4 @@
-"""Implicit reward-learning fine-tuning (IRFT), SPIN inside. Li et al. 2024, "Getting More Juice Out of the SFT Data", Algorithm 2,
+"""Implicit reward-learning fine-tuning (IRFT), which includes SPIN. Li et al. 2024, "Getting More Juice Out of the SFT Data", Algorithm 2,
 Eq. 6-7, with the loss of its released code; Chen et al. 2024 (SPIN), arXiv:2401.01335, Eq. 4.7.
 
     L(θ) = E_{(x,y)~D, ỹ~π_t(·|x)} [ h( β·( log π_θ(y|x)/π_ref(y|x) − log π_θ(ỹ|x)/π_ref(ỹ|x) ) ) ],     h(z) = log(1 + e^{−z})
@@ -6,17 +6,17 @@ Eq. 6-7, with the loss of its released code; Chen et al. 2024 (SPIN), arXiv:2401
 Symbols  y: demonstration → demo; ỹ: the policy's own answer → sample; π_t: policy at the start of the round → old; π_ref → ref; T → rounds.
 Idea     There are demonstrations but no preferences. As in dpo.py the policy is its own reward model, with r = β·log π_θ/π_ref. Training
          raises the reward of a demonstration above the reward of the policy's own answer. So a reward is learned from demonstrations alone.
-Differs  from sft.py: the own answer is pushed down explicitly. From dpo.py: nobody labels the rejected answer; the policy samples it.
-         SPIN is rounds=1 with the default ref="round". A second SPIN iteration is a second run from the first one's export (SPIN's
-         own code also mixes in the answers of the first one). rounds=T is T of them with one optimizer and one learning-rate schedule.
+Differs  from sft.py: the loss makes the policy's own answer less likely. From dpo.py: no labels; the policy samples the rejected answer.
+         One SPIN iteration is rounds=1 with the default ref="round". For a second iteration, start a second run from final/ (SPIN's own
+         code also mixes in answers of the first). rounds=T is T iterations with one optimizer and one learning-rate schedule.
          Two separate choices define the family: how often to sample again (rounds), and what the reference is
-         (ref="round": the policy at the start of the round, as the code of the paper runs; ref="initial": fixed, as Eq. 6 prints it).
-Details  Log-probs are summed over the completion, not averaged. The own answer has an EOS only if the policy emitted it.
+         (ref="round": the policy at the start of the round, as in the released code; ref="initial": fixed, as printed in Eq. 6).
+Details  Log-probs are summed over the completion, not averaged. The policy's own answer has an EOS only if the policy emitted it.
          h="logistic" is the loss above, "hinge" is max(0, 1 − z), "identity" is −z. The paper has h = log σ with σ(t) = log(1 + e^{−t}),
-         which reads as log log. Its code runs softplus(−z), which is meant (docs/ERRATA.md). max_len cuts demo, max_new cuts sample.
-         With fresh samples (rounds = steps, tau = 1) and ref = policy, the expected gradient of "identity" is β times that of SFT on summed
-         log-probs; for "logistic" it is β/2 times. IRFT differs from SFT only by stale samples, a reference that lags behind, and σ(−z).
-Law      Full-support expert E, exact expectations (toy/three_actions.py, derived in toy/closed_form.py):
+         which is a log of a log. Its code has softplus(−z), as intended (docs/ERRATA.md). max_len cuts demo, max_new cuts sample.
+         With fresh samples (rounds = steps, tau = 1) and ref = policy, the expected gradient of "identity" is β times that of SFT on
+         summed log-probs; for "logistic" it is β/2 times. IRFT differs from SFT only by stale samples, a reference that lags, and σ(−z).
+Law      For an expert E with full support and exact expectations (toy/three_actions.py, derived in toy/closed_form.py):
          fresh samples, fixed ref:  π ∝ E^{1/(1+β)} · ref^{β/(1+β)}, the geometric mixture, never E;
          one converged round:       π ∝ ref · (E/π_t)^{1/β}. With ref = π_t and β < 1 this goes beyond E.
 Checked  tests/methods/test_irft.py (worked numbers, gradients by enumeration, SPIN equality), toy/three_actions.py (the laws).
@@ -48,12 +48,12 @@ from minialign.settings import OnDemonstrations
 @dataclass
 class Config(OnDemonstrations):
     beta: float = 0.1               # β: reward for one nat of log-ratio; with a small β the policy may move far from ref
-    rounds: int = 1                 # T: number of rounds; each samples from the policy at its start. 1 is SPIN; T = steps samples afresh
+    rounds: int = 1                 # T: number of rounds; each samples from the policy at its start. 1: SPIN; T = steps: always fresh
     ref: str = "round"              # the reference: round (the policy at the start of the round) or initial (never updated)
     h: str = "logistic"             # logistic, hinge or identity
     precompute_ref: bool = False    # compute a round's answers and reference log-probs when it begins, and keep no second model
     tau: float = 1.0                # sampling temperature
-    greedy: bool = False            # own answers take the most likely token instead of sampling
+    greedy: bool = False            # choose the most likely token in own answers instead of sampling
     steps: int = 60                 # optimizer steps; each round has about K = steps / rounds of them
     log_every: int = 10
     eval_every: int = 20
@@ -83,7 +83,7 @@ def irft_loss(demo_logps, sample_logps, ref_demo_logps, ref_sample_logps, *, bet
 
 
 def rollout(old, prompts_ids, cfg, eos_id, seed):
-    """The policy's own answer to each prompt: ỹ ~ π_t. Every step of a round samples from the policy that began the round."""
+    """The policy's own answer to each prompt: ỹ ~ π_t. Every step of a round samples from the policy at the start of the round."""
     return sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, greedy=cfg.greedy, eos_id=eos_id, seed=seed)
 
 
@@ -96,7 +96,7 @@ def step(policy, ref, demos, samples, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("irft", cfg)
     cfg = run.cfg
     if cfg.ref not in ("round", "initial"):

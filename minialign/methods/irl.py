@@ -5,24 +5,24 @@ Algorithm 1, Eq. 10 and 11.
     π_{k+1} = argmax_π E_π[r_φ(x, y)] − β·KL(π‖ref)
 
 Symbols  y: demonstration → demo; ỹ: the policy's own answer → sample; r_φ: rewards → *_rewards (B,); r_{k−1}: the reward when the round
-         began → base_*_rewards; π_k: the policy when it began; rounds: how often reward and policy alternate.
+         began → base_*_rewards; π_k: the policy at that time; rounds: how often reward and policy alternate.
 Idea     Train a reward model to tell demonstrations from the policy's own answers, and train the policy on that reward. Repeat with the
          answers of the new policy. So demonstrations alone give a reward model and a policy.
-Differs  from rft.py: Bradley-Terry on what each round adds, and the choice of anchor; the policy step may be a selection.
+Differs  from rft.py: its Bradley-Terry loss is on what a round adds; anchor chooses the reference; the policy step may select samples.
 Details  mode says what a round does to the reward.
-           linear      the gradient of the likelihood itself (Eq. 10; rft.py's loss): the reward is trained further, few steps a round.
-           accumulate  the arg min of Eq. 11 for what the round adds: r_φ starts at r_{k−1}, and its increase is fitted.
-           literal     Algorithm 1 as printed: each round starts a new reward, and the last one is forgotten.
-         Why literal fails: the arg min of Eq. 11 is log E/π_k. It is relative to the current policy, not to ref. A policy step from ref
-         with β = 1 gives ref·E/π_k: E when π_k is ref, and ref when π_k is E. This alternates forever, which few steps a round hide.
+           linear      the gradient of the likelihood itself (Eq. 10; rft.py's loss). The same reward is trained on, a few steps per round.
+           accumulate  the arg min of Eq. 11 for what the round adds: r_φ starts at r_{k−1}, and the loss is on its increase.
+           literal     Algorithm 1 as printed: each round starts a new reward and forgets the one before.
+         Why literal fails: the arg min of Eq. 11 is log E/π_k (E: the expert), relative to the current policy, not to ref. With β = 1 a
+         policy step from ref gives ref·E/π_k: E when π_k is ref, ref when π_k is E, and so on forever (few steps per round hide it).
          anchor="current": the KL is to the policy at the start of the round, and the policy is rewarded only with r_φ − r_{k−1}.
-         policy_step: ppo (as the paper for summaries), rloo, grpo, rebel, bon_sft (maximum likelihood on the best of n) or bon_dpo (DPO on
-         best over worst, which the code calls Best-of-N). bon_sft has no β. Both use only the order of the rewards, at full strength even
-         if the rewards hardly differ: they never converge, no law below holds for them, and after some rounds they do harm: stop early.
-Law      For exact steps and a bound that is not reached (rft.py has the law of one that is). linear: E, the expert. accumulate, or
-         anchor="current": π ∝ π_k·(E/π_k)^{1/β}, so each round multiplies log π/E by 1 − 1/β: to E if β > ½, in one round if β = 1.
-         literal: π ∝ ref·(E/π_k)^{1/β}: β = 1 alternates between ref and E, β < 1 swings ever wider, β > 1 converges to
-         E^{1/(1+β)}·ref^{β/(1+β)} (toy/closed_form.py, rounds_law).
+         policy_step: ppo (the paper's for summaries), rloo, grpo, rebel, bon_sft (maximum likelihood on the best of n, no β) or bon_dpo
+         (DPO on best over worst; the code calls it Best-of-N). These two use only the order of the rewards, at full strength even if
+         rewards hardly differ. They never converge, no law below holds, and after some rounds they do harm: stop early.
+Law      For exact steps and rewards that do not reach their bound (rft.py has the law if they do). linear converges to E. accumulate, or
+         anchor="current": π ∝ π_k·(E/π_k)^{1/β}. So each round multiplies log π/E by 1 − 1/β, which leads to E if β > ½, in one round if
+         β = 1. literal: π ∝ ref·(E/π_k)^{1/β}. This alternates between ref and E if β = 1, swings ever wider if β < 1, and converges to
+         E^{1/(1+β)}·ref^{β/(1+β)} if β > 1 (toy/closed_form.py, rounds_law).
 Checked  tests/methods/test_irl.py (gradients by enumeration, the regimes), toy/three_actions.py, toy/tiny_language.py (a GPT, sampled).
 
     python -m minialign irl                                                  # built-in task, laptop CPU
@@ -55,13 +55,13 @@ class Config(OnDemonstrations):
     rounds: int = 12                # number of rounds, each with reward steps, then policy steps
     reward_share: float = 0.4       # share of a round's steps that train the reward; the others train the policy. 1 = reward only
     bound: float = 6.0              # R: rewards lie in [0, R]; 0 = unbounded
-    ridge: float = 0.0              # weight of the squared rewards (linear), or of their squared increase in the round
+    ridge: float = 0.0              # weight of the squared rewards (linear), or of their squared increase in the round (other modes)
     read: str = "sum"               # the reward of a completion: sum (over its tokens) or last (at its last token)
     reward_lr: float = 5e-4         # peak learning rate of the reward
     policy_step: str = "rloo"       # ppo, rloo, grpo, rebel, bon_sft or bon_dpo
     group_size: int = 4             # completions of each prompt in rloo and grpo
     n: int = 8                      # completions of each prompt in bon_sft and bon_dpo
-    tau: float = 1.0                # sampling temperature, and that of every log-prob here (bon_sft, bon_dpo: log-probs are at 1)
+    tau: float = 1.0                # temperature of sampling and of log-probs (bon_sft, bon_dpo: log-probs are at 1)
     steps: int = 120                # reward and policy steps of all rounds together
     batch_size: int = 32            # demonstrations per reward step, completions per policy step
     lr: float = 3e-4                # peak learning rate of the policy's AdamW (for models with billions of weights: 1e-6)
@@ -124,7 +124,7 @@ def select_best(policy, anchor, prompts_ids, reward_of, cfg, tokenizer, seed):
 
 
 def main(cfg):
-    """Run it; returns the run folder. The learned reward is saved beside the policy, in reward/. The loop is rft.alternate."""
+    """Run the method and return the run folder. The learned reward is saved beside the policy, in reward/. The loop is rft.alternate."""
     run = Run("irl", cfg)
     cfg = run.cfg
     if cfg.mode not in ("linear", "accumulate", "literal") or cfg.anchor not in ("initial", "current"):

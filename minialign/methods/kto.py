@@ -1,20 +1,20 @@
 """Kahneman-Tversky optimisation (KTO): thumbs up or down, one answer at a time. Ethayarajh et al. 2024, arXiv:2402.01306, section 4.
 
     L(θ) = E_{(x, y)}[ λ_D·(1 − σ(β·(ρ − z₀))) if y is desirable, else λ_U·(1 − σ(β·(z₀ − ρ))) ],   ρ = log π_θ(y|x)/π_ref(y|x)
-    z₀   = max(0, mean over a batch of log π_θ(y'|x)/π_ref(y'|x)),   y' the answer of the row before in the batch; a constant
+    z₀   = max(0, mean over a batch of log π_θ(y'|x)/π_ref(y'|x)),   y' = the answer of the previous row in the batch
 
 Symbols  (→ name in the code) log π: log-prob of an answer → *_logps (B,); z₀ → kl; λ_D → desirable_weight; λ_U → undesirable_weight.
 Idea     People feel gains and losses relative to a reference point, and each further gain or loss counts less. Here the reward of an answer
          is its log-ratio ρ. The reference point z₀ is how far the policy has moved on average. An answer is a gain if its ρ is above z₀.
 Differs  from dpo.py: no pairs. A prompt needs no second answer, and one kind of answer may be far more frequent than the other.
-Details  Log-probs are summed over the answer. For z₀ each prompt is paired with the answer of the row before it in the batch, mostly one
-         to another prompt. That needs two more forward passes but no sampling. z₀ has no gradient and is the same in all micro-batches.
-         With one prompt and answers sampled from ref the mean is −KL(ref‖π), so z₀ is 0. With answers to other prompts it has either sign.
-         The paper advises λ_D·n_D / (λ_U·n_U) in [1, 4/3] (n: how many answers are of that kind). The run prints this ratio.
-Law      None in closed form. Let a(y) be λ_D times how often y is desirable, and b(y) λ_U times how often it is undesirable. The loss is
-         const − Σ (a − b)·σ(β·(ρ − z₀)). If some answers have a > b, even by little, all others fall to probability 0, ever more slowly,
-         even those that nobody labelled. Those with a > b share the rest so that (a − b)·σ'(β·(ρ − z₀))/π is the same for all
-         of them: π ∝ a − b while β is small, without ref.
+Details  Log-probs are summed over the answer. For z₀ each prompt is paired with the answer of the previous row, mostly one to another
+         prompt. That needs two more forward passes but no sampling. z₀ has no gradient and is the same in all micro-batches.
+         With one prompt and answers sampled from ref the mean is −KL(ref‖π), so z₀ is 0. With other prompts the mean has either sign.
+         The paper advises λ_D·n_D / (λ_U·n_U) in [1, 4/3] (n: the number of answers of that kind). The run prints this ratio.
+Law      None in closed form. Let a(y) be λ_D times how often y is labelled desirable, and b(y) λ_U times how often undesirable. The loss
+         is const − Σ (a − b)·σ(β·(ρ − z₀)). If some answers have a > b, however slightly, the probability of all others falls to 0, ever
+         more slowly, even if nobody labelled them. Those with a > b then share all the probability so that (a − b)·σ'(β·(ρ − z₀))/π is
+         the same for each: while β is small, π ∝ a − b, whatever ref is.
 Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity by enumeration), test_against_trl.py, toy/three_actions.py.
 
     python -m minialign kto                                                  # built-in task, laptop CPU
@@ -74,7 +74,7 @@ def mismatched_kl(logps, ref_logps):
 
 @torch.no_grad()
 def reference_point(policy, ref, rows, batch_of, size):
-    """z₀ of encoded rows: each prompt gets the completion of the row before it. `size` rows go through each forward pass."""
+    """z₀ of encoded rows: each prompt gets the completion of the previous row. `size` rows go through each forward pass."""
     moved = [(x, rows[i - 1][1]) for i, (x, *_) in enumerate(rows)]  # row 0 gets the last row's
     logps, ref_logps = (in_micro(lambda micro, model=model: seq_logps(model, batch_of(moved, micro)), range(len(moved)), size)
                         for model in (policy, ref))  # (B,)
@@ -92,7 +92,7 @@ def step(policy, ref, batch, desirable, kl, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("kto", cfg)
     cfg = run.cfg
     if cfg.batch_size < 2:
@@ -144,8 +144,8 @@ def main(cfg):
 
 @torch.no_grad()
 def held_out_feedback(policy, ref, rows, batch_of, labels_of, cfg):
-    """Metrics over all held-out rows: the loss, and the share of answers on the right side of these rows' own reference point."""
-    mixed = [rows[i] for i in batch_rows(len(rows), len(rows), 0, cfg.seed)]  # in a file, the row before often has the same prompt
+    """Metrics over all held-out rows: the loss, and the share of answers on the right side of z₀, which is computed from these rows."""
+    mixed = [rows[i] for i in batch_rows(len(rows), len(rows), 0, cfg.seed)]  # because in a file the previous row often has the same prompt
     mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, cfg.batch_size)
     for start in range(0, len(rows), cfg.batch_size):
         picked = range(start, min(start + cfg.batch_size, len(rows)))

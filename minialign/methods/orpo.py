@@ -8,13 +8,13 @@ Idea     The first term is SFT on the chosen answers. Alone, it would also make 
          similar. The second term lowers the odds of the rejected answer relative to those of the chosen one. Both terms are trained in
          the same step and without a reference, so alignment takes one stage instead of two.
 Differs  from sft.py: the second term. From simpo.py: odds instead of likelihoods, and SFT's term limits how far the policy moves.
-Details  P(y|x) in the paper's odds is computed from the average log-prob, P = e^ā, as in its code. From the sum, 1 − P would be 1 for any
-         real answer. log(1 − e^ā) is computed without cancellation, and ā is clamped to at most −1e-7.
-         Only completions are scored. The released code and others include prompt tokens in the likelihood by default.
+Details  P(y|x) in the paper's odds is computed from the average log-prob, P = e^ā, as in its code. With the sum instead, 1 − P would be
+         practically 1 for any real answer. log(1 − e^ā) is computed without cancellation, and ā is clamped to at most −1e-7.
+         Only completions are scored. The released code and other libraries include prompt tokens in the likelihood by default.
          --online: the policy samples the pairs and a reward labels them, as in dpo.py.
-Law      Pairs are drawn from μ, and y is preferred to y' with probability p(y ≻ y'). With λ = 0 this is SFT on the chosen answers in which
-         a short answer has more weight: π ∝ W(y)/|y|, where W(y) = 2·μ(y)·E_{y'~μ} p(y ≻ y') is how often y is chosen. With λ > 0 there
-         is no closed form. It is never π* ∝ ref·e^{r/β} (dpo.py): ref and β do not occur in the loss.
+Law      Pairs are drawn from μ, and y is preferred to y' with probability p(y ≻ y'). With λ = 0 this is SFT on the chosen answers in
+         which tokens of short answers have more weight: π ∝ W(y)/|y|, where W(y) = 2·μ(y)·E_{y'~μ} p(y ≻ y') is how often y is chosen.
+         With λ > 0 there is no closed form. The fixed point is never π* ∝ ref·e^{r/β} (dpo.py): ref and β do not occur in the loss.
 Checked  tests/methods/test_orpo.py (worked numbers, gradient, stability, the limit and stationarity by enumeration), test_against_trl.py,
          toy/tiny_language.py.
 
@@ -66,5 +66,5 @@ def step(policy, ref, pairs, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     return train("orpo", cfg, step)

@@ -3,8 +3,8 @@ arXiv:2203.02155, with the details of Huang et al. 2024 ("N+ implementation deta
 
 What this deletes from the papers, and why:
     1. one network for policy and value (Eq. 9). The critic is a model of its own with its own learning rate, so there is no weight c1.
-    2. the entropy bonus (Eq. 9). The pull to ref already keeps the policy from collapsing; N+ has none either. Entropy is logged.
-    3. the penalty with an adaptive coefficient, the first paper's alternative to the clip, and an adaptive β. Both are fixed flags here.
+    2. the entropy bonus (Eq. 9). The pull to ref already keeps the policy from collapsing; N+ has no bonus either. Entropy is logged.
+    3. the penalty with an adaptive coefficient, the first paper's alternative to the clip, and an adaptive β. ε and β are constants here.
     4. mini-batches within an epoch. Each epoch is one update on the whole rollout (N+ has one mini-batch too).
     5. the pretraining term of Ouyang et al. (PPO-ptx), which needs a second data set.
 
@@ -17,17 +17,17 @@ Symbols  r_t = −β·k1_t, plus the reward of the completion at its last token 
 Idea     Every token is an action. A critic learns the expected return of each prefix, so each token is credited with the change it caused.
          The clip allows several updates on one rollout: it removes the gradient of tokens whose ratio has moved far enough.
 Differs  from rloo.py: advantages per token from a learned value, not per completion from the other samples; ratio and clip per token.
-         From grpo.py: the KL is in the reward, where its gradient is right.
-Details  The critic is the policy's trunk (or a reward model, --value) under a new scalar head. The head is random as in N+: under a head of
-         zeros the trunk would get no gradient at first.
-         The reward is at the last real token: EOS, or where max_new cut. No state follows it, so V = 0 there, without bootstrapping. (N+
-         puts the reward one slot after EOS, because its rollouts have a fixed length. Here EOS is an action.)
+         From grpo.py: the KL is in the reward, where it gives the right gradient.
+Details  The critic is a copy of the policy's trunk under a new scalar head, or a whole reward model (--value). A new head is random, as
+         in N+: under a head of zeros the trunk would get no gradient at first.
+         The reward is at the last real token: EOS, or where max_new cut. No state follows it, so V = 0 after it, without bootstrapping.
+         (N+ puts the reward one slot after EOS, because its rollouts have a fixed length. Here EOS is an action.)
          missing_eos is subtracted from the reward of a completion without EOS (TRL). N+ replaces the reward by −1 instead.
-         λ = 1 makes A_t the Monte-Carlo return minus V: unbiased for any V, with γ = 1 and before whitening. λ < 1 has less noise, and is
-         biased while V is wrong.
+         λ = 1 makes A_t the Monte-Carlo return minus V: unbiased for any V, with γ = 1 and before whitening. λ < 1 has less noise, but is
+         biased as long as V is wrong.
          Advantages are whitened over the rollout's real tokens, with the population variance, after the returns are computed. The old
-         log-probs are those of the first epoch's own forward pass, so the ratio starts at exactly 1 and the clip share at 0 %.
-Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref), for γ = 1. The clip and the critic's errors leave more noise than rloo.py.
+         log-probs are those of the first epoch's own forward pass, so the ratio starts at exactly 1, and at first nothing is clipped.
+Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref), for γ = 1. The clip and critic errors make it noisier than rloo.py.
 Checked  tests/methods/test_ppo.py (GAE by hand, with any and with exact values, clips), toy/tiny_language.py (the law).
 
     python -m minialign ppo                                                  # built-in task, laptop CPU
@@ -56,20 +56,20 @@ from minialign.settings import OnPrompts
 @dataclass
 class Config(OnPrompts):
     beta: float = 0.05              # β: the pull to ref; 0 lets the policy go anywhere
-    gamma: float = 1.0              # γ: discount per token; below 1 the fixed point is another one
-    lam: float = 0.95               # λ: 1 uses the rewards that came, 0 the critic's value of the next prefix
+    gamma: float = 1.0              # γ: discount per token; below 1 the fixed point is not π*
+    lam: float = 0.95               # λ: 1 uses all later rewards, 0 only the token's own and the critic's value of the next prefix
     eps: float = 0.2                # ε: how far the ratio of a token may move in the updates on one rollout
     eps_value: float = 0.2          # ε_V: how far a value may move in the updates on one rollout
     whiten: bool = True             # shift and scale the advantages of a rollout to mean 0 and variance 1
     epochs: int = 4                 # updates on the same completions
-    value: str = "policy"           # the critic's trunk: policy, or a reward model's folder or hub name
+    value: str = "policy"           # what the critic starts as: the policy's trunk (policy), or a reward model's folder or hub name
     value_lr: float = 1e-3          # the critic's peak learning rate
     steps: int = 60                 # rollouts, each with `epochs` updates
     batch_size: int = 64            # completions per step, one of each prompt
 
 
 def policy_loss(logps, old_logps, advantages, mask, *, eps):
-    """All inputs (B, T); advantages are constants. Returns the mean over the tokens of the mask, stats."""
+    """All inputs (B, T); advantages are constants. Returns the loss, a mean over the tokens in the mask, and stats."""
     assert logps.dim() == 2 and logps.shape == old_logps.shape == advantages.shape == mask.shape, (logps.shape, advantages.shape)
     logratio = torch.where(mask.bool(), logps - old_logps.detach(), 0)  # (B, T)
     ratio, advantages = logratio.exp(), advantages.detach()
@@ -84,18 +84,18 @@ def policy_loss(logps, old_logps, advantages, mask, *, eps):
 
 
 def value_loss(values, old_values, returns, mask, *, eps):
-    """All inputs (B, T); old_values and returns are constants. Returns the mean over the tokens of the mask, stats."""
+    """All inputs (B, T); old_values and returns are constants. Returns the loss, a mean over the tokens in the mask, and stats."""
     assert values.dim() == 2 and values.shape == old_values.shape == returns.shape == mask.shape, (values.shape, returns.shape)
     old_values, returns = old_values.detach(), returns.detach()
     clipped = old_values + (values - old_values).clamp(-eps, eps)
     loss = 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
-    # Within ±eps `clipped` may differ from `values` by rounding: that is no clipping.
+    # Within ±eps `clipped` may differ from `values` by a rounding error, which is not clipping.
     acts = ((values - old_values).abs() > eps) & ((clipped - returns) ** 2 > (values - returns) ** 2)
     return loss, {"value_clip_ratio": masked_mean(acts.to(values), mask).detach(), "loss/value": loss.detach()}
 
 
 def shape_rewards(rewards, logps, ref_logps, mask, *, beta):
-    """r_t = −β·k1_t, and the reward of the completion at its last token: rewards (B,), log-probs and mask (B, T) -> (B, T), detached."""
+    """r_t = −β·k1_t, plus the reward of the completion at its last token: rewards (B,), log-probs and mask (B, T) -> (B, T), detached."""
     token_rewards = -beta * torch.where(mask, k1(logps, ref_logps), 0)
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     last = torch.where(mask, places, 0).argmax(1)  # (B,) from the mask: padding may look like anything
@@ -105,7 +105,7 @@ def shape_rewards(rewards, logps, ref_logps, mask, *, beta):
 def gae(token_rewards, values, mask, *, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, Eq. 16): all (B, T) -> advantages, returns (B, T).
 
-    The tokens of a row's mask are adjacent; nothing is worth anything after the last of them. 0 where mask is False.
+    The tokens in a row's mask are adjacent. The value after the last of them is 0. Both results are 0 where mask is False.
     """
     assert token_rewards.dim() == 2 and token_rewards.shape == values.shape == mask.shape, (token_rewards.shape, values.shape)
     mask, values = mask.bool(), torch.where(mask.bool(), values.detach(), 0)
@@ -119,7 +119,7 @@ def gae(token_rewards, values, mask, *, gamma, lam):
 
 
 def explained_variance(values, returns, mask):
-    """1 − E[(G − V)²] / Var(G) over the mask's tokens: 1 for a perfect critic, 0 for one that knows the mean. None if returns are equal."""
+    """1 − E[(G − V)²] / Var(G) over the mask's tokens: 1 for a perfect critic, 0 for the constant mean. None if returns are equal."""
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     return 1 - masked_mean((returns - values) ** 2, mask) / spread if spread > 1e-8 else None
 
@@ -140,7 +140,7 @@ def credit(answers, rewards, cfg):
 
 
 def step(policy, value_model, answers, cfg, *, on_policy):
-    """One batch of completions to the two losses: the only place where the models meet the equations.
+    """Compute both losses of one batch of completions. Only this function connects models and equations.
 
     on_policy: no update since sampling, so the old log-probs are set to those of this forward pass and the ratio is exactly 1.
     """
@@ -148,13 +148,13 @@ def step(policy, value_model, answers, cfg, *, on_policy):
     if on_policy:
         answers.old_logps.copy_(logps.detach())
     loss, stats = policy_loss(logps, answers.old_logps, answers.advantages, answers.mask, eps=cfg.eps)
-    assert not (on_policy and stats["approx_kl"] > 0), stats  # (a NaN passes: run.may_update reports its rows)
+    assert not (on_policy and stats["approx_kl"] > 0), stats  # a NaN passes here; run.may_update reports the rows
     critic_loss, critic_stats = value_loss(value_model(answers.inputs), answers.values, answers.returns, answers.mask, eps=cfg.eps_value)
     return loss, critic_loss, {**stats, **critic_stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("ppo", cfg)
     cfg = run.cfg
     reward_fn, policy, tokenizer, rows, held_out = open_online(run)
@@ -194,7 +194,7 @@ def main(cfg):
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             value_grad_norm = clip_grad_norm_(value_model.parameters(), cfg.max_grad_norm)
             total += epoch_total / cfg.epochs
-            suspect = policy if not grad_norm.isfinite() else value_model  # the model to report
+            suspect = policy if not grad_norm.isfinite() else value_model  # may_update looks here for non-finite gradients
             if not run.may_update(k, suspect, picked, epoch_total + critic_total, grad_norm + value_grad_norm):
                 break  # the other epochs of this rollout would fail in the same way
             optimizer.step()

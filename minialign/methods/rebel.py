@@ -1,9 +1,9 @@
 """REBEL: reinforcement learning by regressing relative rewards. Gao et al. 2024, arXiv:2404.16767, Algorithm 1.
 
 What this deletes from the paper, and why:
-    1. the base distribution μ of the second completion, which may be a data set. Both completions come from π_t: no second source of data.
+    1. the base distribution μ of the second completion, which may be a data set. Here both come from π_t, so one source of data is enough.
     2. solving each rollout's regression to its minimum. A few gradient steps (epochs) on it are enough; the law below is the same.
-    3. general preferences in place of rewards, which need a model that compares two completions.
+    3. general preferences instead of rewards. Such preferences need a model that compares two completions.
 
     L(θ) = E_{x, y~π_t, y'~π_t} [ ( (1/η)·( log π_θ(y|x)/π_t(y|x) − log π_θ(y'|x)/π_t(y'|x) ) − (R(x, y) − R(x, y')) )² ]
 
@@ -11,12 +11,12 @@ Symbols  π_t → the policy that sampled, frozen; y, y' → rows 2i and 2i + 1;
          R = r − β·log π_t/π_ref → rewards, other_rewards (B/2,); η → eta, the size of a policy step, in nats per unit of reward.
 Idea     The exact step of mirror descent, π_{t+1} ∝ π_t·e^{ηR}, has log π_{t+1}/π_t = ηR + const(x). The constant cancels within a pair, so
          the difference of log-ratios can be fitted to the difference of rewards: policy optimisation as least squares.
-Differs  from rloo.py: a squared error with a target, so the loss shows when a step is done; no clip, no advantage. From dpo.py: the sizes
-         of the rewards are fitted, not only which answer won.
-Details  This is the paper's form. The released code has (Δ − η·ΔR)², which is η² times this: the same minimum, but another step size at the
-         same learning rate (hardly another under Adam). η is 1 / (weight of the KL to π_t) and is independent of β.
-         The KL to the first policy, ref, is inside R (k1, detached, summed over tokens), as in the code. Without it every rollout moves the
-         policy by another full step, and nothing holds it.
+Differs  from rloo.py: the loss is a squared error, so it shows when a step is done; there is no clip and no advantage. From dpo.py: the
+         sizes of the rewards are fitted, not only which answer won.
+Details  This is the paper's form. The released code has (Δ − η·ΔR)², which is η² times this: the same minimum, but gradients that are η²
+         times as large (which hardly matters under Adam). η is 1 / (weight of the KL to π_t) and is independent of β.
+         The KL to the first policy, ref, is inside R (k1, detached, summed over tokens), as in the released code. Without it every
+         rollout would move the policy by another full step, without limit.
          Both completions of a pair stay in one micro-batch. Two identical completions are a pair like any other, with error 0.
 Law      One rollout solved exactly gives π_t·e^{ηR}/Z. So log π_t = (1 − ηβ)^t·log ref + (1 − (1 − ηβ)^t)·log π* + const, which converges
          to π* ∝ ref·e^{r/β} for 0 < ηβ < 2. With β = 0 the policy moves by η nats per unit of reward at every rollout, forever.
@@ -55,29 +55,29 @@ class Config(OnPrompts):
 
 
 def rebel_loss(logratio, other_logratio, rewards, other_rewards, *, eta):
-    """All inputs (B/2,): of each pair log π_θ/π_t summed over the completion, in nats, and R. Returns the scalar loss, stats."""
+    """All inputs (B/2,), one entry per pair: log π_θ/π_t summed over a completion, in nats, and R. Returns the scalar loss, stats."""
     assert logratio.dim() == 1 and logratio.shape == other_logratio.shape == rewards.shape == other_rewards.shape
     target = (rewards - other_rewards).detach()
     loss = ((logratio - other_logratio) / eta - target) ** 2
-    return loss.mean(), {"target": (target**2).mean()}  # what the loss is where nothing has moved
+    return loss.mean(), {"target": (target**2).mean()}  # the loss of a policy that has not moved
 
 
 def step(policy, answers, cfg, *, on_policy):
-    """One batch of pairs, the two of a prompt adjacent, to one loss: the only place where the policy meets the equation.
+    """Compute the loss of one batch; the two completions of a pair are adjacent. Only this function connects policy and equation.
 
     on_policy: no update since sampling, so π_t's log-probs are set to those of this forward pass and every log-ratio is 0.
     """
     logps, entropy = token_logps(policy, answers, tau=cfg.tau, entropy=True)  # (B, T)
     if on_policy:
         answers.old_logps.copy_(logps.detach())
-    logratio = (logps - answers.old_logps).sum(1)  # (B,) both are 0 where nothing is scored
-    assert not (on_policy and logratio.abs().max() > 0), logratio  # (a NaN passes: run.may_update reports its rows)
+    logratio = (logps - answers.old_logps).sum(1)  # (B,) both log-probs are 0 where nothing is scored
+    assert not (on_policy and logratio.abs().max() > 0), logratio  # a NaN passes here; run.may_update reports the rows
     loss, stats = rebel_loss(logratio[0::2], logratio[1::2], answers.rewards[0::2], answers.rewards[1::2], eta=cfg.eta)
     return loss, {**stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("rebel", cfg)
     cfg = run.cfg
     if cfg.batch_size % 2:

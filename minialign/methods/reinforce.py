@@ -3,24 +3,24 @@
 What this deletes from the papers, and why:
     1. rewards and discounts at every token. The reward comes once, at the end, so the whole completion is one action.
     2. a learned baseline. The mean of earlier rewards costs nothing; rloo.py and ppo.py have better ones.
-    3. old policies. Each rollout gets one update, so the policy that sampled is the policy that trains: no ratio, no clip.
+    3. old policies. Each rollout gets one update, so the policy that sampled is the policy that is trained: no ratio and no clip.
 
     L(θ) = −E_{x~D, y~π_θ(·|x)} [ sg(R − b) · log π_θ(y|x) ],        R = r(x, y) − β·log π_θ(y|x)/π_ref(y|x)
 
-Symbols  r → rewards (B,), R → the same with the KL inside, b → baseline, R − b → advantages (B,), log π_θ(y|x) = Σ_t logps (B, T),
-         sg → detached.
+Symbols  r → rewards (B,), R: r minus the KL penalty (also rewards), b → baseline, R − b → advantages (B,), log π_θ(y|x) = Σ_t logps (B,
+         T), sg: stop-gradient → detach.
 Idea     Sample an answer and make it more likely in proportion to its reward: ∇E_π[R] = E_π[R·∇log π]. Subtracting a constant b from R
          does not change this expectation, but it can remove most of the variance.
 Differs  from sft.py: the policy's own completions, weighted by their rewards, instead of demonstrations. rloo.py takes b from the other
-         samples of the prompt, grpo.py from their mean and standard deviation, ppo.py from a learned value of every prefix.
-Details  Log-probs are summed over the completion. Averaging them (1/|y|) is another gradient, which is biased. It has the same fixed point
-         only if b is each prompt's own mean reward; with the one b of this file it rests elsewhere.
-         R is a constant of the objective. The KL estimator k1 in it, log π/π_ref, is not differentiated: E[R·∇log π] already contains the
-         gradient of the KL, because E[∇log π] = 0. Differentiating R inside R·log π would change the law to ∝ √(ref·e^{r/β}).
-         b is the running mean of earlier rewards, with Adam's correction for starting at 0. It never contains the current batch: a batch
-         mean that does shrinks the gradient by (B − 1)/B.
+         samples of the prompt, grpo.py from all (and divides by their standard deviation), ppo.py from a learned value per prefix.
+Details  Log-probs are summed over the completion. Averaging them (1/|y|) gives another gradient, which is biased. It has the same fixed
+         point only if b is each prompt's own mean reward, which the single b of this file is not.
+         R is treated as a constant. The KL estimator k1 in it, log π/π_ref, is not differentiated, because E[R·∇log π] already contains
+         the gradient of the KL (since E[∇log π] = 0). Differentiating R inside R·log π would change the law to ∝ √(ref·e^{r/β}).
+         b is the running mean of earlier R, with Adam's correction for starting at 0. It never contains the current batch: a mean that
+         contains it would shrink the gradient by (B − 1)/B.
          missing_eos is subtracted from r if max_new cut the completion off.
-         Everything is at the sampling temperature: ref's logits are divided by tau too, and the law is that of the tempered policy.
+         All log-probs are at the sampling temperature: ref's logits are divided by tau too, and the law is that of the tempered policy.
 Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref). With β = 0: only the completion with the largest reward.
 Checked  tests/methods/test_reinforce.py (the gradient by enumeration, any baseline), toy/tiny_language.py (the law).
 
@@ -52,19 +52,19 @@ from minialign.settings import OnPrompts
 @dataclass
 class Config(OnPrompts):
     beta: float = 0.05              # β: the pull to ref; 0 lets the policy go anywhere
-    decay: float = 0.9              # of the running mean of rewards that is the baseline; 0 = the last batch's mean, 1 = no baseline
+    decay: float = 0.9              # decay of the baseline, a running mean of rewards: 0 = the mean of the last batch, 1 = no baseline
     batch_size: int = 64            # completions per step, one of each prompt
 
 
 def reinforce_loss(logps, advantages, mask):
-    """logps, mask: (B, T); advantages: (B,), constants. Returns the scalar loss, stats (none: its value means nothing)."""
+    """logps, mask: (B, T); advantages: (B,), constants. Returns the scalar loss, whose value means nothing, and empty stats."""
     assert logps.dim() == 2 and logps.shape == mask.shape and advantages.shape == logps.shape[:1], (logps.shape, advantages.shape)
     seq_logps = torch.where(mask.bool(), logps, 0).sum(1)  # (B,)
     return -(advantages.detach() * seq_logps).mean(), {}
 
 
 class Baseline(nn.Module):
-    """The running mean of past rewards; a module, so that a checkpoint holds it."""
+    """The running mean of past rewards. It is a module, so that checkpoints contain it."""
 
     def __init__(self, decay):
         super().__init__()
@@ -73,7 +73,7 @@ class Baseline(nn.Module):
 
     @property
     def value(self):
-        """Before the first batch there is nothing to go by: 0."""
+        """The running mean. Before the first batch it is 0."""
         return float(self.sums[0] / self.sums[1]) if self.sums[1] else 0.0
 
     def update(self, rewards):
@@ -81,14 +81,14 @@ class Baseline(nn.Module):
 
 
 def step(policy, answers, cfg):
-    """One batch of completions (a Rollout with advantages) to one loss: the only place where the policy meets the equation."""
+    """Compute the loss of one batch of completions (a Rollout with advantages). Only this function connects policy and equation."""
     logps, entropy = token_logps(policy, answers, tau=cfg.tau, entropy=True)  # (B, T)
     loss, stats = reinforce_loss(logps, answers.advantages, answers.mask)
     return loss, {**stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("reinforce", cfg)
     cfg = run.cfg
     reward_fn, policy, tokenizer, rows, held_out = open_online(run)
@@ -123,7 +123,7 @@ def main(cfg):
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()
-            baseline.update(rewards)  # after it was used
+            baseline.update(rewards)  # only now, after the step has used it
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,

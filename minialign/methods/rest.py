@@ -1,24 +1,24 @@
 """Reinforced self-training (ReST). Gulcehre et al. 2023, arXiv:2308.08998, Algorithm 1 and Eq. 3. (Not ReST-EM, not ReST-MCTS.)
 
-    L(θ) = E_{(x, y) ~ D_g}[ 1[ r(x, y) > τ_i ] · (−log π_θ(y|x)) ] / P(r > τ_i),        D_g = completions of π_g, drawn once a Grow step
+    L(θ) = E_{(x, y) ~ D_g}[ 1[ r(x, y) > τ_i ] · (−log π_θ(y|x)) ] / P(r > τ_i),        D_g = completions of π_g, drawn once per Grow step
 
-Symbols  D_g: the data set of a Grow step; π_g: the policy at its start → old; τ_1 < τ_2 < …: thresholds, one for each Improve step;
+Symbols  D_g: the data set of a Grow step; π_g: the policy before that step → old; τ_1 < τ_2 < …: thresholds, one for each Improve step;
          log π_θ(y|x): the sum of logps (B, T).
-Idea     Two loops. Grow: sample a data set from the policy and compute its rewards once. Improve: fine-tune on the samples whose reward is
-         above a threshold, then on those above a higher threshold, in the same data. Sampling is rare, and every sample is used many times.
+Idea     Two loops. Grow: sample a data set from the policy and compute its rewards once. Improve: fine-tune on the samples whose reward
+         is above a threshold, then on those of the same data set above a higher one. Sampling is rare, and every sample is used often.
 Differs  from best_of_n.py: one threshold over all prompts instead of the best of each; a prompt may keep all of its completions or none.
-         From rloo.py: samples below the threshold have no gradient; they fall only because others rise.
+         From rloo.py: samples below the threshold have no gradient. They become less likely only because others become more likely.
 Details  The thresholds are quantiles of the Grow step's own rewards, so the scale of the reward need not be known (the paper begins above
-         the mean; 0.5 is the median). Rewards equal to τ are dropped. If then nothing is left (many completions share the largest
-         reward), the completions with the largest reward are kept.
-         One threshold serves all prompts. A learned reward is known only up to a constant per prompt, so this may select prompts instead.
+         the mean; 0.5 is the median). Completions with reward τ are dropped. If nothing is left (many share the largest reward), those
+         with the largest reward are kept.
+         One threshold serves all prompts. A learned reward is known up to a constant per prompt, so this may select prompts, not answers.
          The paper's data set also contains the demonstrations that the policy was trained on. Here it contains only samples.
          There is no reference and no KL. Only the number of Grow steps limits how far the policy moves.
-         The data set of a Grow step is not stored. A resumed run samples it again with the same policy and seed, and computes the
-         rewards again. If the reward is not a function of the text, the data set will be different.
-         missing_eos is subtracted from r if max_new cut the completion off. Samples are drawn at tau, the likelihood is at 1.
-Law      If x has completions above the threshold, π ∝ π_g·1[r > τ_I] after the last Improve step, as the data set grows: KL(π‖π_g) =
-         −log P(r > τ_I | x) (toy/closed_form.py, rest_law). With a finite data set, what was not drawn loses its probability too.
+         The data set of a Grow step is not stored. A resumed run samples it again with the same policy and seed, and computes the rewards
+         again. If the same text can get another reward the second time, the data set will be different.
+         missing_eos is subtracted from r if max_new cut the completion off. Samples are drawn at temperature tau; the likelihood is at 1.
+Law      If x has completions above τ_I, the last Improve step ends at π ∝ π_g·1[r > τ_I] for large data sets, with KL(π‖π_g) = −log P(r >
+         τ_I | x) (toy/closed_form.py, rest_law). In a finite one, completions that were not sampled lose their probability too.
 Checked  tests/methods/test_rest.py (thresholds, the guard, what is regenerated), toy/tiny_language.py (the law).
 
     python -m minialign rest                                                 # built-in task, laptop CPU
@@ -50,7 +50,7 @@ class Config(OnPrompts):
     n: int = 8                      # completions of each prompt
     quantiles: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])  # thresholds of the Improve steps, as quantiles of the rewards
     steps: int = 90                 # optimizer steps, divided evenly among all Improve steps of all Grow steps
-    batch_size: int = 32            # completions per step, of those above the threshold
+    batch_size: int = 32            # completions per step, taken from those above the threshold
     reward_limit: float = 60.0      # seconds that the reward may take for a whole data set
     tau: float = 1.0                # sampling temperature
     lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
@@ -66,7 +66,7 @@ def rest_loss(logps, mask):
 
 
 def keep(rewards, threshold):
-    """(B,) bool: which rewards (B,) exceed the threshold or, if none does, equal the largest. .2 .5 .9 .7 at .575: the last two."""
+    """(B,) bool: which rewards (B,) exceed the threshold or, if none does, equal the largest. Of .2 .5 .9 .7 at .575: the last two."""
     above = rewards > threshold
     return above if above.any() else rewards == rewards.max()
 
@@ -77,7 +77,7 @@ def step(policy, kept, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("rest", cfg)
     cfg = run.cfg
     if not cfg.quantiles or not all(0 <= q < 1 for q in cfg.quantiles) or sorted(set(cfg.quantiles)) != cfg.quantiles:

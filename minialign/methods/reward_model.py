@@ -5,11 +5,11 @@
 Symbols  y_w: the preferred answer → chosen; y_l: the other → rejected; r_φ: rewards → *_rewards (B,); m → margin; c → centre.
 Idea     If y_w is preferred with probability σ(r(y_w) − r(y_l)), maximum likelihood recovers r, up to a term that depends on x only.
 Differs  from dpo.py: the reward is a separate model, a trunk with a scalar head, not the policy's log-ratio.
-Details  The reward is read at the last token (EOS), which is found from lengths, never from ids. Only differences are determined. So after
-         training the mean reward of the chosen training answers is subtracted (config.reward_offset): they score 0 on average.
-         centre > 0 pulls both rewards of a pair towards opposite signs instead; .01 is usual.
-Law      With labels from r: r, up to a constant per prompt. With chosen ~ P and rejected ~ Q: log P/Q, up to a constant per prompt
-         (the pairwise density-ratio lemma, toy/closed_form.py). RFT and IRL use this.
+Details  The reward is read at the last token (EOS), found from lengths, never from ids. The loss determines only differences of rewards.
+         So after training, the mean reward of the chosen training answers is subtracted (config.reward_offset): they then score 0 on
+         average. centre > 0 also pulls the sum of the two rewards of a pair towards 0 during training; .01 is usual.
+Law      If labels follow Bradley-Terry on r, the reward converges to r. If chosen ~ P and rejected ~ Q, it converges to log P/Q (the
+         pairwise density-ratio lemma, toy/closed_form.py; rft.py and irl.py use it). Both hold up to a constant per prompt.
 Checked  tests/methods/test_reward_model.py (worked numbers, shifts, gradient, the lemma by enumeration).
 
     python -m minialign reward_model                                         # built-in task, laptop CPU
@@ -61,7 +61,7 @@ def step(reward_model, pairs, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("reward_model", cfg)
     cfg = run.cfg
     policy, tokenizer = open_policy(run)
@@ -98,7 +98,7 @@ def main(cfg):
         run.end_of_step(k, metrics, reward_model, tokenizer, [], evaluate)
 
     chosen, _ = all_scores(reward_model, rows, batch_of, cfg.batch_size)
-    reward_model.config.reward_offset += float(chosen.mean())  # a constant, which Bradley-Terry cannot determine
+    reward_model.config.reward_offset += float(chosen.mean())  # a constant, which the loss leaves open
     return run.close(reward_model, tokenizer)
 
 

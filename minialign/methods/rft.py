@@ -4,24 +4,24 @@ Eq. 5 and 9.
     L(φ)    = −(1/β)·E_{(x,y)~D, ỹ~π_t(·|x)}[ r_φ(x, y) − r_φ(x, ỹ) ]             reward alignment: K steps
     π_{t+1} = argmax_π E_π[r_φ(x, y)] − β·KL(π‖ref)  ∝  ref·e^{r_φ/β}             policy alignment: M rollouts
 
-Symbols  y: demonstration → demo; ỹ: the policy's own answer → sample; r_φ: rewards → *_rewards (B,); T → rounds; K: the share reward_share
-         of a round's steps; M: its other steps; π_t: the policy at the start of the round; ref: the policy before the run.
-Idea     Inverse reinforcement learning by maximum likelihood: find the reward whose best policy most likely gives the demonstrations. Each
-         round raises the reward of the demonstrations and lowers that of the policy's own answers; then RL trains the policy on it.
-Differs  from irft.py: the reward is a model of its own, and RL trains the policy on it. From irl.py: one reward throughout, trained by the
-         likelihood's own gradient, and the KL is always to ref. From reward_model.py: nobody labels the other answer; it is sampled.
+Symbols  y: demonstration → demo; ỹ: the policy's own answer → sample; r_φ: rewards → *_rewards (B,); T → rounds; K, M: numbers of reward
+         and policy steps in a round (reward_share: K's share); π_t: the policy at the start of the round; ref: the policy before the run.
+Idea     Inverse reinforcement learning by maximum likelihood: find the reward whose best policy makes the demonstrations most likely.
+         Each round raises the reward of the demonstrations and lowers that of the policy's own answers; then RL trains the policy on it.
+Differs  from irft.py: the reward is a separate model, and RL trains the policy on it. From irl.py: one reward throughout, trained by the
+         gradient of the likelihood, and the KL is always to ref. From reward_model.py: no labels; the policy samples the other answer.
 Details  L is linear in r and has no minimum: an unbounded reward grows as long as it is trained. So it is bounded (bound R: r = R·σ(·),
          within [0, R]), or regularised (bound 0 and ridge c: + c·(r(y)² + r(ỹ)²)), or stopped early by few steps and many rounds.
-         loss="bt" is Bradley-Terry on (demonstration over own answer), as the released code runs. Its gradient shrinks as pairs separate.
-         The reward starts constant (its head is zero), so no noise of a new head moves the policy. In step 1 only the head changes.
-         read="sum" adds one number per token, "last" reads one at the last token. With few demonstrations "sum" learns faster.
-         Policy alignment is ppo.py, rloo.py, grpo.py or rebel.py with their own defaults, except for one lr that ppo's critic shares.
-         (The released code runs advantage-induced policy alignment: docs/ERRATA.md.) With ppo, loss includes the critic's loss.
-         The policy does not change in a round's K steps, so own answers sampled at each step have the distribution of Algorithm 1.
-Law      Exact policies. Unbounded, in small steps: π → E, the expert, monotonically.
-         Within [0, R]: π = ref·clip(Z·E/ref, 1, e^{R/β})/Z, the papers' Table 1 if E shows one action: the bound regularises.
+         loss="bt" is Bradley-Terry with the demonstration as chosen answer, as in the released code. Its gradient shrinks as margins grow.
+         The reward starts constant (its head is zero), so no random initial reward moves the policy. In step 1 only the head changes.
+         read="sum" adds one number per token, "last" takes one number at the last token. With few demonstrations "sum" learns faster.
+         Policy alignment is ppo.py, rloo.py, grpo.py or rebel.py with their defaults for flags that rft lacks; ppo's critic shares lr.
+         (The released code has advantage-induced policy alignment: docs/ERRATA.md.) With ppo the metric loss includes the critic's loss.
+         The policy does not change in a round's K steps, so sampling own answers at each step gives the distribution of Algorithm 1.
+Law      For exact policy steps. Unbounded reward, small steps: π converges monotonically to E, the expert.
+         Within [0, R]: π = ref·clip(Z·E/ref, 1, e^{R/β})/Z, the papers' Table 1 if E takes one action. So the bound regularises.
          Ridge: r = (E − π)/(2cβ·(E + π)); the expert for c → 0, ref for c → ∞. bt: π ∝ E^{1/(1+β)}·ref^{β/(1+β)}, never E; after one
-         converged round ref·(E/ref)^{1/β}. All are derived in toy/closed_form.py. grpo.py has laws of its own and reaches none exactly.
+         converged round ref·(E/ref)^{1/β}. All are derived in toy/closed_form.py. grpo has other laws and reaches none of these exactly.
 Checked  tests/methods/test_rft.py (gradients by enumeration, every law), toy/three_actions.py, toy/tiny_language.py (a GPT, sampled).
 
     python -m minialign rft                                                  # built-in task, laptop CPU
@@ -62,7 +62,7 @@ class Config(OnDemonstrations):
     reward_lr: float = 1e-3         # peak learning rate of the reward
     policy_step: str = "rloo"       # policy alignment: rloo, ppo, grpo or rebel
     group_size: int = 4             # completions of each prompt in rloo and grpo
-    tau: float = 1.0                # sampling temperature, and that of every log-prob here
+    tau: float = 1.0                # temperature of sampling and of every log-prob in the training
     batch_size: int = 32            # demonstrations per reward step, completions per policy step
     lr: float = 3e-4                # peak learning rate of the policy's AdamW (for models with billions of weights: 1e-6)
     log_every: int = 10
@@ -94,10 +94,10 @@ def step(reward_model, demos, samples, cfg):
 
 
 def policy_alignment(policy, value_model, ref, prompts_ids, reward_of, cfg, eos_id, seed):
-    """Policy alignment: make one rollout with the method cfg.policy_step. reward_of(Rollout) -> (B,) gives its rewards.
+    """Policy alignment: sample one rollout for the method cfg.policy_step. reward_of(Rollout) -> (B,) gives its rewards.
 
-    Returns (metrics of the rollout, number of updates on it, update). update(epoch, stats) yields (loss, share) of each micro-batch;
-    the loss of the update is the sum of loss·share. prompts_ids: one for each group of completions. value_model: for ppo only.
+    Returns (metrics of the rollout, number of updates on it, update). update(epoch, stats) yields (loss, share) of each micro-batch; the
+    loss of the update is the sum of loss·share. prompts_ids: one prompt for each group of completions. value_model: for ppo only.
     """
     method = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "rebel": rebel}[cfg.policy_step]
     groups = {"group_size": cfg.group_size} if method in (rloo, grpo) else {}
@@ -139,7 +139,7 @@ def completions_per_prompt(cfg):
 
 
 def plan_turns(cfg):
-    """For each step (round, whether it trains the reward, number of earlier steps of its kind); and the number of steps of each kind."""
+    """Returns for each step (round, whether it trains the reward, number of earlier steps of its kind), and {kind: number of steps}."""
     plan, counts = [], {True: 0, False: 0}
     begins = [math.ceil(t * cfg.steps / cfg.rounds) for t in range(cfg.rounds + 1)]  # the same rounds as in irft.py
     for t in range(cfg.rounds):
@@ -227,7 +227,7 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
                 grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                 critic_norm = clip_grad_norm_(value_model.parameters(), cfg.max_grad_norm) if value_model else 0.0
                 total += epoch_total / epochs
-                suspect = value_model if value_model and grad_norm.isfinite() else policy  # the model to report
+                suspect = value_model if value_model and grad_norm.isfinite() else policy  # may_update looks here for non-finite gradients
                 if not run.may_update(k, suspect, picked, epoch_total, grad_norm + critic_norm):
                     break  # the other epochs of this rollout would fail in the same way
                 optimizer.step()
@@ -241,7 +241,7 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
 
 
 def main(cfg):
-    """Run it; returns the run folder. The learned reward is saved beside the policy, in reward/."""
+    """Run the method and return the run folder. The learned reward is saved beside the policy, in reward/."""
     run = Run("rft", cfg)
     cfg = run.cfg
     if cfg.loss not in ("linear", "bt") or cfg.policy_step not in ("rloo", "ppo", "grpo", "rebel"):

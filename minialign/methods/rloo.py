@@ -8,16 +8,16 @@ What this deletes from PPO, as the paper does, and why:
     L(θ) = −E[ min( ρ·A, clip(ρ, 1 − ε, 1 + ε)·A ) ],     A_i = R_i − (1/(G−1)) Σ_{j≠i} R_j,     R = r − β·log π_θ/π_ref
 
 Symbols  G → group_size completions of one prompt, A → advantages (B,), ρ = π_θ(y|x)/π_old(y|x) of whole completions → ratio (B,).
-Idea     Sample several answers to a prompt. Compare the reward of each with the mean reward of the others: above it, the answer becomes
-         more likely, below it less. That mean does not depend on the answer, so the gradient stays unbiased.
-Differs  from reinforce.py: the baseline is of this prompt and this policy, not a mean over earlier steps. From grpo.py: the baseline leaves
-         the sample itself out, nothing is divided by a standard deviation, the KL is in the reward, and the ratio is of the sequence.
+Idea     Sample several answers to a prompt. Compare the reward of each with the mean reward of the others: an answer above it becomes
+         more likely, one below it less likely. That mean does not depend on the answer, so the gradient stays unbiased.
+Differs  from reinforce.py: the baseline is for this prompt and the current policy, not from earlier steps. From grpo.py: it leaves out
+         the sample itself, nothing is divided by a standard deviation, the KL is in the reward, and the ratio is of the sequence.
 Details  A_i = G/(G−1)·(R_i − mean of the group). The advantages of a group sum to 0. G must be at least 2.
          With epochs = 1 the old log-probs are those of the same forward pass, and this is plain REINFORCE. With more epochs the same
          completions are used again, and the clip limits how far the policy moves on them.
-         R is a constant of the objective, with k1 summed over tokens, not averaged, as in reinforce.py.
+         R is treated as a constant. Its KL estimator k1 is summed over tokens, not averaged, as in reinforce.py.
 Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref). At π* the reward R is equal for all completions of a prompt, so the
-         advantages are 0 and so is the noise.
+         advantages are 0 and the gradient has no noise.
 Checked  tests/methods/test_rloo.py (all pairs enumerated, hand numbers, clip), toy/tiny_language.py (the law).
 
     python -m minialign rloo                                                 # built-in task, laptop CPU
@@ -63,7 +63,7 @@ def rloo_loss(logps, old_logps, advantages, mask, *, eps):
     """logps, old_logps, mask: (B, T); advantages: (B,), constants. Returns the scalar loss, stats."""
     assert logps.dim() == 2 and logps.shape == old_logps.shape == mask.shape and advantages.shape == logps.shape[:1]
     logratio = torch.where(mask.bool(), logps - old_logps.detach(), 0).sum(1)  # (B,) one completion is one action
-    logratio = logratio.clamp(max=80)  # e^88 is inf in float32, and the clip's gradient 0·inf
+    logratio = logratio.clamp(max=80)  # e^89 is inf in float32, and then the clip's gradient would be 0·inf = NaN
     ratio, advantages = logratio.exp(), advantages.detach()  # (B,)
     clipped = ratio.clamp(1 - eps, 1 + eps)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)  # (B,)
@@ -72,7 +72,7 @@ def rloo_loss(logps, old_logps, advantages, mask, *, eps):
 
 
 def step(policy, answers, cfg, *, on_policy):
-    """One batch of completions to one loss: the only place where the policy meets the equation.
+    """Compute the loss of one batch of completions. Only this function connects policy and equation.
 
     on_policy: no update since sampling, so the old log-probs are set to those of this forward pass and the ratio is exactly 1.
     """
@@ -80,12 +80,12 @@ def step(policy, answers, cfg, *, on_policy):
     if on_policy:
         answers.old_logps.copy_(logps.detach())
     loss, stats = rloo_loss(logps, answers.old_logps, answers.advantages, answers.mask, eps=cfg.eps)
-    assert not (on_policy and abs(stats["ratio"] - 1) > 0), stats  # (a NaN passes: run.may_update reports its rows)
+    assert not (on_policy and abs(stats["ratio"] - 1) > 0), stats  # a NaN passes here; run.may_update reports the rows
     return loss, {**stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("rloo", cfg)
     cfg = run.cfg
     if cfg.group_size < 2:

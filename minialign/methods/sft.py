@@ -1,18 +1,18 @@
 """Supervised fine-tuning: maximum likelihood on demonstrations. The other methods here start from it and are compared with it.
 
-    L(θ) = −(1/N) Σ_b Σ_t log π_θ(y_{b,t} | x_b, y_{b,<t})          N = all scored tokens of the optimizer step
+    L(θ) = −(1/N) Σ_b Σ_t log π_θ(y_{b,t} | x_b, y_{b,<t})          N = number of scored tokens in the optimizer step
 
 Symbols  (→ name in the code) x: prompt; y: completion, its EOS included; log π_θ(y_t|·): log-prob of a token → logps (B, T); N → n_tokens.
 Idea     Make the demonstrations likely. Minimising L minimises KL(demonstrations ‖ π_θ): probability moves to them and away from the rest.
 Differs  from irft.py: no answer is pushed down explicitly; others fall because probabilities sum to one. There is no reference model.
-Details  The mean is over tokens, as in TRL: for token losses [1, 1] and [2, 2, 2, 2] it is 10/6. This is maximum likelihood. So is the
-         mean of sequence sums (5), which differs by one factor for the whole batch. The mean of sequence means (1.5) is not: it gives
-         more weight to the tokens of short completions.
+Details  The mean is over tokens, as in TRL: for token losses [1, 1] and [2, 2, 2, 2] it is 10/6. This is maximum likelihood. The mean of
+         sequence sums (5) is maximum likelihood too, because it differs only by a factor that is the same for all tokens. The mean of
+         sequence means (1.5) is not: it gives more weight to the tokens of short completions.
          N counts the whole step, so one micro-batch of 8 rows, two of 4 and eight of 1 give the same gradient. With a mean of micro-batch
-         means they would not. Prompts are not scored. EOS is scored: a policy that is never taught to stop does not stop.
+         means they would differ. Prompts are not scored. EOS is scored: a policy that is never taught to stop does not stop.
          --text trains a base model instead: every token of plain text after BOS is a target. --policy new starts from random weights.
-Law      The expert's own distribution, as the data grow. On the three actions of toy/three_actions.py the gap d between the demonstrated
-         logit and another follows 2d + e^d = 1 + 3·lr·steps as lr → 0. The probability tends to 1, and the rest falls like 1/steps.
+Law      As the data grow, the policy converges to the expert's distribution. In toy/three_actions.py the gap d between the logit of the
+         demonstrated action and another follows 2d + e^d = 1 + 3·lr·steps as lr → 0. Its probability tends to 1; the rest falls as 1/steps.
 Checked  tests/methods/test_sft.py (worked numbers, accumulation, masks), toy/three_actions.py (the trajectory).
 
     python -m minialign sft                                                  # built-in task, laptop CPU, half a minute
@@ -53,8 +53,8 @@ class Config(OnDemonstrations):
 def sft_loss(logps, mask, *, n_tokens=None):
     """Mean negative log-likelihood of the scored tokens, in nats per token.
 
-    logps, mask: (B, T). n_tokens: the number to divide by. By default it is the scored tokens of this batch; in an accumulated step it is
-    those of the whole step. Returns the scalar loss and stats. A batch with nothing scored has loss 0.
+    logps, mask: (B, T). n_tokens: the number to divide by. By default it is the number of scored tokens in this batch. If this batch is one
+    micro-batch of a step, give the number in the whole step. Returns the scalar loss and stats. A batch with nothing scored has loss 0.
     """
     assert logps.dim() == 2 and logps.shape == mask.shape, (logps.shape, mask.shape)
     mask = mask.bool()
@@ -71,7 +71,7 @@ def step(policy, batch, n_tokens=None):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     run = Run("sft", cfg)
     cfg = run.cfg
     policy, tokenizer, rows, held_out = open_policy_and_rows(run)

@@ -5,13 +5,13 @@
 Symbols  (→ name in the code) x: prompt; y_w: the preferred answer → chosen; y_l: the other one → rejected; π_θ: the trained policy;
          ā: log-prob of an answer, averaged over its |y| tokens → *_logps (B,); γ → target_margin.
 Idea     During generation, candidate answers are often ranked by their average log-prob per token. SimPO takes this average, times scale,
-         as the reward of an answer. So it needs no reference, and an answer is not better just because it is long. It is not enough
-         that the chosen answer has the larger reward: it should be larger by the margin γ.
+         as the reward of an answer. So it needs no reference, and an answer is not better just because it is long. It is not enough that
+         the chosen answer has the larger reward: its reward should be larger by the margin γ.
 Differs  from dpo.py: average log-probs instead of log-ratios, no reference, and a target margin. From orpo.py: no likelihood term.
 Details  There is no reference and no likelihood term, so only the learning rate (3e-7 to 1e-6 in the paper) and the number of steps limit
          how far the policy moves. A learning rate of 1e-5 ruins a large model. The paper's ratio γ/β is target_margin / scale.
          --online: the policy samples the pairs and a reward labels them, as in dpo.py.
-Law      If the preferences follow Bradley-Terry on r and γ = 0, the fixed point is π = e^{|y|·(r − c)/scale}, with c such that it sums
+Law      If the preferences follow Bradley-Terry on r and γ = 0, the fixed point is π = e^{|y|·(r − c)/scale}, with the c for which π sums
          to 1. It does not depend on the policy before training. With γ > 0 there is no closed form.
 Checked  tests/methods/test_simpo.py (worked numbers, gradient, the law by enumeration), test_against_trl.py, toy/tiny_language.py.
 
@@ -57,5 +57,5 @@ def step(policy, ref, pairs, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     return train("simpo", cfg, step)

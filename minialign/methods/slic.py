@@ -4,17 +4,17 @@
 
 Symbols  (→ name in the code) x: prompt; y_w: the preferred answer → chosen; y_l: the other one → rejected; y_ref: a good answer → target;
          π_θ: the trained policy; log π: log-prob of an answer → *_logps (B,); δ → delta; λ → weight.
-Idea     The first term is a hinge: the chosen answer should be at least e^δ times as likely as the rejected one. A pair that has reached
-         this margin adds no gradient. The second term raises the likelihood of a good answer, so that the policy stays a language model.
+Idea     The first term is a hinge: the chosen answer should be at least e^δ times as likely as the rejected one. Beyond this margin its
+         gradient is 0. The second term raises the likelihood of a good answer, so that the policy stays a language model.
 Differs  from dpo.py: there is no reference. The hinge has a constant gradient until the margin and then none; DPO's gradient fades instead.
-         The lecture's "SLiC", a hinge on log-ratios to ref, is gpo.py with f = hinge.
+         The lecture's "SLiC" (docs/ERRATA.md), a hinge on log-ratios to ref, is gpo.py with --f hinge.
          From orpo.py: log-probs are summed, not averaged, so a long answer has more weight in both terms.
 Details  Log-probs are summed over the answer. Here y_ref is the chosen answer; it may be any good one.
-         The paper's other variant samples answers from the SFT policy and ranks them. That is this file with pairs made in that way.
+         The paper's other variant samples answers from the SFT policy and ranks them. For that, give this file pairs made in that way.
          --online: the policy samples the pairs and a reward labels them, as in dpo.py.
-Law      Pairs are drawn from μ and labelled with probability p. W(y) and L(y) are the shares of pairs in which y is chosen and rejected.
-         If π = W + (W − L)/λ is nowhere negative and no pair reaches the margin δ under it, it is the fixed point. Otherwise, and at the
-         default λ nearly always, there is no closed form. It is never π* ∝ ref·e^{r/β} (dpo.py): ref and β do not occur in the loss.
+Law      Pairs are drawn from μ and labelled with probability p. W(y) and L(y) are the shares of pairs in which y is chosen and rejected. If
+         π = W + (W − L)/λ is nowhere negative and no pair reaches the margin δ under it, it is the fixed point. Otherwise (nearly always at
+         the default λ) there is no closed form. The fixed point is never π* ∝ ref·e^{r/β} (dpo.py): ref and β do not occur in the loss.
 Checked  tests/methods/test_slic.py (worked numbers, gradient, law, stationarity), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign slic                                                 # built-in task, laptop CPU
@@ -55,5 +55,5 @@ def step(policy, ref, pairs, cfg):
 
 
 def main(cfg):
-    """Run it; returns the run folder."""
+    """Run the method and return the run folder."""
     return train("slic", cfg, step)

@@ -80,7 +80,7 @@ class Run:
                            "gets an equal part")
 
     def _stored(self, cfg):
-        """The Config of the run to resume. Flags that are neither default nor as stored are refused: they would change it."""
+        """The Config of the run to resume. Flags that are neither default nor as stored are refused: they would change the run."""
         if not (self.folder / "config.json").is_file():
             raise BadInput(f"{self.folder}: has no config.json, so there is no run to resume")
         stored = read_json(self.folder / "config.json")

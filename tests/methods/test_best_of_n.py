@@ -90,8 +90,13 @@ def test_the_loss_by_hand_and_its_padding(m):
 def test_a_run_keeps_the_best_and_renews_its_sampler(small, monkeypatch):
     """reward/best is the mean of the row maxima of what was scored; with rounds=3 of 6 steps the sampler changes at steps 3 and 5."""
     scored, samplers = [], []
-    original = best_of_n.rollout
-    monkeypatch.setattr(best_of_n, "rollout", lambda old, *args: samplers.append(old.tok_embed.weight.sum().item()) or original(old, *args))
+    original = best_of_n.sample
+
+    def counted(old, *args, **how):
+        samplers.append(old.tok_embed.weight.sum().item())
+        return original(old, *args, **how)
+
+    monkeypatch.setattr(best_of_n, "sample", counted)
     module, cfg = small("best_of_n", n=3, rounds=3)
     monkeypatch.setattr(best_of_n, "pick", lambda rewards: scored.append(rewards) or rewards.argmax(-1))
     rows = read_rows(module.main(cfg) / "metrics.jsonl")
@@ -115,14 +120,14 @@ def test_what_main_trains_on_are_the_winners_under_their_own_prompts(small, monk
 
     module, cfg = small("best_of_n", n=4, held_out=0.0)
     drawn, given = [], []
-    rollout, step = best_of_n.rollout, best_of_n.step
+    sample, step = best_of_n.sample, best_of_n.step
 
-    def recorded(old, prompts_ids, *args):
-        answers = rollout(old, prompts_ids, *args)
+    def recorded(old, prompts_ids, **how):
+        answers = sample(old, prompts_ids, **how)
         drawn.append({(tuple(prompts_ids[b // 4]), tuple(ids)) for b, ids in enumerate(answers.completions)})
         return answers
 
-    monkeypatch.setattr(best_of_n, "rollout", recorded)
+    monkeypatch.setattr(best_of_n, "sample", recorded)
     monkeypatch.setattr(best_of_n, "step", lambda policy, batch, cfg: given.append(batch) or step(policy, batch, cfg))
     rows, tokenizer = read_rows(module.main(cfg) / "metrics.jsonl"), load_tokenizer(cfg.policy)
     reward, prompts = open_reward(cfg.reward, prompts=cfg.prompts), set(read_prompts(cfg.prompts))

@@ -144,7 +144,7 @@ def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
     os.kill(workers[1], signal.SIGKILL)
     began = time.monotonic()
     _, said = running.communicate(timeout=60)
-    assert running.returncode != 0 and time.monotonic() - began < 30 and "another one is gone" in said and "--resume" in said
+    assert running.returncode != 0 and time.monotonic() - began < 30 and "another process is gone" in said and "--resume" in said
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)

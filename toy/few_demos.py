@@ -140,7 +140,7 @@ def orderings(table):
     ]
 
 
-def draw(table, out):
+def draw_figure(table, out):
     """One panel per column, one bar per policy, one dot per seed."""
     import matplotlib
 
@@ -204,7 +204,7 @@ def main(cfg):
                                ("fresh samples: larger gap than SFT", "IRFT, fresh samples", "SFT", "gap")):
         wins = sum(x > y for x, y in zip(table[a][column], table[b][column], strict=True))
         print(f"      {what:34} {wins}/{cfg.seeds} seeds (not gated)")
-    draw(table, cfg.out)
+    draw_figure(table, cfg.out)
     print(f"{5 - missed} of 5 orderings in {time.monotonic() - started:.0f} s; figure: {cfg.out}")
     return not missed
 

@@ -590,7 +590,7 @@ def arrows(axis, lake, policy, title, values=None):
 PAPER = ("DPO", "IFT", "ORPO", "SFT")  # in the paper's order
 
 
-def draw(shown, tables, learned, few, cfg):
+def draw_figure(shown, tables, learned, few, cfg):
     """Top: policies of the first seed. Bottom: the paper's measure and how the nets play, in every setting; inverse RL.
 
     shown: {title: (lake, policy, values)}, tables: {setting: {method: {column: per seed}}}, learned: (lake, rewards), few: see inverse.
@@ -770,7 +770,7 @@ def main(cfg):
     references(report)
     tables, shown = imitate(report, cfg)
     learned, few = inverse(report, cfg)
-    draw(shown, tables, learned, few, cfg)
+    draw_figure(shown, tables, learned, few, cfg)
     rounded = {name: {method: {column: values.round(6).tolist() for column, values in row.items()} for method, row in table.items()}
                for name, table in tables.items()}
     return report.close({"tables": rounded})

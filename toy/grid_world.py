@@ -293,7 +293,7 @@ def show(name, policy, world):
         print(f"    Q(s{s}, ·)  " + "   ".join(f"{a} {q!s:>9} = {float(q):+.4f}" for a, q in zip(ACTIONS, Q[s], strict=True)))
 
 
-def draw(policies, curves, best, world, out):
+def draw_figure(policies, curves, best, world, out):
     """Draw a grid per policy: values as colour and number, longer arrows for likelier moves. Then the learning curves against V*."""
     import matplotlib
 
@@ -422,7 +422,7 @@ def main(cfg):
                 f"V(s0) {min(c[-1] for c, _ in runs):.4f} at least, V* {goal:.4f}; {max(left):.1%} left", f"{len(runs)} seeds")
     learned = [[Fraction(p) for p in row] for row in runs[0][1].softmax(1).tolist()]
     curves = [curve for curve, _ in runs]
-    draw({"uniform policy": UNIFORM, "optimal policy": optimal, "learned policy, seed 0": learned}, curves, goal, world, cfg.out)
+    draw_figure({"uniform policy": UNIFORM, "optimal policy": optimal, "learned policy, seed 0": learned}, curves, goal, world, cfg.out)
     return report.close({"curves": curves})
 
 

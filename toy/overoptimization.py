@@ -408,7 +408,7 @@ def judge_nets(report, nets_runs):
                      [mean_fall(run["single"]) - mean_fall(run[name]) for run in nets_runs])
 
 
-def draw(cfg, runs, fits, nets_runs):
+def draw_figure(cfg, runs, fits, nets_runs):
     """Draw blind proxy and control over d, Gao's forms on the first seed, the fall left by ensembles, and neural reward models."""
     import matplotlib
 
@@ -490,7 +490,7 @@ def main(cfg):
         judge_references(report, [reference_run(cfg, seed) for seed in range(1, cfg.seeds)])
     if nets_runs:
         judge_nets(report, nets_runs)
-    draw(cfg, runs, fits, nets_runs)
+    draw_figure(cfg, runs, fits, nets_runs)
     return report.close({"blind": [{method: curve.round(6).tolist() for method, curve in run["blind"].items()} for run in runs]})
 
 

@@ -52,7 +52,7 @@ def dots(three_actions, tiny_language):
     return {method: np.array(rows).T for method, rows in found.items()}
 
 
-def draw(found, out):
+def draw_figure(found, out):
     """One panel per family, so that each needs few colours. All panels have the same axes."""
     import matplotlib
 
@@ -85,7 +85,7 @@ def main(cfg):
     if missing := [method for method, rows in found.items() if not len(rows)]:
         raise BadInput(f"--numbers {cfg.numbers}: no row of {', '.join(missing)}; `make figures` (tiny_language --full) writes them all")
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    draw(found, cfg.out)
+    draw_figure(found, cfg.out)
     n = sum(rows.shape[1] for rows in found.values())
     print(f"{n} dots of {len(found)} methods: {cfg.out}")
     return n

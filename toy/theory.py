@@ -479,7 +479,7 @@ def estimators(report, world, seed):
 # ------------------------------------------------------------------------------------------------------------------- figure
 
 
-def draw(curves, ratios, distances, out):
+def draw_figure(curves, ratios, distances, out):
     """Draw the theorem's slopes, its proof's bound and the corrected one, |L − L̂| over its bound, and gradients of the KL estimators."""
     import matplotlib
 
@@ -537,7 +537,7 @@ def main(cfg):
     any_step_size(report)
     ratios = coverages(report, cfg, worlds)
     curves = rates(report, cfg, seeds)
-    draw(curves, ratios, distances, cfg.out)
+    draw_figure(curves, ratios, distances, cfg.out)
     return report.close({"curves": {f"{'two layers' if net else 'tabular'}, {name}": rows for (net, name), rows in curves.items()}})
 
 

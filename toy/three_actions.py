@@ -526,7 +526,7 @@ def sampled_irft(expert, ref, *, beta, seed, steps=4000, batch_size=64):
 # ------------------------------------------------------------------------------------------------------------------- figure
 
 
-def draw(results, cfg):
+def draw_figure(results, cfg):
     """Left: learned probabilities against the law's, one dot each. Middle: rounds of SPIN and IRL, with refreshed and with fixed
     reference. Right: probability of an unseen action over SFT and IRFT steps, and the value at which a bounded reward keeps it."""
     import matplotlib
@@ -598,7 +598,7 @@ def main(cfg):
         shown = " ".join(f"{value:8.6f}" for value in last)
         verdict = "PASS" if check.passed else "FAIL"
         print(f"{verdict}  {check.name:45} {shown:28} off by {check.error:7.1e} (≤ {check.tolerance:.0e})  {check.note}", flush=True)
-    draw(results, cfg)
+    draw_figure(results, cfg)
     laws = {check.name.strip(): {"law": np.atleast_2d(check.law).tolist(), "learned": np.atleast_2d(check.learned).tolist()}
             for check in results if check.is_policy}
     content = {"config": asdict(cfg), "commit": commit(), "laws": laws}

@@ -654,7 +654,7 @@ def kl_to(language, policy, law, forward=False):
 # ------------------------------------------------------------------------------------------------------------------- figure
 
 
-def draw(results, cfg):
+def draw_figure(results, cfg):
     """One panel per row: log-probabilities of all completions, learned against the law (π* if there is none), one colour per prompt, and
     in grey those before training (ref). The last panel shows KL(π‖law) over the updates."""
     import matplotlib
@@ -746,7 +746,7 @@ def main(cfg):
                   f"{(learned * rewards).sum(1).mean():8.3f}{seconds:9.1f}", flush=True)
             if not seed:
                 results.append((row, ref, learned, law, path, own, other))
-    draw(results, cfg)
+    draw_figure(results, cfg)
     numbers = Path(cfg.out).with_suffix(".json")
     write_atomic(numbers, json.dumps({"commit": commit(), "beta": cfg.beta, "laws": {
         row.name: {"method": row.method, "dots": dots(ref, law, learned)} for row, ref, learned, law, *_ in results if row.law

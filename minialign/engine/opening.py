@@ -33,8 +33,8 @@ def open_policy(run):
     run.same_input("policy", path)
     policy, tokenizer, base = load_model(path, dtype=run.weights_dtype, device=run.load_device)
     policy.recompute = cfg.activation_checkpointing
+    run.adapter_base = base or (str(path) if cfg.policy == "builtin" else cfg.policy)  # what the exported adapters belong to
     if base is not None:
-        run.adapter_base = base
         run.same_input("base", find_folder(base))
         if cfg.lora:
             raise BadInput(f"--lora {cfg.lora}: {path} has adapters already, which are trained further; drop --lora")

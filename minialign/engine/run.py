@@ -63,7 +63,7 @@ class Run:
         if self.device.type == "mps":
             print("note: Apple's mps device has computed wrong losses in some releases of torch; compare a short run with --device cpu")
         torch.manual_seed(cfg.seed)
-        self.modules, self.optimizers, self.adapter_base = {}, {}, cfg.policy
+        self.modules, self.optimizers, self.adapter_base = {}, {}, None
         self.first_step, self.skipped, self.skipped_in_a_row, self.failing, self.stop = 0, 0, 0, None, None
         self.started, self.bar = time.monotonic(), None
 

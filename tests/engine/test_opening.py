@@ -11,6 +11,8 @@ import torch
 
 from minialign.engine import opening, run
 from minialign.engine.common import BadInput
+from minialign.lora import load_model, merged
+from minialign.weights import load_pretrained
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +43,10 @@ def test_a_first_run_is_the_run_that_finds_the_base(quick_base, small):
     for out in ("first", "second"):
         cfg = sft.Config(steps=2, lora=4, device="cpu", save_every=9, eval_every=9, max_new=4, out=out)
         folder = sft.main(cfg)
+        model, _, base = load_model(folder / "adapter")  # it names a folder that is there, not the word "builtin"
+        final = load_pretrained(folder / "final")
+        assert base == str(opening.builtin_base())
+        assert all(torch.equal(p, q) for p, q in zip(merged(model).parameters(), final.parameters(), strict=True))
         logged.append([line.split('"seconds"')[0] for line in (folder / "metrics.jsonl").read_text().splitlines()])
     assert logged[0] == logged[1]
 

@@ -30,7 +30,7 @@ class SampleConfig:
 
 def sample_main(cfg):
     """Sample completions from a checkpoint."""
-    from minialign.data import encode_prompt
+    from minialign.data import encode_answers
     from minialign.engine.opening import builtin_base
     from minialign.lora import load_model
     from minialign.sample import sample
@@ -39,7 +39,7 @@ def sample_main(cfg):
     policy, tokenizer, _ = load_model(path, dtype=pick_dtype(cfg.dtype), device=pick_device(cfg.device))
     if policy.config.head != "lm":
         raise BadInput(f"{path}: is a reward model, which scores completions but cannot sample any; use evaluate --reward")
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}] if cfg.chat else text) for text in cfg.prompt]
+    prompts = [encode_answers(tokenizer, [{"role": "user", "content": text}] if cfg.chat else text)[0] for text in cfg.prompt]
     rollout = sample(
         policy, prompts, max_new=cfg.max_new, tau=cfg.tau, top_k=cfg.top_k, top_p=cfg.top_p, n=cfg.n, eos_id=tokenizer.eos_id,
         seed=cfg.seed, greedy=cfg.greedy,

@@ -9,11 +9,12 @@ Files are JSONL or JSON, plain or gzipped (with `datasets` also parquet, hub dat
     prompts          prompt | any of the above (its prompt)
     texts            text | any demonstration (prompt and answer joined; a preference row gives two texts) | a .txt file
 
-prompt, completion, chosen and rejected are strings or lists of messages. A bad row raises an error with path:line and the reason. With
-skip_bad, bad rows are skipped and counted: none is dropped silently. docs/DATA.md has every detail. Checked by tests/test_data.py.
+prompt, completion, chosen and rejected are strings or lists of messages. Beside messages, a row may have tools, documents, system and
+chat_template_kwargs. A bad row raises an error with path:line and the reason. With skip_bad, bad rows are skipped and counted: none is
+dropped silently. docs/DATA.md has every detail. Checked by tests/test_data.py and tests/test_world.py.
 """
 
-import functools
+import glob
 import gzip
 import json
 import os
@@ -24,27 +25,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minialign.batch import Pairs, collate
+from minialign.engine import parallel
 from minialign.engine.common import BadInput, one_line
-from minialign.tokenizer import render_chat
+from minialign.tokenizer import plain_text_of, render_chat
+
+
+class Text(str):
+    """A prompt that is text. Both kinds of prompt say where they stand (path:line) and keep the other columns of their row."""
+
+    where, columns = "", {}
+
+
+class Chat(list):
+    """A prompt that is a list of {role, content}, which a chat template renders with the tools and documents among its columns."""
+
+    where, columns = "", {}
 
 
 @dataclass
 class Demo:
-    prompt: str | list  # text, or a list of {role, content} that a chat template renders
-    completion: str
+    prompt: Text | Chat | str | list
+    completion: str | dict  # an answer of more than text (tool_calls, reasoning_content) is a message, which the chat template renders
+
+    def document(self):
+        return document(self.prompt, self.completion)
 
 
 @dataclass
 class Pair:
-    prompt: str | list
-    chosen: str
-    rejected: str
+    prompt: Text | Chat | str | list
+    chosen: str | dict
+    rejected: str | dict
 
 
 @dataclass
 class Feedback:
-    prompt: str | list
-    completion: str
+    prompt: Text | Chat | str | list
+    completion: str | dict
     desirable: bool
 
 
@@ -55,9 +72,15 @@ class BadRow(Exception):
     """The reason why one row is refused. The reader adds path:line."""
 
 
+class Row(dict):
+    """The fields of one row without those that are null: null means that the row does not have the field. where: path:line."""
+
+    where = ""
+
+
 def read_demonstrations(path, *, skip_bad=False):
     """list[Demo]. Raises BadInput with path:line at the first bad row. With skip_bad it skips bad rows and prints how many, to stderr."""
-    return _read(path, _demo, skip_bad)
+    return _read(path, _good_demo, skip_bad)
 
 
 def read_preferences(path, *, skip_bad=False):
@@ -90,6 +113,8 @@ def _read(path, convert, skip_bad):
                 raise BadRow(fault)
             if not isinstance(row, dict):
                 raise BadRow(f"expected an object with named fields, found {type(row).__name__}")
+            row = Row((key, value) for key, value in row.items() if value is not None)
+            row.where = where
             rows.append(convert(row))
         except BadRow as error:
             if not skip_bad:
@@ -123,16 +148,29 @@ def _decode(path, content):
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
+FILES = (".json", ".jsonl", ".gz", ".txt", ".csv", ".tsv", ".zip", ".zst", ".arrow")  # endings that a hub name does not have
+
+
+def _fields(pairs):
+    """A JSON object as a dict. Raises ValueError if a key stands in it twice, because one of the two values would be lost."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return fields
+
+
 def _records(path):
     """Yield (where, value, fault) for each row: where it is ('path:line'), its JSON value, and an error message if there is no value."""
     name, _, split = (str(path), "", "") if os.path.exists(path) else str(path).partition(":")
-    if os.path.isdir(name) or name.endswith(".parquet") or not os.path.exists(name) and HUB_NAME.fullmatch(name) and not Path(name).suffix:
+    hub = not os.path.exists(name) and HUB_NAME.fullmatch(name) and not name.endswith(FILES)
+    if os.path.isdir(name) or name.endswith(".parquet") or hub:
         yield from _hub_records(name, split or "train")
         return
     content = _bytes(path)
     if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":  # one JSON list of rows
         try:
-            rows = json.loads(_decode(path, content))
+            rows = json.loads(_decode(path, content), object_pairs_hook=_fields)
         except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number with thousands of digits
             raise BadInput(f"{path}: not valid JSON ({error})") from None
         for number, row in enumerate(rows, start=1):
@@ -141,7 +179,8 @@ def _records(path):
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             try:
-                yield f"{path}:{number}", json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), None
+                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield f"{path}:{number}", json.loads(line, object_pairs_hook=_fields), None
             except (ValueError, RecursionError) as error:
                 yield f"{path}:{number}", None, f"not a line of JSON ({error})"
 
@@ -150,60 +189,124 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")  # owner/name, or owner/nam
 
 
 def _hub_records(name, split):
-    """Read one split of a hub data set, of a folder in the hub's layout, or of a parquet file, with the optional package `datasets`."""
+    """Read one split of a hub data set, of a folder (in the hub's layout, or of save_to_disk) or a parquet file, with `datasets`."""
     here = os.path.exists(name)
     try:
-        from datasets import load_dataset
+        import datasets
+        from pyarrow import parquet
     except ImportError:
         what = "to read it with the package `datasets`" if here else "no such file; to read it as a hub data set"
         raise BadInput(f"{name}: {what}, first `pip install datasets`") from None
     try:
-        if name.endswith(".parquet"):
-            rows = load_dataset("parquet", data_files=name, split=split)
+        if os.path.isfile(name):
+            rows = parquet.read_table(name).to_pylist()  # datasets would read the name as a pattern
+        elif any(os.path.exists(os.path.join(name, mark)) for mark in ("dataset_dict.json", "state.json")):
+            rows = datasets.load_from_disk(name)
+            rows = rows[split] if isinstance(rows, dict) else rows
+        elif here and glob.has_magic(os.path.abspath(name)):
+            raise ValueError("it reads *, ? and [ in a folder's name as a pattern; rename the folder, or name one of its .parquet files")
+        elif here:
+            rows = datasets.load_dataset(name, split=split)
         else:
-            owner_and_name, configuration = (name, None) if here else ("/".join(name.split("/")[:2]), (name.split("/") + [None])[2])
-            rows = load_dataset(owner_and_name, configuration, split=split)
+            owner_and_name, configuration = "/".join(name.split("/")[:2]), (name.split("/") + [None])[2]
+            rows = datasets.load_dataset(owner_and_name, configuration, split=split)
     except Exception as error:  # network, name, access or split: the library's message says which
         what = "`datasets` cannot read it" if here else "no such file, and the hub could not deliver it"
         raise BadInput(f"{name}: {what} ({one_line(error)}); choose another split with {name}:SPLIT") from None
     for number, row in enumerate(rows, start=1):
-        yield f"{name}: row {number}", row, None
+        yield f"{name}: row {number}", without_nulls(row), None
 
 
-def _is_text(value):
-    return isinstance(value, str) or _is_messages(value)
+def without_nulls(value):
+    """A value from an arrow table without the fields that are null: arrow gives every object the fields of all the others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _is_messages(value):
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+# ----------------------------------------------------------------------------------------------------- what a row means
+
+BESIDE = {"tools": list, "documents": list, "chat_template_kwargs": dict}  # columns that a chat template reads beside the messages
+LOST = (*BESIDE, "system", "history", "functions", "tool_calls", "reasoning_content")  # not lost silently where they cannot be used
 
 
 def _check(row, *keys, messages=True):
     for key in keys:
         value = row[key]
-        if not (_is_text(value) if messages else isinstance(value, str)):
+        if isinstance(value, list) and messages:
+            _check_messages(key, value)
+        elif not isinstance(value, str):
             raise BadRow(f"{key!r} must be text{' or a list of {role, content}' * messages}, found {type(value).__name__}")
-        texts = [value] if isinstance(value, str) else [text for message in value for text in (message["role"], message["content"])]
-        if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
+        if any("\ud800" <= char <= "\udfff" for text in _texts_in(value) for char in text):
             raise BadRow(f"{key!r} contains half of a surrogate pair, which is not a character")
 
 
+def _texts_in(value):
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts_in(item)
+
+
+def _check_messages(key, messages):
+    if not messages:
+        raise BadRow(f"{key!r} is an empty list of messages")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRow(f"{key!r}: message {number} must be an object with a 'role' that is text")
+        body = message.get("content")
+        parts = body if isinstance(body, list) else []
+        if not (isinstance(body, str) or body is None or parts and all(isinstance(part, dict) and "type" in part for part in parts)):
+            raise BadRow(f"{key!r}: the content of message {number} must be text or a list of parts with a 'type', found "
+                         f"{type(body).__name__}")
+        if body is None and message.keys() <= {"role", "content"}:
+            raise BadRow(f"{key!r}: message {number} has neither content nor anything else (tool_calls, …)")
+
+
+def _prompt_of(row, prompt):
+    """A prompt that knows its row. Messages get the row's system text in front. A field that the prompt cannot use makes the row bad."""
+    chat = isinstance(prompt, list)
+    if chat and row.get("system") and prompt[0]["role"] != "system":
+        _check(row, "system", messages=False)
+        prompt = [{"role": "system", "content": row["system"]}, *prompt]
+    if lost := [name for name in LOST if row.get(name) and not (chat and name in (*BESIDE, "system"))]:
+        raise BadRow(f"the field {lost[0]!r} cannot be used here: " + ("move it into the messages" if chat else "only messages have it"))
+    prompt = Chat(prompt) if chat else Text(prompt)
+    prompt.where, prompt.columns = row.where, dict(row)
+    for key, kind in BESIDE.items() if chat else ():
+        if isinstance(row.get(key), str):  # a table may hold them as JSON text
+            try:
+                prompt.columns[key] = json.loads(row[key])
+            except ValueError:
+                raise BadRow(f"{key!r} is text, but not JSON") from None
+        if not isinstance(prompt.columns.get(key, kind()), kind):
+            raise BadRow(f"{key!r} must be {'an object' if kind is dict else 'a list'}, found {type(prompt.columns[key]).__name__}")
+    return prompt
+
+
 def _answer(value):
-    """The text of a completion: a string, or the content of the one assistant message."""
+    """A completion: text, or the one assistant message. The message becomes text if it says nothing but its content."""
     if isinstance(value, str):
         return value
     if len(value) != 1 or value[0]["role"] != "assistant":
         raise BadRow("a completion given as messages must be exactly one message of the assistant")
-    return value[0]["content"]
+    return _answer_of(value[0])
 
 
-TURN = "\n\nAssistant: "
+def _answer_of(message):
+    more = {key for key, item in message.items() if key not in ("role", "content", "name", "id", "weight") and item}
+    parts = message.get("content")
+    if isinstance(parts, list) and any(not isinstance(part.get("text"), str) for part in parts):
+        raise BadRow("the answer has a part without text: only text can be learned")
+    return message if more else plain_text_of(message)
 
 
-def _split_conversations(chosen, rejected):
-    """Two whole conversations -> their common prompt and the two answers."""
+TURN = "\n\nAssistant:"
+
+
+def _split_conversations(row):
+    """The two whole conversations of a row -> their common prompt and the two answers. A prompt of messages may stand beside them."""
+    chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise BadRow("'chosen' and 'rejected' must both be text or both be messages")
     if isinstance(chosen, list):
@@ -211,26 +314,33 @@ def _split_conversations(chosen, rejected):
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
         shared = min(shared, len(chosen) - 1, len(rejected) - 1)  # two equal conversations: their last messages are the answers
+        prompt, given = chosen[:shared], row.get("prompt")
+        if isinstance(given, list):  # it may hold a system message that the conversations leave out
+            begin = next((i for i in range(len(given)) if given[i:] == prompt[: len(given) - i]), None)
+            if begin is None:
+                raise BadRow("the messages of 'prompt' are not those that 'chosen' and 'rejected' begin with")
+            prompt = given[:begin] + prompt
         if not shared:
             raise BadRow("'chosen' and 'rejected' share no message that could be the prompt")
-        return chosen[:shared], _answer(chosen[shared:]), _answer(rejected[shared:])
+        return prompt, _answer(chosen[shared:]), _answer(rejected[shared:])
     # Some transcripts continue for several turns after they differ. The prompt ends at the last turn that both share.
-    cut = os.path.commonprefix([chosen, rejected]).rfind(TURN.rstrip())
+    cut = os.path.commonprefix([chosen, rejected]).rfind(TURN)
     if cut < 0:
         raise BadRow(f"'chosen' and 'rejected' share no {TURN.strip()!r} turn; put the prompt into its own field 'prompt'")
-    cut += len(TURN.rstrip())
-    cut += chosen[cut : cut + 1] == rejected[cut : cut + 1] == " "
+    cut += len(TURN)  # the space after it belongs to the answers: tokenizers write it with the next word
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def _pair(row):
     if {"chosen", "rejected"} <= row.keys():
-        _check(row, "chosen", "rejected")
+        _check(row, "chosen", "rejected", *(["prompt"] if "prompt" in row else []))
         whole = all(isinstance(row[key], list) and len(row[key]) > 1 for key in ("chosen", "rejected"))  # they include the prompt
-        if row.get("prompt") is not None and not whole:
-            _check(row, "prompt")
-            return Pair(row["prompt"], _answer(row["chosen"]), _answer(row["rejected"]))
-        return Pair(*_split_conversations(row["chosen"], row["rejected"]))
+        if "prompt" in row and not whole:
+            return Pair(_prompt_of(row, row["prompt"]), _answer(row["chosen"]), _answer(row["rejected"]))
+        if isinstance(row.get("instruction"), str) and isinstance(row["chosen"], str):
+            return Pair(_prompt_of(row, _alpaca(row)), _answer(row["chosen"]), _answer(row["rejected"]))
+        prompt, chosen, rejected = _split_conversations(row)
+        return Pair(_prompt_of(row, prompt), chosen, rejected)
     raise BadRow(f"found the keys {sorted(row)}, expected prompt + chosen + rejected, or chosen + rejected")
 
 
@@ -246,54 +356,73 @@ def _feedback(row):
         _check(row, "prompt", "completion")
         if not isinstance(row["label"], bool):
             raise BadRow(f"'label' must be true (desirable) or false, found {row['label']!r:.40}")
-        return [Feedback(row["prompt"], _answer(row["completion"]), row["label"])]
+        return [Feedback(_prompt_of(row, row["prompt"]), _answer(row["completion"]), row["label"])]
     raise BadRow(f"found the keys {sorted(row)}, expected prompt + completion + label, or chosen + rejected with or without prompt")
 
 
 DEMO_KEYS = "prompt + completion, messages, chosen + rejected, question + answer, or instruction + output"
 
 
+def _alpaca(row):
+    _check(row, "instruction", *(["input"] if row.get("input") else []), messages=False)
+    given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+    return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n"
+
+
+def _good_demo(row, other_keys=""):
+    if row.get("label", True) not in (True, 1):
+        raise BadRow(f"'label' is {json.dumps(row['label'])[:40]}: only an answer labelled true is a demonstration (kto learns from both)")
+    return _demo(row, other_keys)
+
+
 def _demo(row, other_keys=""):
     if {"prompt", "completion"} <= row.keys():
         _check(row, "prompt", "completion")
-        if row.get("label", True) in (False, 0):
-            raise BadRow("'label' is false: an answer that somebody disliked is not a demonstration (kto learns from both kinds)")
-        return Demo(row["prompt"], _answer(row["completion"]))
+        return Demo(_prompt_of(row, row["prompt"]), _answer(row["completion"]))
     if "messages" in row:
         _check(row, "messages")
         messages = row["messages"]
         if not isinstance(messages, list) or len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise BadRow("'messages' must be a list of at least two messages, the last from the assistant")
-        return Demo(messages[:-1], messages[-1]["content"])
+        return Demo(_prompt_of(row, messages[:-1]), _answer_of(messages[-1]))
     if {"chosen", "rejected"} <= row.keys():
         pair = _pair(row)
         return Demo(pair.prompt, pair.chosen)
     if {"question", "answer"} <= row.keys():
         _check(row, "question", "answer", messages=False)
-        return Demo(f"Question: {row['question']}\nAnswer: ", row["answer"])
+        return Demo(_prompt_of(row, f"Question: {row['question']}\nAnswer:"), f" {row['answer']}")
     if {"instruction", "output"} <= row.keys():
-        _check(row, "instruction", "output", *(["input"] if row.get("input") else []), messages=False)
-        given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
-        return Demo(f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n", row["output"])
+        _check(row, "output", messages=False)
+        return Demo(_prompt_of(row, _alpaca(row)), row["output"])
     raise BadRow(f"found the keys {sorted(row)}, expected {other_keys}{DEMO_KEYS}")
 
 
 def _prompt(row):
-    if "prompt" in row:
-        _check(row, "prompt")
-        return row["prompt"]
-    return _demo(row, "prompt, ").prompt
+    """The prompt that the row has as a demonstration or preference, so that it is the same for every method. Else its field `prompt`."""
+    if {"chosen", "rejected"} <= row.keys() or "messages" in row or "prompt" not in row:
+        return _demo(row, "prompt, ").prompt
+    _check(row, "prompt")
+    return _prompt_of(row, row["prompt"])
 
 
 def _texts(row):
-    if row.get("text") is not None:
+    if "text" in row:
         _check(row, "text", messages=False)
         return [row["text"]]
     if {"chosen", "rejected"} <= row.keys():
         pair = _pair(row)
-        return [plain_text(pair.prompt) + pair.chosen, plain_text(pair.prompt) + pair.rejected]
-    demo = _demo(row, "text, ")
-    return [plain_text(demo.prompt) + demo.completion]
+        return [document(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+    demo = _good_demo(row, "text, ")
+    return [document(demo.prompt, demo.completion)]
+
+
+def document(prompt, answer):
+    """Prompt and answer as one text, or as one conversation (which a chat template renders)."""
+    if isinstance(prompt, str):
+        return prompt + answer
+    whole = Chat([*prompt, answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}])
+    whole.where, whole.columns = getattr(prompt, "where", ""), getattr(prompt, "columns", {})
+    return whole
 
 
 def plain_text(prompt):
@@ -305,52 +434,122 @@ def plain_text(prompt):
 
 
 def encode_prompt(tokenizer, prompt, *, max_prompt=None):
-    """Token ids of a prompt, never empty. Messages go through the chat template. BOS is put in front, once, if the tokenizer has one.
+    """Token ids of a prompt, never empty: those that transformers gives for the text, or for the messages with their chat template.
 
-    A prompt longer than max_prompt keeps BOS and its end, where the question is.
+    A tokenizer that has BOS puts it in front of text; a template writes it itself. A prompt longer than max_prompt keeps BOS and its end,
+    where the question is.
     """
-    ids = tokenizer.encode(prompt if isinstance(prompt, str) else render_chat(tokenizer, prompt))
+    text = isinstance(prompt, str) or not getattr(tokenizer, "chat_template", None)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = ids[1:] if bos and ids[:1] == bos else ids  # a template may have added BOS already
-    if max_prompt is not None:
-        ids = ids[max(0, len(ids) - (max_prompt - len(bos))) :]
-    return bos + ids or [tokenizer.eos_id]
+    ids = (bos if text else []) + tokenizer.encode(prompt if isinstance(prompt, str) else render_chat(tokenizer, prompt))
+    return cut_prompt(tokenizer, ids, max_prompt) or [tokenizer.eos_id]
+
+
+def cut_prompt(tokenizer, ids, max_prompt):
+    if max_prompt is None or len(ids) <= max_prompt:
+        return ids
+    bos = ids[:1] if ids[0] == tokenizer.bos_id else []
+    return bos + ids[len(ids) - (max_prompt - len(bos)) :]
 
 
 def encode_completion(tokenizer, completion):
-    """Token ids of a completion plus EOS. Completions get EOS only here. (Text that spells out the EOS token is encoded as that token.)"""
-    return tokenizer.encode(completion) + [tokenizer.eos_id]
+    """Token ids of a completion plus EOS. Completions get EOS only here. (Text that spells out the EOS token is encoded as that token.)
+
+    The completion continues the prompt: no space is put between them, also by tokenizers that begin every text with one.
+    """
+    return getattr(tokenizer, "encode_after", tokenizer.encode)(completion) + [tokenizer.eos_id]
 
 
-def encode_demos(tokenizer, demos, *, max_prompt=None):
-    """[(prompt ids, completion ids)]. Prompt and completion are encoded separately, so that neither changes the other's tokens."""
-    return [(encode_prompt(tokenizer, d.prompt, max_prompt=max_prompt), encode_completion(tokenizer, d.completion)) for d in demos]
+def encode_answers(tokenizer, prompt, *answers):
+    """(prompt ids, completion ids of each answer) of one row. Prompt and answers are encoded apart, so neither changes the other's tokens.
+
+    A space at the end of the prompt goes to the answers if the tokenizer writes it with the next word, as in all other text it has seen.
+    """
+    answers = [written(tokenizer, prompt, answer) if isinstance(answer, dict) else answer for answer in answers]
+    if isinstance(prompt, list) and not getattr(tokenizer, "chat_template", None) and prompt[-1]["role"] != "assistant":
+        answers = [answer if answer[:1].isspace() else f" {answer}" for answer in answers]  # the transcript's "Assistant:" and a space
+    if isinstance(prompt, str) and prompt.endswith(" ") and getattr(tokenizer, "joins_spaces", False):
+        spaces = prompt[len(prompt.rstrip(" ")) :]
+        prompt, answers = prompt.rstrip(" "), [answer if answer.startswith(" ") else spaces + answer for answer in answers]
+    return encode_prompt(tokenizer, prompt), *[encode_completion(tokenizer, answer) for answer in answers]
 
 
-def encode_feedback(tokenizer, feedback, *, max_prompt=None):
+def written(tokenizer, prompt, message):
+    """The text that a chat template writes for an answer of more than text (tool_calls, reasoning_content), without EOS at its end."""
+    if not getattr(tokenizer, "chat_template", None):
+        more = ", ".join(sorted(message.keys() - {"role", "content"}))
+        raise BadInput(f"the answer has {more}, which only a chat template can write, and the tokenizer has none")
+    before, text = render_chat(tokenizer, prompt), render_chat(tokenizer, document(prompt, message), answered=True)
+    if not text.startswith(before):
+        raise BadInput("the chat template does not write the conversation up to the answer as it writes the prompt alone")
+    text, ends = text[len(before) :], [tokenizer.inner.id_to_token(i) for i in tokenizer.eos_ids]
+    return next((text.rstrip().removesuffix(end) for end in ends if text.rstrip().endswith(end)), text)
+
+
+def _encode(tokenizer, rows, answers_of, max_prompt, skip_bad):
+    """Encode each row with encode_answers. Rows that template or tokenizer refuse are named by path:line or, with skip_bad, counted and
+    removed from `rows` too. Prompts cut to max_prompt are counted."""
+    encoded, kept, bad, cut = [], [], [], 0
+    for row in rows:
+        prompt = row if isinstance(row, (str, list)) else row.prompt
+        try:
+            ids = encode_answers(tokenizer, prompt, *answers_of(row))
+        except BadInput as error:
+            bad.append(f"{getattr(prompt, 'where', '') or 'a row'}: {error}")
+            if not skip_bad:
+                raise BadInput(f"{bad[0]}; fix the row, or skip such rows with --skip_bad") from None
+            continue
+        if max_prompt is not None and len(ids[0]) > max_prompt:
+            ids, cut = (cut_prompt(tokenizer, ids[0], max_prompt), *ids[1:]), cut + 1
+        encoded.append(ids)
+        kept.append(row)
+    if bad:
+        rows[:] = kept
+        print(f"{len(bad)} bad rows skipped of {len(bad) + len(kept)}; the first: {bad[0]}", file=sys.stderr)
+    if bad and not kept:
+        raise BadInput(f"no usable rows; the first: {bad[0]}")
+    if cut and parallel.is_main():
+        print(f"{cut:,} of {len(kept):,} prompts are cut to --max_prompt {max_prompt}: they lose their beginning")
+    return encoded
+
+
+def encode_demos(tokenizer, demos, *, max_prompt=None, skip_bad=False):
+    """[(prompt ids, completion ids)]."""
+    return _encode(tokenizer, demos, lambda row: [row.completion], max_prompt, skip_bad)
+
+
+def encode_feedback(tokenizer, feedback, *, max_prompt=None, skip_bad=False):
     """[(prompt ids, completion ids, desirable)]."""
-    return [(*ids, row.desirable) for ids, row in zip(encode_demos(tokenizer, feedback, max_prompt=max_prompt), feedback, strict=True)]
+    encoded = encode_demos(tokenizer, feedback, max_prompt=max_prompt, skip_bad=skip_bad)
+    return [(*ids, row.desirable) for ids, row in zip(encoded, feedback, strict=True)]
 
 
-def encode_pairs(tokenizer, pairs, *, max_prompt=None):
+def encode_pairs(tokenizer, pairs, *, max_prompt=None, skip_bad=False):
     """[(prompt ids, chosen ids, rejected ids)]."""
-    answer = functools.partial(encode_completion, tokenizer)
-    return [(encode_prompt(tokenizer, p.prompt, max_prompt=max_prompt), answer(p.chosen), answer(p.rejected)) for p in pairs]
+    return _encode(tokenizer, pairs, lambda row: [row.chosen, row.rejected], max_prompt, skip_bad)
 
 
-def encode_prompts(tokenizer, prompts, *, max_prompt=None):
+def encode_prompts(tokenizer, prompts, *, max_prompt=None, skip_bad=False):
     """[(prompt ids, prompt as it is in the file)]. The policy uses the ids, the reward uses the prompt."""
-    return [(encode_prompt(tokenizer, prompt, max_prompt=max_prompt), prompt) for prompt in prompts]
+    encoded = _encode(tokenizer, prompts, lambda row: [], max_prompt, skip_bad)
+    return [(ids[0], prompt) for ids, prompt in zip(encoded, prompts, strict=True)]
 
 
 def encode_texts(tokenizer, texts, *, max_len):
     """Documents as rows of at most max_len tokens: [(one context token, the tokens that follow)]. Every token of a document is scored.
 
-    BOS (EOS if there is no BOS) is put before each document and EOS after it. A row continues where the row before it stopped.
+    BOS (EOS if there is no BOS) is put before each document and EOS after it, unless the chat template of a conversation wrote them. A row
+    continues where the row before it stopped.
     """
-    rows = []
+    rows, front = [], encode_prompt(tokenizer, "")
     for text in texts:
-        ids = encode_prompt(tokenizer, "") + tokenizer.encode(text) + [tokenizer.eos_id]
+        chat = isinstance(text, list)
+        try:
+            ids = tokenizer.encode(render_chat(tokenizer, text, answered=True) if chat else text)
+        except BadInput as error:
+            raise BadInput(f"{getattr(text, 'where', '') or 'a document'}: {error}") from None
+        ids = ids if chat and ids[:1] == front else front + ids
+        ids = ids if chat and ids[-1] == tokenizer.eos_id else [*ids, tokenizer.eos_id]
         for start in range(0, len(ids) - 1, max_len - 1):
             rows.append((ids[start : start + 1], ids[start + 1 : start + max_len]))
     return rows

@@ -210,7 +210,7 @@ def load_model(path, *, dtype=None, device=None):
     if base is not None:
         load_adapter(model, folder)
     where = folder if (folder / "tokenizer.json").is_file() else source
-    tokenizer = load_tokenizer(where)
+    tokenizer = load_tokenizer(where, model_folder=source)
     fit_vocabulary(model, tokenizer, where)
     return model, tokenizer, base
 

@@ -53,6 +53,7 @@ class GPTConfig:
     reward_offset: float = 0.0          # the scalar head subtracts it, so that demonstrations score 0 on average
     reward_read: str = "last"           # a completion's reward: last (the scalar head at its last token) | sum (over its tokens)
     reward_bound: float = 0.0           # R: rewards are R·σ(·), within [0, R]; 0 = unbounded
+    eos_ids: tuple = ()                 # further ids that end a completion in sampling, from generation_config.json
     n_tokens: int | None = None         # ids below this decode to text; the rest pad the embedding and are never sampled. None = V
     family: str = "llama"               # a saved folder uses this family's names and layout; the model itself never reads it
 

@@ -73,7 +73,8 @@ def open_pairs(run, tokenizer):
     cfg = run.cfg
     run.same_input("data", cfg.pairs)
     pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
-    rows, held_out = split_scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+    rows = encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)  # with skip_bad, also drops bad ones from pairs
+    rows, held_out = split_scorable(rows, cfg.held_out, cfg.max_len)
     return rows, held_out, batches_of(run, tokenizer, pair_batch), pairs
 
 
@@ -83,7 +84,7 @@ def answer_online(run, policy, tokenizer, pairs):
     if precomputes(cfg):
         raise BadInput("--precompute_ref: --online samples new answers at every step; drop one of the two")
     reward_fn = open_rewards(run)
-    prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt=cfg.max_prompt)
+    prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
     prompts = [row for row in split_held_out(prompts, cfg.held_out)[0] if len(row[0]) < cfg.max_len]  # the same rows as split_scorable
     check_context(run, policy, prompts, max_len=cfg.max_len)
 

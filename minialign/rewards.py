@@ -10,8 +10,9 @@
     ensemble        the mean or the minimum of several; `warm` averages the weights     --reward A B C --combine min
                     of reward models into one (Ramé et al. 2024, arXiv:2401.12187)
 
-A reward gets prompts as they are in the data file (text, or a list of messages) and completions as text without EOS. It does not see
-whether a completion was cut off; --missing_eos handles that. Runs call rewards through `ask`, which rejects bad output and names the row.
+A reward gets prompts as they are in the data file (text, or a list of messages) and completions as text, special tokens and a space in
+front included, without the EOS that ended them. It does not see whether a completion was cut off; --missing_eos handles that. A function
+with TRL's parameters works too. Runs call rewards through `ask`, which rejects bad output and names the row.
 
 Checked by tests/test_rewards.py.
 """
@@ -19,6 +20,7 @@ Checked by tests/test_rewards.py.
 import contextlib
 import copy
 import importlib.util
+import inspect
 import os
 import re
 import signal
@@ -31,7 +33,7 @@ from pathlib import Path
 import torch
 
 from minialign.batch import collate
-from minialign.data import encode_completion, encode_prompt, plain_text, read_demonstrations
+from minialign.data import encode_answers, plain_text, read_demonstrations
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, find_folder, one_line
 from minialign.kl import k1, k3
@@ -69,7 +71,7 @@ def exact_match(demos):
     return reward
 
 
-GSM8K_FORMAT = r"(.*\n)?#### -?[\d,]*\.?\d+"  # any text, then a last line `#### number`
+GSM8K_FORMAT = r"( |.*\n)?#### -?[\d,]*\.?\d+"  # any text, then a last line `#### number`
 
 
 def format_match(pattern=GSM8K_FORMAT):
@@ -141,11 +143,10 @@ def learned(reward_model, tokenizer, *, batch_size=32):
     def reward(prompts, completions):
         rewards = []
         for start in range(0, len(prompts), batch_size):
-            answers = [encode_completion(tokenizer, text)[: context - 1] for text in completions[start : start + batch_size]]
-            asked = [
-                encode_prompt(tokenizer, prompt)[-(context - len(answer)) :]
-                for prompt, answer in zip(prompts[start : start + batch_size], answers, strict=True)
-            ]
+            pairs = zip(prompts[start : start + batch_size], completions[start : start + batch_size], strict=True)
+            rows = [encode_answers(tokenizer, prompt, text) for prompt, text in pairs]
+            answers = [answer[: context - 1] for _, answer in rows]
+            asked = [prompt[-(context - len(answer)) :] for (prompt, _), answer in zip(rows, answers, strict=True)]
             batch = collate(asked, answers, pad_id=tokenizer.pad_id).to(reward_model.head_weight.device)
             rewards.append(score(reward_model, batch))
         return torch.cat(rewards)
@@ -266,7 +267,36 @@ def _function_of_file(spec):
         raise BadInput(f"--reward {spec}: {path} cannot be imported ({type(error).__name__}: {one_line(error)})") from None
     if not callable(getattr(module, name, None)):
         raise BadInput(f"--reward {spec}: {path} defines no function {name}; it needs `def {name}(prompts, completions)` -> B numbers")
-    return getattr(module, name)
+    return by_keywords(spec, getattr(module, name))
+
+
+def by_keywords(spec, function):
+    """A reward function of two parameters, prompts and completions, as it is. One with TRL's parameters is wrapped into such a function.
+
+    TRL calls a reward as reward(prompts=…, completions=…, answer=…, …) with a list for each other column of the prompts' file. If a prompt
+    is a list of messages, its completion is one too: [{"role": "assistant", "content": text}].
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some callables made in C do not say
+        return function
+    catches = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if not catches and len(parameters) == 2 and named <= {"prompts", "completions"} or not catches and "completions" not in named:
+        return function
+    needed = {name for name in named if parameters[name].default is inspect.Parameter.empty} - {"prompts", "completions"}
+
+    def reward(prompts, completions):
+        rows = [getattr(prompt, "columns", {}) for prompt in prompts]
+        columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+        if missing := sorted(needed - columns.keys()):
+            raise ValueError(f"needs {missing[0]!r}, which is no column of the file; its columns are {', '.join(columns) or 'none'}")
+        answers = [[{"role": "assistant", "content": c}] if isinstance(p, list) else c for p, c in zip(prompts, completions, strict=True)]
+        given = {**columns, "prompts": prompts, "completions": answers}
+        given = {name: value for name, value in given.items() if name in named or catches and name not in ("prompt", "completion")}
+        return function(**given)
+
+    return reward
 
 
 # ----------------------------------------------------------------------------------------------------------- asking safely

@@ -54,7 +54,8 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     """Sample n completions of each of N prompts -> Rollout with B = N·n rows; the n of one prompt are adjacent.
 
     prompts_ids: N non-empty lists of ids. max_new: maximum tokens of a completion. tau: temperature. top_k, top_p: None means off.
-    eos_id: the token that ends a completion and is kept in it; with None, no token ends one. greedy: take the most likely token.
+    eos_id: the token that ends a completion and is kept in it, beside those in config.eos_ids; with None, no token ends one.
+    greedy: take the most likely token.
     Ids from config.n_tokens on (padding rows of the vocabulary) are never sampled. The policy's mode and gradients do not change.
     Under torchrun each process samples its share of the rows, and every process gets all of them.
     Raises BadInput for arguments out of range, and when prompt and max_new do not fit the model's context.
@@ -104,6 +105,7 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     source = torch.tensor([distinct.index(row) for row in rows], device=device)  # (B,) which prefill a row continues
     wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # bfloat16 logits would give log-probs that differ from token_logps
     uniforms = uniforms.to(device, wide)
+    ends = None if eos_id is None else torch.tensor(sorted({eos_id, *config.eos_ids}), device=device)
     pure = not greedy and top_k is None and top_p in (None, 1) and config.n_tokens in (None, config.vocab_size)  # nothing is forbidden
     head = policy.head_weight if policy.head_weight.is_cuda else policy.head_weight.to(wide)  # (V, C)
 
@@ -138,7 +140,7 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
             logps = logits.gather(1, token[:, None]) - logits.logsumexp(-1, keepdim=True)
         tokens[present, t], token_logps[present, t] = token, logps.squeeze(1)
         if eos_id is not None:
-            ended = (token == eos_id) & ~finished[present]  # (A,)
+            ended = torch.isin(token, ends) & ~finished[present]  # (A,)
             finished[present[ended]], new_lengths[present[ended]] = True, t + 1
             going = (~finished[present]).nonzero().squeeze(1)
             if not len(going):

@@ -1,17 +1,21 @@
 """Text <-> token ids: a character tokenizer, any tokenizer.json through `tokenizers`, byte-level BPE training, chat templates.
 
-Tokenizer and CharTokenizer have .encode(str) -> list[int], .decode(ids) -> str, .eos_id, .pad_id, .bos_id, .vocab_size and .save(folder).
-`encode` adds no special token: only data.py prepends BOS and appends EOS. `decode` leaves special tokens out.
+Tokenizer and CharTokenizer have .encode(str) -> list[int], .decode(ids) -> str, .eos_id, .eos_ids, .pad_id, .bos_id, .vocab_size and
+.save(folder). `encode` adds no special token: only data.py puts BOS in front and appends EOS. A folder is read as transformers reads it.
+
+Checked by tests/test_tokenizer.py and tests/test_world.py, against transformers.
 """
 
+import datetime
 import json
 import re
 from pathlib import Path
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minialign.engine.common import BadInput, find_folder, read_json, write_atomic
 
@@ -22,30 +26,41 @@ MAX_TEMPLATE = 200_000  # most characters in a chat template, and most that it m
 class Tokenizer:
     """A tokenizer.json, read by `tokenizers`, with the special tokens and the chat template from tokenizer_config.json.
 
-    bos_id is None unless the folder says that prompts begin with BOS. pad_id falls back to eos_id: masks come from lengths, not from ids.
+    bos_id is the token that tokenizer.json's post-processor puts in front of a text, None if it puts none there. eos_id ends a completion
+    in training. eos_ids are all tokens that end one in sampling: eos_id, and those in `stops`. pad_id falls back to eos_id: masks come from
+    lengths, not from ids.
     """
 
-    def __init__(self, inner, settings):
+    def __init__(self, inner, settings, stops=()):
+        if inner.padding and settings.get("pad_token") is None:
+            settings = settings | {"pad_token": inner.padding["pad_token"]}
+        inner.no_truncation()  # transformers stores what its last call asked for; it is no property of the tokenizer
+        inner.no_padding()
         self.inner, self.settings = inner, settings
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
         self.eos_id = self._special("eos_token")
         if self.eos_id is None:
             raise BadInput("tokenizer_config.json names no eos_token: without one a policy cannot learn to stop; add it")
-        pad_id = self._special("pad_token")
+        self.eos_ids = tuple(dict.fromkeys([self.eos_id, *stops]))
+        _, pad_id = self._special("bos_token"), self._special("pad_token")
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.bos_id = self._special("bos_token") if settings.get("add_bos_token", False) else None
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several named templates: [{"name": "default", "template": …}, …]
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default", template)
-        if template is not None and not isinstance(template, str):
-            raise BadInput("tokenizer_config.json: the chat template must be text, or a list with one template named 'default'")
-        self.chat_template = template
+        self.lead = next(filter(None, map(self._encoded, ("a", *sorted(inner.get_vocab(with_added_tokens=False))[:500]))), None)
+        front = inner.post_process(self.lead).special_tokens_mask.index(0) if self.lead else 0
+        self.bos_id = inner.post_process(self.lead).ids[0] if front else None
+        self.spaced = bool(self.lead) and self.lead.tokens[0][0] in "▁Ġ"  # a space is put in front of every text, as in Llama 2
+        self.chat_template = settings.get("chat_template")  # text, or [{"name", "template"}] if there are several, or None
+        self.joins_spaces = any(re.match("[▁Ġ].", token) for token in inner.get_vocab())  # a word's token includes the space before it
+
+    def _encoded(self, text):
+        try:
+            encoding = self.inner.encode(text, add_special_tokens=False)
+        except Exception:  # `tokenizers` raises bare Exception, here for a character outside a character vocabulary
+            return None
+        return encoding if encoding.ids else None
 
     def _special(self, name):
         """The id of a special token. tokenizer_config.json names it as a string or as {'content': string}. None if it is not named."""
-        token = self.settings.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = content(self.settings.get(name))
         if token is None:
             return None
         token_id = self.inner.token_to_id(token) if isinstance(token, str) else None
@@ -60,8 +75,25 @@ class Tokenizer:
             unknown = sorted({char for char in text if self.inner.token_to_id(char) is None})
             raise BadInput(f"cannot encode {text[:40]!r}: the vocabulary lacks {unknown[:5]} ({error})") from None
 
+    def encode_after(self, text):
+        """The ids of a text that continues another one: no space is put in front of it."""
+        for before in ("\n", "=", "a") if self.spaced and text else ():  # one of these does not merge with the beginning of the text
+            alone, both = self.encode(before), self.encode(before + text)
+            if both[: len(alone)] == alone:
+                return both[len(alone) :]
+        return self.encode(text)
+
     def decode(self, ids):
-        return self.inner.decode(list(ids), skip_special_tokens=True)
+        """The text of ids that continue other text. A space in front and special tokens are kept; only EOS at the end is left out."""
+        ids = list(ids)
+        ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+        before = self.lead.ids if self.spaced else []  # the decoder drops the first space of what it is given
+        return self.inner.decode(before + ids, skip_special_tokens=False)[len(self.inner.decode(before)) :]
+
+    def decode_prompt(self, ids):
+        """A prompt as text for people to read. BOS in front is left out; all other special tokens are shown."""
+        text = self.decode([*ids[ids[0] == self.bos_id :], self.eos_id])
+        return text.removeprefix(" ") if self.spaced else text
 
     def save(self, folder):
         folder = Path(folder)
@@ -70,8 +102,18 @@ class Tokenizer:
         write_atomic(folder / "tokenizer.json", self.inner.to_str(pretty=True))  # written last: if this file exists, both do
 
 
+def content(token):
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _own(inner):
+    """A tokenizer made here: END in front of every text, as transformers will put it there too."""
+    inner.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, inner.token_to_id(END))])
+    return inner
+
+
 def _settings():
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END, "add_bos_token": True}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END}
 
 
 class CharTokenizer(Tokenizer):
@@ -84,7 +126,7 @@ class CharTokenizer(Tokenizer):
         inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
         inner.decoder = decoders.Fuse()
         inner.add_special_tokens([END])
-        super().__init__(inner, _settings())
+        super().__init__(_own(inner), _settings())
 
 
 def train_bpe(texts, vocab_size):
@@ -98,12 +140,18 @@ def train_bpe(texts, vocab_size):
     inner.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     )
-    return Tokenizer(inner, _settings())
+    return Tokenizer(_own(inner), _settings())
 
 
-def load_tokenizer(path_or_hub_name):
-    """Load a tokenizer.json from a folder (or hub name). EOS, PAD, BOS and the chat template come from tokenizer_config.json beside it.
+# What a class of transformers assumes if tokenizer_config.json does not name the token.
+CLASS_TOKENS = {"GPT2Tokenizer": (END, END, None), "GPTNeoXTokenizer": (END, END, "<|padding|>"), "Qwen2Tokenizer": (None, END, END),
+                "LlamaTokenizer": ("<s>", "</s>", None)}
 
+
+def load_tokenizer(path_or_hub_name, *, model_folder=None):
+    """Load the tokenizer.json of a folder (or hub name) as transformers reads it: special tokens, chat templates, BOS in front of a text.
+
+    The tokens that end a completion are those of generation_config.json or config.json, in model_folder if it is given, and eos_token.
     Raises BadInput with the file's name if a file is missing or damaged, or if no EOS is named.
     """
     folder = find_folder(path_or_hub_name)
@@ -114,33 +162,83 @@ def load_tokenizer(path_or_hub_name):
         inner = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # `tokenizers` raises bare Exception for every kind of damage
         raise BadInput(f"{file}: not a valid tokenizer ({error}); fetch or write it again") from None
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    if "eos_token" not in settings and (folder / "config.json").is_file():  # the model's config.json may have the id
-        eos_id = read_json(folder / "config.json").get("eos_token_id")
-        eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
-        settings = settings | {"eos_token": inner.id_to_token(eos_id) if isinstance(eos_id, int) else None}
-    if "add_bos_token" not in settings:  # Llama 3 says only in tokenizer.json's post-processor that prompts begin with BOS
-        ids = inner.encode("a").ids
-        bos = settings.get("bos_token")
-        bos = bos.get("content") if isinstance(bos, dict) else bos
-        settings = settings | {"add_bos_token": bool(ids) and isinstance(bos, str) and ids[0] == inner.token_to_id(bos)}
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        try:
-            settings = settings | {"chat_template": template.read_text(encoding="utf-8")}
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{template}: not UTF-8 text ({error})") from None
-    return Tokenizer(inner, settings)
+
+    def optional(name, folder=folder):
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    settings, model_config = optional("tokenizer_config.json"), optional("config.json", model_folder or folder)
+    if "added_tokens_decoder" not in settings:  # older folders name special tokens in a file of their own
+        settings = settings | optional("special_tokens_map.json")
+    if inner.post_processor is None and settings.get("add_bos_token") and settings.get("bos_token") == settings.get("pad_token") == END:
+        _own(inner)  # made here by a version that exported no post-processor, and trained with END in front
+    kind = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    kind = "Qwen2Tokenizer" if model_config.get("model_type") == "qwen2" else kind  # transformers takes no other class for qwen2
+    for name, token in zip(("bos_token", "eos_token", "pad_token"), CLASS_TOKENS.get(kind, ()), strict=False):
+        if token is not None and settings.get(name) is None and name not in settings and inner.token_to_id(token) is not None:
+            settings = settings | {name: token}
+    as_class(inner, kind, settings)
+    named = [content(settings.get(f"{name}_token")) for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    added = {str(token.content) for token in inner.get_added_tokens_decoder().values()}
+    inner.add_special_tokens([t for t in named if isinstance(t, str) and t not in added and inner.token_to_id(t) is not None])
+
+    stops = (optional("generation_config.json", model_folder or folder) or model_config).get("eos_token_id")
+    stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int)]
+    if settings.get("eos_token") is None and "eos_token" not in settings and stops:
+        settings = settings | {"eos_token": inner.id_to_token(stops[0])}
+    return Tokenizer(inner, settings | chat_templates(folder, settings), stops)
+
+
+# How Qwen2's tokenizer cuts text into words: contractions, letters, single digits, signs, line ends, spaces.
+QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def as_class(inner, kind, settings):
+    """Change a tokenizer as the class that tokenizer_config.json names does in transformers 5, which builds these parts itself."""
+    pieces = str(inner.pre_tokenizer)
+    if kind == "LlamaTokenizer" and isinstance(inner.model, models.BPE) and "ByteLevel" not in pieces:
+        first = "never" if settings.get("add_prefix_space") is False else "always" if settings.get("legacy") else "first"
+        inner.normalizer = None
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=first, split=False)
+    elif kind in ("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer") and "ByteLevel" in pieces:
+        space = bool(settings.get("add_prefix_space"))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+        inner.normalizer = None if kind == "GPT2Tokenizer" else normalizers.NFC()
+        if kind == "Qwen2Tokenizer":
+            words = pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), behavior="isolated")
+            last = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False)
+            inner.pre_tokenizer = pre_tokenizers.Sequence([words, last])
+
+
+def chat_templates(folder, settings):
+    """{'chat_template': text, or [{'name', 'template'}] if there are several}, or {} if there is none. Files win over the settings."""
+    files = {"default": folder / "chat_template.jinja", **{f.stem: f for f in sorted(folder.glob("additional_chat_templates/*.jinja"))}}
+    try:
+        texts = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{folder}: chat_template.jinja or another template is not UTF-8 text ({error})") from None
+    template = settings.get("chat_template")
+    if texts:
+        template = texts["default"] if [*texts] == ["default"] else [{"name": name, "template": texts[name]} for name in texts]
+    named = template if isinstance(template, list) else [] if template is None else [{"name": "default", "template": template}]
+    if not all(isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template")) for entry in named):
+        raise BadInput("tokenizer_config.json: the chat template must be text, or a list of {name, template}")
+    return {} if template is None else {"chat_template": template}
 
 
 # ---------------------------------------------------------------------------------------------------------------- templates
 
 
+def plain_text_of(message):
+    """The text of a message whose content is text, absent, or a list of parts like {'type': 'text', 'text': …}."""
+    parts = message.get("content") or ""
+    return parts if isinstance(parts, str) else "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+
+
 def plain_chat(messages):
-    """Messages as an Anthropic-HH transcript that ends with the assistant's turn. Used if a tokenizer has no chat template."""
+    """Messages as an Anthropic-HH transcript. If the last one is not the assistant's, it ends where the assistant is to speak."""
     names = {"system": "System", "user": "Human", "assistant": "Assistant"}
-    lines = [f"\n\n{names.get(message['role'], message['role'])}: {message['content']}" for message in messages]
-    return "".join(lines) + "\n\nAssistant: "
+    lines = [f"\n\n{names.get(message['role'], message['role'])}: {plain_text_of(message)}" for message in messages]
+    return "".join(lines) + ("" if messages and messages[-1]["role"] == "assistant" else "\n\nAssistant:")
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -155,13 +253,45 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def render_chat(tokenizer, messages):
-    """Render a list of {role, content} as the prompt text with the tokenizer's chat template.
+class Generation(Extension):
+    """{% generation %} … {% endgeneration %} marks the assistant's text in templates of transformers. It renders as what is inside."""
 
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True)).set_lineno(line)
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def chat_template(tokenizer, tools):
+    """The template that renders a conversation, or None: with tools the one named tool_use if there is one, else the default."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, list):
+        return template
+    named = {entry["name"]: entry["template"] for entry in template}
+    name = "tool_use" if tools and "tool_use" in named else "default"
+    if name not in named:
+        raise BadInput(f"the tokenizer has several chat templates ({', '.join(named)}) and none is named default; name one of them so")
+    return named[name]
+
+
+CONTINUED = "\ue000here the text goes on"  # put behind the last message of the assistant, to cut the rendered text there
+
+
+def render_chat(tokenizer, messages, *, answered=False):
+    """Render a list of {role, content} with the tokenizer's chat template, as the text in front of the assistant's answer.
+
+    If the last message is the assistant's, the text ends inside it, so that the policy continues it. With answered=True the conversation is
+    rendered to its end. messages.columns, if it exists (data.Chat), may hold tools, documents and chat_template_kwargs for the template.
     A template is others' code. It runs in jinja2's immutable sandbox, where it cannot read attributes that start with an underscore or
     change its inputs. Raises BadInput if the template fails or breaks the rules of the sandbox.
     """
-    template = getattr(tokenizer, "chat_template", None)
+    columns = getattr(messages, "columns", {})
+    template = chat_template(tokenizer, columns.get("tools"))
     if not template:
         return plain_chat(messages)
     if len(template) > MAX_TEMPLATE:
@@ -170,17 +300,35 @@ def render_chat(tokenizer, messages):
     def raise_exception(message):
         raise TemplateError(message)
 
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])  # as transformers sets it up
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = raise_exception
-    tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokenizer.settings.items()}
-    tokens = {name: value for name, value in tokens.items() if re.fullmatch(r"\w+_token", name) and isinstance(value, str)}
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])  # as in transformers
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+    tokens = {name: content(value) for name, value in tokenizer.settings.items() if re.fullmatch(r"\w+_token", name)}
+    variables = {name: value for name, value in tokens.items() if isinstance(value, str)} | columns.get("chat_template_kwargs", {})
+    messages = [with_reasoning({key: value for key, value in message.items() if value is not None}) for message in messages]
+    goes_on = not answered and messages[-1]["role"] == "assistant"
+    if goes_on:
+        messages[-1]["content"] = plain_text_of(messages[-1]) + CONTINUED
     try:
         rendered, limit = "", MAX_TEMPLATE * (1 + len(messages))
-        for piece in environment.from_string(template).generate(messages=messages, add_generation_prompt=True, **tokens):
+        for piece in environment.from_string(template).generate(
+            messages=messages, tools=columns.get("tools") or None, documents=columns.get("documents"),
+            add_generation_prompt=not answered and not goes_on, **variables,
+        ):
             rendered += piece
             if len(rendered) > limit:
                 raise TemplateError(f"it renders more than {limit} characters")
+        if goes_on and CONTINUED not in rendered:
+            raise TemplateError("it does not render the last message of the assistant, which the answer continues")
     except Exception as error:  # a template may raise anything, even ZeroDivisionError or MemoryError
         raise BadInput(f"the chat template failed ({type(error).__name__}: {error})") from None
-    return rendered
+    return rendered.partition(CONTINUED)[0]
+
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def with_reasoning(message):
+    """A message with its reasoning under the two names that templates read, whichever of the three names it has."""
+    found = next((message[name] for name in REASONING if name in message), None)
+    return message if found is None else {"thinking": found, **message, "reasoning_content": found}

@@ -225,13 +225,13 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
 
 
 def fit_vocabulary(model, tokenizer, where):
-    """Record how many ids the tokenizer has. If the embedding has more rows, it is padded. Fewer rows are an error."""
+    """Record how many ids the tokenizer has, and which end a completion. An embedding with more rows is padded. Fewer rows are an error."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise BadInput(
             f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only {model.config.vocab_size} "
             "embedding rows; the two do not belong together"
         )
-    model.config.n_tokens = tokenizer.vocab_size
+    model.config.n_tokens, model.config.eos_ids = tokenizer.vocab_size, tokenizer.eos_ids
 
 
 def save_pretrained(model, folder, tokenizer=None):
@@ -243,7 +243,7 @@ def save_pretrained(model, folder, tokenizer=None):
     """
     from huggingface_hub import save_torch_state_dict  # imported here because importing it is slow
 
-    ours, readers = vars(replace(model.config, n_tokens=None)), vars(GPTConfig.from_hf(config_to_hf(model.config)))
+    ours, readers = vars(replace(model.config, n_tokens=None, eos_ids=())), vars(GPTConfig.from_hf(config_to_hf(model.config)))
     if lost := [name for name in ours if ours[name] != readers[name]]:
         raise BadInput(f"{folder}: the {model.config.family} layout cannot express {', '.join(lost)} of this model: nothing was written")
     folder = Path(folder)
@@ -258,7 +258,8 @@ def save_pretrained(model, folder, tokenizer=None):
     hf = config_to_hf(model.config) | {"dtype": str(model.head_weight.dtype).removeprefix("torch.")}
     if tokenizer is not None:
         tokenizer.save(folder)
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        ends = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
         hf |= ids
         write_atomic(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
     write_atomic(folder / "config.json", json.dumps(hf, indent=2) + "\n")

@@ -25,6 +25,7 @@ from minialign.data import (
     encode_feedback,
     encode_pairs,
     encode_prompt,
+    encode_prompts,
     encode_texts,
     pair_batch,
     read_demonstrations,
@@ -35,6 +36,8 @@ from minialign.data import (
     split_held_out,
 )
 from minialign.engine.common import BadInput
+from minialign.task import builtin_tokenizer
+from minialign.tokenizer import CharTokenizer, train_bpe
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 READERS = (read_demonstrations, read_preferences, read_feedback, read_prompts, read_texts)
@@ -69,7 +72,7 @@ DEMOS = {
     "prompt and completion as messages": ({"prompt": [SYSTEM, USER], "completion": [REPLY]}, Demo([SYSTEM, USER], "yes")),
     "messages": ({"messages": [SYSTEM, USER, REPLY]}, Demo([SYSTEM, USER], "yes")),
     "several turns": ({"messages": [USER, OTHER, USER, REPLY]}, Demo([USER, OTHER, USER], "yes")),
-    "gsm8k": ({"question": "1+1?", "answer": "2\n#### 2"}, Demo("Question: 1+1?\nAnswer: ", "2\n#### 2")),
+    "gsm8k": ({"question": "1+1?", "answer": "2\n#### 2"}, Demo("Question: 1+1?\nAnswer:", " 2\n#### 2")),
     "alpaca": ({"instruction": "Add.", "input": "1 1", "output": "2"},
                Demo("### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n", "2")),
     "alpaca, empty input": ({"instruction": "Hi.", "input": "", "output": "Hi"}, Demo("### Instruction:\nHi.\n\n### Response:\n", "Hi")),
@@ -81,21 +84,21 @@ PAIRS = {
     "messages": ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}, Pair([USER], "yes", "no")),
     "conversations": ({"chosen": [SYSTEM, USER, REPLY], "rejected": [SYSTEM, USER, OTHER]}, Pair([SYSTEM, USER], "yes", "no")),
     "equal conversations": ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, Pair([USER], "yes", "yes")),
-    "hh": ({"chosen": HH + " yes", "rejected": HH + " no"}, Pair(HH + " ", "yes", "no")),
-    "hh, equal beginnings": ({"chosen": HH + " yes, I do", "rejected": HH + " yes, he does"}, Pair(HH + " ", "yes, I do", "yes, he does")),
+    "hh": ({"chosen": HH + " yes", "rejected": HH + " no"}, Pair(HH, " yes", " no")),
+    "hh, equal beginnings": ({"chosen": HH + " yes, I do", "rejected": HH + " yes, he does"}, Pair(HH, " yes, I do", " yes, he does")),
     "hh, an empty answer": ({"chosen": HH + " yes", "rejected": HH}, Pair(HH, " yes", "")),
-    "hh, equal": ({"chosen": HH + " x", "rejected": HH + " x"}, Pair(HH + " ", "x", "x")),
+    "hh, equal": ({"chosen": HH + " x", "rejected": HH + " x"}, Pair(HH, " x", " x")),
     # They part in the first answer and go on: the prompt ends at the last turn of the assistant that both share.
     "hh, parted early": (
         {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
          "rejected": "\n\nHuman: a\n\nAssistant: B\n\nHuman: c\n\nAssistant: d"},
-        Pair("\n\nHuman: a\n\nAssistant: ", "b\n\nHuman: c\n\nAssistant: d", "B\n\nHuman: c\n\nAssistant: d"),
+        Pair("\n\nHuman: a\n\nAssistant:", " b\n\nHuman: c\n\nAssistant: d", " B\n\nHuman: c\n\nAssistant: d"),
     ),
     # They part in what the human says second: the shared answer b is part of what is judged.
     "hh, parted by the human": (
         {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
          "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: e\n\nAssistant: f"},
-        Pair("\n\nHuman: a\n\nAssistant: ", "b\n\nHuman: c\n\nAssistant: d", "b\n\nHuman: e\n\nAssistant: f"),
+        Pair("\n\nHuman: a\n\nAssistant:", " b\n\nHuman: c\n\nAssistant: d", " b\n\nHuman: e\n\nAssistant: f"),
     ),
 }
 
@@ -126,13 +129,13 @@ def test_feedback(write):
             {"prompt": None, "chosen": HH + " yes", "rejected": HH + " no"}]
     assert read_feedback(write(rows)) == [
         Feedback("p", "c", True), Feedback("p", "", False), Feedback([SYSTEM, USER], "yes", False),
-        Feedback("p", "c", True), Feedback("p", "r", False), Feedback(HH + " ", "yes", True), Feedback(HH + " ", "no", False)]
+        Feedback("p", "c", True), Feedback("p", "r", False), Feedback(HH, " yes", True), Feedback(HH, " no", False)]
     assert as_feedback(Pair("p", "c", "r")) == [Feedback("p", "c", True), Feedback("p", "r", False)]
 
 
-@pytest.mark.parametrize("label", [1, 0, 1.0, "true", "false", None, [True], {}])
+@pytest.mark.parametrize("label", [1, 0, 1.0, "true", "false", [True], {}])
 def test_a_label_is_true_or_false(write, label):
-    """A number, a word or nothing is refused: 0 and "false" would be told apart by nobody."""
+    """A number or a word is refused: 0 and "false" would be told apart by nobody."""
     path = write([{"prompt": "p", "completion": "c", "label": True}, {"prompt": "p", "completion": "c", "label": label}])
     with pytest.raises(BadInput) as error:
         read_feedback(path)
@@ -154,7 +157,7 @@ def test_an_answer_without_a_label_is_no_feedback(write):
 def test_a_disliked_answer_is_no_demonstration(write, capsys):
     """Nor a text to train a base model on, for which it would have to be one; its prompt may be asked all the same."""
     path = write([{"prompt": "p", "completion": "good", "label": True}, {"prompt": "q", "completion": "bad", "label": False}])
-    sentence = "'label' is false: an answer that somebody disliked is not a demonstration (kto learns from both kinds)"
+    sentence = "'label' is false: only an answer labelled true is a demonstration (kto learns from both)"
     for reader, kept in ((read_demonstrations, [Demo("p", "good")]), (read_texts, ["pgood"])):
         with pytest.raises(BadInput) as error:
             reader(path)
@@ -174,9 +177,9 @@ def test_a_prompt_with_other_keys_beside_it(write):
 
 
 def test_texts(write):
-    """text; prompt + completion joined; both answers of a preference; messages as a transcript."""
+    """text; prompt + completion joined; both answers of a preference; a conversation, whole, for the chat template."""
     rows = [{"text": "t"}, DEMOS["strings"][0], PAIRS["strings"][0], {"messages": [USER, REPLY]}]
-    assert read_texts(write(rows)) == ["t", "pc", "pc", "pr", "\n\nHuman: hi\n\nAssistant: yes"]
+    assert read_texts(write(rows)) == ["t", "pc", "pc", "pr", [USER, REPLY]]
 
 
 def test_a_txt_file_is_one_document(write):
@@ -228,11 +231,17 @@ BAD_ROWS = {
     "a number of 5000 digits": (b'{"prompt": "p", "completion": "c", "id": ' + b"1" * 5000 + b"}", "not a line of JSON"),
     "wrong keys": (b'{"promt": "p", "completion": "c"}', f"found the keys ['completion', 'promt'], {ACCEPTED}"),
     "no keys": (b"{}", f"found the keys [], {ACCEPTED}"),
-    "a completion of numbers": (b'{"prompt": "p", "completion": [1, 2]}', f"'completion' {TEXT_OR_MESSAGES}, found list"),
-    "a null completion": (b'{"prompt": "p", "completion": null}', f"'completion' {TEXT_OR_MESSAGES}, found NoneType"),
+    "a completion of numbers": (b'{"prompt": "p", "completion": [1, 2]}', "'completion': message 1 must be an object with a 'role'"),
+    "a null completion": (b'{"prompt": "p", "completion": null}', f"found the keys ['prompt'], {ACCEPTED}"),
     "a number as prompt": (b'{"prompt": 3, "completion": "c"}', f"'prompt' {TEXT_OR_MESSAGES}, found int"),
-    "an empty list": (b'{"prompt": [], "completion": "c"}', f"'prompt' {TEXT_OR_MESSAGES}, found list"),
-    "a message without content": (b'{"prompt": [{"role": "user"}], "completion": "c"}', f"'prompt' {TEXT_OR_MESSAGES}"),
+    "an empty list": (b'{"prompt": [], "completion": "c"}', "'prompt' is an empty list of messages"),
+    "a message without content": (b'{"prompt": [{"role": "user"}], "completion": "c"}', "'prompt': message 1 has neither content nor"),
+    "a message of numbers": (b'{"prompt": [{"role": "user", "content": [3]}], "completion": "c"}', "must be text or a list of parts"),
+    "a key given twice": (b'{"prompt": "p", "completion": "c", "prompt": "q"}', "the key 'prompt' is given twice"),
+    "a label of words": (b'{"prompt": "p", "completion": "c", "label": "rejected"}', "'label' is \"rejected\": only an answer labelled"),
+    "a label of -1": (b'{"prompt": "p", "completion": "c", "label": -1}', "'label' is -1: only an answer labelled true"),
+    "tools beside text": (b'{"prompt": "p", "completion": "c", "tools": [{}]}', "the field 'tools' cannot be used here: only messages"),
+    "a history": (b'{"instruction": "p", "output": "c", "history": [["a", "b"]]}', "the field 'history' cannot be used here"),
     "half a surrogate pair": (b'{"prompt": "\\ud83d", "completion": "c"}', "'prompt' contains half of a surrogate pair"),
     "half a pair in a message": (b'{"prompt": [{"role": "user", "content": "\\udc00"}], "completion": "c"}', "'prompt' contains half of"),
     "half a pair as a role": (b'{"prompt": [{"role": "\\ud800", "content": "x"}], "completion": "c"}', "'prompt' contains half of"),
@@ -409,14 +418,15 @@ def hub_copy(tmp_path, monkeypatch):
 def test_the_papers_data_sets_as_the_hub_has_them(hub_copy):
     """Columns, messages and split names of the five, through parquet and the library."""
     folder, split = hub_copy("ultrachat_200k")
-    assert read_demonstrations(f"{folder}:{split}") == [Demo([ASKED], "so.")] * 2 and read_prompts(f"{folder}:{split}") == ["why?"] * 2
+    assert read_demonstrations(f"{folder}:{split}") == [Demo([ASKED], "so.")] * 2
+    assert read_prompts(f"{folder}:{split}") == [[ASKED]] * 2  # not the bare text that stands in `prompt` too
     folder, split = hub_copy("ultrafeedback_binarized")
     assert read_preferences(f"{folder}:{split}") == [Pair([ASKED], "so.", "no.")] * 2
     assert read_demonstrations(f"{folder}:{split}") == [Demo([ASKED], "so.")] * 2
     folder, _ = hub_copy("tldr")
     assert read_demonstrations(folder) == [Demo("SUBREDDIT: r/x TL;DR:", " short")] * 2
     folder, _ = hub_copy("hh-rlhf")
-    assert read_preferences(folder) == [Pair("\n\nHuman: why?\n\nAssistant: ", "so.", "no.")] * 2
+    assert read_preferences(folder) == [Pair("\n\nHuman: why?\n\nAssistant:", " so.", " no.")] * 2
     folder, _ = hub_copy("gsm8k")
     assert read_demonstrations(folder / "data" / "train-00000-of-00001.parquet")[0].completion.endswith("#### 2")
 
@@ -492,7 +502,7 @@ def fuzz(tmp_path, capsys, seed, rounds):
                     prompt, *answers = vars(row).values() if isinstance(row, Demo | Pair | Feedback) else [row]
                     if isinstance(row, Feedback):
                         assert isinstance(answers.pop(), bool)
-                    assert isinstance(prompt, str | list) and all(isinstance(answer, str) for answer in answers)
+                    assert isinstance(prompt, str | list) and all(isinstance(answer, str | dict) for answer in answers)
                     json.dumps([prompt, answers], ensure_ascii=False).encode()
                 skipped = int(m.group(1)) if (m := re.search(r": (\d+) bad rows skipped of", said)) else 0
                 assert skip_bad or not skipped
@@ -540,7 +550,7 @@ def test_gsm8k_is_read_whole():
     path = real("gsm8k_train.jsonl")
     demos = read_demonstrations(path)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert demos == [Demo(f"Question: {row['question']}\nAnswer: ", row["answer"]) for row in rows] and len(demos) == 7473
+    assert demos == [Demo(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows] and len(demos) == 7473
     with pytest.raises(BadInput, match=r":1: found the keys \['answer', 'question'\]"):
         read_preferences(path)
 
@@ -563,9 +573,9 @@ class WithoutBos(Spelled):
 
 
 def test_encode_prompt():
-    """BOS once, in front; max_prompt keeps BOS and the end; nothing becomes BOS, or EOS where there is no BOS."""
+    """BOS in front of text, as transformers puts it there even if the text spells it too; max_prompt keeps BOS and the end."""
     assert encode_prompt(Spelled(), "abc") == [90, 1, 2, 3]
-    assert encode_prompt(Spelled(), "<abc") == [90, 1, 2, 3]
+    assert encode_prompt(Spelled(), "<abc") == [90, 90, 1, 2, 3]
     assert encode_prompt(Spelled(), "abcdef", max_prompt=3) == [90, 5, 6]
     assert encode_prompt(Spelled(), "abc", max_prompt=4) == [90, 1, 2, 3]
     assert encode_prompt(Spelled(), "") == [90]
@@ -669,3 +679,113 @@ def test_rows_are_split_before_the_unusable_are_left_out(capsys):
     assert len(train) == 9 and held_out == [] and "1 of 1 rows are left out" in capsys.readouterr().out
     with pytest.raises(BadInput, match="no row has a scored token: every prompt fills --max_len 1"):
         data.split_scorable(rows, 0.1, max_len=1)
+
+
+# ------------------------------------------------------------------------------------- what stands beside the known keys
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+CHAT_TEMPLATE = ("{% if tools %}{{ tools|length }} tools {% endif %}{% for m in messages %}[{{ m.role }}]{{ m.reasoning_content }}"
+                 "{{ m.content }}{% for call in m.tool_calls or [] %}call {{ call.name }}{% endfor %}{{ eos_token }}\n{% endfor %}"
+                 "{% if add_generation_prompt %}[assistant]{% endif %}")
+
+
+@pytest.fixture
+def chatting():
+    tokenizer = CharTokenizer("".join(map(chr, range(32, 127))) + "\n")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def texts_of(tokenizer, rows):
+    return [tuple(tokenizer.inner.decode(ids, skip_special_tokens=False) for ids in row) for row in rows]
+
+
+def test_tools_system_and_calls_reach_the_template(write, chatting):
+    """By hand: the prompt as the template writes it, the answer as the template writes it, then EOS once."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
+    rows = [{"messages": [USER, call], "tools": TOOLS}, {"messages": [USER, REPLY], "tools": json.dumps(TOOLS)},
+            {"messages": [USER, REPLY], "system": "be kind"}, {"messages": [USER, {**REPLY, "reasoning_content": "well"}]}]
+    demos = read_demonstrations(write(rows))
+    assert texts_of(chatting, encode_demos(chatting, demos)) == [
+        ("1 tools [user]hi<|endoftext|>\n[assistant]", "call weather<|endoftext|>"),
+        ("1 tools [user]hi<|endoftext|>\n[assistant]", "yes<|endoftext|>"),
+        ("[system]be kind<|endoftext|>\n[user]hi<|endoftext|>\n[assistant]", "yes<|endoftext|>"),
+        ("[user]hi<|endoftext|>\n[assistant]", "wellyes<|endoftext|>")]
+    pair = {"prompt": [USER], "chosen": [call], "rejected": [{**call, "tool_calls": [{"name": "other"}]}]}
+    rows = encode_pairs(chatting, read_preferences(write([pair])))
+    assert texts_of(chatting, rows)[0][1:] == ("call weather<|endoftext|>", "call other<|endoftext|>")
+
+
+def test_a_system_message_that_only_the_prompt_has(write):
+    rows = [{"prompt": [SYSTEM, USER], "chosen": [USER, REPLY], "rejected": [USER, OTHER]},
+            {"prompt": [USER], "chosen": [USER, REPLY], "rejected": [USER, OTHER]}]
+    assert read_preferences(write(rows)) == [Pair([SYSTEM, USER], "yes", "no"), Pair([USER], "yes", "no")]
+    with pytest.raises(BadInput, match=":1: the messages of 'prompt' are not those that 'chosen' and 'rejected' begin with"):
+        read_preferences(write([{"prompt": [SYSTEM], "chosen": [USER, REPLY], "rejected": [USER, OTHER]}]))
+
+
+def test_preferences_with_alpacas_instruction(write):
+    row = {"instruction": "Add.", "input": "1 1", "output": "2", "chosen": "2", "rejected": "3"}
+    assert read_preferences(write([row])) == [Pair("### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n", "2", "3")]
+
+
+def test_an_answer_that_text_cannot_hold_is_named(write, chatting):
+    """Without a template a tool call would train an empty answer."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
+    path = write([{"messages": [USER, REPLY]}, {"messages": [USER, call]}])
+    with pytest.raises(BadInput, match=r"rows.jsonl:2: the answer has tool_calls, which only a chat template can write"):
+        chatting.chat_template = None
+        encode_demos(chatting, read_demonstrations(path))
+
+
+def test_a_row_that_template_or_tokenizer_refuse_is_named_and_can_be_skipped(write, chatting, capsys):
+    chatting.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no!') }}{% endif %}{{ messages[0].content }}"
+    rows = [{"messages": [USER, REPLY]}, {"messages": [SYSTEM, USER, REPLY]}, {"prompt": "\u2028", "completion": "x"}]
+    demos = read_demonstrations(write(rows))
+    with pytest.raises(BadInput, match=r"rows.jsonl:2: the chat template failed .*no!.*--skip_bad"):
+        encode_demos(chatting, demos)
+    assert len(encode_demos(chatting, demos, skip_bad=True)) == 1 and demos == [Demo([USER], "yes")]
+    assert "2 bad rows skipped of 3; the first: " in capsys.readouterr().err
+    with pytest.raises(BadInput, match=r"no usable rows; the first: .*rows.jsonl:3: cannot encode"):
+        encode_demos(chatting, read_demonstrations(write(rows))[2:], skip_bad=True)
+
+
+def test_one_prompt_whatever_the_flag(write):
+    """UltraFeedback and UltraChat have the prompt as bare text too."""
+    rows = [{"prompt": "hi", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, {"prompt": "hi", "messages": [USER, REPLY]}]
+    path = write(rows)
+    assert read_prompts(path) == [demo.prompt for demo in read_demonstrations(path)] == [[USER], [USER]]
+
+
+def test_a_space_at_the_end_of_a_prompt_goes_to_the_answer(write):
+    """With byte-level BPE the ids are then those of the whole text, as in trl; a character tokenizer has nothing to join."""
+    tokenizer = train_bpe(["say the word, the very word: the end"] * 9, 300)
+    prompt, completion = encode_demos(tokenizer, [Demo("say: ", "the end")])[0]
+    assert prompt + completion == [0, *tokenizer.encode("say: the end"), 0]
+    assert tokenizer.decode(completion) == " the end" and encode_prompts(tokenizer, ["say: "])[0][0] == prompt
+    assert encode_demos(tokenizer, [Demo("say: ", " the end")]) == [(prompt, completion)]
+    assert encode_demos(builtin_tokenizer(), [Demo("ask for tea: ", "tea")])[0][1] == [*builtin_tokenizer().encode("tea"), 0]
+
+
+def test_cut_prompts_are_counted(capsys):
+    demos = [Demo("ask for tea: ", "tea"), Demo("ask", "tea")]
+    encode_demos(builtin_tokenizer(), demos, max_prompt=5)
+    assert capsys.readouterr().out == "1 of 2 prompts are cut to --max_prompt 5: they lose their beginning\n"
+
+
+def test_arrow_nulls_are_absent_fields(tmp_path):
+    """The same rows from JSONL and from parquet, where arrow gives each message the fields of all others."""
+    datasets = pytest.importorskip("datasets")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "city": None}]}
+    turns = [{**USER, "name": "Bob"}, {**call, "name": "x"}, {"role": "tool", "content": "sun"}, REPLY]
+    rows = [{"messages": [USER, REPLY]}, {"messages": turns}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "run[12].parquet")
+    datasets.Dataset.from_list([{"prompt": "wrong", "completion": "file"}]).to_parquet(tmp_path / "run1.parquet")
+    first, second = read_demonstrations(tmp_path / "run[12].parquet")
+    assert first.prompt == [USER] and second.prompt[0] == {**USER, "name": "Bob"} and "tool_calls" not in second.prompt[2]
+    assert second.prompt[1]["tool_calls"] == [{"name": "weather"}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert read_demonstrations(tmp_path / "saved") == [first, second]
+    (tmp_path / "a[1]").mkdir()
+    with pytest.raises(BadInput, match="as a pattern; rename the folder"):
+        read_demonstrations(tmp_path / "a[1]")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from minialign import rewards
 from minialign.batch import Rollout, collate
-from minialign.data import Demo, encode_completion, encode_prompt
+from minialign.data import Demo, encode_completion, encode_prompt, read_prompts
 from minialign.engine import checkpoint, run
 from minialign.engine.common import BadInput, read_rows
 from minialign.model import GPT, GPTConfig
@@ -47,7 +47,7 @@ from minialign.rewards import (
     weight_average,
 )
 from minialign.task import builtin_tokenizer
-from minialign.tokenizer import CharTokenizer, train_bpe
+from minialign.tokenizer import CharTokenizer, Tokenizer, train_bpe
 from minialign.weights import load_pretrained, save_pretrained
 from tests.conftest import ONLINE
 from tests.killing import result_of
@@ -363,10 +363,11 @@ def scorer(tokenizer, seed=0, **changes):
         return GPT(GPTConfig.tiny(tokenizer.vocab_size, **{**shape, **changes})).double().with_scalar_head()
 
 
-def by_hand(model, tokenizer, prompt, completion):
-    """The oracle: BOS + prompt + completion + EOS as ids, the row alone; what is too much comes off the prompt's front, then the end."""
+def by_hand(model, tokenizer, prompt, completion, bos=True):
+    """The oracle: BOS (a chat template would write it itself) + prompt + completion + EOS as ids, the row alone; what is too much comes
+    off the prompt's front, then the end."""
     answer = (tokenizer.encode(completion) + [tokenizer.eos_id])[: CONTEXT - 1]
-    asked = [tokenizer.bos_id] + tokenizer.encode(prompt)
+    asked = [tokenizer.bos_id][:bos] + tokenizer.encode(prompt)
     return at_the_end(model, asked[len(asked) - min(len(asked), CONTEXT - len(answer)) :] + answer)
 
 
@@ -427,7 +428,7 @@ def test_learned_puts_messages_through_the_reward_models_own_template():
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
     model = scorer(tokenizer)
     with torch.no_grad():
-        expected = by_hand(model, tokenizer, "<hi><you>", "yes.")
+        expected = by_hand(model, tokenizer, "<hi><you>", "yes.", bos=False)
     messages = [{"role": "system", "content": "hi"}, {"role": "user", "content": "you"}]
     assert learned(model, tokenizer)([messages], ["yes."]).item() == pytest.approx(expected, abs=1e-12)
 
@@ -722,9 +723,9 @@ def test_exact_match_from_a_file_of_prompts(write):
     """The answers of --prompts; a row without one is refused, or passed over where other bad rows are."""
     path = write('{"question": "1+1?", "answer": "#### 2"}\n{"prompt": [{"role": "user", "content": "2+2?"}], "completion": "#### 4"}\n')
     reward = open_reward(["exact_match"], prompts=str(path))
-    asked = ["Question: 1+1?\nAnswer: ", [{"role": "user", "content": "2+2?"}]]
+    asked = ["Question: 1+1?\nAnswer:", [{"role": "user", "content": "2+2?"}]]
     assert reward(asked, ["#### 2", "#### 4"]) == [1, 1] and reward(asked, ["#### 4", "#### 2"]) == [0, 0]
-    assert "demonstration 2 has no final `#### number`: 'four'" in refusal(
+    assert "demonstration 2 has no final `#### number`: ' four'" in refusal(
         "exact_match", prompts=str(write('{"question": "a", "answer": "#### 2"}\n{"question": "b", "answer": "four"}\n')))
     only_prompts = write('{"prompt": "a"}\n')
     assert f"{only_prompts}:1: found the keys ['prompt'], expected prompt + completion" in refusal("exact_match", prompts=str(only_prompts))
@@ -1351,3 +1352,44 @@ def test_a_classifier_that_transformers_saved_is_a_reward(family, tmp_path):
             trunk = theirs.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
         assert abs(float(theirs.score(trunk)) - float(number)) < 1e-5
     assert found[0] != found[1]
+
+
+# ------------------------------------------------------------------------------------------------- functions as TRL calls them
+
+TRL_REWARDS = """
+def ours(prompts, completions): return [1.0 for _ in completions]
+def other_names(questions, texts): return [2.0 for _ in texts]
+def answer(completions, answer, **kwargs): return [float(c == a) for c, a in zip(completions, answer)]
+def keyword_only(*, completions, answer): return [float(c == a) for c, a in zip(completions, answer)]
+def all_of_it(prompts, completions, **columns): return [float(sorted(columns) == ["answer", "level"]) for _ in prompts]
+def chat(completions, **kwargs): return [float(c[0]["role"] == "assistant" and len(c[0]["content"])) for c in completions]
+def ids(completions, completion_ids): return [0.0 for _ in completions]
+"""
+
+
+def test_a_reward_with_trls_parameters_gets_what_trl_gives_it(write, tmp_path):
+    """By hand from TRL's documentation: prompts, completions and the other columns, by name; told apart from ours by the names."""
+    (tmp_path / "r.py").write_text(TRL_REWARDS)
+    path = write('{"prompt": "2+2?", "answer": "4", "level": 1}\n{"prompt": "3+3?", "answer": "6", "level": 2}\n', "a.jsonl")
+    prompts = read_prompts(path)
+
+    def rewards(name, texts, prompts=prompts):
+        return ask(open_reward([f"{tmp_path / 'r.py'}:{name}"], prompts=str(path)), prompts, texts).tolist()
+
+    assert rewards("ours", ["4", "4"]) == [1, 1] and rewards("other_names", ["4", "4"]) == [2, 2]
+    for name in ("answer", "keyword_only"):
+        assert rewards(name, ["4", "4"]) == [1, 0] and rewards(name, ["5", "6"]) == [0, 1]
+    assert rewards("all_of_it", ["", ""]) == [1, 1]
+    with pytest.raises(BadReward, match="needs 'completion_ids', which is no column of the file; its columns are prompt, answer, level"):
+        rewards("ids", ["a", "b"])
+    conversation = write('{"prompt": [{"role": "user", "content": "hi"}]}\n', "b.jsonl")
+    assert rewards("chat", ["abc"], read_prompts(conversation)) == [3]
+
+
+def test_a_reward_reads_what_was_sampled():
+    """A policy of three tokens that answers "<tool> tea": special token and space are part of the text, the EOS that ended it is not."""
+    tokenizer = CharTokenizer("ate <>lo")
+    tokenizer.inner.add_special_tokens(["<tool>"])
+    tokenizer = Tokenizer(tokenizer.inner, tokenizer.settings)
+    ids = [tokenizer.inner.token_to_id("<tool>"), *tokenizer.encode(" tea"), tokenizer.eos_id]
+    assert tokenizer.decode(ids) == "<tool> tea" and tokenizer.decode([*ids, tokenizer.eos_id]) == "<tool> tea<|endoftext|>"

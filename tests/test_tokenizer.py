@@ -10,6 +10,7 @@ from minialign.task import builtin_tokenizer
 from minialign.tokenizer import END, CharTokenizer, Tokenizer, load_tokenizer, plain_chat, render_chat, train_bpe
 
 hypothesis = pytest.importorskip("hypothesis", reason="the property tests need hypothesis (requirements-dev.txt)")
+transformers = pytest.importorskip("transformers", reason="the oracle (requirements-dev.txt)")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 CORPUS = ["the cat sat on the mat\n", "naïve café ☕ 😀 東京", "def f(x):\n\treturn x  # ok\r\n"] * 3
@@ -47,7 +48,7 @@ def bpe_folder(tmp_path):
 def test_bpe_gives_any_text_back(text):
     """Emoji, newlines, NUL, right-to-left marks: byte-level BPE loses nothing, and no id is outside the vocabulary."""
     ids = BPE.encode(text)
-    assert BPE.decode(ids) == text and all(0 < i < BPE.vocab_size for i in ids)
+    assert BPE.decode(ids) == text.removesuffix(END) and all(0 <= i < BPE.vocab_size for i in ids)
 
 
 @settings(max_examples=100, deadline=None, database=None)
@@ -70,11 +71,12 @@ def test_an_unknown_character_is_named():
         CharTokenizer("abc").encode("cab z!")
 
 
-def test_encode_adds_and_decode_drops_special_tokens():
+def test_encode_adds_no_special_token_and_decode_drops_only_eos_at_the_end():
     for tokenizer in (CHAR, BPE):
         ids = tokenizer.encode("abc")
         assert tokenizer.bos_id not in ids and tokenizer.eos_id not in ids
-        assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]) == "abc"
+        assert tokenizer.decode([*ids, tokenizer.eos_id]) == "abc"
+        assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.eos_id]) == f"{END}abc{END}"
         assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
 
 
@@ -146,13 +148,27 @@ def test_pad_falls_back_to_eos(bpe_folder):
     assert load_tokenizer(bpe_folder).pad_id == 0  # an id of 0 is an id
 
 
-def test_bos_only_where_the_folder_asks_for_it(bpe_folder):
-    edit(bpe_folder, add_bos_token=False)
-    assert load_tokenizer(bpe_folder).bos_id is None
-    edit(bpe_folder, add_bos_token=None)  # not said: then the post-processor decides, and there is none
-    assert load_tokenizer(bpe_folder).bos_id is None
-    edit(bpe_folder, add_bos_token=True, bos_token="a")
-    assert load_tokenizer(bpe_folder).bos_id == BPE.inner.token_to_id("a")
+@pytest.mark.parametrize("changes", [{}, {"add_bos_token": False}, {"add_bos_token": True}, {"bos_token": "a", "add_bos_token": True}])
+@pytest.mark.parametrize("post_processor", [False, True])
+def test_bos_stands_where_transformers_puts_it(bpe_folder, post_processor, changes):
+    inner = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    if not post_processor:
+        state = json.loads(inner.to_str()) | {"post_processor": None}
+        (bpe_folder / "tokenizer.json").write_text(json.dumps(state))
+        changes = {"bos_token": "b", **changes}
+    edit(bpe_folder, **changes)
+    tokenizer, theirs = load_tokenizer(bpe_folder), transformers.AutoTokenizer.from_pretrained(bpe_folder)
+    front = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    assert front + tokenizer.encode("a cat") == theirs("a cat").input_ids and bool(front) == post_processor
+
+
+def test_an_export_of_an_older_version_keeps_bos(bpe_folder):
+    """Versions before the post-processor trained with BOS in front and said so with add_bos_token alone, which transformers ignores."""
+    state = json.loads((bpe_folder / "tokenizer.json").read_text()) | {"post_processor": None}
+    (bpe_folder / "tokenizer.json").write_text(json.dumps(state))
+    edit(bpe_folder, add_bos_token=True)
+    load_tokenizer(bpe_folder).save(bpe_folder)
+    assert transformers.AutoTokenizer.from_pretrained(bpe_folder)("a").input_ids == [0, *BPE.encode("a")]
 
 
 def test_bos_said_by_the_post_processor_alone(bpe_folder):
@@ -160,7 +176,6 @@ def test_bos_said_by_the_post_processor_alone(bpe_folder):
     inner = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     inner.post_processor = tokenizers.processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
     inner.save(str(bpe_folder / "tokenizer.json"))
-    edit(bpe_folder, add_bos_token=None)
     tokenizer = load_tokenizer(bpe_folder)
     assert tokenizer.bos_id == 0 and tokenizer.encode("a") == BPE.encode("a")  # and encode still adds none
 
@@ -214,7 +229,7 @@ def test_damaged_tokenizer_config_is_refused(bpe_folder, content):
         load_tokenizer(bpe_folder)
 
 
-@pytest.mark.parametrize("template", [5, True, {"default": "x"}, [1], [{}], [{"name": "other"}]], ids=str)
+@pytest.mark.parametrize("template", [5, True, {"default": "x"}, [1], [{}], [{"name": "other"}], [{"name": "a", "template": "x"}]])
 def test_a_chat_template_of_the_wrong_type_is_refused(bpe_folder, template):
     edit(bpe_folder, chat_template=template)
     with pytest.raises(BadInput, match="chat template"):
@@ -237,7 +252,7 @@ def with_template(template):
 
 
 def test_without_a_template_messages_become_a_transcript():
-    expected = "\n\nSystem: Be brief.\n\nHuman: Say <b>hi</b> & 'bye'\n\ttwice 😀\n\nAssistant: hi hi\n\nHuman:   again  \n\nAssistant: "
+    expected = "\n\nSystem: Be brief.\n\nHuman: Say <b>hi</b> & 'bye'\n\ttwice 😀\n\nAssistant: hi hi\n\nHuman:   again  \n\nAssistant:"
     assert plain_chat(CHAT) == render_chat(None, CHAT) == render_chat(CharTokenizer("ab"), CHAT) == expected
 
 

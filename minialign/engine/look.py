@@ -31,8 +31,10 @@ def first_look(run, tokenizer, rows, batch, models):
     sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
     needed = print_sizes(run, models, sum(side.inputs.shape[1] for side in sides))
     empty = sum(len(completion) == 1 for _, *completions in rows for completion in completions)  # nothing but EOS
+    doubled = sum(completion[-2:-1] == [tokenizer.eos_id] for _, *completions in rows for completion in completions)
+    twice = f", {doubled:,} end in EOS twice (their text spells it)" if doubled else ""
     print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
-          f"{empty:,} empty; about {needed:,.0f} MB at the peak")
+          f"{empty:,} empty{twice}; about {needed:,.0f} MB at the peak")
     for side in sides:
         for b in range(min(3, len(side))):
             print("  " + show_row(tokenizer, side, b))
@@ -132,9 +134,9 @@ def show_row(tokenizer, batch, b, width=160):
         return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
 
     mask = batch.mask[b]
-    scored = batch.targets[b][mask].tolist()
+    scored = batch.targets[b][mask].tolist()  # its special tokens are shown, except EOS at the end (⏎)
     n_scored = len(scored)
     first = int(mask.int().argmax()) if n_scored else len(mask)
-    prompt = batch.inputs[b][: first + 1].tolist()
-    end = "⏎" if scored[-1:] == [tokenizer.eos_id] else ""
-    return f"{shorten(tokenizer.decode(prompt))}⟦{shorten(tokenizer.decode(scored))}{end}⟧  ({n_scored} scored)"
+    prompt = tokenizer.decode_prompt(batch.inputs[b][: first + 1].tolist())
+    end = "⏎" if scored and scored[-1] in tokenizer.eos_ids else ""
+    return f"{shorten(prompt)}⟦{shorten(tokenizer.decode(scored))}{end}⟧  ({n_scored} scored)"

@@ -110,7 +110,8 @@ def open_demos(run, tokenizer):
     cfg = run.cfg
     run.same_input("data", cfg.demos)
     demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
-    rows, held_out = split_scorable(encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+    rows = encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
+    rows, held_out = split_scorable(rows, cfg.held_out, cfg.max_len)
     return rows, held_out, batches_of(run, tokenizer)
 
 
@@ -124,7 +125,7 @@ def open_prompts(run, policy, tokenizer):
     cfg = run.cfg
     run.same_input("data", cfg.prompts)
     prompts = builtin_prompts() if cfg.prompts == "builtin" else read_prompts(cfg.prompts, skip_bad=cfg.skip_bad)
-    rows, held_out = split_held_out(encode_prompts(tokenizer, prompts, max_prompt=cfg.max_prompt), cfg.held_out)
+    rows, held_out = split_held_out(encode_prompts(tokenizer, prompts, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad), cfg.held_out)
     check_context(run, policy, rows + held_out)
     return rows, held_out
 

@@ -312,7 +312,7 @@ class Run:
         max_new = min(self.cfg.max_new, context - max(map(len, prompts_ids)))
         rollout = sample(policy, prompts_ids, max_new=max_new, tau=tau, eos_id=tokenizer.eos_id, seed=self.cfg.seed)
         for prompt, ids, finished in zip(prompts_ids, rollout.completions, rollout.finished.tolist(), strict=True):
-            row = {"step": step + 1, "prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(ids), "finished": finished}
+            row = {"step": step + 1, "prompt": tokenizer.decode_prompt(prompt), "completion": tokenizer.decode(ids), "finished": finished}
             append_row(self.folder / "samples.jsonl", row)
 
     def export(self, model, tokenizer, name):

@@ -100,7 +100,8 @@ def main(cfg):
     policy, tokenizer = open_policy(run)
     run.same_input("data", cfg.feedback)
     feedback = builtin_feedback() if cfg.feedback == "builtin" else read_feedback(cfg.feedback, skip_bad=cfg.skip_bad)
-    rows, held_out = split_scorable(encode_feedback(tokenizer, feedback, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
+    rows = encode_feedback(tokenizer, feedback, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
+    rows, held_out = split_scorable(rows, cfg.held_out, cfg.max_len)
     batch_of = batches_of(run, tokenizer)
 
     n_desirable = sum(desirable for *_, desirable in rows)

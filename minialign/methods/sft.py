@@ -115,7 +115,7 @@ def open_policy_and_rows(run):
         if run.resuming and (run.folder / "tokenizer.json").is_file():  # the tokenizer was trained when the run began
             tokenizer = load_tokenizer(run.folder)
         else:
-            own = [text if cfg.text else plain_text(text.prompt) + text.completion for text in train]
+            own = [plain_text(text if cfg.text else text.document()) for text in train]
             tokenizer = builtin_tokenizer() if (cfg.text or cfg.demos) == "builtin" else train_bpe(own, cfg.vocab)
             tokenizer.save(run.folder)
         torch.manual_seed(cfg.seed)
@@ -125,7 +125,7 @@ def open_policy_and_rows(run):
         policy, tokenizer = open_policy(run)
 
     if not cfg.text:
-        rows = encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt)
+        rows = encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
         return policy, tokenizer, *split_scorable(rows, cfg.held_out, cfg.max_len)
     if len(texts) == 1:  # a single document: its last rows are held out
         return policy, tokenizer, *split_held_out(encode_texts(tokenizer, texts, max_len=cfg.max_len), cfg.held_out)

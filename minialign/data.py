@@ -26,7 +26,7 @@ from pathlib import Path
 
 from minialign.batch import Pairs, collate
 from minialign.engine import parallel
-from minialign.engine.common import BadInput, one_line
+from minialign.engine.common import BadInput, note, one_line
 from minialign.tokenizer import plain_text_of, render_chat
 
 
@@ -95,7 +95,7 @@ def read_feedback(path, *, skip_bad=False):
 
 def read_prompts(path, *, skip_bad=False):
     """List of prompts (text or messages). Handles bad rows like read_demonstrations."""
-    return _read(path, _prompt, skip_bad)
+    return _read(path, _prompt, skip_bad, reads_all=True)  # rewards may read all columns
 
 
 def read_texts(path, *, skip_bad=False):
@@ -105,8 +105,8 @@ def read_texts(path, *, skip_bad=False):
     return [text for texts in _read(path, _texts, skip_bad) for text in texts]
 
 
-def _read(path, convert, skip_bad):
-    rows, bad, first = [], 0, ""
+def _read(path, convert, skip_bad, reads_all=False):
+    rows, bad, first, columns = [], 0, "", {}
     for where, row, fault in _records(path):
         try:
             if fault:
@@ -116,6 +116,7 @@ def _read(path, convert, skip_bad):
             row = Row((key, value) for key, value in row.items() if value is not None)
             row.where = where
             rows.append(convert(row))
+            columns |= dict.fromkeys(row)
         except BadRow as error:
             if not skip_bad:
                 raise BadInput(f"{where}: {error}; fix the row, or skip such rows with --skip_bad") from None
@@ -124,6 +125,8 @@ def _read(path, convert, skip_bad):
         print(f"{path}: {bad} bad rows skipped of {bad + len(rows)}; the first: {first}", file=sys.stderr)
     if not rows:
         raise BadInput(f"{path}: no usable rows")
+    if not reads_all and (unread := [name for name in columns if name not in READ]):
+        note(f"{path}: columns that are not read: {', '.join(unread)}")
     return rows
 
 
@@ -227,6 +230,8 @@ def without_nulls(value):
 # ----------------------------------------------------------------------------------------------------- what a row means
 
 BESIDE = {"tools": list, "documents": list, "chat_template_kwargs": dict}  # columns that a chat template reads beside the messages
+READ = {*BESIDE, "prompt", "completion", "messages", "chosen", "rejected", "label", "question", "answer", "instruction", "input", "output",
+        "text", "system"}
 LOST = (*BESIDE, "system", "history", "functions", "tool_calls", "reasoning_content")  # not lost silently where they cannot be used
 
 
@@ -480,6 +485,8 @@ def written(tokenizer, prompt, message):
         more = ", ".join(sorted(message.keys() - {"role", "content"}))
         raise BadInput(f"the answer has {more}, which only a chat template can write, and the tokenizer has none")
     before, text = render_chat(tokenizer, prompt), render_chat(tokenizer, document(prompt, message), answered=True)
+    if text == render_chat(tokenizer, document(prompt, plain_text_of(message)), answered=True):
+        raise BadInput(f"the chat template writes nothing of the answer's {', '.join(sorted(message.keys() - {'role', 'content'}))}")
     if not text.startswith(before):
         raise BadInput("the chat template does not write the conversation up to the answer as it writes the prompt alone")
     text, ends = text[len(before) :], [tokenizer.inner.id_to_token(i) for i in tokenizer.eos_ids]

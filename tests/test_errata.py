@@ -120,6 +120,16 @@ def test_juice_irft_reads_four_times_what_sft_reads(small, monkeypatch):
     assert reads == [True, True, False, False]
 
 
+def test_juice_table_3_average():
+    """Table 3's T = 16: 56.34 + 31.54 + 58.41 + 1.59 + 54.54 + 25.69 = 228.11, a sixth is 38.018; 37.57 is printed. T = 10 comes second,
+    and its average is right: 226.16 / 6 = 37.693."""
+    scores = {16: (56.34, 31.54, 58.41, 1.59, 54.54, 25.69), 10: (53.75, 31.92, 57.85, 2.43, 54.77, 25.44)}
+    means = {T: math.fsum(six) / 6 for T, six in scores.items()}
+    assert means[16] == pytest.approx(38.0183, abs=1e-4) and means[10] == pytest.approx(37.69, abs=0.005) and means[16] > 37.57 + 0.4
+    recipe = (ROOT / "minialign/recipes/irft_ultrachat_pythia.py").read_text(encoding="utf-8")
+    assert "T16 37.57" in recipe and f"{means[16]:.2f}" in recipe
+
+
 # ------------------------------------------------------------------------------------------------------ Intuitive Fine-Tuning
 
 

@@ -13,7 +13,8 @@ from rude speakers and the rest from a polite expert. Each number is exact or a 
     KL(π‖base)       mean of log π/base over the answers
 
 Below the table the demo prints the papers' claims, each as a number that should be above 0: mostly a difference of two runs with the same
-seed, with a 95 % interval (Student's t). Verdict: holds if the interval is above 0, does not hold if below, else not separable.
+seed, with a 95 % interval (Student's t). The gold reward stands in for the leaderboards of both Tab. 3. Verdict: holds if the interval is
+above 0, does not hold if below, else not separable.
 
     python -m minialign demo              # five seeds, under five minutes on two cores
 """

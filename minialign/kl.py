@@ -8,7 +8,9 @@ With y ~ π and log-ratio d = log π(y) − log ref(y):
 
 The trap: as a *value*, k1 and k3 both have the mean KL(π‖ref). As a *loss term*, differentiated through log π with y fixed, on average
     k1 gives 0,   k2 gives ∇KL(π‖ref),   k3 gives ∇KL(ref‖π), the other divergence.
-So the KL belongs in the detached reward as k1, or in the loss as k2. GRPO puts k3 in the loss; grpo.py says what that costs.
+This holds for log-probs of whole completions. Summed per token, k2 ignores that a token changes the KL of later tokens, and k3 takes the
+prefixes from π instead of ref (toy/theory.py). So the KL belongs in the detached reward as k1, or in the loss as k2 of whole completions.
+GRPO puts k3 per token in the loss; grpo.py says what that costs.
 
 Each estimator takes log-probs of any one shape and returns that shape. Checked by tests/test_kl.py: values and gradients by enumeration.
 """

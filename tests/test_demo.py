@@ -77,7 +77,7 @@ def test_every_claim_is_a_difference_of_these_runs():
         ("RFT/IRFT, Tab. 3", "IRFT's reward, T = 5, is above SPIN's"): 10 * (five - spin),
         ("IRL, Fig. 2a", "the reward's accuracy rises over rounds"): 0.1,
         ("IRL, Tab. 1", "its reward is more accurate than SPIN's"): 0.6 - (10 * spin + implicit),
-        ("IRL, Fig. 2c", "IRL wins against SFT"): 10 * irl + wins - 0.5,
+        ("IRL, Fig. 2c", "IRL wins against SFT (paper: demonstrations)"): 10 * irl + wins - 0.5,
         ("their price", "SPIN is farther from the expert than SFT"): 10 * (spin - sft),
         ("best-of-n", "a learned reward lifts it above SFT"): 10 * (best - sft),
     }.items():

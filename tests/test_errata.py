@@ -18,6 +18,7 @@ import torch
 from minialign.batch import collate
 from minialign.evaluate import verdict
 from minialign.logps import seq_logps
+from minialign.methods.gpo import gpo_loss
 from minialign.methods.grpo import grpo_loss
 from minialign.methods.ift import ift_loss
 from minialign.methods.ipo import ipo_loss
@@ -118,6 +119,16 @@ def test_juice_irft_reads_four_times_what_sft_reads(small, monkeypatch):
     demos, own = (collate([[0]], [y], pad_id=EOS) for y in ([1, 3, EOS], [2, EOS]))
     irft.step(policy, ref, demos, own, irft.Config())
     assert reads == [True, True, False, False]
+
+
+def test_juice_table_3_average():
+    """Table 3's T = 16: 56.34 + 31.54 + 58.41 + 1.59 + 54.54 + 25.69 = 228.11, a sixth is 38.018; 37.57 is printed. T = 10 comes second,
+    and its average is right: 226.16 / 6 = 37.693."""
+    scores = {16: (56.34, 31.54, 58.41, 1.59, 54.54, 25.69), 10: (53.75, 31.92, 57.85, 2.43, 54.77, 25.44)}
+    means = {T: math.fsum(six) / 6 for T, six in scores.items()}
+    assert means[16] == pytest.approx(38.0183, abs=1e-4) and means[10] == pytest.approx(37.69, abs=0.005) and means[16] > 37.57 + 0.4
+    recipe = (ROOT / "minialign/recipes/irft_ultrachat_pythia.py").read_text(encoding="utf-8")
+    assert "T16 37.57" in recipe and f"{means[16]:.2f}" in recipe
 
 
 # ------------------------------------------------------------------------------------------------------ Intuitive Fine-Tuning
@@ -295,6 +306,18 @@ def test_lecture_ipo_objective_without_beta():
         return torch.autograd.grad((law * (g - pull * (law / ref).log())).sum(), logits)[0].abs().max().item()
 
     assert slope(1.0, 1.0) < 1e-12 and slope(beta, beta) < 1e-12 and slope(1.0, beta) > 0.1
+
+
+def test_lecture_hinge_of_a_pair_and_of_a_cycle():
+    """.7·(1 − x) + .3·(1 + x) = 1 − .4·x for |x| < 1, x = β·Δ: a pair alone goes to x = 1. Three in a cycle, each preferred to the next
+    in .7 of the cases: 3 − .4·(x_ab + x_bc + x_ca) = 3, as the x sum to 0: no slope anywhere within the margins."""
+    def hinge(x):  # x = β·Δ of the preferred answer over the other one
+        losses = [gpo_loss(f64(way * x), f64(0.0), f64(0.0), f64(0.0), beta=1.0, f="hinge")[0].item() for way in (1, -1)]
+        return 0.7 * losses[0] + 0.3 * losses[1]
+
+    assert hinge(0.5) == pytest.approx(0.8) and hinge(1.0) == pytest.approx(0.6) and hinge(1.5) > 0.7
+    for a, b, c in ((0.0, 0.0, 0.0), (0.4, -0.1, -0.3), (-0.2, 0.6, 0.1)):
+        assert hinge(a - b) + hinge(b - c) + hinge(c - a) == pytest.approx(3.0)
 
 
 def test_lecture_grpo_single_update():

@@ -280,12 +280,13 @@ def beta_of_temperature(ref, reward, temperature):
 
 
 def collapse_threshold(ref, reward):
-    """(β*, its temperature): the smallest β that has a law when rewards are divided by their own std, with the KL in the reward.
+    """(β*, its temperature): the smallest β that has a law when r is divided by its own std and β·k1 is subtracted after the division.
 
     At rest π ∝ ref·e^{r/(βσ)} with σ = std_π(r). Let s = βσ be the temperature. Then β(s) = s / (std of r under ref·e^{r/s}). As s → ∞
     that std tends to ref's, so β → ∞. As s → 0 it vanishes exponentially, so again β → ∞. Hence β(s) has a smallest value β*. Below it
     σ = 0 is the only fixed point: a smaller σ weakens the pull, which sharpens π, which makes σ smaller, until one completion (or a tie
-    of several) is left. (This holds for the KL in the reward. GRPO's k3 in the loss has no threshold: group_normalised_law.)
+    of several) is left. Two other orders have no threshold. If the KL is subtracted first, R = r − β·k1 is constant only at π*, so R over
+    its own std rests there for every β. GRPO's k3 in the loss has the law of group_normalised_law.
     """
     temperatures, betas = temperature_curve(ref, reward)
     best = betas.argmin()

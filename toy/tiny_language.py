@@ -719,7 +719,7 @@ def main(cfg):
             if "grpo" in chosen:
                 thresholds = [closed_form.collapse_threshold(ref[n], r)[0] for n, r in enumerate(rewards)]
                 shown = ", ".join(f"{threshold:.3f}" for threshold in thresholds)
-                print(f"with the KL in the reward, rewards over their std would collapse for β below {shown} (one per prompt)")
+                print(f"rewards over their std, less β·k1 after the division, would collapse for β below {shown} (one per prompt)")
             print(f"{'':6}{'':34}{'at rest':>9}{'KL to law':>11}{'gate':>8}{'KL to π*':>10}{'E[r]':>8}{'seconds':>9}")
         for row in ROWS:
             if row.method not in chosen:

@@ -262,8 +262,8 @@ torch.testing.assert_close(my_group_advantages(four / 100, 4), my_group_advantag
 
 # %% [markdown]
 # Rewards in other units give the same step. That is handy. But a prompt where completions differ by a hundredth pushes as hard as one
-# where everything is at stake, and near the end, where all completions are about equally good, GRPO magnifies what is left. (Add a KL
-# penalty to the reward and this can go wrong altogether: exercise 3.)
+# where everything is at stake, and near the end, where all completions are about equally good, GRPO magnifies what is left. (Subtract a
+# KL penalty after the division and this can go wrong altogether: exercise 3.)
 #
 # ## The experiment: the noise of four gradients
 #
@@ -517,7 +517,8 @@ torch.testing.assert_close(in_reward, gradient(reverse_kl))
 
 # %% [markdown]
 # - $k_1$ in the loss does **nothing** on average: $\mathbb{E}[\nabla \log \pi] = 0$, the line that made baselines free.
-# - $k_2$ in the loss, the biased value, has the right gradient.
+# - $k_2$ in the loss, the biased value, has the right gradient, if $d$ is of the whole completion. (Per token it has not, from two tokens
+#   on: a token changes the KL of later tokens.)
 # - $k_3$ in the loss, the best value, has the gradient of the *other* divergence. GRPO does this.
 # - $k_1$ **in the detached reward** is right, and needs no thought: it is the identity at the top with
 #   $R = r - \beta d$. Is it enough to differentiate the first factor of $\pi R$ when $R$ depends on $\theta$ too? Yes: the other part is
@@ -658,9 +659,9 @@ for include_me in (False, True):
 # **Exercise 2** (★★☆, 15 minutes). How noisy is each gradient *at the end* of training? Put a `TabularPolicy` at $\pi^*$, with the KL in
 # the reward, and compute the noise of one completion with $b = 0$ and with $b = \mathbb{E}[R]$.
 #
-# **Exercise 3** (★★★, 20 minutes). Divide by the spread *and* keep the KL in the reward. Then the law is
+# **Exercise 3** (★★★, 20 minutes). Divide $r$ by its spread, and subtract $\beta k_1$ *after* the division. Then the law is
 # $\mathrm{ref} \cdot e^{r/(\beta\sigma)}$, where $\sigma$ is the spread of $r$ under that very law. Settle three logits at $\beta$ = 2, 1.5
-# and 0.8 and watch. What does `closed_form.collapse_threshold` say?
+# and 0.8 and watch. What does `closed_form.collapse_threshold` say? What changes if $\beta k_1$ is subtracted *before* the division?
 #
 # ---
 #
@@ -706,7 +707,9 @@ for n in range(2):
 
 # %% [markdown]
 # **Solution 3.** A smaller spread makes the reward count more, which sharpens the policy, which makes the spread smaller. Above the
-# threshold the two find a balance. Below it they never do: the policy collapses onto the best action, whatever the KL says.
+# threshold the two find a balance. Below it they never do: the policy collapses onto the best action, whatever the KL says. The order of
+# the two matters. If the KL is subtracted first, the division changes only the length of the step: $R = r - \beta k_1$ is the same for all
+# actions at $\pi^*$ and nowhere else, so the policy rests at $\pi^*$ for every $\beta$.
 
 # %%
 threshold, _ = closed_form.collapse_threshold(ref.numpy(), r.numpy())

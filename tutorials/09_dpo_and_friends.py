@@ -343,9 +343,9 @@ print(f"IPO itself, for comparison {'a quarter, as said above':>41}   {measured:
 assert abs(measured - 0.25) < 1e-3
 
 # %% [markdown]
-# The hinge has no curvature at 0. A pair that is chosen with $p > \frac12$, however little, goes all the way to $\beta\Delta = 1$; then
-# it stops dead. Its optimum is a corner of the loss. For large rewards there are laws, too: Savage lands on $\pi^*$, the exponential at
-# half the tilt, the square at IPO's law with half the $\beta$. They are in the table of the last section.
+# The hinge has no curvature at 0. A pair alone that is chosen with $p > \frac12$, however little, goes all the way to $\beta\Delta = 1$;
+# then it stops dead. Its optimum is a corner of the loss. For large rewards there are laws, too: Savage lands on $\pi^*$, the exponential
+# at half the tilt, the square at IPO's law with half the $\beta$. They are in the table of the last section.
 #
 # ### SLiC-HF, SimPO, ORPO: without a reference
 #

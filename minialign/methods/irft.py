@@ -17,7 +17,7 @@ Details  Log-probs are summed over the completion, not averaged. The policy's ow
          With fresh samples (rounds = steps, tau = 1) and ref = policy, the expected gradient of "identity" is β times that of SFT on
          summed log-probs; for "logistic" it is β/2 times. IRFT differs from SFT only by stale samples, a reference that lags, and σ(−z).
 Law      For an expert E with full support and exact expectations (toy/three_actions.py, derived in toy/closed_form.py):
-         fresh samples, fixed ref:  π ∝ E^{1/(1+β)} · ref^{β/(1+β)}, the geometric mixture, never E;
+         fresh samples, fixed ref:  π ∝ E^{1/(1+β)} · ref^{β/(1+β)}, the geometric mixture, never E (E if ref = π_t at every step);
          one converged round:       π ∝ ref · (E/π_t)^{1/β}. With ref = π_t and β < 1 this goes beyond E.
 Checked  tests/methods/test_irft.py (worked numbers, gradients by enumeration, SPIN equality), toy/three_actions.py (the laws).
 

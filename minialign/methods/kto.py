@@ -13,8 +13,9 @@ Details  Log-probs are summed over the answer. For z₀ each prompt is paired wi
          The paper advises λ_D·n_D / (λ_U·n_U) in [1, 4/3] (n: the number of answers of that kind). The run prints this ratio.
 Law      None in closed form. Let a(y) be λ_D times how often y is labelled desirable, and b(y) λ_U times how often undesirable. The loss
          is const − Σ (a − b)·σ(β·(ρ − z₀)). If some answers have a > b, however slightly, the probability of all others falls to 0, ever
-         more slowly, even if nobody labelled them. Those with a > b then share all the probability so that (a − b)·σ'(β·(ρ − z₀))/π is
-         the same for each: while β is small, π ∝ a − b, whatever ref is.
+         more slowly, even if nobody labelled them. If β < 1, those with a > b then share all the probability so that
+         (a − b)·σ'(β·(ρ − z₀))/π is the same for each: while β is small, π ∝ a − b, whatever ref is. If β > 1, one of them that has
+         become rare enough stays rare.
 Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity by enumeration), test_against_trl.py, toy/three_actions.py.
 
     python -m minialign kto                                                  # built-in task, laptop CPU

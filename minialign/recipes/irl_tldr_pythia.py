@@ -2,7 +2,8 @@
 
 Published: over the iterations the gold reward rises, and so do the wins over the demonstrations: .242 (SFT), .312, .335. The learned reward
 is right on 58.4 to 58.7 % of human preferences. In the paper a 6.9B PPO policy writes the 10,000 demonstrations, which SFT uses too, and
-the reward's batch is 64. Here the demonstrations are the data set's own, and the reward's batch is the policy's.
+the reward's batch is 64. Here the demonstrations are the data set's own, and the reward's batch is the policy's. Exact rounds lead to the
+expert only if β > ½; at β = .05 they move away from it (docs/ERRATA.md), so do not add rounds.
 To compare: `evaluate --policies … --reward runs/…/reward --pairs trl-lib/tldr-preference`.
 Receipt (of a run at full size): none yet.
 

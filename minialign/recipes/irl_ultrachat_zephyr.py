@@ -2,7 +2,8 @@
 
 Published: RewardBench 68.98, then 70.71 for the learned reward (48.73, then 45.88 for SPIN's implicit reward); leaderboard mean 57.70 for
 the base, 59.00 and 58.71 for SPIN, 59.42 and 59.49 for IRL. In the paper each round learns its own reward with a batch of 64 (--mode
-literal, Eq. 11 as printed). Here the rewards add up, so the fixed point is the expert (docs/ERRATA.md), and the batch is the policy's.
+literal, Eq. 11 as printed). Here the rewards add up, and the batch is the policy's. Exact rounds lead to the expert only if β > ½; at
+β = .1 they move away from it (docs/ERRATA.md). bon_dpo follows none of these laws (irl.py), so do not add rounds.
 To compare: run RewardBench on reward/ and lm-evaluation-harness on final/.
 Receipt (of a run at full size): none yet.
 

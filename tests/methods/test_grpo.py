@@ -119,6 +119,17 @@ def test_the_trap_of_k3():
     assert relative(e.gradient(means["k3"]), e.gradient(reverse)) > 0.3
 
 
+def test_k2_per_token_misses_the_kl_of_later_tokens():
+    """E[Σ_t k2_t] in the loss is not ∇KL(π‖ref), but that less E[Σ_t ∇log π_t·Σ_{s>t} log π_s/ref_s], written out over all completions."""
+    e = Enumerated()
+    logratio = (e.logps - e.ref_logps).detach()  # (C, T)
+    later = torch.stack([logratio[:, t + 1:].sum(1) for t in range(logratio.shape[1])], dim=1)  # (C, T)
+    reverse = e.gradient((e.logps.sum(1).exp() * (e.logps - e.ref_logps).sum(1)).sum())
+    per_token = e.gradient((e.law * kl.k2(e.logps, e.ref_logps).sum(1)).sum())
+    missed = e.gradient((e.law[:, None] * e.logps * later).sum())
+    assert relative(per_token + missed, reverse) < 1e-12 and relative(per_token, reverse) > 0.2
+
+
 def test_pairs_of_a_group_enumerated(m):
     """G = 2, no spread: Σ over all 85² pairs through group_advantages and the loss = half the gradient of E[r] (β = 0)."""
     e = Enumerated(prompt=1)

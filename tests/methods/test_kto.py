@@ -272,6 +272,15 @@ def test_an_answer_that_is_disliked_is_driven_out(m):
     assert pushes[0] > 2 * pushes[1] > 4 * pushes[2] > 8 * pushes[3] > 0
 
 
+@pytest.mark.parametrize(("beta", "comes_back"), [(0.5, True), (0.9, True), (1.1, False), (2.0, False)])
+def test_a_liked_answer_that_is_rare_comes_back_only_below_beta_one(m, beta, comes_back):
+    """For small π of a liked answer its flow is (a − b)·β·σ' ≈ c·π^β, against −π times the flow of all. Below β = 1 the first is larger."""
+    _, ref, mu = setting(1)
+    z = (ref.log() - 60 * f64(1, 0, 0, 0, 0)).requires_grad_()
+    (slope,) = torch.autograd.grad(expected_loss(m, f64(0.9, 0.9, 0.75, 0.65, 0.95), mu, ref, 0.3, beta, (1.0, 1.0))(z), z)
+    assert (slope[0] < 0) == comes_back and slope[0] != 0
+
+
 def test_the_loss_of_a_population_is_its_formula(m):
     """const − Σ (a − b)·σ(β·(ρ − z₀)), const = Σ a: at any policy."""
     _, ref, mu = setting(2)

@@ -217,7 +217,7 @@ def test_grpo_as_printed_rests_at_its_law(seed, beta):
 
 @pytest.mark.parametrize(("seed", "excess"), [(0, 2.0), (1, 1.5)])
 def test_rewards_over_their_spread_rest_at_their_law(seed, excess):
-    """KL in the reward: from ref, above the threshold, the flow settles at the warmest solution; without the division at π*."""
+    """KL subtracted after the division: from ref, above the threshold, the flow settles at the warmest solution; undivided at π*."""
     ref_logps, ref, rewards, start = problem(seed)
     beta = excess * law.collapse_threshold(ref, rewards.numpy())[0]
     found = settle(with_kl_in_the_reward(ref_logps, rewards, beta, normalise=True), logits_of(ref_logps))
@@ -242,6 +242,48 @@ def test_rewards_over_their_spread_collapse_below_the_threshold():
             break
     assert policy(logits)[rewards == rewards.max()].sum() > 1 - 1e-5
     assert law.std_normalised_law(ref, rewards.numpy(), beta) is None
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8, 2.0])
+def test_the_kl_subtracted_before_the_division_never_collapses(share):
+    """R = r − β·log π/ref over its own spread, followed by steps of falling size on five actions: π*, above and far below the threshold."""
+    rng = np.random.default_rng(3)
+    ref, rewards = rng.dirichlet(np.ones(5)), rng.normal(size=5)
+    beta = share * law.collapse_threshold(ref, rewards)[0]
+    logits = np.log(ref)
+    for k in range(20000):
+        pi = law.normalise(np.exp(logits - logits.max()))
+        R = rewards - beta * np.log(pi / ref)
+        logits = logits + 20 / (20 + k) * pi * (R - pi @ R) / max(spread(pi, R), 1e-12)
+    close(pi, law.tilt(ref, rewards, beta), 2e-3)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0, 10.0])
+def test_the_spread_sharpens_only_while_it_is_below_one(scale):
+    """The spread at rest decides whether dividing by it ends farther from ref than not dividing, at one β and for rewards in any unit."""
+    _, ref, rewards, _ = problem(1)
+    divided = law.group_normalised_law(COMPLETIONS, ref, scale * rewards.numpy(), 0.5)
+    plain = law.token_k3_law(COMPLETIONS, ref, scale * rewards.numpy() / SIZES, 0.5 / SIZES)
+    assert (law.kl(divided, ref) > law.kl(plain, ref)) == (spread(divided, scale * rewards.numpy()) < 1)
+    assert (spread(divided, scale * rewards.numpy()) < 1) == (scale < 2)
+
+
+def averaged_reinforce(ref, rewards, beta, lift):
+    """REINFORCE with log-probs averaged over the tokens. The baseline is E[R] + lift, as if shared with prompts of other rewards."""
+
+    def objective(current, sampler):
+        weights, R = sampler.sum(1).exp(), rewards - beta * (sampler - ref).sum(1)
+        return (weights * (R - weights @ R - lift) * current.sum(1) / torch.tensor(SIZES)).sum()
+
+    return objective
+
+
+def test_reinforce_averaged_over_tokens_needs_each_prompts_own_baseline():
+    """With its own mean reward as the baseline a prompt rests at π*; with a baseline that is off by half a unit it rests elsewhere."""
+    ref_logps, ref, rewards, start = problem(0)
+    best = law.tilt(ref, rewards.numpy(), 0.7)
+    close(settle(averaged_reinforce(ref_logps, rewards, 0.7, 0.0), start), best)
+    assert np.abs(settle(averaged_reinforce(ref_logps, rewards, 0.7, 0.5), logits_of(ref_logps)) - best).max() > 0.004
 
 
 # -------------------------------------------------------------------------------------------------------------------- REBEL
@@ -412,9 +454,9 @@ def test_the_threshold_is_the_smallest(case):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_k3_does_not_collapse(seed):
-    """Only a KL in the reward has a threshold. With k3 in the loss every β has one law, from every start: there π(y) of a worse completion
-    falls like β·σ, not exponentially, so σ² ≈ βσ·Σ ref·(r_max − r) for small σ, and σ → β·Σ ref·(r_max − r) > 0 as β → 0. On whole
-    completions the spread's elasticity to the pull is below ½, so there is exactly one.
+    """Only a KL subtracted after the division has a threshold. With k3 in the loss every β has one law, from every start: there π(y) of a
+    worse completion falls like β·σ, not exponentially, so σ² ≈ βσ·Σ ref·(r_max − r) for small σ, and σ → β·Σ ref·(r_max − r) > 0 as
+    β → 0. On whole completions the spread's elasticity to the pull is below ½, so there is exactly one.
     """
     rng = np.random.default_rng(seed)
     ref, rewards = rng.dirichlet(np.ones(5)), rng.normal(size=5)

@@ -235,6 +235,22 @@ def test_values_and_returns_of_a_bfloat16_model_are_float32(m):
     assert all(found.dtype == torch.float32 and (found - right).abs().max() < 1e-5 for found, right in pairs)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("method", ["ppo", "rft", "irl"])
+def test_a_run_computes_rewards_values_and_advantages_in_float32(small, monkeypatch, method, dtype):
+    """Wherever ppo's step is used, and what rft and irl learn as a reward: float32 numbers, which bfloat16 would round."""
+    seen, real = [], ppo.credit
+
+    def credit(answers, rewards, cfg):
+        real(answers, rewards, cfg)
+        seen.append([rewards, answers.values, answers.advantages, answers.returns])
+
+    monkeypatch.setattr(ppo, "credit", credit)
+    module, cfg = small(method, dtype=dtype, steps=2, **({} if method == "ppo" else {"policy_step": "ppo"}))
+    module.main(cfg)
+    assert seen and all(x.dtype == torch.float32 and (x != x.bfloat16()).any() for x in seen[-1])
+
+
 def test_a_value_within_eps_is_not_clipped_by_rounding():
     """1000 old and new values within ±.1, eps .2: old + (value − old) is off by a unit of the last place here and there."""
     old, values, returns = torch.rand(3, 1, 1000, generator=torch.Generator().manual_seed(0)) * 0.2 - 0.1

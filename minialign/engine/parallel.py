@@ -170,9 +170,9 @@ def shard(model, layout, device_type, dtype, optimizers=()):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     wide = torch.promote_types(dtype, torch.float32)
-    exact = {id(p) for name, p in model.named_parameters() if "lora_" in name or name == "head.weight" and model.config.head == "scalar"}
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta", dtype=wide if id(p) in exact else dtype), requires_grad=False)
-             for p in model.parameters()}
+    exact = "lora_", *["head.weight"] * (model.config.head == "scalar")  # these stay float32 in a full copy too
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta", dtype=wide if any(part in name for part in exact) else dtype),
+                                 requires_grad=False) for name, p in model.named_parameters()}
     place, taken = {key: i for i, key in enumerate(empty)}, []  # nothing else keeps full weights: each is freed once it is sliced
     for optimizer in optimizers:
         taken.append([[place.get(id(p), p) for p in group["params"]] for group in optimizer.param_groups])

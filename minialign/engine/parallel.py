@@ -1,5 +1,5 @@
 """One run on several processes. Only this file calls torch.distributed. Without torchrun there is one process and no communication.
-(`--dtype mixed` is FSDP2's too: without torchrun it makes a group of one process.)
+With `--dtype mixed`, which needs FSDP2, that process forms a group of one.
 
     torchrun --nproc_per_node 8 -m minialign dpo …                     # weights split over eight GPUs (FSDP2)
     torchrun --nproc_per_node 8 -m minialign dpo … --parallel ddp      # a full copy on each

@@ -57,7 +57,7 @@ class Run:
         self.weights_dtype = torch.float32 if mixed else pick_dtype(cfg.dtype)
         self.dtype = torch.bfloat16 if mixed else self.weights_dtype  # of the forward and backward pass
         if mixed and self.device.type == "mps":
-            raise BadInput("--dtype mixed: FSDP2, which does it, does not work on Apple's mps device; use --device cpu, or --dtype float32")
+            raise BadInput("--dtype mixed: is for cpu and cuda, not for Apple's mps device; use --dtype float32, or --device cpu")
         parallel.start(alone=mixed)
         self.load_device = torch.device("cpu") if parallel.started() else self.device  # so a GPU gets only its slices
         self._check_parallel()

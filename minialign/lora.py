@@ -6,6 +6,9 @@ In layers of width C, about 2·rank·C numbers per matrix are trained instead of
 A reference or an old policy copies only the thin matrices, because `frozen_copy` shares everything that is already frozen. So a
 reference needs neither a second copy of the frozen weights nor a switch that turns the adapters off.
 
+A and B are float32 beside bfloat16 weights too, and are rounded where they are used. If they were bfloat16 themselves, AdamW's steps
+would be lost by rounding as soon as a number is a few hundred times larger than the learning rate.
+
 On disk an adapter is a PEFT folder (adapter_config.json, adapter_model.safetensors), so PEFT reads ours and we read PEFT's. PEFT's gpt2
 and gpt_neox have one matrix for queries, keys and values. When we read such an adapter, each of our three matrices gets its rows of B and
 all of A. When we write one, we stack our three A and put our three B on a block diagonal: the rank triples, B A x is unchanged.
@@ -39,11 +42,13 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features, self.scale = linear.in_features, linear.out_features, alpha / rank
         self.weight, self.bias = linear.weight, linear.bias
         bound = 1 / math.sqrt(self.in_features)  # as in PEFT: uniform, with the bound of nn.Linear's initialization
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features).uniform_(-bound, bound).to(self.weight))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank).to(self.weight))
+        where = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features).uniform_(-bound, bound).to(**where))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank).to(**where))
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, A), B)
 
     def merged_weight(self):
         """W + (alpha / rank)·B A, (out, in), computed in at least float32."""
@@ -104,9 +109,12 @@ def merge_one(adapter):
 # ------------------------------------------------------------------------------------------------------------ PEFT's folder
 
 PREFIX = "base_model.model."
-# PEFT options that change the formula above. This file implements only the values given here and refuses all others.
-PLAIN = {"use_dora": False, "use_rslora": False, "use_qalora": False, "lora_bias": False, "bias": "none", "modules_to_save": None,
-         "layer_replication": None, "trainable_token_indices": None, "target_parameters": None}
+# Fields of PEFT's configuration that change neither the formula above nor the frozen weights. All others are refused if they are set.
+HARMLESS = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+            "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform",
+            "layers_pattern", "fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+            "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # these five: if STARTS allows the first
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")  # other ways to start an adapter, such as PiSSA, change the frozen weights
 
 
 def packed(config):
@@ -131,7 +139,7 @@ def save_adapter(model, folder, base=""):
         scales[theirs] = scale = next(adapter.scale for adapter in mine if adapter)
         blocks, start = [], 0
         for name, adapter in zip(ours, mine, strict=True):
-            block = torch.zeros(model.get_submodule(name).out_features, rank, dtype=model.head_weight.dtype)
+            block = torch.zeros(model.get_submodule(name).out_features, rank, dtype=next(iter(found.values())).lora_B.dtype)
             if adapter:
                 block[:, start : start + len(adapter.lora_A)] = adapter.lora_B.detach().cpu() * (adapter.scale / scale)
                 start += len(adapter.lora_A)
@@ -163,9 +171,11 @@ def load_adapter(model, folder):
     where = folder / "adapter_config.json"
     if config.get("peft_type") != "LORA":
         raise BadInput(f"{where}: peft_type {config.get('peft_type')!r} is not LoRA")
-    for option, plain in PLAIN.items():
-        if config.get(option, plain) not in (plain, [] if plain is None else plain):
-            raise BadInput(f"{where}: {option}={config[option]!r} is not implemented: expected {plain!r}")
+    plain = {name: name in HARMLESS or value in (None, False, "none", [], {}) for name, value in config.items()}
+    plain["init_lora_weights"] = config.get("init_lora_weights", True) in STARTS
+    if changes := [name for name in plain if not plain[name]]:
+        raise BadInput(f"{where}: {changes[0]}={config[changes[0]]!r} changes the formula or the frozen weights in a way that is "
+                       "not implemented here; if PEFT can merge the adapter into its base, load the merged model")
     if adapters(model):
         raise BadInput(f"{folder}: the model has adapters already; merge them first")
     if not (folder / "adapter_model.safetensors").is_file():
@@ -191,6 +201,8 @@ def load_adapter(model, folder):
                 adapter.lora_B.copy_(part)
     if tensors:
         raise BadInput(f"{folder}: tensors that a {model.config.family} model has no place for: {first_five(tensors)}")
+    if not adapters(model):
+        raise BadInput(f"{folder}: adapter_model.safetensors has no tensors, so this would be the base model; save the adapter again")
     return model
 
 
@@ -202,9 +214,13 @@ def load_model(path, *, dtype=None, device=None):
     """
     folder, base = find_folder(path), None
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        config = read_json(folder / "adapter_config.json")
+        base = config.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise BadInput(f"{folder}/adapter_config.json: names no base_model_name_or_path, so the model it belongs to is unknown")
+        if config.get("revision") not in (None, "main") and not Path(base).expanduser().is_dir():
+            raise BadInput(f"{folder}/adapter_config.json: revision={config['revision']!r} of {base} is not fetched: download it and name "
+                           "its folder as base_model_name_or_path")
     source = folder if base is None else find_folder(base)
     model = load_pretrained(source, dtype=dtype, device=device)
     if base is not None:
@@ -217,4 +233,4 @@ def load_model(path, *, dtype=None, device=None):
 
 def of_module(pattern, module, otherwise):
     """PEFT's rule: the value of the first key in the pattern that matches the end of the module's name, else `otherwise`."""
-    return next((value for key, value in (pattern or {}).items() if re.search(rf"(^|\.){key}$", module)), otherwise)
+    return next((value for key, value in (pattern or {}).items() if re.search(rf"(^|\.)({key})$", module)), otherwise)

@@ -294,8 +294,8 @@ class GPT(nn.Module):
     def forward(self, inputs, *, embeds=None, cache=None, lengths=None):
         """LM head: logits (B, T, V). Scalar head: one number per position (B, T). The arguments are those of `hidden`."""
         hidden = self.hidden(inputs, embeds=embeds, cache=cache, lengths=lengths)
-        if self.config.head == "scalar":
-            return self.head(hidden).squeeze(-1) - self.config.reward_offset  # (B, T)
+        if self.config.head == "scalar":  # float32 beside a bfloat16 trunk too: a reward near 5 would be rounded to 1/32
+            return self.head(hidden.to(self.head_weight.dtype)).squeeze(-1) - self.config.reward_offset  # (B, T)
         return self.head(hidden)  # (B, T, V)
 
     def hidden(self, inputs, *, embeds=None, cache=None, lengths=None):
@@ -351,10 +351,10 @@ class GPT(nn.Module):
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
     def with_scalar_head(self, *, reward_read="last", reward_bound=0.0):
-        """A copy of this model with a new scalar head (std 1/sqrt(C+1)). Reward and value models start from it."""
+        """A copy of this model with a new scalar head (std 1/sqrt(C+1)), in at least float32. Reward and value models start from it."""
         model = copy.deepcopy(self)
         model.config = replace(self.config, head="scalar", tied=False, reward_read=reward_read, reward_bound=reward_bound)
         weight = torch.empty(1, self.config.n_embd).normal_(std=1 / math.sqrt(self.config.n_embd + 1))
         model.head = nn.Linear(self.config.n_embd, 1, bias=False)
-        model.head.weight = nn.Parameter(weight.to(self.head_weight))
+        model.head.weight = nn.Parameter(weight.to(self.head_weight.device, torch.promote_types(self.head_weight.dtype, torch.float32)))
         return model

@@ -43,7 +43,7 @@ class Training:
     held_out: float = 0.1           # share of the file, taken from its end, that is never trained on
     seed: int = 0                   # seed of the data order, of sampling and of new weights
     device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "float32"          # float32, bfloat16, float64, or mixed: float32 weights, bfloat16 arithmetic (needs torchrun)
+    dtype: str = "float32"          # float32 (16 bytes a weight), mixed (18; bfloat16 arithmetic), bfloat16 (8; loses small steps), float64
     parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (each holds all of them)
     activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, about a third more time
     lora: int = 0                   # rank of the LoRA adapters to train instead of the weights; 0 trains the weights

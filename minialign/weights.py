@@ -218,6 +218,8 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
     model.load_state_dict(state, assign=True)
     if config.tied:
         model.head.weight = model.tok_embed.weight
+    if config.head == "scalar":
+        model.head.to(torch.promote_types(model.head_weight.dtype, torch.float32))
     model.requires_grad_(True)
     if (folder / "tokenizer.json").is_file():
         fit_vocabulary(model, load_tokenizer(folder), folder)
@@ -255,7 +257,7 @@ def save_pretrained(model, folder, tokenizer=None):
     for theirs, ours, (pack, _) in layout(model.config)[0]:
         tensors[theirs] = pack([state[name].detach() for name in ours]).cpu().contiguous()
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-    hf = config_to_hf(model.config) | {"dtype": str(model.head_weight.dtype).removeprefix("torch.")}
+    hf = config_to_hf(model.config) | {"dtype": str(model.tok_embed.weight.dtype).removeprefix("torch.")}
     if tokenizer is not None:
         tokenizer.save(folder)
         ends = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id

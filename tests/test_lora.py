@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from minialign.batch import collate
 from minialign.engine.common import BadInput
@@ -164,6 +165,25 @@ def test_bfloat16_adapters_merge_in_one_rounding(family):
         assert (error <= (2.0**-8 + 1e-5) * exact.abs() + 1e-7).all(), name  # half a unit of the last place
 
 
+def test_adapters_of_a_bfloat16_model_are_float32_and_keep_moving(tmp_path):
+    """400 AdamW steps of 1e-4 in one direction: B ends at .04. In bfloat16 it would stop at 2^-5, where half a spacing is above 1e-4.
+    The output is bfloat16, and what is saved and loaded is float32. A float64 model keeps float64."""
+    model = inject(policy(dtype=torch.bfloat16), 2, 2.0, r"attn\.q")
+    adapter = next(iter(adapters(model).values()))
+    x = torch.ones(1, 32, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW([adapter.lora_B], lr=1e-4, weight_decay=0.0)
+    for _ in range(400):
+        optimizer.zero_grad()
+        out = adapter(x)
+        out.sum().backward()
+        optimizer.step()
+    assert out.dtype == torch.bfloat16 and (adapter.lora_B.abs() - 0.04).abs().max() < 1e-4
+    save_adapter(model, tmp_path)
+    again = next(iter(adapters(load_adapter(policy(dtype=torch.bfloat16), tmp_path)).values()))
+    assert again.lora_B.dtype == torch.float32 and torch.equal(again.lora_B, adapter.lora_B) and torch.equal(again.lora_A, adapter.lora_A)
+    assert {p.dtype for p in inject(policy(), 2).parameters()} == {torch.float64}
+
+
 def spoil(folder, change):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -171,12 +191,58 @@ def spoil(folder, change):
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"peft_type": "IA3"}, "not LoRA"), ({"use_dora": True}, "use_dora"), ({"use_rslora": True}, "use_rslora"), ({"bias": "all"}, "bias"),
-    ({"modules_to_save": ["score"]}, "modules_to_save"), ({"r": 5}, "shapes")])
+    ({"modules_to_save": ["score"]}, "modules_to_save"), ({"r": 5}, "shapes"), ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+    ({"init_lora_weights": "lora_ga"}, "init_lora_weights"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"a_field_of_tomorrow": {"on": True}}, "a_field_of_tomorrow")])
 def test_what_would_be_another_sum_is_refused(change, said, tmp_path):
     save_adapter(adapted(), tmp_path)
     spoil(tmp_path, change)
     with pytest.raises(BadInput, match=said):
         load_adapter(policy(), tmp_path)
+
+
+def peft_folder(tmp_path, **options):
+    """(a llama's folder, the folder that PEFT writes of random adapters on it, the logits when PEFT loads the two)."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    save_pretrained(policy(dtype=torch.float32), tmp_path / "base")
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "down_proj"], **options}))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.add_(torch.randn_like(p) * 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        return tmp_path / "base", tmp_path / "adapter", peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(IDS).logits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [
+    *[{"init_lora_weights": start} for start in (True, False, "gaussian", "orthogonal", "mica", "eva")],
+    {"lora_dropout": 0.5, "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"rank_pattern": {"up_proj|proj": 2}, "alpha_pattern": {"k_proj|q_proj": 3}, "exclude_modules": ["v_proj"]}], ids=str)
+def test_options_of_peft_that_change_nothing_are_read(options, tmp_path):
+    base, folder, logits = peft_folder(tmp_path, **options)
+    with torch.no_grad():
+        assert (load_adapter(load_pretrained(base), folder)(IDS) - logits).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [
+    {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"alora_invocation_tokens": [1, 2]}, {"use_dora": True},
+    {"use_rslora": True}, {"lora_bias": True}, {"trainable_token_indices": [1]}], ids=str)
+def test_options_of_peft_that_change_the_base_or_the_formula_are_refused_by_name(options, tmp_path):
+    """For those whose tensors fit, the function would be another: read as plain adapters, the logits differ."""
+    base, folder, logits = peft_folder(tmp_path, **options)
+    name, value = next(iter(options.items()))
+    with pytest.raises(BadInput, match=f"adapter_config.json: {name}={re.escape(repr(value))} changes"):
+        load_adapter(load_pretrained(base), folder)
+    if name in ("init_lora_weights", "use_rslora"):
+        spoil(folder, {name: False})
+        with torch.no_grad():
+            assert (load_adapter(load_pretrained(base), folder)(IDS) - logits).abs().max() > 1e-3
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
@@ -187,6 +253,9 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         load_adapter(adapted(), tmp_path)
     with pytest.raises(BadInput, match="no place for"):
         load_adapter(policy("gpt2"), tmp_path)
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(BadInput, match="no tensors"):
+        load_adapter(policy(), tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(BadInput, match="missing"):
         load_adapter(policy(), tmp_path)
@@ -328,6 +397,9 @@ def test_an_adapter_folder_with_other_adapters_or_without_a_base_is_refused(smal
     record = json.loads(config.read_text())
     config.write_text(json.dumps({**record, "base_model_name_or_path": ""}))
     with pytest.raises(BadInput, match="names no base_model_name_or_path"):
+        first_loss(small, adapter_run / "adapter")
+    config.write_text(json.dumps({**record, "base_model_name_or_path": "owner/name", "revision": "v2"}))
+    with pytest.raises(BadInput, match="revision='v2' of owner/name is not fetched"):
         first_loss(small, adapter_run / "adapter")
     config.write_text(json.dumps({**record, "base_model_name_or_path": "nowhere.safetensors"}))
     with pytest.raises(BadInput, match="nowhere.safetensors: expected a folder"):

@@ -11,9 +11,11 @@ from minialign.data import encode_pairs, encode_prompts, pair_batch, read_prefer
 from minialign.engine import run
 from minialign.engine.checkpoint import newest_checkpoint
 from minialign.engine.common import BadInput, batch_rows, derive_seed, read_rows
+from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
+from minialign.task import builtin_tokenizer
 from minialign.tokenizer import load_tokenizer
-from minialign.weights import load_pretrained
+from minialign.weights import load_pretrained, save_pretrained
 from tests.conftest import PREFERRING
 from tests.killing import result_of
 from tests.preferring import replay, token_logps_alone
@@ -201,3 +203,16 @@ def test_online_refusals_before_step_1(online, method, changes, message):
     with pytest.raises(BadInput, match=message):
         module.main(cfg)
     assert not asked()
+
+
+def test_at_a_small_rate_mixed_learns_what_float32_learns(small, tmp_path):
+    """DPO at lr 5e-7: the mean margin of the last 10 of 40 steps is float32's to 10 %. In bfloat16 hardly a weight moves."""
+    torch.manual_seed(0)
+    save_pretrained(GPT(GPTConfig.tiny(builtin_tokenizer().vocab_size, max_len=128)), tmp_path / "wide", builtin_tokenizer())
+    margins = {}
+    for dtype in ("float32", "mixed", "bfloat16"):
+        module, cfg = small("dpo", policy=str(tmp_path / "wide"), dtype=dtype, lr=5e-7, schedule="constant", warmup=0.0, steps=40,
+                            eval_every=99, save_every=99, held_out=0.0)
+        rows = read_rows(module.main(cfg) / "metrics.jsonl")
+        margins[dtype] = sum(row["rewards/margins"] for row in rows[-10:]) / 10
+    assert margins["mixed"] == pytest.approx(margins["float32"], rel=0.1) and abs(margins["bfloat16"]) < 0.1 * margins["float32"]

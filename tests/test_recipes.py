@@ -86,6 +86,9 @@ def test_what_a_plan_counts():
     assert again["memory"]["activations of a micro-batch"] < numbers["memory"]["activations of a micro-batch"] / 5
     adapters = recipes.plan(recipe, dataclasses.replace(cfg, lora=64), "h100")
     assert adapters["memory"]["gradients and AdamW"] < numbers["memory"]["gradients and AdamW"] / 20
+    half = recipes.plan(recipe, dataclasses.replace(cfg, lora=64, dtype="bfloat16"), "h100")  # the base is bfloat16, the adapters are not
+    assert half["memory"]["gradients and AdamW"] == adapters["memory"]["gradients and AdamW"]
+    assert half["memory"]["weights"] == adapters["memory"]["weights"] / 2
     assert adapters["hours"]["training and scoring"] == pytest.approx(4 / 6 * seconds / 3600 * adapters["parameters"] / parameters)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints that survive kill -9 at any moment, a full disk and a flipped bit, and resume bit for bit.
 
-    checkpoints/step_000100/   model.safetensors   parameters of every module of the run, 'policy.…', 'old.…'
+    checkpoints/step_000100/   model.safetensors   parameters of every module of the run, 'policy.…', 'old.…'; with --lora not the
+                                                   frozen weights, which a resumed run takes from --policy again
                                optim.safetensors   the optimizers' tensors
                                rng.safetensors     torch's CPU (and CUDA) generator states
                                state.json          step, skipped steps, the optimizers' settings, torch's version, thread count
@@ -50,9 +51,8 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
         except (OSError, SafetensorError) as error:
             parallel.on_main(shutil.rmtree, temporary, True)
             if pause is None:
-                needed = sum(p.numel() * p.element_size() for module in modules.values() for p in module.parameters())
                 raise BadInput(
-                    f"{final}: the checkpoint could not be written ({error}); it needs about {3 * needed:,} bytes free; "
+                    f"{final}: the checkpoint could not be written ({error}); it needs about {size_of(modules):,} bytes free; "
                     "earlier checkpoints are intact: make room and resume"
                 ) from None
             print(f"writing {final} failed ({error}); try {attempt + 1} in {pause} s", file=sys.stderr)
@@ -62,12 +62,24 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
 
 
 def parameters_of(modules):
-    """{'policy.blocks.0…': parameter} of {name: module}. A shared one (tied head, frozen weights of two models) appears once."""
+    """{'policy.blocks.0…': parameter} of {name: module} that a checkpoint stores. A shared one (a tied head) appears once.
+
+    Left out are the frozen weights beside adapters, in the trained model and in its frozen copies, whose adapters are stored.
+    """
+    named = {name: dict(parallel.resharded(module).named_parameters()) for name, module in modules.items()}
+    base = {(key, p.shape) for own in named.values() if any(p.requires_grad for p in own.values())
+            for key, p in own.items() if not p.requires_grad}
     found = {}
-    for name, module in modules.items():
-        for key, parameter in parallel.resharded(module).named_parameters():
-            found.setdefault(id(parameter), (f"{name}.{key}", parameter))
+    for name, own in named.items():
+        for key, p in own.items():
+            if (key, p.shape) not in base:
+                found.setdefault(id(p), (f"{name}.{key}", p))
     return dict(found.values())
+
+
+def size_of(modules):
+    """About how many bytes a checkpoint takes: the weights, and AdamW's two moments of those that are trained."""
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters_of(modules).values())
 
 
 def tensors_of(modules, optimizers):
@@ -187,12 +199,14 @@ def load_checkpoint(folder, modules, optimizers):
         for key, value in values.items():
             index, field = key.split(".", 1)
             packed[name]["state"].setdefault(int(index), {})[field] = value
-    if unknown := sizes.keys() - targets.keys():
+    frozen = {f"{name}.{key}" for name, module in modules.items() for key, _ in module.named_parameters()}  # older versions stored them
+    if unknown := sizes.keys() - targets.keys() - frozen:
         raise BadInput(f"{folder}: has {sorted(unknown)[0]}, which this run does not have: it is from another method or model")
     if whole is None:
         parallel.load_slices(targets, folder)
-    for name, tensor in (whole or {}).items():
-        targets[name].copy_(tensor)
+    else:
+        for name, target in targets.items():
+            target.copy_(whole[name])
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(packed[name])
 

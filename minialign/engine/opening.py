@@ -95,6 +95,8 @@ def open_value_model(run, policy, tokenizer):
     run.same_input("value", path)
     value_model = load_pretrained(path, dtype=run.weights_dtype, device=run.load_device)
     value_model.recompute = run.cfg.activation_checkpointing
+    if run.cfg.lora:
+        inject(value_model, run.cfg.lora, run.cfg.lora_alpha)
     if value_model.config.head != "scalar" or load_tokenizer(path).inner.get_vocab() != tokenizer.inner.get_vocab():
         raise BadInput(f"--value {name}: expected a reward model with the policy's own tokens (python -m minialign reward_model)")
     if value_model.config.max_len < policy.config.max_len:

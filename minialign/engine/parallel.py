@@ -1,4 +1,5 @@
 """One run on several processes. Only this file calls torch.distributed. Without torchrun there is one process and no communication.
+With `--dtype mixed`, which needs FSDP2, that process forms a group of one.
 
     torchrun --nproc_per_node 8 -m minialign dpo …                     # weights split over eight GPUs (FSDP2)
     torchrun --nproc_per_node 8 -m minialign dpo … --parallel ddp      # a full copy on each
@@ -35,12 +36,19 @@ from torch import nn
 PLAIN = weakref.WeakKeyDictionary()  # {sharded model: the model as it was before sharding, without weights}
 
 
-def start():
-    """Join the other processes if torchrun started this one. A second call does nothing."""
-    if not launched() or dist.is_initialized():
-        return
-    # Two hours, because the others wait while one process writes, computes hashes, or waits for a slow reward.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=2))
+def start(alone=False):
+    """Join the other processes if torchrun started this one. A second call does nothing. alone: without torchrun, form a group of one."""
+    if dist.is_initialized():
+        if launched():
+            return
+        dist.destroy_process_group()  # of an earlier run in this process
+        mesh.cache_clear()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if launched():
+        # Two hours, because the others wait while one process writes, computes hashes, or waits for a slow reward.
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    elif alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # every process would print the same lines
 
@@ -55,7 +63,7 @@ def leave():
 
     The process ends at once, without the interpreter's shutdown: there a gloo thread sometimes makes a finished run abort.
     """
-    if dist.is_initialized():
+    if launched() and dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -64,7 +72,7 @@ def leave():
 
 def peer_lost(error):
     """Whether this is the error that a collective raises when another process is gone."""
-    return started() and (isinstance(error, dist.DistError) or "Connection" in str(error) or "Timed out" in str(error))
+    return world() > 1 and (isinstance(error, dist.DistError) or "Connection" in str(error) or "Timed out" in str(error))
 
 
 def started():
@@ -161,15 +169,19 @@ def shard(model, layout, device_type, dtype, optimizers=()):
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype), requires_grad=False) for p in model.parameters()}
+    wide = torch.promote_types(dtype, torch.float32)
+    exact = "lora_", *["head.weight"] * (model.config.head == "scalar")  # these stay float32 in a full copy too
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta", dtype=wide if any(part in name for part in exact) else dtype),
+                                 requires_grad=False) for name, p in model.named_parameters()}
     place, taken = {key: i for i, key in enumerate(empty)}, []  # nothing else keeps full weights: each is freed once it is sliced
     for optimizer in optimizers:
         taken.append([[place.get(id(p), p) for p in group["params"]] for group in optimizer.param_groups])
         for group in optimizer.param_groups:
             group["params"] = []
     PLAIN[model] = copy.deepcopy(model, {**empty, id(model.config): model.config})
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
-    for module in (*model.blocks, model):  # model: embeddings, final norm, head. They stay gathered, as the head is used later
+    # model: embeddings, final norm, LM head. They stay gathered, as the head is used later. A scalar head computes in float32, on its own.
+    for module in (*model.blocks, *[model.head] * (model.config.head == "scalar"), model):
+        precision = MixedPrecisionPolicy(param_dtype=wide if module is model.head else dtype, reduce_dtype=wide)
         fully_shard(module, mesh=mesh(device_type, layout), mp_policy=precision, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)  # sum, do not average
         module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no multiply-and-sum

@@ -12,6 +12,10 @@ parameter and token: 2 forward, 6 with the backward pass, or 4 if adapters are t
 that sampling reads. Its hours are an estimate, without communication and evaluation. It assumes rows of full length, and that a card runs
 at the fractions in RATES of the speeds in CARDS.
 
+Which --dtype: bytes a weight, with gradient and AdamW's moments, are 16 in float32, 16 + 2 in mixed and 8 in bfloat16, where weights hardly
+move at the papers' learning rates. If mixed, which the recipes take, does not fit, use --lora 64 --dtype bfloat16: 2 bytes a frozen weight,
+16 a number of the adapters, which stay float32.
+
 `python -m minialign.bench.receipts` takes a few real steps with the recipes' models on one GPU, with rows of up to 1,024 tokens, and
 prints the measured memory and time beside the plan. The project calls these measurements receipts.
 
@@ -162,7 +166,8 @@ def plan(recipe, cfg, card, config=None, prompt=512):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     block = sum(p.numel() for p in model.blocks[0].parameters())
     weight, wide = (4, 2) if cfg.dtype == "mixed" else (pick_dtype(cfg.dtype).itemsize,) * 2  # bytes of a number: stored, in computation
-    launched = gpus > 1 or cfg.dtype == "mixed"  # started by torchrun
+    held = max(weight, 4) if cfg.lora else weight  # adapters are at least float32
+    launched = gpus > 1 or cfg.dtype == "mixed"  # FSDP2 gathers the weights
     slices = gpus if cfg.parallel == "fsdp" else 1
     models = 1 + does.copies + does.more
 
@@ -180,8 +185,8 @@ def plan(recipe, cfg, card, config=None, prompt=512):
     cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * wide
     memory = {
         "weights": everything * weight * (1 + does.more) / slices,
-        "gradients and AdamW": 3 * trained * weight * (1 + does.more) / slices,
-        "frozen copies": (trained if cfg.lora and not launched else everything) * weight * does.copies / slices,
+        "gradients and AdamW": 3 * trained * held * (1 + does.more) / slices,
+        "frozen copies": (trained * held if cfg.lora and not launched else everything * weight) * does.copies / slices,
         "reward models of --reward": everything * wide * does.judges,
         "gathered while computing": (root * models + 2 * block) * wide * launched,
         "gradients before they are summed": ((root if not cfg.lora else 0) + trained / config.n_layer) * (wide + 4) * launched,

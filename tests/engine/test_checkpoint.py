@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minialign.engine import checkpoint
 from minialign.engine.common import BadInput
+from minialign.lora import adapters, frozen_copy, inject
+from minialign.model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,6 +167,50 @@ def test_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def adapted(seed=0):
+    """A policy with adapters that have taken a step, and its frozen copy from before."""
+    torch.manual_seed(0)
+    policy = inject(GPT(GPTConfig.tiny(60)), 2)
+    torch.manual_seed(seed)
+    for adapter in adapters(policy).values():
+        torch.nn.init.normal_(adapter.lora_B)
+    old, optimizer = frozen_copy(policy), torch.optim.AdamW(policy.parameters(), lr=0.1)
+    policy(torch.arange(6)[None]).sum().backward()
+    optimizer.step()
+    return {"policy": policy, "old": old}, {"optimizer": optimizer}
+
+
+def equal(left, right):
+    return all(torch.equal(p, q) for name in left for p, q in zip(left[name].parameters(), right[name].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_beside_adapters_the_frozen_weights_are_not_stored(tmp_path, monkeypatch, everything):
+    """Stored are the adapters of both models. Checkpoints of older versions hold the frozen weights too; both kinds are read."""
+    modules, optimizers = adapted()
+    if everything:
+        names = {f"policy.{name}": p for name, p in modules["policy"].named_parameters()}
+        names |= {f"old.{name}": p for name, p in modules["old"].named_parameters() if "lora" in name}
+        monkeypatch.setattr(checkpoint, "parameters_of", lambda modules: names)
+    folder = checkpoint.save_checkpoint(tmp_path, 1, modules, optimizers, {})
+    monkeypatch.undo()
+    stored = load_file(folder / "model.safetensors")
+    wanted = {f"{model}.{name}.lora_{side}" for model in modules for name in adapters(modules[model]) for side in "AB"}
+    assert stored.keys() == wanted or everything and stored.keys() > wanted
+    restored = adapted(seed=1)
+    assert not equal(modules, restored[0])
+    checkpoint.load_checkpoint(folder, *restored)
+    assert equal(modules, restored[0])
+
+
+@pytest.mark.parametrize("make", [parts, adapted])
+def test_the_size_asked_for_is_that_of_the_tensors_written(tmp_path, make):
+    modules, optimizers = make()
+    folder = checkpoint.save_checkpoint(tmp_path, 1, modules, optimizers, {})
+    tensors = [*load_file(folder / "model.safetensors").values(), *load_file(folder / "optim.safetensors").values()]
+    assert checkpoint.size_of(modules) == sum(tensor.nbytes for tensor in tensors if tensor.dim())  # without AdamW's counts of steps
+
+
 def test_kill_between_any_two_writes(tmp_path):
     """SIGKILL before the k-th change of the disk, for every k: what is found afterwards is a whole checkpoint, the old one until the
     rename, the new one from then on, bit for bit (the program compares)."""

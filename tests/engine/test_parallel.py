@@ -181,6 +181,58 @@ def test_mixed_precision_keeps_what_bfloat16_would_lose(small, tmp_path):
         assert slices[0].dtype == torch.float32 and 1e-7 < moved.median() < 1e-5
 
 
+def test_mixed_precision_without_torchrun_is_that_of_one_process_under_it(small, tmp_path):
+    """grpo, bit for bit, also when it was stopped after step 2 and resumed; the next run in this process has no group of processes."""
+    some = dict(dtype="mixed", steps=4, save_every=2, eval_every=4)
+    module, cfg = small("grpo", **some, out=str(tmp_path / "alone"))
+    module.main(cfg)
+    done = run_all(1, [small("grpo", **some, out=str(tmp_path / "torchrun"))], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(tmp_path / "alone", tmp_path / "resumed")
+    go_back_to(tmp_path / "resumed", 2)
+    module.main(module.Config(resume=str(tmp_path / "resumed")))
+    assert result_of(tmp_path / "alone") == result_of(tmp_path / "torchrun") == result_of(tmp_path / "resumed")
+    module, cfg = small("sft", steps=1, save_every=1)
+    module.main(cfg)
+    assert (Path(cfg.out) / "checkpoints" / "step_000001" / "model.safetensors").is_file()
+
+
+def test_float32_parts_of_bfloat16_models_over_two_processes(small, tmp_path):
+    """ppo's adapters and critic's head, and a reward model's head: float32 in checkpoints, moments and exports. The losses are those of one
+    process to the rounding of bfloat16 sums."""
+    some = dict(dtype="bfloat16", steps=2, save_every=2)
+    jobs = [small("ppo", lora=2, **some, out=str(tmp_path / "ppo")), small("reward_model", **some, out=str(tmp_path / "reward_model"))]
+    done = run_all(2, jobs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for module, cfg in jobs:
+        one = module.main(module.Config(**vars(cfg) | {"out": f"{cfg.out}-alone"}))
+        for left, right in zip(read_rows(one / "metrics.jsonl"), read_rows(Path(cfg.out) / "metrics.jsonl"), strict=True):
+            assert left["loss"] == pytest.approx(right["loss"], rel=0.02, abs=0.002)
+    stored = load_file(next((tmp_path / "ppo" / "checkpoints/step_000002").glob("shard-*")))
+    weights = {name for name in stored if "optimizer" not in name}
+    assert "value_model.head.weight" in weights and all(name.endswith(("lora_A", "lora_B", "value_model.head.weight")) for name in weights)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert {p.dtype for p in load_file(tmp_path / "ppo" / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
+    found = load_pretrained(tmp_path / "reward_model" / "final")
+    assert found.head_weight.dtype == torch.float32 and found.tok_embed.weight.dtype == torch.bfloat16
+
+
+def test_adapters_and_a_second_model_resume_with_another_number_of_processes(small, tmp_path):
+    """irl and irft with --lora: the checkpoint of two processes holds adapters and heads only, and one process goes on from it."""
+    methods = {"irl": dict(policy_step="rloo"), "irft": dict(rounds=2)}
+    jobs = [small(method, lora=2, save_every=4, out=str(tmp_path / method), **more) for method, more in methods.items()]
+    done = run_all(2, jobs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for module, cfg in jobs:
+        whole = module.main(module.Config(**vars(cfg) | {"out": f"{cfg.out}-alone"}))
+        folder = Path(cfg.out)
+        stored = load_file(next((folder / "checkpoints/step_000004").glob("shard-*")))
+        assert not [name for name in stored if "optimizer" not in name and not name.endswith(("lora_A", "lora_B", "head.weight"))]
+        assert any(name.startswith(("old.blocks", "anchor.blocks")) for name in stored)
+        go_back_to(folder, 4)
+        compare(whole, module.main(module.Config(resume=str(folder))), 1e-10)
+
+
 def test_a_reward_that_fails_in_one_process_skips_the_step_in_all(small, tmp_path):
     """From its second call on: both skip, the run ends after three such steps, and says the reward's own words."""
     (tmp_path / "r.py").write_text("import os\n\ncalls = []\n\ndef g(prompts, completions):\n    calls.append(1)\n"
@@ -191,11 +243,7 @@ def test_a_reward_that_fails_in_one_process_skips_the_step_in_all(small, tmp_pat
 
 
 def test_refusals(small, tmp_path):
-    """What cannot be divided evenly, a layout nobody knows, and mixed without torchrun: one sentence, before anything is written."""
-    module, cfg = small("sft", dtype="mixed")
-    with pytest.raises(common.BadInput, match="torchrun --nproc_per_node 1 -m minialign sft"):
-        module.main(cfg)
-    assert not Path(cfg.out).exists()
+    """What cannot be divided evenly, and a layout nobody knows: one sentence, before anything is written."""
     module, cfg = small("sft", parallel="zero")
     with pytest.raises(common.BadInput, match="--parallel zero: must be fsdp or ddp"):
         module.main(cfg)

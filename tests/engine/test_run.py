@@ -257,6 +257,20 @@ def test_a_disk_too_small_for_checkpoints(small, monkeypatch):
         module.main(cfg)
 
 
+def test_the_share_of_bfloat16_weights_that_a_step_leaves_unchanged(small, capsys):
+    """As many as PyTorch's AdamW leaves unchanged in its first step, which has the size of lr. Float32 weights and adapters: no note."""
+    w = torch.nn.Parameter(torch.randn(1000, 100, generator=torch.Generator().manual_seed(0)).bfloat16().abs())
+    before, optimizer = w.detach().clone(), torch.optim.AdamW([w], lr=1e-3, weight_decay=0.0, eps=0.0)
+    share = run.unmoved([optimizer])
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert 0.5 < share < 0.99 and share == pytest.approx(float((w == before).double().mean()), abs=0.005)
+    for changes, noted in (({"dtype": "bfloat16"}, True), ({"dtype": "bfloat16", "lora": 2}, False), ({"dtype": "float32"}, False)):
+        module, cfg = small("sft", steps=1, lr=1e-6, **changes)
+        module.main(cfg)
+        assert ("note: --dtype bfloat16 rounds" in capsys.readouterr().err) is noted
+
+
 def test_a_run_refused_before_step_1_may_be_repeated(small, demos_file):
     """A mistyped file leaves a folder behind; the mended command may use it, and the stale record of inputs is gone."""
     module, cfg = small("sft", demos="absent.jsonl")

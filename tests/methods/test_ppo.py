@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from minialign.batch import whiten
+from minialign.batch import Rollout, whiten
 from minialign.methods import ppo
+from minialign.model import GPT, GPTConfig
 from tests.enumerable import BETA, CLIP, LANGUAGE, Enumerated, padded, random_rows, relative
 
 
@@ -200,6 +201,54 @@ def test_value_model_from_a_reward_model(small, tmp_path):
     module, cfg = small("ppo", steps=2, value=cfg.policy)
     with pytest.raises(BadInput, match="--value .*expected a reward model"):
         module.main(cfg)
+
+
+def test_with_lora_the_critic_of_value_trains_adapters_too(small, monkeypatch):
+    module, cfg = small("reward_model", steps=1)
+    reward_model = module.main(cfg) / "final"
+    seen = []
+    monkeypatch.setattr(ppo, "first_rollout", lambda run, *_: seen.append(run.modules["value_model"]))
+    module, cfg = small("ppo", steps=1, value=str(reward_model), lora=2)
+    module.main(cfg)
+    trained = {name for name, p in seen[0].named_parameters() if p.grad is not None}
+    assert len(trained) > 20 and all(name.endswith(("lora_A", "lora_B")) or name == "head.weight" for name in trained)
+
+
+def test_values_and_returns_of_a_bfloat16_model_are_float32(m):
+    """Values near 5, from the bfloat16 trunk's own hidden states: values, returns, advantages and critic loss are those of float64 to 1e-5.
+    In bfloat16 each value near 5 would be off by up to 1/64."""
+    torch.manual_seed(0)
+    critic = GPT(GPTConfig.tiny(40)).bfloat16().with_scalar_head()
+    torch.nn.init.constant_(critic.head_weight, 0.02)
+    critic.config.reward_offset = -5.0
+    tokens, mask = torch.randint(40, (6, 12)), torch.ones(6, 12, dtype=torch.bool)
+    with torch.no_grad():
+        exact = critic.hidden(tokens).double() @ critic.head_weight.double()[0] + 5.0
+        answers = Rollout(tokens, tokens, mask, -torch.rand(6, 12), None, None, None, ref_logps=-torch.rand(6, 12), values=critic(tokens))
+    wanted = Rollout(tokens, tokens, mask, answers.old_logps.double(), None, None, None, answers.ref_logps.double(), values=exact)
+    rewards = torch.randn(6)
+    for rollout, r in ((answers, rewards), (wanted, rewards.double())):
+        m.credit(rollout, r, m.Config())
+    loss, _ = m.value_loss(answers.values + 0.01, answers.values, answers.returns, mask, eps=0.2)
+    exact_loss, _ = m.value_loss(exact + 0.01, exact, wanted.returns, mask, eps=0.2)
+    pairs = [(answers.values, exact), (loss, exact_loss)] + [(getattr(answers, n), getattr(wanted, n)) for n in ("returns", "advantages")]
+    assert all(found.dtype == torch.float32 and (found - right).abs().max() < 1e-5 for found, right in pairs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("method", ["ppo", "rft", "irl"])
+def test_a_run_computes_rewards_values_and_advantages_in_float32(small, monkeypatch, method, dtype):
+    """Wherever ppo's step is used, and what rft and irl learn as a reward: float32 numbers, which bfloat16 would round."""
+    seen, real = [], ppo.credit
+
+    def credit(answers, rewards, cfg):
+        real(answers, rewards, cfg)
+        seen.append([rewards, answers.values, answers.advantages, answers.returns])
+
+    monkeypatch.setattr(ppo, "credit", credit)
+    module, cfg = small(method, dtype=dtype, steps=2, **({} if method == "ppo" else {"policy_step": "ppo"}))
+    module.main(cfg)
+    assert seen and all(x.dtype == torch.float32 and (x != x.bfloat16()).any() for x in seen[-1])
 
 
 def test_a_value_within_eps_is_not_clipped_by_rounding():

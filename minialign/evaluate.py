@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 
 from minialign.data import encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, scorable, split_held_out
-from minialign.engine.common import BadInput, Mean, pick_device, pick_dtype, write_atomic
+from minialign.engine import parallel
+from minialign.engine.common import BadInput, Mean, held_out_passes, pick_device, pick_dtype, write_atomic
 from minialign.kl import k1
 from minialign.logps import token_logps
 from minialign.lora import load_model
@@ -113,12 +114,13 @@ def wins(left, right):
 
 
 @torch.no_grad()
-def held_out_nll(policy, rows, batch_of, batch_size):
+def held_out_nll(policy, rows, batch_of, cfg):
     """{'eval/nll': nats per scored token}; {} without rows. rows: from encode_demos; batch_of(rows, picked) -> Batch."""
     nats, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = batch_of(rows, range(start, min(start + batch_size, len(rows))))
-        nats, tokens = nats - float(token_logps(policy, batch).sum()), tokens + int(batch.mask.sum())
+    for picked, weight in held_out_passes(rows, cfg):
+        batch = batch_of(rows, picked)
+        nats, tokens = nats - weight * float(token_logps(policy, batch).sum()), tokens + weight * int(batch.mask.sum())
+    nats, tokens = parallel.sum_over_processes(nats), parallel.sum_over_processes(tokens)
     return {"eval/nll": nats / tokens if tokens else math.nan} if rows else {}
 
 
@@ -140,13 +142,12 @@ def held_out_reward(policy, tokenizer, rows, reward_fn, cfg):
 
 
 @torch.no_grad()
-def held_out_pairs(step, rows, batch_of, batch_size):
+def held_out_pairs(step, rows, batch_of, cfg):
     """{'eval/loss', 'eval/accuracy'} over all rows; {} without rows. rows: from encode_pairs; step(pairs) -> (loss, stats)."""
     mean = Mean()
-    for start in range(0, len(rows), batch_size):
-        pairs = batch_of(rows, range(start, min(start + batch_size, len(rows))))
-        loss, stats = step(pairs)
-        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=len(pairs))
+    for picked, weight in held_out_passes(rows, cfg):
+        loss, stats = step(batch_of(rows, picked))
+        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=weight * len(picked))
     return mean.result()
 
 

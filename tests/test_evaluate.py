@@ -6,9 +6,11 @@ import torch
 
 from minialign import evaluate
 from minialign.data import read_preferences
-from minialign.engine.common import BadInput
+from minialign.engine.common import BadInput, read_rows
+from minialign.model import GPT
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained
+from tests.conftest import EACH_LOOP
 
 
 def test_mean_interval():
@@ -67,6 +69,26 @@ def test_the_table_against_a_loop(policy_folder, pairs_file, small, capsys):
     wins = sum(margin > 0 for margin in margins) + 0.5 * sum(margin == 0 for margin in margins)
     assert rows[1]["implicit_accuracy"][0] == pytest.approx(wins / 20)
     assert rows[0]["implicit_accuracy"][0] == 0.5  # a reference against itself: all ties
+
+
+@pytest.mark.parametrize("method", EACH_LOOP)
+def test_no_pass_of_an_evaluation_has_more_rows_than_a_training_pass(small, monkeypatch, method):
+    """With --micro_batch 2 of 8 rows. Sampling, which has a cache, keeps its batch. The rows are counted where they enter the model."""
+    rows, hidden = {True: [], False: []}, GPT.hidden
+
+    def counted(self, inputs, *more, cache=None, **options):
+        if cache is None:
+            rows[torch.is_grad_enabled()].append(len(inputs))
+        return hidden(self, inputs, *more, cache=cache, **options)
+
+    monkeypatch.setattr(GPT, "hidden", counted)
+    module, cfg = small(method, micro_batch=2, steps=2, eval_every=1, held_out=0.45)
+    metrics = read_rows(module.main(cfg) / "metrics.jsonl")
+    assert rows[False] and max(rows[False]) <= max(rows[True]) and any(name.startswith("eval/") for name in metrics[-1])
+    results = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in metrics]
+    module, cfg = small(method, steps=2, eval_every=1, held_out=0.45)
+    for row, result in zip(read_rows(module.main(cfg) / "metrics.jsonl"), results, strict=True):
+        assert {name: row[name] for name in result} == pytest.approx(result, abs=1e-9)
 
 
 def test_win_shares():

@@ -57,13 +57,31 @@ def split_micro(rows, micro_batch):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
+def rows_at_once(cfg):
+    """The most rows of a forward pass: a micro-batch, or this process's part of a batch."""
+    part = -(-cfg.batch_size // parallel.world())
+    return min(cfg.micro_batch or part, part)
+
+
+def held_out_passes(rows, cfg):
+    """This process's passes over held-out rows: yields (range of rows, weight). Every process makes equally many, as FSDP needs.
+
+    The passes that are missing for that repeat the first one, with weight 0.
+    """
+    size = rows_at_once(cfg)
+    starts = [*range(0, len(rows), size)]
+    missing = [(0, 0)] * (-len(starts) % parallel.world())
+    for start, weight in parallel.local_rows([(start, 1) for start in starts] + missing):
+        yield range(start, min(start + size, len(rows))), weight
+
+
 @torch.no_grad()
 def in_micro(function, rows, micro_batch):
     """Apply `function`, which returns one output row per input row, to each micro-batch and concatenate the outputs. No gradients."""
-    if len(rows) % parallel.world():  # no equal parts, as with held-out rows: every process computes all rows
-        size = micro_batch or len(rows)
-        return torch.cat([function(rows[i : i + size]) for i in range(0, len(rows), size)])
-    return parallel.gather_rows(torch.cat([function(micro) for micro in split_micro(rows, micro_batch)]))
+    n = len(rows)
+    if n % parallel.world():  # held-out rows, a list or range: some are computed again, so that all processes have equally many
+        rows = [rows[i % n] for i in range(n + -n % parallel.world())]
+    return parallel.gather_rows(torch.cat([function(micro) for micro in split_micro(rows, micro_batch)]))[:n]
 
 
 def lr_at(step, *, lr, steps, warmup=0.0, schedule="cosine"):

@@ -27,7 +27,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.data import encode_feedback, read_feedback, split_scorable
-from minialign.engine.common import BadInput, Mean, batch_rows, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, held_out_passes, in_micro, lr_at, rows_at_once, set_lr, split_micro
 from minialign.engine.look import first_look
 from minialign.engine.opening import batches_of, open_policy
 from minialign.engine.run import Run
@@ -146,9 +146,8 @@ def main(cfg):
 def held_out_feedback(policy, ref, rows, batch_of, labels_of, cfg):
     """Metrics over all held-out rows: the loss, and the share of answers on the right side of z₀, which is computed from these rows."""
     mixed = [rows[i] for i in batch_rows(len(rows), len(rows), 0, cfg.seed)]  # because in a file the previous row often has the same prompt
-    mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, cfg.batch_size)
-    for start in range(0, len(rows), cfg.batch_size):
-        picked = range(start, min(start + cfg.batch_size, len(rows)))
+    mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, rows_at_once(cfg))
+    for picked, weight in held_out_passes(rows, cfg):
         loss, stats = step(policy, ref, batch_of(rows, picked), labels_of(rows, picked), kl, cfg)
-        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=len(picked))
+        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=weight * len(picked))
     return mean.result()

@@ -163,8 +163,8 @@ def pair_measures(model, tokenizer, pairs, cfg):
         batch = pair_batch(rows, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(model.head_weight.device)
         for side, half in (("chosen", batch.chosen), ("rejected", batch.rejected)):
             values = score(model, half) if model.config.head == "scalar" else token_logps(model, half).sum(1)
-            columns[side].append(values.double().cpu())
-            columns[f"{side}_tokens"].append(half.mask.sum(1).double().cpu())
+            columns[side].append(values.cpu().double())
+            columns[f"{side}_tokens"].append(half.mask.sum(1).cpu().double())
     return {name: torch.cat(parts) for name, parts in columns.items()}
 
 
@@ -195,11 +195,11 @@ def sample_measures(policy, tokenizer, ref, prompts, reward_fn, cfg):
         prompts_ids = [ids for ids, _ in rows[start : start + cfg.batch_size]]
         answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=tokenizer.eos_id, seed=(cfg.seed, start))
         texts += [tokenizer.decode(ids) for ids in answers.completions]
-        tokens.append(answers.lengths.double().cpu())
-        finished.append(answers.finished.double().cpu())
+        tokens.append(answers.lengths.cpu().double())
+        finished.append(answers.finished.cpu().double())
         if ref is not None:
             logratio = k1(answers.old_logps, token_logps(ref, answers, tau=cfg.tau)).sum(1)  # (B,)
-            kl.append(logratio.view(-1, cfg.n).mean(1).double().cpu())
+            kl.append(logratio.view(-1, cfg.n).mean(1).cpu().double())
     rewards = None
     if reward_fn is not None:
         asked = [prompt for prompt in prompts for _ in range(cfg.n)]

@@ -255,6 +255,20 @@ def test_old_logps_of_a_bfloat16_policy_are_float32_statistics():
     assert (got - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize(("name", "value"), [
+    ("blocks.0.norm2.weight", torch.nan), ("head.weight", torch.inf), ("tok_embed.weight", torch.nan),
+])
+def test_a_tensor_that_is_not_finite_is_named(name, value, greedy):
+    """Also an embedding that no prompt has, which shows only when its token is sampled."""
+    policy = tiny_gpt(tied=False)
+    with torch.no_grad():
+        policy.get_parameter(name)[-1] = value
+    with pytest.raises(BadInput, match=rf"its logits are not finite \({name} holds NaN or inf"):
+        for seed in range(20):
+            sample(policy, [[1]], max_new=9, eos_id=None, seed=seed, greedy=greedy)
+
+
 def test_fields_agree_with_each_other():
     """finished iff the completion ends in EOS, which occurs nowhere else; unfinished ones have max_new tokens; lengths count both."""
     rollout = run(tiny_gpt(), PROMPTS, n=50, max_new=4)

@@ -125,7 +125,7 @@ def pick_device(name):
 def pick_dtype(name):
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if name not in dtypes:
-        raise BadInput(f"--dtype {name} is unknown: use float32, bfloat16 or float64")
+        raise BadInput(f"--dtype {name} is unknown: use float32, bfloat16 or float64 (or, in training, mixed)")
     return dtypes[name]
 
 
@@ -151,13 +151,16 @@ def read_rows(path):
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would also split at U+2028 inside a text
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # of bytes, because the last line may end inside a character
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines):
-                raise BadInput(f"{path}:{number}: not a line of JSON; the file was edited or damaged") from None
+            row = json.loads(line.decode("utf-8"))
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number != len(lines):
+            raise BadInput(f"{path}:{number}: not an object of JSON on a line; the file was edited or damaged")
     return rows
 
 
@@ -182,7 +185,7 @@ def find_folder(path_or_hub_name):
     folder = Path(path_or_hub_name).expanduser()
     if folder.is_dir():
         return folder
-    if folder.suffix in PICKLES or folder.suffix == ".safetensors":
+    if folder.is_file() or folder.suffix in (*PICKLES, ".safetensors", ".gguf"):  # other dots are part of a hub name
         raise BadInput(f"{folder}: expected a folder with config.json and model.safetensors, not a single file")
     from huggingface_hub import snapshot_download  # imported here because importing it takes longer than most runs take to start
     from huggingface_hub.errors import HFValidationError

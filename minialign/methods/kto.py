@@ -27,7 +27,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.data import encode_feedback, read_feedback, split_scorable
-from minialign.engine.common import BadInput, Mean, batch_rows, held_out_passes, in_micro, lr_at, rows_at_once, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, held_out_passes, in_micro, lr_at, note, rows_at_once, set_lr, split_micro
 from minialign.engine.look import first_look
 from minialign.engine.opening import batches_of, open_policy
 from minialign.engine.run import Run
@@ -102,6 +102,10 @@ def main(cfg):
     feedback = builtin_feedback() if cfg.feedback == "builtin" else read_feedback(cfg.feedback, skip_bad=cfg.skip_bad)
     rows, held_out = split_scorable(encode_feedback(tokenizer, feedback, max_prompt=cfg.max_prompt), cfg.held_out, cfg.max_len)
     batch_of = batches_of(run, tokenizer)
+    if len(rows) < 2:
+        raise BadInput(f"{cfg.feedback}: one answer to train on; the reference point needs an answer to another prompt, so at least 2")
+    if len(held_out) == 1:
+        note("note: no eval/loss, because the reference point of a held-out answer needs a second one; a larger --held_out has more")
 
     n_desirable = sum(desirable for *_, desirable in rows)
     good, bad = cfg.desirable_weight * n_desirable, cfg.undesirable_weight * (len(rows) - n_desirable)
@@ -138,7 +142,7 @@ def main(cfg):
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "z0": kl, **stats.result()}
         run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
-                        lambda: held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg) if held_out else {})
+                        lambda: held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg) if len(held_out) > 1 else {})
     return run.close(policy, tokenizer)
 
 

@@ -19,7 +19,9 @@ from minialign.logps import best_body, token_logps
 from minialign.rewards import BadReward, ask
 from minialign.sample import sample
 
-RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}  # sampler against training pass, per token
+# By how much the ratio of sampler and training pass may be off: the mean over tokens, the 90 % quantile, the largest. In bfloat16 the
+# largest grows with the model and the number of tokens although nothing is wrong.
+RATIO_TOLERANCE = {torch.float64: (1e-9,) * 3, torch.float32: (1e-3,) * 3, torch.bfloat16: (0.06, 0.14, torch.inf)}
 
 
 def first_look(run, tokenizer, rows, batch, models):
@@ -75,10 +77,13 @@ def check_sampler(run, tokenizer, prompts_ids, *, policy, ref):
     answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=cfg.seed)
     logps, ref_logps = (torch.cat([token_logps(model, answers[b : b + 1], tau=cfg.tau) for b in range(len(answers))])
                         for model in (policy, ref))  # (B, T)
-    off, kl = float(((logps - answers.old_logps).exp() - 1).abs().max()), float(k1(logps, ref_logps).sum(1).mean())
-    print(f"ratio of training to sampling: 1 to within {off:.1e}; KL to ref: {kl:.3g} nats per completion (0 at the start)")
-    if off > RATIO_TOLERANCE[run.dtype]:
-        raise BadInput(f"sampler and training pass differ by {off:.2g} in ratio at --dtype {cfg.dtype}; try --dtype float32")
+    off, kl = ((logps - answers.old_logps)[answers.mask].exp() - 1).abs(), float(k1(logps, ref_logps).sum(1).mean())
+    mean, most, largest = found = float(off.mean()), float(off.quantile(0.9)), float(off.max())
+    print(f"ratio of training to sampling: 1 to within {mean:.1e} on average, {most:.1e} in 9 of 10 tokens, {largest:.1e} in all; "
+          f"KL to ref: {kl:.3g} nats per completion (0 at the start)")
+    if not all(x <= allowed for x, allowed in zip(found, RATIO_TOLERANCE[run.dtype], strict=True)):
+        raise BadInput(f"sampler and training pass differ by {mean:.2g} in ratio on average ({most:.2g} in 9 of 10 tokens, {largest:.2g} "
+                       f"in all) at --dtype {cfg.dtype}; try --dtype float32")
     return answers
 
 

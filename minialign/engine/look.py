@@ -19,8 +19,7 @@ from minialign.logps import best_body, token_logps
 from minialign.rewards import BadReward, ask
 from minialign.sample import sample
 
-# By how much the ratio of sampler and training pass may be off: the mean over tokens, the 90 % quantile, the largest. In bfloat16 the
-# largest grows with the model and the number of tokens although nothing is wrong.
+# How far sampler and training pass may differ: mean over tokens, 90 % quantile, largest (in bfloat16 it grows with the number of tokens).
 RATIO_TOLERANCE = {torch.float64: (1e-9,) * 3, torch.float32: (1e-3,) * 3, torch.bfloat16: (0.06, 0.14, torch.inf)}
 
 

@@ -266,7 +266,7 @@ class Run:
             if self.first_step > began:
                 raise BadInput(f"{file}: is missing, and the policy of step {self.first_step} is not the reference; begin a new run")
             value = compute()
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json.dumps(value))
             parallel.gather(None)  # a barrier: no process reads the file before it is there
         return json.loads(file.read_text(encoding="utf-8"))

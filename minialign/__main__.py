@@ -70,6 +70,8 @@ def plot_main(cfg):
             raise BadInput(f"{run}: has no metrics.jsonl with rows; is it a run folder?")
     names = dict.fromkeys(name for rows in tables.values() for row in rows for name in row)
     names = [name for name in names if name not in ("step", "seconds", "skipped")]
+    if not names:
+        raise BadInput(f"{cfg.runs[0]}: all of its steps were skipped, so there is no metric to plot")
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.6 * lines), squeeze=False, constrained_layout=True)

@@ -104,9 +104,11 @@ def masked_mean(x, mask):
 def whiten(x, mask):
     """(x − mean) / sqrt(variance + 1e-8) over the entries where mask is True, with the population variance; 0 elsewhere.
 
-    The PPO implementations behind the summarisation results use this form: population variance, not sample variance.
+    The PPO implementations behind the summarisation results use this form: population variance, not sample variance. Equal entries give
+    exactly 0, not a rounding error.
     """
     mask = mask.bool()
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0)
+    differ = (x[mask] != x[mask][:1]).any()
+    return torch.where(mask & differ, (x - mean) * torch.rsqrt(variance + 1e-8), 0)

@@ -30,8 +30,9 @@ from pathlib import Path
 
 import torch
 
-from minialign.data import encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, scorable, split_held_out
-from minialign.engine.common import BadInput, Mean, pick_device, pick_dtype, write_atomic
+from minialign.data import encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, split_held_out
+from minialign.engine import parallel
+from minialign.engine.common import BadInput, Mean, held_out_passes, in_micro, pick_device, pick_dtype, write_atomic
 from minialign.kl import k1
 from minialign.logps import token_logps
 from minialign.lora import load_model
@@ -47,7 +48,7 @@ class Config:
     ref: str = ""                   # the reference of the implicit reward and of the KL; default: the first policy
     against: str = ""               # the opponent of the win rate; default: the reference
     reward: list[str] = field(default_factory=list)  # builtin, FILE.py:FUNCTION, a reward model, …: docs/DATA.md; the first scores answers
-    reward_limit: float = 60.0      # seconds that a reward may take for all answers of one policy
+    reward_limit: float = 60.0      # seconds that a reward may take for batch_size answers
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
     held_out: float = 0.1           # share of the file to use, from its end; runs with the same --held_out never train on it; 1 = all
     batch_size: int = 32            # pairs per forward pass; report it with published numbers
@@ -113,12 +114,13 @@ def wins(left, right):
 
 
 @torch.no_grad()
-def held_out_nll(policy, rows, batch_of, batch_size):
+def held_out_nll(policy, rows, batch_of, cfg):
     """{'eval/nll': nats per scored token}; {} without rows. rows: from encode_demos; batch_of(rows, picked) -> Batch."""
     nats, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = batch_of(rows, range(start, min(start + batch_size, len(rows))))
-        nats, tokens = nats - float(token_logps(policy, batch).sum()), tokens + int(batch.mask.sum())
+    for picked, weight in held_out_passes(rows, cfg):
+        batch = batch_of(rows, picked)
+        nats, tokens = nats - weight * float(token_logps(policy, batch).sum()), tokens + weight * int(batch.mask.sum())
+    nats, tokens = parallel.sum_over_processes(nats), parallel.sum_over_processes(tokens)
     return {"eval/nll": nats / tokens if tokens else math.nan} if rows else {}
 
 
@@ -140,31 +142,42 @@ def held_out_reward(policy, tokenizer, rows, reward_fn, cfg):
 
 
 @torch.no_grad()
-def held_out_pairs(step, rows, batch_of, batch_size):
+def held_out_pairs(step, rows, batch_of, cfg):
     """{'eval/loss', 'eval/accuracy'} over all rows; {} without rows. rows: from encode_pairs; step(pairs) -> (loss, stats)."""
     mean = Mean()
-    for start in range(0, len(rows), batch_size):
-        pairs = batch_of(rows, range(start, min(start + batch_size, len(rows))))
-        loss, stats = step(pairs)
-        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=len(pairs))
+    for picked, weight in held_out_passes(rows, cfg):
+        loss, stats = step(batch_of(rows, picked))
+        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=weight * len(picked))
     return mean.result()
 
 
 @torch.no_grad()
 def pair_measures(model, tokenizer, pairs, cfg):
-    """{'chosen', 'rejected': summed log-probs, or rewards for a scalar head; 'chosen_tokens', 'rejected_tokens': counts}, (n,) tensors."""
-    rows = scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.max_len)
-    if not rows:
-        raise BadInput(f"no pair has a scored token: every prompt fills --max_len {cfg.max_len}; raise it, or set --max_prompt")
-    columns = {"chosen": [], "rejected": [], "chosen_tokens": [], "rejected_tokens": []}
-    for start in range(0, len(rows), cfg.batch_size):
-        picked = range(start, min(start + cfg.batch_size, len(rows)))
+    """{'chosen', 'rejected': summed log-probs, or rewards for a scalar head; 'chosen_tokens', 'rejected_tokens': counts; 'scorable':
+    whether the prompt leaves room for an answer; where it does not, the others are 0}, (n,) tensors."""
+    rows = encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt)
+    scorable = torch.tensor([len(prompt) < cfg.max_len for prompt, *_ in rows])
+    fits = scorable.nonzero().flatten().tolist()
+    columns = {name: torch.zeros(len(rows), dtype=torch.float64) for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
+    for start in range(0, len(fits), cfg.batch_size):
+        picked = fits[start : start + cfg.batch_size]
         batch = pair_batch(rows, picked, pad_id=tokenizer.pad_id, max_len=cfg.max_len).to(model.head_weight.device)
         for side, half in (("chosen", batch.chosen), ("rejected", batch.rejected)):
             values = score(model, half) if model.config.head == "scalar" else token_logps(model, half).sum(1)
-            columns[side].append(values.double().cpu())
-            columns[f"{side}_tokens"].append(half.mask.sum(1).double().cpu())
-    return {name: torch.cat(parts) for name, parts in columns.items()}
+            columns[side][picked] = values.cpu().double()
+            columns[f"{side}_tokens"][picked] = half.mask.sum(1).cpu().double()
+    return {**columns, "scorable": scorable}
+
+
+def common_pairs(measured, cfg):
+    """The measures of several models on the pairs that all of them can score. Prints how many are left out; raises BadInput if all are."""
+    fits = torch.stack([measures["scorable"] for measures in measured]).all(0)  # (n,)
+    if not fits.any():
+        raise BadInput(f"no pair has a scored token: every prompt fills --max_len {cfg.max_len}; raise it, or set --max_prompt")
+    if not fits.all():
+        print(f"{int((~fits).sum())} of {len(fits)} rows are left out: their prompt alone fills --max_len {cfg.max_len} in the tokens of "
+              "at least one model (--max_prompt shortens it)")
+    return [{name: values[fits] for name, values in measures.items()} for measures in measured]
 
 
 def policy_row(name, measures, ref_measures):
@@ -186,30 +199,31 @@ def sample_measures(policy, tokenizer, ref, prompts, reward_fn, cfg):
     If ref is None (it has another vocabulary), kl is None. A prompt that leaves no room for max_new loses its beginning.
     """
     room = policy.config.max_len - cfg.max_new
-    if room < 1:
-        raise BadInput(f"--max_new {cfg.max_new}: the policy's context is {policy.config.max_len} tokens")
     rows = encode_prompts(tokenizer, prompts, max_prompt=min(cfg.max_prompt or room, room))
-    texts, kl, tokens, finished = [], [], [], []
+    texts, rewards, kl, tokens, finished = [], [], [], [], []
     for start in range(0, len(rows), cfg.batch_size):
         prompts_ids = [ids for ids, _ in rows[start : start + cfg.batch_size]]
         answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=tokenizer.eos_id, seed=(cfg.seed, start))
-        texts += [tokenizer.decode(ids) for ids in answers.completions]
-        tokens.append(answers.lengths.double().cpu())
-        finished.append(answers.finished.double().cpu())
+        written = [tokenizer.decode(ids) for ids in answers.completions]
+        texts += written
+        if reward_fn is not None:  # at once, so that a reward that fails does so before hours of sampling
+            asked = [prompt for prompt in prompts[start : start + cfg.batch_size] for _ in range(cfg.n)]
+            rewards.append(ask_or_stop(reward_fn, asked, written, cfg).view(-1, cfg.n))
+        tokens.append(answers.lengths.cpu().double())
+        finished.append(answers.finished.cpu().double())
         if ref is not None:
-            logratio = k1(answers.old_logps, token_logps(ref, answers, tau=cfg.tau)).sum(1)  # (B,)
-            kl.append(logratio.view(-1, cfg.n).mean(1).double().cpu())
-    rewards = None
-    if reward_fn is not None:
-        asked = [prompt for prompt in prompts for _ in range(cfg.n)]
-        rewards = ask_or_stop(reward_fn, asked, texts, cfg).view(-1, cfg.n)
-    return {"texts": texts, "rewards": rewards, "kl": torch.cat(kl) if kl else None,
+            ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.batch_size)  # (B, T)
+            logratio = k1(answers.old_logps, ref_logps).sum(1)  # (B,)
+            kl.append(logratio.view(-1, cfg.n).mean(1).cpu().double())
+    return {"texts": texts, "rewards": torch.cat(rewards) if rewards else None, "kl": torch.cat(kl) if kl else None,
             "tokens": torch.cat(tokens), "finished": torch.cat(finished)}
 
 
 def ask_or_stop(reward_fn, prompts, texts, cfg):
+    """The rewards of any number of texts, (n,). --reward_limit is for each batch."""
+    batches = [slice(start, start + cfg.batch_size) for start in range(0, len(texts), cfg.batch_size)]
     try:
-        return ask(reward_fn, prompts, texts, limit=cfg.reward_limit).double()
+        return torch.cat([ask(reward_fn, prompts[batch], texts[batch], limit=cfg.reward_limit).double() for batch in batches])
     except BadReward as error:
         raise BadInput(str(error)) from None
 
@@ -260,9 +274,11 @@ def main(cfg):
         if model.config.head != head:
             what, flag = ("policy", "--policies") if head == "scalar" else ("reward model", "--reward")
             raise BadInput(f"{name}: is a {what}: name it with {flag}")
+        if head == "lm" and cfg.n and model.config.max_len <= cfg.max_new:
+            raise BadInput(f"--max_new {cfg.max_new}: the policy's context is {model.config.max_len} tokens")
         return model, tokenizer
 
-    rows, reward_rows, judge = [], [], None  # judge: the first reward, which scores the answers
+    judge, measured = None, []  # judge: the first reward, which scores the answers; measured: of the rewards, then of the policies
     for spec in cfg.reward:
         if reward_folders([spec]):  # a reward model: rows are cut as in training
             reward_model, tokenizer = load(spec, "scalar")
@@ -271,32 +287,38 @@ def main(cfg):
         else:
             reward_fn = open_reward([spec], prompts=cfg.pairs, device=device, dtype=dtype, skip_bad=cfg.skip_bad)
             measures = {"chosen": ask_or_stop(reward_fn, prompts, [pair.chosen for pair in pairs], cfg),
-                        "rejected": ask_or_stop(reward_fn, prompts, [pair.rejected for pair in pairs], cfg)}
-        judge, n = judge or reward_fn, len(measures["chosen"])
-        reward_rows.append({"reward": spec, "n": n, "accuracy": share_interval(wins(measures["chosen"], measures["rejected"]), n)})
-    if cfg.policies:
-        ref_name = cfg.ref or cfg.policies[0]
-        ref, ref_tokenizer = load(ref_name)
-        ref_measures = pair_measures(ref, ref_tokenizer, pairs, cfg)
-        written = {}
+                        "rejected": ask_or_stop(reward_fn, prompts, [pair.rejected for pair in pairs], cfg),
+                        "scorable": torch.ones(len(pairs), dtype=torch.bool)}
+        judge = judge or reward_fn
+        measured.append(measures)
+    names = list(dict.fromkeys([cfg.ref or cfg.policies[0], *cfg.policies])) if cfg.policies else []  # the reference comes first
+    if names:
+        ref, ref_tokenizer = load(names[0])
 
-        def write(name, policy, tokenizer):
+    def open_named(name):
+        return (ref, ref_tokenizer) if name == names[0] else load(name)
+
+    for name in names:
+        measured.append(pair_measures(*open_named(name), pairs, cfg))
+    measured = common_pairs(measured, cfg)
+    of_policy = dict(zip(names, measured[len(cfg.reward) :], strict=True))
+    rows = [policy_row(name, of_policy[name], of_policy[names[0]]) for name in cfg.policies]
+    if rows:
+        print_pairs(rows, names[0], cfg)
+    reward_rows = []
+    for spec, measures in zip(cfg.reward, measured, strict=False):
+        n, won = len(measures["chosen"]), wins(measures["chosen"], measures["rejected"])
+        reward_rows.append({"reward": spec, "n": n, "accuracy": share_interval(won, n)})
+        print("reward {}: accuracy {:.1%} [{:.1%}, {:.1%}] on {} pairs".format(spec, *reward_rows[-1]["accuracy"], n), flush=True)
+    if rows and cfg.n:
+        written, opponent = {}, cfg.against or names[0]
+        for name in dict.fromkeys([opponent, *cfg.policies]):  # each is loaded again: the models together may not fit in memory
+            policy, tokenizer = open_named(name)
             same = tokenizer.inner.get_vocab() == ref_tokenizer.inner.get_vocab()
             written[name] = sample_measures(policy, tokenizer, ref if same else None, prompts, judge, cfg)
-
-        opponent = cfg.against or ref_name
-        if cfg.n:
-            write(opponent, *((ref, ref_tokenizer) if opponent == ref_name else load(opponent)))
-        for name in cfg.policies:
-            policy, tokenizer = (ref, ref_tokenizer) if name == ref_name else load(name)
-            rows.append(policy_row(name, ref_measures if name == ref_name else pair_measures(policy, tokenizer, pairs, cfg), ref_measures))
-            if cfg.n:
-                if name not in written:
-                    write(name, policy, tokenizer)
-                rows[-1] |= sample_row(written[name], written[opponent])
-        print_tables(rows, written, ref_name, opponent, prompts, cfg)
-    for row in reward_rows:
-        print("reward {}: accuracy {:.1%} [{:.1%}, {:.1%}] on {} pairs".format(row["reward"], *row["accuracy"], row["n"]))
+        for row in rows:
+            row |= sample_row(written[row["policy"]], written[opponent])
+        print_answers(rows, written, opponent, prompts, cfg)
     if cfg.out:
         known = [{name: finite(value) for name, value in row.items()} for row in rows + reward_rows]
         write_atomic(cfg.out, json.dumps(known, indent=1) + "\n")
@@ -312,16 +334,18 @@ def finite(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def print_tables(rows, written, ref_name, opponent, prompts, cfg):
-    """Print the table of the pairs, the table of the answers, and some answers side by side."""
+def print_pairs(rows, ref_name, cfg):
+    """Print the table of the pairs."""
     print(f"{rows[0]['n']} pairs of {cfg.pairs}; ± and [ ] are 95 % intervals; implicit reward and KL against {ref_name}")
     print(f"{'policy':40} {'NLL / token':>18} {'gap, nats':>20} {'gap / token':>20} {'implicit acc.':>22}")
     for row in rows:
         accuracy = "    (is the reference)" if row["policy"] == ref_name else "{:6.1%} [{:.1%}, {:.1%}]".format(*row["implicit_accuracy"])
         print(f"{row['policy'][-40:]:40} {row['nll'][0]:9.4f} ± {row['nll'][1]:.4f} {row['gap'][0]:+11.3f} ± {row['gap'][1]:6.3f} "
               f"{row['gap_per_token'][0]:+11.4f} ± {row['gap_per_token'][1]:.4f} {accuracy:>22}")
-    if not written:
-        return
+
+
+def print_answers(rows, written, opponent, prompts, cfg):
+    """Print the table of the answers, and some answers side by side."""
     judged = f"; reward {cfg.reward[0]}, wins over {opponent}" if cfg.reward else ""
     print(f"\nanswers to each of {len(prompts)} prompts: {cfg.n}{judged}")
     print(f"{'policy':40} {'reward':>18} {'win rate':>24} {'KL, nats':>18} {'distinct':>9} {'tokens':>7} {'finished':>9}")

@@ -14,8 +14,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.data import encode_pairs, encode_prompts, pair_batch, read_preferences, split_held_out, split_scorable
-from minialign.engine import parallel
-from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, rows_at_once, set_lr, split_micro
 from minialign.engine.look import first_look
 from minialign.engine.opening import batches_of, check_context, open_policy, open_rewards
 from minialign.engine.run import Run
@@ -61,7 +60,7 @@ def train(method, cfg, step):
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
-                        lambda: held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg.batch_size))
+                        lambda: held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg))
     return run.close(policy, tokenizer)
 
 
@@ -129,8 +128,7 @@ def remember_pairs(run, policy, rows, held_out, batch_of):
 
     def compute():
         print(f"computing the reference's log-probs of {len(rows):,} pairs", flush=True)
-        even = [*range(len(rows)), *range(-len(rows) % parallel.world())]  # some rows again, so that each process gets equally many
-        return in_micro(logps_of, even, cfg.micro_batch or cfg.batch_size)[: len(rows)].tolist()  # (rows, 2)
+        return in_micro(logps_of, range(len(rows)), rows_at_once(cfg)).tolist()  # (rows, 2)
 
     stored, ref = run.compute_or_read("ref_logps.json", 0, compute), Remembered()
     logps = torch.tensor(stored, dtype=torch.promote_types(run.dtype, torch.float32))  # (rows, 2)

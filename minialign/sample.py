@@ -128,6 +128,9 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     for t in range(max_new):
         logits = logits_of(hidden, head)  # (A, V)
         logits = logits if tau == 1 else logits / tau
+        if not logits.sum().isfinite():
+            bad = next((name for name, p in policy.named_parameters() if not p.isfinite().all()), "no weight")
+            raise BadInput(f"the policy cannot be sampled: its logits are not finite ({bad} holds NaN or inf)")
         if pure:
             probs = logits.softmax(-1)  # (A, V), for the draw and the log-prob
             token = draw_tokens(probs, uniforms[present, t])  # (A,)

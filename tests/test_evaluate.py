@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from minialign import evaluate
-from minialign.data import read_preferences
-from minialign.engine.common import BadInput
-from minialign.tokenizer import load_tokenizer
-from minialign.weights import load_pretrained
+from minialign.data import encode_prompt, read_preferences
+from minialign.engine.common import BadInput, read_rows
+from minialign.model import GPT, GPTConfig
+from minialign.tokenizer import load_tokenizer, train_bpe
+from minialign.weights import load_pretrained, save_pretrained
+from tests.conftest import EACH_LOOP
 
 
 def test_mean_interval():
@@ -67,6 +69,26 @@ def test_the_table_against_a_loop(policy_folder, pairs_file, small, capsys):
     wins = sum(margin > 0 for margin in margins) + 0.5 * sum(margin == 0 for margin in margins)
     assert rows[1]["implicit_accuracy"][0] == pytest.approx(wins / 20)
     assert rows[0]["implicit_accuracy"][0] == 0.5  # a reference against itself: all ties
+
+
+@pytest.mark.parametrize("method", EACH_LOOP)
+def test_no_pass_of_an_evaluation_has_more_rows_than_a_training_pass(small, monkeypatch, method):
+    """With --micro_batch 2 of 8 rows. Sampling, which has a cache, keeps its batch. The rows are counted where they enter the model."""
+    rows, hidden = {True: [], False: []}, GPT.hidden
+
+    def counted(self, inputs, *more, cache=None, **options):
+        if cache is None:
+            rows[torch.is_grad_enabled()].append(len(inputs))
+        return hidden(self, inputs, *more, cache=cache, **options)
+
+    monkeypatch.setattr(GPT, "hidden", counted)
+    module, cfg = small(method, micro_batch=2, steps=2, eval_every=1, held_out=0.45)
+    metrics = read_rows(module.main(cfg) / "metrics.jsonl")
+    assert rows[False] and max(rows[False]) <= max(rows[True]) and any(name.startswith("eval/") for name in metrics[-1])
+    results = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in metrics]
+    module, cfg = small(method, steps=2, eval_every=1, held_out=0.45)
+    for row, result in zip(read_rows(module.main(cfg) / "metrics.jsonl"), results, strict=True):
+        assert {name: row[name] for name in result} == pytest.approx(result, abs=1e-9)
 
 
 def test_win_shares():
@@ -201,6 +223,41 @@ def test_the_wrong_kind_of_model_is_refused(policy_folder, pairs_file, small):
         evaluate.main(evaluate.Config(reward=[str(policy_folder)], pairs=str(pairs_file)))
     with pytest.raises(BadInput, match="is a reward model: name it with --reward"):
         evaluate.main(evaluate.Config(policies=[reward], pairs=str(pairs_file)))
+
+
+def test_policies_with_other_tokens_are_compared_on_their_common_pairs(policy_folder, tmp_path, capsys):
+    """The built-in task's letters make 40 tokens of a prompt of which a byte-level BPE makes a few. Under --max_len 25 one model loses one
+    of four pairs, and both are compared on the other three: the numbers are those of a file with these three."""
+    torch.manual_seed(0)
+    tokenizer = train_bpe(["ask for tea, please " * 9] * 20, 280)
+    save_pretrained(GPT(GPTConfig.tiny(tokenizer.vocab_size, n_embd=16, n_head=2, ffn_dim=32, max_len=128)).double(), tmp_path / "bpe",
+                    tokenizer)
+    prompts = ["tea", "ask for tea, please " * 2, "ink", "no tea, please now"]
+    path, own = tmp_path / "pairs.jsonl", load_tokenizer(policy_folder)
+    path.write_text("".join(json.dumps({"prompt": x, "chosen": "tea", "rejected": "no tea"}) + "\n" for x in prompts))
+    few_path, lines = tmp_path / "few.jsonl", path.read_text().splitlines(True)
+    few_path.write_text("".join([lines[0], *lines[2:]]))
+    assert len(encode_prompt(own, prompts[1])) > 25 > max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    names, settings = [str(policy_folder), str(tmp_path / "bpe")], dict(held_out=1, max_new=4, max_len=25, dtype="float64")
+    for policies in (names, names[::-1]):
+        table = evaluate.main(evaluate.Config(policies=policies, pairs=str(path), **settings))
+        assert "1 of 4 rows are left out: their prompt alone fills --max_len 25 in the tokens of at least" in capsys.readouterr().out
+        assert [row["n"] for row in table] == [3, 3]
+        few = evaluate.main(evaluate.Config(policies=policies, pairs=str(few_path), n=0, **settings))
+        for row, alone in zip(table, few, strict=True):
+            assert [row[name] for name in alone] == [pytest.approx(value, abs=1e-12) for value in alone.values()]
+
+
+def test_the_limit_of_a_reward_is_for_a_batch_and_the_pairs_come_first(policy_folder, pairs_file, tmp_path, capsys):
+    """20 answers at .05 s each are 1 s: above a limit of .5 s for all, below it for batches of 4. A judge that fails on the second batch
+    fails there, and the table of the pairs has been printed by then."""
+    (tmp_path / "r.py").write_text("import time\n\nsizes = []\n\ndef slow(prompts, completions):\n    time.sleep(0.05 * len(prompts))\n"
+                                   "    sizes.append(len(prompts))\n    assert len(sizes) < 12, 'tired'\n    return [0.0] * len(prompts)\n")
+    settings = dict(policies=[str(policy_folder)], pairs=str(pairs_file), held_out=1, max_new=4, batch_size=4, reward_limit=0.5)
+    with pytest.raises(BadInput, match="tired"):  # 5 batches of chosen, 5 of rejected, one of answers
+        evaluate.main(evaluate.Config(reward=[f"{tmp_path / 'r.py'}:slow"], **settings))
+    said = capsys.readouterr().out
+    assert "NLL / token" in said and "r.py:slow: accuracy" in said and "win rate" not in said
 
 
 def test_pairs_without_room_for_an_answer_are_left_out_aloud(policy_folder, tmp_path, capsys):

@@ -68,6 +68,19 @@ def test_a_reward_that_dies_loses_no_step(small, reward_file, method):
     assert [row["skipped"] for row in read_rows(folder / "metrics.jsonl")] == [0] * 8
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("method", "changes"), [
+    ("grpo", {"group_size": 4}), ("rloo", {"group_size": 4}), ("rloo", {"group_size": 8}), ("rebel", {}),
+])
+def test_equal_rewards_leave_the_weights_alone(small, reward_file, policy_folder, method, changes, dtype):
+    """One reward for all answers and β = 0: nothing is to be learned, and Adam makes a full step of any gradient that is not exactly 0."""
+    reward = reward_file("    return [0.7] * len(completions)\n")
+    module, cfg = small(method, reward=reward, beta=0.0, steps=3, batch_size=16, dtype=dtype, **changes)
+    after = load_file(module.main(cfg) / "final" / "model.safetensors")
+    for name, weight in load_file(policy_folder / "model.safetensors").items():
+        assert torch.equal(after[name], weight.to(after[name].dtype)), name
+
+
 def test_a_run_whose_last_step_is_skipped_is_still_saved(small, reward_file):
     body = "    if calls == 6:\n        raise RuntimeError('no judge')\n    return [len(text) % 5 for text in completions]\n"
     module, cfg = small("rloo", reward=reward_file(body), save_every=100)

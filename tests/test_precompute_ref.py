@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from minialign.engine import run
 from minialign.engine.common import BadInput, read_rows
 from minialign.logps import Remembered, seq_logps, token_logps
+from minialign.methods import irft
 from minialign.model import GPT
 from minialign.weights import load_pretrained
 from tests.killing import result_of
@@ -75,13 +77,40 @@ def test_resume_in_the_middle_is_bitwise(small, method):
     shutil.copytree(whole, cut)
     for name in ("checkpoints/step_000006", "final"):
         shutil.rmtree(cut / name)
-    file = cut / ("rounds/000001.json" if method == "irft" else "ref_logps.json")
+    file = cut / ("rounds/000001/000004.json" if method == "irft" else "ref_logps.json")
     stamp = file.stat().st_mtime_ns
     assert result_of(module.main(module.Config(resume=str(cut)))) == result_of(whole) and file.stat().st_mtime_ns == stamp
 
 
+def test_a_run_killed_while_it_computes_a_round_keeps_the_steps_before(small, monkeypatch):
+    """Killed while it samples step 5 of 6, the last but one of the second round: once resumed from step 3, it samples only that one and the
+    last, and ends as the unbroken run, bit for bit. So does a run whose rounds are in one file each, as earlier versions wrote them."""
+    module, cfg = small("irft", steps=6, save_every=3, rounds=2, precompute_ref=True)
+    expected, rollout, sampled = result_of(module.main(cfg)), irft.rollout, []
+
+    def dying(*arguments):
+        sampled.append(1)
+        if len(sampled) == 5:
+            raise KeyboardInterrupt
+        return rollout(*arguments)
+
+    monkeypatch.setattr(irft, "rollout", dying)
+    module, cfg = small("irft", steps=6, save_every=3, rounds=2, precompute_ref=True)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(cfg)
+    earlier = Path(cfg.out).with_name("earlier")
+    shutil.copytree(cfg.out, earlier)
+    assert result_of(module.main(module.Config(resume=cfg.out))) == expected and len(sampled) == 5 + 2
+    for t in (0, 1):
+        files = sorted((Path(cfg.out) / f"rounds/{t:06d}").iterdir())
+        made = [json.loads(file.read_text()) for file in files]
+        shutil.rmtree(earlier / f"rounds/{t:06d}")
+        (earlier / f"rounds/{t:06d}.json").write_text(json.dumps({name: [each[name] for each in made] for name in made[0]}))
+    assert result_of(module.main(module.Config(resume=str(earlier)))) == expected and len(sampled) == 5 + 2
+
+
 def test_what_was_kept_is_asked_for_when_the_policy_has_moved(small):
-    for method, file in (("dpo", "ref_logps.json"), ("irft", "rounds/000000.json")):
+    for method, file in (("dpo", "ref_logps.json"), ("irft", "rounds/000000/000002.json")):
         module, cfg = small(method, steps=6, save_every=3, precompute_ref=True)
         folder = module.main(cfg)
         shutil.rmtree(folder / "checkpoints/step_000006")

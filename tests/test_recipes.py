@@ -81,6 +81,10 @@ def test_what_a_plan_counts():
     assert numbers["memory"]["gradients and AdamW"] == 12 * parameters / 2 / 2**30 and "frozen copies" not in numbers["memory"]
     seconds = 6 * parameters * cfg.steps * cfg.batch_size * cfg.max_len / 2 / (790e12 * 0.5)
     assert numbers["hours"] == {"training and scoring": pytest.approx(seconds / 3600)}
+    # An evaluation samples four answers, two on each card, from a bfloat16 copy of all weights, with a cache of 16 layers, keys and values.
+    assert numbers["memory"]["whole copy to sample and export"] == 2 * parameters / 2**30
+    positions = (cfg.max_prompt or 512) + cfg.max_new
+    assert numbers["memory"]["cache of sampling"] == pytest.approx(1.75 * 2 * positions * 16 * 2 * 2048 * 2 / 2**30)
     again = recipes.plan(recipe, dataclasses.replace(cfg, activation_checkpointing=True), "h100")
     assert again["hours"]["training and scoring"] == pytest.approx(8 / 6 * seconds / 3600)
     assert again["memory"]["activations of a micro-batch"] < numbers["memory"]["activations of a micro-batch"] / 5

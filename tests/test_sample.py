@@ -1,12 +1,15 @@
 """The sampler against a language that is summed over: frequencies, invariance to the batch, what it reports, what it refuses."""
 
 import random
+import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from minialign.engine import look
 from minialign.engine.common import BadInput
 from minialign.kernels.decode import Decoder
 from minialign.logps import token_logps
@@ -253,6 +256,66 @@ def test_old_logps_of_a_bfloat16_policy_are_float32_statistics():
     got = rollout.old_logps[:, -1]
     assert got.dtype == torch.float32
     assert (got - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize(("name", "value"), [
+    ("blocks.0.norm2.weight", torch.nan), ("head.weight", torch.inf), ("tok_embed.weight", torch.nan),
+])
+def test_a_tensor_that_is_not_finite_is_named(name, value, greedy):
+    """Also an embedding that no prompt has, which shows only when its token is sampled."""
+    policy = tiny_gpt(tied=False)
+    with torch.no_grad():
+        policy.get_parameter(name)[-1] = value
+    with pytest.raises(BadInput, match=rf"its logits are not finite \({name} holds NaN or inf"):
+        for seed in range(20):
+            sample(policy, [[1]], max_new=9, eos_id=None, seed=seed, greedy=greedy)
+
+
+def guarded(policy, monkeypatch, *, sampled_at=1.0):
+    """What check_sampler does at --tau 1 with a policy and a sampler as they are now. sampled_at: the sampler's own temperature."""
+    monkeypatch.setattr(look, "sample", lambda *args, tau, **more: sample(*args, tau=sampled_at, **more))
+    run = SimpleNamespace(cfg=SimpleNamespace(max_new=24, tau=1.0, seed=0, dtype="its own"), dtype=policy.head_weight.dtype)
+    prompts = [[(7 * i + n) % 40 for i in range(n)] for n in (5, 9, 14)]
+    look.check_sampler(run, SimpleNamespace(eos_id=None), prompts, policy=policy, ref=policy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_guard_passes_a_right_sampler_and_refuses_wrong_ones(monkeypatch, family, dtype):
+    """Wrong: another temperature; every sampled token one position too far, or too near; a mask that shows three keys only."""
+    policy = tiny_gpt(40, dtype=dtype, **{**FAMILIES[family], "n_layer": 2, "max_len": 64})
+    guarded(policy, monkeypatch)
+
+    def refused(**settings):
+        with pytest.raises(BadInput, match="sampler and training pass differ by"):
+            guarded(policy, monkeypatch, **settings)
+        monkeypatch.undo()
+
+    for tau in (0.8, 1.3):
+        refused(sampled_at=tau)
+    for shift in (1, -1):
+        def moved(policy, cache, shift=shift):
+            cache.lengths += shift
+            cache.longest += shift
+            return stepper(policy, cache)
+
+        monkeypatch.setattr("minialign.sample.stepper", moved)
+        refused()
+    whole = GPT.mask
+    monkeypatch.setattr("minialign.sample.stepper", Step)
+    monkeypatch.setattr(GPT, "mask", lambda self, positions, span, window, cache, dtype: whole(
+        self, positions, span, window if cache is None else 3, cache, dtype))
+    refused()
+
+
+def test_the_guard_passes_a_deep_bfloat16_policy(monkeypatch, capsys):
+    """12 layers with large random weights: the largest of 72 ratios is off by more than .2, and it is only rounding: in float32 the same
+    weights agree to 1e-3."""
+    deep = dict(seed=1, n_layer=12, n_embd=256, n_head=4, max_len=64, mixing=3.0)
+    for dtype in (torch.bfloat16, torch.float32):
+        guarded(tiny_gpt(2000, dtype=dtype, **deep), monkeypatch)
+    assert float(re.search(r"tokens, (\S+) in all", capsys.readouterr().out)[1]) > 0.2
 
 
 def test_fields_agree_with_each_other():

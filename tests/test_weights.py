@@ -350,7 +350,12 @@ def test_export_does_not_touch_the_model(tmp_path):
 def test_no_such_folder_nor_hub_name(tmp_path):
     refused(tmp_path / "absent", str(tmp_path / "absent"), "no such folder, and not a hub name (owner/name) either")
     refused("nobody/no-such-model", "nobody/no-such-model: no such folder here, and the hub could not deliver it (", "hf auth login")
-    refused(tmp_path / "model.safetensors", "expected a folder with config.json and model.safetensors, not a single file")
+    for name in ("model.safetensors", "model.gguf", "nobody/model.bin"):
+        refused(tmp_path / name, "expected a folder with config.json and model.safetensors, not a single file")
+    (tmp_path / "config.json").write_text("{}")
+    refused(tmp_path / "config.json", "expected a folder with config.json and model.safetensors, not a single file")
+    for name in ("nobody/llama-3.1", "nobody/model-v0.1", "nobody/qwen2.5-0.5b.safetensors-like"):  # dots are part of many names
+        refused(name, f"{name}: no such folder here, and the hub could not deliver it (")
 
 
 def test_hub_name_fetches_weights_and_settings_only(folder, monkeypatch):

@@ -2,7 +2,7 @@
 
 It takes a few optimizer steps each of SFT, DPO, IRFT and GRPO, in bfloat16 with AdamW. The models have random weights in the hub's layout,
 the rows are this package's own source text. (The 7B model trains adapters of rank 64 where all weights and a reference would not fit on
-the card.) A run ends after its last step and saves no model. The numbers, with date, card and versions, go to --out:
+the card.) After them it evaluates once, untimed. A run saves no model. The numbers, with date, card and versions, go to --out:
 
     python -m minialign.bench.receipts --out docs/receipts.json
 
@@ -55,7 +55,7 @@ def receipt(model, config, method, cfg, folder):
     """Run cfg.steps steps: {'seconds' per step, peak 'GiB', 'planned' values of both, 'tokens/s'}. folder holds the policy and the rows."""
     module, device = importlib.import_module(f"minialign.methods.{method}"), pick_device(cfg.device)
     shared = dict(policy=str(folder / "policy"), batch_size=cfg.batch_size, micro_batch=cfg.micro_batch, steps=10**6, save_every=10**6,
-                  eval_every=10**6, device=cfg.device, dtype=cfg.dtype, activation_checkpointing=True, out=str(folder / method))
+                  eval_every=cfg.steps, device=cfg.device, dtype=cfg.dtype, activation_checkpointing=True, out=str(folder / method))
     own = {"sft": {"demos": "demos.jsonl", "max_len": 2 * LENGTH}, "dpo": {"pairs": "pairs.jsonl", "max_len": 2 * LENGTH},
            "irft": {"demos": "demos.jsonl", "max_len": 2 * LENGTH, "max_new": cfg.max_new},
            "grpo": {"prompts": "demos.jsonl", "max_new": cfg.max_new, "reward": ["length:100"]}}[method]
@@ -68,7 +68,7 @@ def receipt(model, config, method, cfg, folder):
         if device.type == "cuda":
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
-        if len(marks) == cfg.steps:
+        if len(marks) > cfg.steps:  # an evaluation came before this step, which is not timed
             raise Done
 
     if device.type == "cuda":
@@ -80,7 +80,7 @@ def receipt(model, config, method, cfg, folder):
         with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=2**60)):  # nothing is saved, so no disk space is needed
             module.main(settings)
     except Done:
-        seconds = (marks[-1] - marks[0]) / (cfg.steps - 1)
+        seconds = (marks[-2] - marks[0]) / (cfg.steps - 1)
     finally:
         hook.remove()
     name = describe_device(device).lower()

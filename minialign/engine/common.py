@@ -57,13 +57,31 @@ def split_micro(rows, micro_batch):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
+def rows_at_once(cfg):
+    """The most rows of a forward pass: a micro-batch, or this process's part of a batch."""
+    part = -(-cfg.batch_size // parallel.world())
+    return min(cfg.micro_batch or part, part)
+
+
+def held_out_passes(rows, cfg):
+    """This process's passes over held-out rows: yields (range of rows, weight). Every process makes equally many, as FSDP needs.
+
+    The passes that are missing for that repeat the first one, with weight 0.
+    """
+    size = rows_at_once(cfg)
+    starts = [*range(0, len(rows), size)]
+    missing = [(0, 0)] * (-len(starts) % parallel.world())
+    for start, weight in parallel.local_rows([(start, 1) for start in starts] + missing):
+        yield range(start, min(start + size, len(rows))), weight
+
+
 @torch.no_grad()
 def in_micro(function, rows, micro_batch):
     """Apply `function`, which returns one output row per input row, to each micro-batch and concatenate the outputs. No gradients."""
-    if len(rows) % parallel.world():  # no equal parts, as with held-out rows: every process computes all rows
-        size = micro_batch or len(rows)
-        return torch.cat([function(rows[i : i + size]) for i in range(0, len(rows), size)])
-    return parallel.gather_rows(torch.cat([function(micro) for micro in split_micro(rows, micro_batch)]))
+    n = len(rows)
+    if n % parallel.world():  # held-out rows, a list or range: some are computed again, so that all processes have equally many
+        rows = [rows[i % n] for i in range(n + -n % parallel.world())]
+    return parallel.gather_rows(torch.cat([function(micro) for micro in split_micro(rows, micro_batch)]))[:n]
 
 
 def lr_at(step, *, lr, steps, warmup=0.0, schedule="cosine"):
@@ -107,7 +125,7 @@ def pick_device(name):
 def pick_dtype(name):
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if name not in dtypes:
-        raise BadInput(f"--dtype {name} is unknown: use float32, bfloat16 or float64")
+        raise BadInput(f"--dtype {name} is unknown: use float32, bfloat16 or float64 (or, in training, mixed)")
     return dtypes[name]
 
 
@@ -133,13 +151,16 @@ def read_rows(path):
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would also split at U+2028 inside a text
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # of bytes, because the last line may end inside a character
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines):
-                raise BadInput(f"{path}:{number}: not a line of JSON; the file was edited or damaged") from None
+            row = json.loads(line.decode("utf-8"))
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number != len(lines):
+            raise BadInput(f"{path}:{number}: not an object of JSON on a line; the file was edited or damaged")
     return rows
 
 
@@ -164,7 +185,7 @@ def find_folder(path_or_hub_name):
     folder = Path(path_or_hub_name).expanduser()
     if folder.is_dir():
         return folder
-    if folder.suffix in PICKLES or folder.suffix == ".safetensors":
+    if folder.is_file() or folder.suffix in (*PICKLES, ".safetensors", ".gguf"):  # other dots are part of a hub name
         raise BadInput(f"{folder}: expected a folder with config.json and model.safetensors, not a single file")
     from huggingface_hub import snapshot_download  # imported here because importing it takes longer than most runs take to start
     from huggingface_hub.errors import HFValidationError

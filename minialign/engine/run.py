@@ -71,7 +71,8 @@ class Run:
         self.started, self.bar = time.monotonic(), None
 
     def _check_parallel(self):
-        cfg, unit = self.cfg, parallel.world() * (2 if "rebel" in (self.method, getattr(self.cfg, "policy_step", "")) else 1)
+        cfg, kind = self.cfg, getattr(self.cfg, "policy_step", self.method)
+        unit = parallel.world() * (2 if kind == "rebel" else getattr(cfg, "n", 1) if kind.startswith("bon_") else 1)  # groups stay whole
         if parallel.world() > 1 and ":" in cfg.device:
             raise BadInput(f"--device {cfg.device}: each of the {parallel.world()} processes needs a GPU of its own; say cuda, or auto")
         if cfg.parallel not in ("fsdp", "ddp"):
@@ -268,7 +269,7 @@ class Run:
             if self.first_step > began:
                 raise BadInput(f"{file}: is missing, and the policy of step {self.first_step} is not the reference; begin a new run")
             value = compute()
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json.dumps(value))
             parallel.gather(None)  # a barrier: no process reads the file before it is there
         return json.loads(file.read_text(encoding="utf-8"))

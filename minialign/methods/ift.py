@@ -122,5 +122,5 @@ def main(cfg):
             optimizer.step()
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg.batch_size))
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg))
     return run.close(policy, tokenizer)

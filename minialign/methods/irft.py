@@ -27,6 +27,7 @@ Checked  tests/methods/test_irft.py (worked numbers, gradients by enumeration, S
 """
 
 import functools
+import json
 from dataclasses import dataclass
 
 import torch
@@ -147,7 +148,7 @@ def main(cfg):
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "round": t, **stats.result()}
         metrics["completions/mean_length"] = sum(map(len, completions)) / len(completions)
         metrics["completions/finished"] = sum(ids[-1] == tokenizer.eos_id for ids in completions) / len(completions)
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg.batch_size))
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg))
     return run.close(policy, tokenizer)
 
 
@@ -164,16 +165,18 @@ def remember_round(run, policy, rows, batch_of, tokenizer, t, answers_of):
         own = collate([rows[i][0] for i in picked[k]], completions, pad_id=tokenizer.pad_id)
         return batch_of(rows, picked[k]), own.to(run.device)
 
-    def compute():
-        print(f"round {t}: computing own answers and the reference's log-probs, {len(steps):,} steps of {cfg.batch_size} rows", flush=True)
-        made = {"answers": [answers_of(policy, k, picked[k]) for k in steps]}
-        pairs = (sides(k, completions) for k, completions in zip(steps, made["answers"], strict=True))
-        logps_of = functools.partial(seq_logps, policy)
-        made["logps"] = [[in_micro(logps_of, side, cfg.micro_batch).tolist() for side in pair] for pair in pairs]
-        return made
+    def compute(k):
+        completions = answers_of(policy, k, picked[k])
+        logps = [in_micro(functools.partial(seq_logps, policy), side, cfg.micro_batch).tolist() for side in sides(k, completions)]
+        return {"answers": completions, "logps": logps}
 
-    made, ref = run.compute_or_read(f"rounds/{t:06d}.json", steps[0], compute), Remembered()
-    for k, completions, both in zip(steps, made["answers"], made["logps"], strict=True):
-        for side, logps in zip(sides(k, completions), both, strict=True):
+    print(f"round {t}: own answers and the reference's log-probs of {len(steps):,} steps with {cfg.batch_size} rows", flush=True)
+    answers, ref, earlier = {}, Remembered(), run.folder / f"rounds/{t:06d}.json"  # runs of earlier versions have a whole round in one file
+    whole = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else None
+    for i, k in enumerate(steps):  # a file for each step: a run that is killed here loses only the step that it was at
+        file = f"rounds/{t:06d}/{k:06d}.json"
+        made = {name: whole[name][i] for name in whole} if whole else run.compute_or_read(file, steps[0], functools.partial(compute, k))
+        answers[k] = made["answers"]
+        for side, logps in zip(sides(k, answers[k]), made["logps"], strict=True):
             ref.learn(side, torch.tensor(logps, dtype=torch.promote_types(run.dtype, torch.float32)))
-    return dict(zip(steps, made["answers"], strict=True)), ref
+    return answers, ref

@@ -28,7 +28,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.data import encode_feedback, read_feedback, split_scorable
-from minialign.engine.common import BadInput, Mean, batch_rows, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, held_out_passes, in_micro, lr_at, note, rows_at_once, set_lr, split_micro
 from minialign.engine.look import first_look
 from minialign.engine.opening import batches_of, open_policy
 from minialign.engine.run import Run
@@ -104,6 +104,10 @@ def main(cfg):
     rows = encode_feedback(tokenizer, feedback, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
     rows, held_out = split_scorable(rows, cfg.held_out, cfg.max_len)
     batch_of = batches_of(run, tokenizer)
+    if len(rows) < 2:
+        raise BadInput(f"{cfg.feedback}: one answer to train on; the reference point needs an answer to another prompt, so at least 2")
+    if len(held_out) == 1:
+        note("note: no eval/loss, because the reference point of a held-out answer needs a second one; a larger --held_out has more")
 
     n_desirable = sum(desirable for *_, desirable in rows)
     good, bad = cfg.desirable_weight * n_desirable, cfg.undesirable_weight * (len(rows) - n_desirable)
@@ -140,7 +144,7 @@ def main(cfg):
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "z0": kl, **stats.result()}
         run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
-                        lambda: held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg) if held_out else {})
+                        lambda: held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg) if len(held_out) > 1 else {})
     return run.close(policy, tokenizer)
 
 
@@ -148,9 +152,8 @@ def main(cfg):
 def held_out_feedback(policy, ref, rows, batch_of, labels_of, cfg):
     """Metrics over all held-out rows: the loss, and the share of answers on the right side of z₀, which is computed from these rows."""
     mixed = [rows[i] for i in batch_rows(len(rows), len(rows), 0, cfg.seed)]  # because in a file the previous row often has the same prompt
-    mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, cfg.batch_size)
-    for start in range(0, len(rows), cfg.batch_size):
-        picked = range(start, min(start + cfg.batch_size, len(rows)))
+    mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, rows_at_once(cfg))
+    for picked, weight in held_out_passes(rows, cfg):
         loss, stats = step(policy, ref, batch_of(rows, picked), labels_of(rows, picked), kl, cfg)
-        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=len(picked))
+        mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=weight * len(picked))
     return mean.result()

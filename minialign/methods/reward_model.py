@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.engine.common import Mean, batch_rows, lr_at, set_lr, split_micro
+from minialign.engine.common import Mean, batch_rows, in_micro, lr_at, rows_at_once, set_lr, split_micro
 from minialign.engine.look import first_look
 from minialign.engine.opening import open_policy
 from minialign.engine.run import Run
@@ -73,10 +73,15 @@ def main(cfg):
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))
     first_look(run, tokenizer, rows, first, {"reward_model": reward_model})
 
+    def rewards_of(rows, side):  # (rows,)
+        return in_micro(lambda micro: score(reward_model, getattr(batch_of(rows, micro), side)), range(len(rows)), rows_at_once(cfg)).cpu()
+
     def evaluate():
-        chosen, rejected = all_scores(reward_model, held_out, batch_of, cfg.batch_size)
+        if not held_out:
+            return {}
+        chosen, rejected = rewards_of(held_out, "chosen"), rewards_of(held_out, "rejected")
         loss, held_out_stats = bradley_terry_loss(chosen, rejected, margin=cfg.margin, centre=cfg.centre)
-        return {"eval/loss": loss, "eval/accuracy": held_out_stats["rewards/accuracies"]} if held_out else {}
+        return {"eval/loss": loss, "eval/accuracy": held_out_stats["rewards/accuracies"]}
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
@@ -97,17 +102,5 @@ def main(cfg):
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
         run.end_of_step(k, metrics, reward_model, tokenizer, [], evaluate)
 
-    chosen, _ = all_scores(reward_model, rows, batch_of, cfg.batch_size)
-    reward_model.config.reward_offset += float(chosen.mean())  # a constant, which the loss leaves open
+    reward_model.config.reward_offset += float(rewards_of(rows, "chosen").mean())  # a constant, which the loss leaves open
     return run.close(reward_model, tokenizer)
-
-
-@torch.no_grad()
-def all_scores(reward_model, rows, batch_of, batch_size):
-    """The rewards of all chosen and of all rejected answers, (rows,) each."""
-    chosen, rejected = [torch.zeros(0)], [torch.zeros(0)]
-    for start in range(0, len(rows), batch_size):
-        pairs = batch_of(rows, range(start, min(start + batch_size, len(rows))))
-        chosen.append(score(reward_model, pairs.chosen).cpu())
-        rejected.append(score(reward_model, pairs.rejected).cpu())
-    return torch.cat(chosen), torch.cat(rejected)

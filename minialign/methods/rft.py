@@ -234,7 +234,7 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "round": t, **stats.result()}
         metrics["lr"] = (reward_optimizer if of_reward else optimizer).param_groups[0]["lr"]
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg.batch_size),
+        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg),
                         tau=cfg.tau, reward_model=reward_model)
     run.export(reward_model, tokenizer, "reward")
     return run.close(policy, tokenizer)

@@ -52,11 +52,14 @@ class Config(OnPrompts):
 
 
 def leave_one_out(rewards, *, group_size):
-    """rewards: (B,), the G of one prompt adjacent -> advantages (B,): each reward minus the mean of the others of its group."""
+    """rewards: (B,), the G of one prompt adjacent -> advantages (B,): each reward minus the mean of the others of its group.
+
+    A group with equal rewards gives exactly 0. (Adam would turn a rounding error into a step of full size.)
+    """
     assert rewards.dim() == 1 and group_size >= 2 and len(rewards) % group_size == 0, (rewards.shape, group_size)
     groups = rewards.view(-1, group_size)  # (N, G)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)  # (N, G)
-    return (groups - others).flatten()
+    return torch.where((groups == groups[:, :1]).all(1, keepdim=True), 0, groups - others).flatten()
 
 
 def rloo_loss(logps, old_logps, advantages, mask, *, eps):

@@ -9,8 +9,8 @@
 hub's formats. Then it takes two steps with a small version of the recipe's Config, in two processes over gloo if the recipe is for more
 than one GPU. --plan counts the parameters of the architecture, the bytes of everything kept in memory, the floating-point operations (per
 parameter and token: 2 forward, 6 with the backward pass, or 4 if adapters are trained, 2 more with activation checkpointing) and the bytes
-that sampling reads. Its hours are an estimate, without communication and evaluation. It assumes rows of full length, and that a card runs
-at the fractions in RATES of the speeds in CARDS.
+that sampling reads. Memory includes evaluation and export. Hours are an estimate, without communication, evaluation and the last pass of
+reward_model. Rows are assumed to have full length, and a card to run at the fractions in RATES of the speeds in CARDS.
 
 Which --dtype: bytes a weight, with gradient and AdamW's moments, are 16 in float32, 16 + 2 in mixed and 8 in bfloat16, where weights hardly
 move at the papers' learning rates. If mixed, which the recipes take, does not fit, use --lora 64 --dtype bfloat16: 2 bytes a frozen weight,
@@ -171,16 +171,17 @@ def plan(recipe, cfg, card, config=None, prompt=512):
     slices = gpus if cfg.parallel == "fsdp" else 1
     models = 1 + does.copies + does.more
 
-    sampled = (getattr(cfg, "max_prompt", None) or prompt) + cfg.max_new if does.sampled else 0  # tokens of a sampled row
+    sampled = (getattr(cfg, "max_prompt", None) or prompt) + getattr(cfg, "max_new", 0)  # tokens of a sampled row
     length = getattr(cfg, "max_len", sampled)
-    if sampled and length > sampled:  # half the rows are demonstrations, half are sampled: take the mean length
+    if does.sampled and length > sampled:  # half the rows are demonstrations, half are sampled: take the mean length
         length = (length + sampled) // 2
     rows = cfg.batch_size // gpus
+    drawn = rows if does.sampled else -(-4 // gpus) if hasattr(cfg, "max_new") else 0  # an evaluation samples at least four answers
     micro = min(cfg.micro_batch or rows, rows)
     # Sequences of a row, or passes over one, whose activations are kept at the same time for the backward pass.
     at_once = 2 if recipe.name in ("dpo", "orpo", "irft", "reward_model", "ppo", "rft", "irl") else 1
-    kept = config.n_layer * (8 * config.n_embd + (3 + config.gated) * config.ffn_dim)
-    kept = config.n_layer * config.n_embd + kept // config.n_layer if cfg.activation_checkpointing else kept
+    layer = 8 * config.n_embd + (3 + config.gated) * config.ffn_dim
+    kept = config.n_layer * config.n_embd + layer if cfg.activation_checkpointing else config.n_layer * layer
     root = everything - config.n_layer * block  # embeddings and head: they stay gathered until the backward pass ends
     cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * wide
     memory = {
@@ -190,9 +191,9 @@ def plan(recipe, cfg, card, config=None, prompt=512):
         "reward models of --reward": everything * wide * does.judges,
         "gathered while computing": (root * models + 2 * block) * wide * launched,
         "gradients before they are summed": ((root if not cfg.lora else 0) + trained / config.n_layer) * (wide + 4) * launched,
-        "whole copy for sampling": everything * wide * (does.sampled > 0) * launched,
-        "cache of sampling": 1.75 * cache * sampled * rows * does.sampled,  # when a quarter of the rows is finished, the others are copied
-        "activations of a micro-batch": at_once * micro * length * kept * wide,
+        "whole copy to sample and export": everything * wide * launched,
+        "cache of sampling": 1.75 * cache * sampled * drawn,  # when a quarter of the rows is finished, the others are copied
+        "activations of a micro-batch": max(at_once * micro * length * kept, drawn * (sampled - getattr(cfg, "max_new", 0)) * layer) * wide,
         "log-probs": 4 * SLICE_BYTES["cuda"] + 4 * micro * length * config.n_embd,
     }
     sequences = cfg.steps * cfg.batch_size

@@ -58,8 +58,15 @@ def test_rows_of_a_killed_run(tmp_path):
     with open(path, "a") as file:
         file.write('{"step": 3, "lo')  # torn
     assert common.read_rows(path) == [{"step": 1}, {"step": 2}]
+    whole = path.read_bytes().split(b'{"step": 3')[0]
+    for torn in (b'{"step": 3, "text": "caf\xc3', b"12", b"\0" * 9, b'{"step": 3, \0\0', b"null\n", b"\xe2\x80\n"):
+        path.write_bytes(whole + torn)
+        assert common.read_rows(path) == [{"step": 1}, {"step": 2}]
+        path.write_bytes(torn.removesuffix(b"\n") + b"\n" + whole)  # not at the end: nothing that a killed run leaves
+        with pytest.raises(BadInput, match=r"metrics.jsonl:1: not an object of JSON on a line"):
+            common.read_rows(path)
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(BadInput, match=r"metrics.jsonl:2: not a line of JSON"):
+    with pytest.raises(BadInput, match=r"metrics.jsonl:2: not an object of JSON on a line"):
         common.read_rows(path)
     assert common.read_rows(tmp_path / "none") == []
 
@@ -81,7 +88,7 @@ def test_device_and_dtype():
     assert common.pick_device("cpu").type == "cpu" and common.pick_dtype("float64") == torch.float64
     with pytest.raises(BadInput, match="--device tpu9 cannot be used"):
         common.pick_device("tpu9")
-    with pytest.raises(BadInput, match="float32, bfloat16 or float64"):
+    with pytest.raises(BadInput, match=r"float32, bfloat16 or float64 \(or, in training, mixed\)"):
         common.pick_dtype("fp16")
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from minialign.engine import common, parallel
 from minialign.engine.common import read_rows
+from minialign.engine.run import Run
 from minialign.weights import load_pretrained
 from tests.conftest import METHODS
 from tests.killing import result_of
@@ -252,6 +254,18 @@ def test_refusals(small, tmp_path):
     assert done.returncode != 0 and "--batch_size 6: must be a multiple of 4" in done.stderr and not Path(cfg.out).exists()
 
 
+@pytest.mark.parametrize("policy_step", ["bon_sft", "bon_dpo"])
+def test_prompts_with_n_answers_each_are_divided_whole(small, monkeypatch, policy_step):
+    """8 rows with 8 answers to each prompt are one prompt, which two processes cannot share; with 4 answers they are two."""
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel, "on_main", lambda function, *arguments: function(*arguments))
+    module, cfg = small("irl", policy_step=policy_step, n=8)
+    with pytest.raises(common.BadInput, match="--batch_size 8: must be a multiple of 16, so that each of the 2 processes gets an equal"):
+        module.main(cfg)
+    assert not Path(cfg.out).exists()
+    Run("irl", small("irl", policy_step=policy_step, n=4)[1])
+
+
 def test_alone_nothing_is_done():
     """Without torchrun every function hands back what it was given."""
     rows = torch.arange(6.0)
@@ -260,6 +274,34 @@ def test_alone_nothing_is_done():
     model = torch.nn.Linear(2, 2)
     parallel.shard(model, "fsdp", "cpu", torch.float32)
     assert type(model) is torch.nn.Linear and parallel.full_copy(model) is model and parallel.resharded(model) is model
+
+
+def test_passes_over_held_out_rows_are_shared(monkeypatch):
+    """Each process makes as many passes as the others, of at most its part of a batch or a micro-batch; each row has weight 1 in all."""
+    for world in (1, 2, 3, 8):
+        monkeypatch.setattr(parallel, "world", lambda world=world: world)
+        for n in (0, 1, 5, 24):
+            for micro_batch, most in ((0, -(-8 // world)), (1, 1), (64, -(-8 // world))):
+                passes, weights = [], [0] * n
+                for rank in range(world):
+                    monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+                    passes.append([*common.held_out_passes(range(n), SimpleNamespace(batch_size=8, micro_batch=micro_batch))])
+                    for rows, weight in passes[-1]:
+                        assert 0 < len(rows) <= most
+                        for i in rows:
+                            weights[i] += weight
+                assert weights == [1] * n and len(set(map(len, passes))) == 1
+
+
+def test_rows_that_do_not_divide_evenly_are_computed_once_or_twice(monkeypatch):
+    """5 rows in 8 processes: one each, the first three again. The parts, put together, are the squares of 0 to 4."""
+    world, parts = 8, []
+    monkeypatch.setattr(parallel, "world", lambda: world)
+    monkeypatch.setattr(parallel, "gather_rows", lambda part: parts.append(part) or part)
+    for rank in range(world):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        common.in_micro(lambda micro: torch.tensor([i * i for i in micro]), range(5), 2)
+    assert torch.cat(parts)[:5].tolist() == [0, 1, 4, 9, 16] and [len(part) for part in parts] == [1] * world
 
 
 def test_shares_cover_all_rows_once(monkeypatch):

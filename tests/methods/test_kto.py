@@ -372,6 +372,17 @@ def test_held_out_answers_are_those_never_trained_on(small):
         assert {i for k in range(4) for i in batch_rows(30, batch_size, k, 0)} <= set(range(30))
 
 
+def test_one_answer_has_no_reference_point(small, tmp_path, capsys):
+    """It would be compared with itself. One of 40 held out: no eval/ metric, and a note; one answer in all: refused."""
+    module, cfg = small("kto", steps=1, held_out=0.025)
+    metrics = read_rows(module.main(cfg) / "metrics.jsonl")[-1]
+    assert not any(name.startswith("eval/") for name in metrics) and "note: no eval/loss" in capsys.readouterr().err
+    (tmp_path / "one.jsonl").write_text('{"prompt": "ask for tea: ", "completion": "tea", "label": true}\n')
+    module, cfg = small("kto", feedback=str(tmp_path / "one.jsonl"))
+    with pytest.raises(BadInput, match="one.jsonl: one answer to train on"):
+        module.main(cfg)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"batch_size": 1}, "--batch_size 1: the reference point needs an answer to another prompt; use at least 2"),
     ({"beta": 0.0}, "--beta 0.0: must be above 0"), ({"desirable_weight": -1.0}, "--desirable_weight -1.0: must be at least 0"),

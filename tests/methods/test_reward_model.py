@@ -5,6 +5,7 @@ from torch.autograd import gradcheck
 
 from minialign.data import encode_pairs, pair_batch
 from minialign.engine.common import read_rows
+from minialign.methods import reward_model
 from minialign.methods.reward_model import bradley_terry_loss
 from minialign.rewards import score
 from minialign.task import builtin_pairs, gold_reward
@@ -79,6 +80,16 @@ def test_it_learns_and_is_centred(small):
     agree = [(c > r) == (a > b) for c, r, (a, b) in zip(chosen.tolist(), rejected.tolist(), gold, strict=True) if a != b]
     assert sum(agree) / len(agree) > 0.85, sum(agree) / len(agree)
     assert abs(scores(builtin_pairs()[:360])[0].mean().item()) < 1e-4
+
+
+def test_the_last_pass_scores_each_chosen_answer_once(small, monkeypatch):
+    """18 training pairs, one step on 8, no held-out pair scored before: 8 chosen, 8 rejected, then 18 chosen in passes of at most 2."""
+    sizes = []
+    monkeypatch.setattr(reward_model, "score", lambda model, batch: sizes.append(len(batch)) or score(model, batch))
+    module, cfg = small("reward_model", steps=1, micro_batch=2, held_out=0.1)
+    monkeypatch.setattr(reward_model.Run, "end_of_step", lambda *_: None)
+    module.main(cfg)
+    assert sizes == [2] * 8 + [2] * 9
 
 
 def test_a_reward_model_can_be_trained_further(small):

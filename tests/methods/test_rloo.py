@@ -25,6 +25,13 @@ def test_leave_one_out_by_hand(m):
     assert advantages[:4].sum().item() == pytest.approx(0, abs=1e-12)
 
 
+def test_equal_rewards_give_exactly_zero_whatever_they_are(m):
+    """The mean of five of six times 0.1 is not 0.1 in floating point. Adam would make a full step of that rounding error."""
+    for value in (0.1, 0.7, 1e-30, 1 / 3, 1e6 + 0.1):
+        for group_size in (2, 6, 7, 8):
+            assert m.leave_one_out(torch.full((2 * group_size,), value), group_size=group_size).tolist() == [0.0] * 2 * group_size
+
+
 def test_penalised_rewards_by_hand(m):
     """log π = −1 −2 −.5, log ref = −1.2 −1.5 −.7: k1 = .2 −.5 .2, sum −.1; r = 1, β = .05: R = 1.005."""
     logps = f64(-1, -2, -0.5)[None].requires_grad_()

@@ -27,6 +27,7 @@ def first_look(run, tokenizer, rows, batch, models):
 
     rows: all training rows; batch: the first Batch or Pairs. models: {name: model or None}, every model that takes memory.
     """
+    check_ids(tokenizer, rows, models)
     numbers = counts(rows, run.cfg.max_len)
     sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
     needed = print_sizes(run, models, sum(side.inputs.shape[1] for side in sides))
@@ -43,6 +44,7 @@ def first_look(run, tokenizer, rows, batch, models):
 def first_rollout(run, tokenizer, rows, reward_fn, models):
     """Like first_look, for methods that sample: print completions of three prompts with their rewards. models has policy and ref."""
     cfg = run.cfg
+    check_ids(tokenizer, [row[:1] for row in rows], models)
     prompts_ids, prompts = zip(*rows[:3], strict=True)
     lengths = [len(ids) for ids, _ in rows]
     sampled = getattr(cfg, "grow_prompts", cfg.batch_size) * getattr(cfg, "n", 1)  # rows that are sampled together
@@ -61,6 +63,14 @@ def first_rollout(run, tokenizer, rows, reward_fn, models):
     if hasattr(cfg, "beta"):
         print("watch reward and kl: for this method a falling loss does not mean progress")
     print_folder(run)
+
+
+def check_ids(tokenizer, rows, models):
+    """Raise BadInput if a row, a tuple of lists of ids, has an id that a model has no embedding for: a tokenizer may have more of them."""
+    size = min(model.config.vocab_size for model in models.values() if model is not None)
+    for ids in (ids for row in rows for ids in row if max(ids, default=0) >= size):
+        token = f"the token {tokenizer.inner.id_to_token(max(ids))!r} (id {max(ids)})"
+        raise BadInput(f"{token} in {tokenizer.decode(ids)[:80]!r} has no embedding: the model has only {size}; leave this row out")
 
 
 @torch.no_grad()

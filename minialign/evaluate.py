@@ -32,6 +32,7 @@ import torch
 
 from minialign.data import encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, scorable, split_held_out
 from minialign.engine.common import BadInput, Mean, pick_device, pick_dtype, write_atomic
+from minialign.engine.look import check_ids
 from minialign.kl import k1
 from minialign.logps import token_logps
 from minialign.lora import load_model
@@ -156,6 +157,7 @@ def pair_measures(model, tokenizer, pairs, cfg):
     rows = scorable(encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt), cfg.max_len)
     if not rows:
         raise BadInput(f"no pair has a scored token: every prompt fills --max_len {cfg.max_len}; raise it, or set --max_prompt")
+    check_ids(tokenizer, rows, {"policy": model})
     columns = {"chosen": [], "rejected": [], "chosen_tokens": [], "rejected_tokens": []}
     for start in range(0, len(rows), cfg.batch_size):
         picked = range(start, min(start + cfg.batch_size, len(rows)))

@@ -101,6 +101,8 @@ def _rotary_fields(hf, family):
     window = hf.get("sliding_window", 4096)
     if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False) or family in ("llama", "gpt_neox"):
         window = None
+    if window is not None and (type(window) is not int or window < 1):
+        raise BadInput(f"sliding_window must be a whole number from 1, or null, found {window!r}")
     kinds = hf.get("layer_types") if family in ("mistral", "qwen2", "qwen3") else None
     if kinds is None:
         full = n_layer if window is None else 0 if family == "mistral" else min(hf.get("max_window_layers", 28), n_layer)

@@ -560,6 +560,7 @@ NEOX = {**{k: v for k, v in LLAMA.items() if k != "rms_norm_eps"}, "model_type":
     (dict(rope_scaling={"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5 with rope scaling"),
     (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config is not implemented"),
     (dict(model_type="qwen2", layer_types=["sliding_attention"]), "layer_types has 'sliding_attention': with sliding_window None"),
+    (dict(model_type="mistral", sliding_window=0), "sliding_window must be a whole number from 1, or null, found 0"),
     (dict(model_type="mistral", layer_types=["chunked_attention"]), "layer_types has 'chunked_attention': with sliding_window 4096"),
     (dict(num_key_value_heads=3), "2 heads cannot share 3 key-value heads"),
     (dict(num_attention_heads="2"), "a value has the wrong type or size for a llama model"),

@@ -66,11 +66,11 @@ def first_rollout(run, tokenizer, rows, reward_fn, models):
 
 
 def check_ids(tokenizer, rows, models):
-    """Raise BadInput if a row, a tuple of lists of ids, has an id that a model has no embedding for: a tokenizer may have more of them."""
+    """Raise BadInput if a row, a tuple of lists of ids, or EOS has an id without embedding: a tokenizer may have more ids than a model."""
     size = min(model.config.vocab_size for model in models.values() if model is not None)
-    for ids in (ids for row in rows for ids in row if max(ids, default=0) >= size):
+    for ids in (ids for row in [([tokenizer.eos_id],), *rows] for ids in row if max(ids, default=0) >= size):
         token = f"the token {tokenizer.inner.id_to_token(max(ids))!r} (id {max(ids)})"
-        raise BadInput(f"{token} in {tokenizer.decode(ids)[:80]!r} has no embedding: the model has only {size}; leave this row out")
+        raise BadInput(f"{token} in {tokenizer.decode(ids)[:80]!r} has no embedding: the model has only {size}; leave such rows out")
 
 
 @torch.no_grad()

@@ -489,7 +489,7 @@ def written(tokenizer, prompt, message):
         raise BadInput(f"the chat template writes nothing of the answer's {', '.join(sorted(message.keys() - {'role', 'content'}))}")
     if not text.startswith(before):
         raise BadInput("the chat template does not write the conversation up to the answer as it writes the prompt alone")
-    text, ends = text[len(before) :], [tokenizer.inner.id_to_token(i) for i in tokenizer.eos_ids]
+    text, ends = text[len(before) :], filter(None, map(tokenizer.inner.id_to_token, tokenizer.eos_ids))
     return next((text.rstrip().removesuffix(end) for end in ends if text.rstrip().endswith(end)), text)
 
 

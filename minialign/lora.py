@@ -227,7 +227,7 @@ def load_model(path, *, dtype=None, device=None):
         load_adapter(model, folder)
     where = folder if (folder / "tokenizer.json").is_file() else source
     tokenizer = load_tokenizer(where, model_folder=source)
-    fit_vocabulary(model, tokenizer, where)
+    fit_vocabulary(model, tokenizer)
     return model, tokenizer, base
 
 

@@ -53,6 +53,7 @@ class GPTConfig:
     reward_offset: float = 0.0          # the scalar head subtracts it, so that demonstrations score 0 on average
     reward_read: str = "last"           # a completion's reward: last (the scalar head at its last token) | sum (over its tokens)
     reward_bound: float = 0.0           # R: rewards are R·σ(·), within [0, R]; 0 = unbounded
+    reward_pad: int | None = None       # the head is read at the last token that is not this id. For classifiers of others; None = any id
     eos_ids: tuple = ()                 # further ids that end a completion in sampling, from generation_config.json
     n_tokens: int | None = None         # ids below this decode to text; the rest pad the embedding and are never sampled. None = V
     family: str = "llama"               # a saved folder uses this family's names and layout; the model itself never reads it
@@ -325,8 +326,9 @@ class GPT(nn.Module):
         if self.config.positions == "rotary":
             rotary = tuple(table.to(x.dtype) for table in rotary_angles(self.config, positions))
 
-        span = T if cache is None else cache.span(end)
-        masks = {window: self.mask(positions, span, window, cache, x.dtype) for window in set(self.config.windows)}
+        empty = cache is None or cache.longest == 0  # no token comes before these
+        span = T if empty else cache.span(end)
+        masks = {window: self.mask(positions, span, window, empty, x.dtype) for window in set(self.config.windows)}
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             context = rotary, masks[window], cache, positions, span
             again = self.recompute and cache is None and torch.is_grad_enabled()
@@ -336,12 +338,13 @@ class GPT(nn.Module):
             cache.longest = end if lengths is None else int(cache.lengths.max())
         return self.norm(x)
 
-    def mask(self, positions, span, window, cache, dtype):
+    def mask(self, positions, span, window, empty, dtype):
         """The mask added to attention scores, (B, 1, T, S): 0 where a query sees the key, else −∞. None means plain causal attention.
 
+        empty: no token comes before these T, so that without a window plain causal attention is right.
         For T = 1 it is (B, 1, H/KV, S), because attention then puts the queries that share a key on the sequence axis.
         """
-        if cache is None and (window is None or window >= positions.shape[1]):
+        if empty and (window is None or window >= positions.shape[1]):
             return None
         keys = torch.arange(span, device=positions.device)  # (S,) no row has more positions than this
         back = positions[:, None, :, None] - keys  # (B, 1, T, S) how far back each key lies; negative means the future
@@ -353,7 +356,8 @@ class GPT(nn.Module):
     def with_scalar_head(self, *, reward_read="last", reward_bound=0.0):
         """A copy of this model with a new scalar head (std 1/sqrt(C+1)), in at least float32. Reward and value models start from it."""
         model = copy.deepcopy(self)
-        model.config = replace(self.config, head="scalar", tied=False, reward_read=reward_read, reward_bound=reward_bound)
+        fresh = dict(reward_read=reward_read, reward_bound=reward_bound, reward_pad=None)
+        model.config = replace(self.config, head="scalar", tied=False, **fresh)
         weight = torch.empty(1, self.config.n_embd).normal_(std=1 / math.sqrt(self.config.n_embd + 1))
         model.head = nn.Linear(self.config.n_embd, 1, bias=False)
         model.head.weight = nn.Parameter(weight.to(self.head_weight.device, torch.promote_types(self.head_weight.dtype, torch.float32)))

@@ -126,6 +126,9 @@ def score(reward_model, batch):
     else:
         places = torch.arange(1, tokens.shape[1], device=tokens.device)
         last = torch.where(batch.mask, places, 0).amax(dim=1)  # (B,)
+        if config.reward_pad is not None:  # a classifier that was not written here: transformers reads it so, in the prompt too
+            real = (batch.targets != config.reward_pad) & (places <= last[:, None])  # (B, T)
+            last = torch.where(real, places, 0).amax(dim=1)  # (B,)
         rewards = numbers[torch.arange(len(tokens), device=tokens.device), last]
     rewards = config.reward_bound * torch.sigmoid(rewards) if config.reward_bound else rewards
     return rewards - config.reward_offset

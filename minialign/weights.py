@@ -124,8 +124,8 @@ def layout(config):
 
 # ----------------------------------------------------------------------------------------------------------------- reading
 
-# Constants that older checkpoints store beside the weights: causal masks and rotary frequencies. We compute them instead.
-CONSTANTS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|rotary_emb\.inv_freq)$")
+# Constants that older checkpoints store beside the weights: causal masks, rotary frequencies and angles. We compute them instead.
+CONSTANTS = re.compile(r"(\.(attn|attention|self_attn)\.(masked_)?bias|rotary_emb\.(\w*inv_freq|cos_cached|sin_cached))$")
 
 
 def weight_files(folder):
@@ -177,6 +177,8 @@ def first_five(names):
 def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
     """Load a GPT from a Hugging Face folder or hub name. dtype None keeps the file's dtype. device None means the CPU.
 
+    If dtype is None and the file mixes dtypes, all weights get config.json's dtype, or the first tensor's if it names none.
+
     The scalar head is built if config.json names a ...ForSequenceClassification architecture. If the folder has a tokenizer,
     config.n_tokens is set from it, so that ids without a token (padding of the embedding) are never sampled.
     Raises BadInput with the file's name if the architecture is not implemented, if tensors are missing, unknown or of the wrong
@@ -185,11 +187,16 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
     folder = find_folder(path_or_hub_name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise BadInput(f"{folder}: holds an adapter, not a model: load both with minialign.lora.load_model or pass it to --policy")
-    config = GPTConfig.from_hf(read_json(folder / "config.json"))
+    hf = read_json(folder / "config.json")
+    config = GPTConfig.from_hf(hf)
     with torch.device("meta"):  # shapes only: the weights come from the file, so nothing is initialised or copied
         model = GPT(config)
     shapes = dict(model.named_parameters(remove_duplicate=False))
     tensors = {name: tensor for name, tensor in read_tensors(weight_files(folder)).items() if not CONSTANTS.search(name)}
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point]
+    if dtype is None and len(set(dtypes)) > 1:
+        named = getattr(torch, str(hf.get("dtype") or hf.get("torch_dtype")), None)
+        dtype = named if isinstance(named, torch.dtype) and named.is_floating_point else dtypes[0]
     rows, prefix = layout(config)
 
     # Files that hold only the trunk, such as the hub's gpt2, leave the prefix out.
@@ -222,25 +229,25 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
         model.head.to(torch.promote_types(model.head_weight.dtype, torch.float32))
     model.requires_grad_(True)
     if (folder / "tokenizer.json").is_file():
-        fit_vocabulary(model, load_tokenizer(folder), folder)
+        fit_vocabulary(model, load_tokenizer(folder))
     return model
 
 
-def fit_vocabulary(model, tokenizer, where):
-    """Record how many ids the tokenizer has, and which end a completion. An embedding with more rows is padded. Fewer rows are an error."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise BadInput(
-            f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only {model.config.vocab_size} "
-            "embedding rows; the two do not belong together"
-        )
-    model.config.n_tokens, model.config.eos_ids = tokenizer.vocab_size, tokenizer.eos_ids
+def fit_vocabulary(model, tokenizer):
+    """Record how many of the embedding's rows the tokenizer has ids for (the others are padding), and which ids end a completion.
+
+    A tokenizer with more ids is allowed, as many public ones have added tokens. Padding must have a row even so: then EOS pads.
+    """
+    model.config.n_tokens, model.config.eos_ids = min(tokenizer.vocab_size, model.config.vocab_size), tokenizer.eos_ids
+    if tokenizer.pad_id >= model.config.vocab_size:
+        tokenizer.pad_id = tokenizer.eos_id
 
 
 def save_pretrained(model, folder, tokenizer=None):
     """Write a folder that transformers, vLLM and lm-evaluation-harness load: config.json, safetensors (sharded above 5 GB), tokenizer.
 
     A tied head is left out of the file, as safetensors requires. config.json is written last, so a folder that has it is complete. It also
-    stores a reward model's reward_offset, reward_read and reward_bound. transformers ignores these and returns the head's raw outputs.
+    stores a reward model's fields (hf_config.REWARD_FIELDS). transformers ignores these and returns the head's raw outputs.
     Raises BadInput, before anything is written, if the family's layout cannot express the configuration.
     """
     from huggingface_hub import save_torch_state_dict  # imported here because importing it is slow
@@ -262,6 +269,9 @@ def save_pretrained(model, folder, tokenizer=None):
         tokenizer.save(folder)
         ends = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+        if model.config.head == "lm":
+            write_atomic(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        elif model.config.reward_pad is not None or tokenizer.pad_id == tokenizer.eos_id:
+            ids["pad_token_id"] = model.config.reward_pad  # transformers reads a reward at the last token that is not this id
         hf |= ids
-        write_atomic(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
     write_atomic(folder / "config.json", json.dumps(hf, indent=2) + "\n")

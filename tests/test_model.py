@@ -5,6 +5,7 @@ gradient, and the model's own full forward for everything that a cache, padding 
 """
 
 import functools
+import json
 import math
 import random
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from minialign.engine.common import BadInput
-from minialign.hf_config import FAMILIES
+from minialign.hf_config import FAMILIES, config_to_hf
 from minialign.model import GPT, GPTConfig, KVCache, rotary_angles, scale_rotation
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -184,6 +185,89 @@ def test_random_settings_reach_every_mechanism(family):
         assert sum(len(set(c.windows)) == 2 for c in configs) >= 5  # windowed and full layers in one model
 
 
+# ------------------------------------------------------------------------------------------- config.json as others write it
+
+
+def random_edits(family, rng):
+    """Keys of config.json that change the model or that transformers ignores, in old, new and mixed forms, None and absent keys too."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4.0}
+    ropes = [None, {}, {"type": "default"}, {"type": "linear", "factor": 2}, {"rope_type": "linear", "type": "yarn", "factor": 3.5},
+             llama3, llama3 | {"original_max_position_embeddings": 32, "rope_theta": 500}, {"rope_type": "default", "rope_theta": 200.0},
+             {"rope_type": "default", "partial_rotary_factor": 0.5}, {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, {"type": "dynamic", "factor": 2.0},
+             {"full_attention": {"rope_type": "default", "rope_theta": 100.0}, "sliding_attention": {"rope_type": "default"}}]
+    kinds = [[rng.choice(["full_attention", "sliding_attention"]) for _ in range(3)], ["full_attention"] * 3, None,
+             ["sliding_attention"] * 3, ["chunked_attention"] * 3]
+    acts = ["silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate",
+            "relu", "relu2", "quick_gelu", "tanh"]
+    choices = dict(rope_scaling=ropes, rope_parameters=ropes, rope_theta=[100, 1e6], partial_rotary_factor=[None, 0.5, 1.0],
+                   rotary_pct=[0.5, 1.0], rotary_emb_base=[100, 500.0], original_max_position_embeddings=[16],
+                   sliding_window=[None, 1, 3], use_sliding_window=[True, True, False], max_window_layers=[0, 1, 2, 3], layer_types=kinds,
+                   head_dim=[None, 8, 16], num_key_value_heads=[None, 1, 2, "absent"], tie_word_embeddings=["absent"],
+                   attention_bias=[True, False], mlp_bias=[True, False], hidden_act=acts, activation_function=acts,
+                   attention_dropout=[0.1], hidden_dropout=[0.1], quantization_config=[None, {"quant_method": "awq"}], is_decoder=[True],
+                   attention_multiplier=[0.5], attn_logit_softcapping=[3.0], query_pre_attn_scalar=[2], logit_scale=[0.5],
+                   pretraining_tp=[2], use_parallel_residual=[True, False, "absent"], hidden_size=[32], n_inner=[None, 20, "absent"],
+                   intermediate_size=[24], scale_attn_weights=[False], scale_attn_by_inverse_layer_idx=[True],
+                   reorder_and_upcast_attn=[True], layer_norm_epsilon=["absent"], rms_norm_eps=["absent"], per_layer_config=[None])
+    if family == "gpt2":
+        choices |= dict(num_attention_heads=[1, 4], num_hidden_layers=[1, 2], max_position_embeddings=[24])
+    return {key: rng.choice(values) for key, values in choices.items() if rng.random() < 0.15}
+
+
+def check_edited_configs(family, seeds, tmp_path):
+    """Each edited config.json either gives transformers' logits or is refused by the name of an edited key. Returns (equal, refused)."""
+    from minialign.weights import load_pretrained
+
+    transformers, equal, refused = import_transformers(), 0, 0
+    sizes = dict(vocab_size=40, num_hidden_layers=3, num_attention_heads=4, hidden_size=32, intermediate_size=24, hidden_act="gelu",
+                 max_position_embeddings=64, num_key_value_heads=2, layer_norm_eps=1e-5, rms_norm_eps=1e-6, head_dim=8)
+    if family == "gpt2":
+        sizes = dict(vocab_size=40, n_layer=3, n_head=4, n_embd=32, n_positions=64, bos_token_id=None, eos_token_id=None)
+    for seed in seeds:
+        rng = random.Random(f"edits {family} {seed}")
+        edits = random_edits(family, rng)
+        hf = {"model_type": family, **sizes, **edits}
+        hf = {key: value for key, value in hf.items() if value != "absent"}
+        (tmp_path / "config.json").write_text(json.dumps(hf))
+        try:
+            assert not hf.get("quantization_config")  # transformers would need another library
+            config = transformers.AutoConfig.from_pretrained(tmp_path)
+            oracle = shake(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval(), seed)
+            inputs = random_tokens(oracle, 2, 12, seed)
+            with torch.no_grad():
+                oracle(inputs)
+            oracle.save_pretrained(tmp_path)
+            (tmp_path / "config.json").write_text(json.dumps(hf))
+        except Exception:
+            oracle = None  # transformers refuses it, in its own way
+        try:
+            model = load_pretrained(tmp_path, dtype=torch.float64)
+        except BadInput as error:
+            refused += 1
+            assert oracle is None or any(key in str(error) for key in edits) or "rope scaling" in str(error), (seed, edits, error)
+            continue
+        if oracle is None:
+            continue
+        with torch.no_grad():
+            assert (in_float64(oracle, model.config)(inputs).logits - model(inputs)).abs().max() <= 1e-9, (seed, edits)
+        assert GPTConfig.from_hf(json.loads(json.dumps(config_to_hf(model.config)))) == model.config, (seed, edits)
+        equal += 1
+    return equal, refused
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edited_configs_give_transformers_logits_or_are_refused_by_name(family, tmp_path):
+    equal, refused = check_edited_configs(family, range(20), tmp_path)
+    assert equal >= 8 and refused >= 2, (equal, refused)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_more_edited_configs(family, tmp_path):
+    check_edited_configs(family, range(40, 300), tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------------------- KV cache
 
 
@@ -229,6 +313,23 @@ def test_a_selected_row_is_a_copy():
         untouched = model(second[:1], cache=source)
     assert (ours - alone).abs().max() <= 1e-12 and (ours[0] - ours[1]).abs().max() > 1e-3
     assert source.lengths.tolist() == [6] and (untouched - model(torch.cat([prompt, second[:1]], 1))[:, -1:]).abs().max() <= 1e-12
+
+
+def test_an_empty_cache_needs_no_mask(monkeypatch):
+    """Plain causal attention is the fast kernel on CUDA, also for grouped keys. Tokens that continue a row do need a mask."""
+    attention, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(q, k, v, attn_mask=None, **rest):
+        masks.append(attn_mask)
+        return attention(q, k, v, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = random_gpt("llama", random.Random(4), torch.float64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    inputs, cache = random_tokens(model, 3, 9), KVCache(model.config, 3, 20, dtype=torch.float64)
+    with torch.no_grad():
+        prefill = model.hidden(inputs, cache=cache, lengths=torch.tensor([9, 4, 1]))
+        model.hidden(inputs[:, :2], cache=cache)
+        assert [mask is None for mask in masks] == [True, False] and torch.equal(prefill, model.hidden(inputs))
 
 
 def test_cache_overflow_is_refused():
@@ -454,7 +555,13 @@ NEOX = {**{k: v for k, v in LLAMA.items() if k != "rms_norm_eps"}, "model_type":
     (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope scaling 'yarn' is not implemented; supported are default, linear, llama3"),
     (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "rope scaling 'dynamic' is not implemented"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 4.0}), "the key 'low_freq_factor' is missing"),
-    (dict(hidden_act="xielu"), "the activation 'xielu' is not implemented; supported are silu"),
+    (dict(hidden_act="xielu"), "hidden_act 'xielu' is not implemented; supported are silu"),
+    (dict(rope_scaling={"sliding_attention": {"rope_type": "default"}}), "rope_parameters for sliding_attention alone are not implemented"),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5 with rope scaling"),
+    (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config is not implemented"),
+    (dict(model_type="qwen2", layer_types=["sliding_attention"]), "layer_types has 'sliding_attention': with sliding_window None"),
+    (dict(model_type="mistral", sliding_window=0), "sliding_window must be a whole number from 1, or null, found 0"),
+    (dict(model_type="mistral", layer_types=["chunked_attention"]), "layer_types has 'chunked_attention': with sliding_window 4096"),
     (dict(num_key_value_heads=3), "2 heads cannot share 3 key-value heads"),
     (dict(num_attention_heads="2"), "a value has the wrong type or size for a llama model"),
     (dict(num_attention_heads=0), "a value has the wrong type or size for a llama model"),
@@ -489,7 +596,7 @@ def test_odd_values_in_config_json_are_refused_or_make_a_model():
                     sliding_window=2, use_sliding_window=True, layer_types=["full_attention"], max_window_layers=0, reward_offset=0.0,
                     activation_function="gelu", n_inner=4, rotary_pct=0.5, rope_parameters={})
     refused, built = 0, []
-    for sound in (LLAMA, GPT2, NEOX, LLAMA | {"model_type": "qwen3"}):
+    for sound in (LLAMA, GPT2, NEOX, LLAMA | {"model_type": "qwen3", "num_key_value_heads": 1}):
         for key in sound | optional:
             for value in odd:
                 try:

@@ -19,13 +19,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minialign import weights
+from minialign import evaluate, weights
+from minialign.batch import collate
+from minialign.data import Pair
+from minialign.engine import look
 from minialign.engine.common import PICKLES, BadInput
 from minialign.hf_config import FAMILIES, config_to_hf
+from minialign.lora import load_model
 from minialign.model import GPT, GPTConfig
-from minialign.tokenizer import CharTokenizer
+from minialign.rewards import score
+from minialign.sample import sample
+from minialign.tokenizer import CharTokenizer, Tokenizer
 from minialign.weights import load_pretrained, read_tensors, save_pretrained
-from tests.test_model import import_transformers, random_gpt, random_oracle, random_settings, random_tokens
+from tests.test_model import import_transformers, in_float64, random_gpt, random_oracle, random_settings, random_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +167,51 @@ def test_reward_model_scores_like_transformers(family, tmp_path):
         assert (ours[:, -1] - theirs).abs().max() <= 1e-5, settings
 
 
+def scoring(oracle, batch):
+    """transformers' scores of a batch's rows, in float64: of the padded batch if the classifier has a pad token, else row by row."""
+    rows = torch.cat([batch.inputs[:, :1], batch.targets], dim=1)
+    lengths = [1 + max(mask.nonzero().flatten().tolist()) + 1 for mask in batch.mask]
+    with torch.no_grad():
+        if oracle.config.pad_token_id is not None:
+            return oracle(rows).logits[:, 0]
+        return torch.cat([oracle(row[None, :length]).logits[:, 0] for row, length in zip(rows, lengths, strict=True)])
+
+
+def read_by_transformers(folder, config):
+    transformers = import_transformers()
+    return in_float64(transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval(), config)
+
+
+@pytest.mark.parametrize("pad", [0, 1], ids=["pad is EOS", "pad of its own"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rewards_are_read_where_transformers_reads_them(family, pad, tmp_path):
+    """transformers reads the last token that is not the pad token, in the prompt too. So do we with a classifier that it wrote, before and
+    after our export. In our own reward models the last token counts, whatever it is, and transformers agrees about our export.
+    """
+    tokenizer = CharTokenizer("abcdefghijk")  # EOS is id 0
+    tokenizer = Tokenizer(tokenizer.inner, tokenizer.settings | {"pad_token": tokenizer.inner.id_to_token(pad)})
+    changes = dict(num_labels=1, vocab_size=12, pad_token_id=pad)
+    oracle, _ = random_oracle(family, random.Random(f"pad {family}"), "ForSequenceClassification", **changes)
+    oracle.save_pretrained(tmp_path / "theirs")
+    prompts, answers = [[2, 3, 1, 4], [5, 6], [7, 0, 0]], [[8, 9, 10, 0], [11, 1, 0], [0]]
+    batch = collate(prompts, answers, pad_id=pad)
+    theirs = load_pretrained(tmp_path / "theirs", dtype=torch.float64)
+    own = theirs.with_scalar_head()
+    wanted = scoring(read_by_transformers(tmp_path / "theirs", theirs.config), batch)
+    last = torch.stack([own(torch.tensor([prompt + answer]))[0, -1] for prompt, answer in zip(prompts, answers, strict=True)])
+    for name, model, right in (("theirs", theirs, wanted), ("own", own, last)):
+        assert model.config.reward_pad == {"theirs": pad, "own": None}[name]
+        assert (score(model, batch) - right).abs().max() <= 1e-9
+        save_pretrained(model, tmp_path / name / "ours", tokenizer)
+        again = read_by_transformers(tmp_path / name / "ours", model.config)
+        again.save_pretrained(tmp_path / name / "again")
+        assert (scoring(again, batch) - right).abs().max() <= 1e-9
+        for folder in ("ours", "again"):
+            assert (score(load_pretrained(tmp_path / name / folder), batch) - right).abs().max() <= 1e-9, (name, folder)
+    theirs.config.reward_pad = None
+    assert ((score(theirs, batch) - wanted).abs().max() > 1e-6) == (pad == 0)  # the rows end in EOS, so that it matters
+
+
 def test_reward_offset_survives_in_our_folder(tmp_path):
     """transformers knows no offset, so its score is ours plus the offset; we read the offset back."""
     transformers = import_transformers()
@@ -179,7 +230,7 @@ def test_config_survives_the_trip(family):
     """config_to_hf and from_hf are inverse on 100 random configurations, as an LM and as a reward model."""
     for seed in range(100):
         config = GPTConfig.from_hf({"model_type": family, **random_settings(family, random.Random(seed))})
-        for sent in (config, GPTConfig(**{**vars(config), "head": "scalar", "tied": False, "reward_offset": 0.5})):
+        for sent in (config, GPTConfig(**{**vars(config), "head": "scalar", "tied": False, "reward_offset": 0.5, "reward_pad": 3})):
             assert GPTConfig.from_hf(json.loads(json.dumps(config_to_hf(sent)))) == sent
 
 
@@ -239,9 +290,12 @@ def test_bare_trunk_has_all_but_an_untied_head(folder):
 
 
 @pytest.mark.parametrize(("family", "constants"), [
+    ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
     ("gpt_neox", ["gpt_neox.layers.0.attention.rotary_emb.inv_freq", "gpt_neox.layers.0.attention.bias",
-                  "gpt_neox.layers.0.attention.masked_bias"]),
-    ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+                  "gpt_neox.layers.0.attention.masked_bias", "gpt_neox.rotary_emb.inv_freq"]),
+    *[(family, ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.cos_cached",
+                "model.layers.0.self_attn.rotary_emb.sin_cached", "model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"])
+      for family in ("llama", "mistral", "qwen2", "qwen3")],
 ])
 def test_constants_of_older_files_are_passed_over(family, constants, tmp_path):
     oracle, _ = random_oracle(family, random.Random(2))
@@ -284,9 +338,37 @@ def test_padding_rows_of_the_vocabulary_are_known(folder):
     assert load_pretrained(folder).config.n_tokens == 7
 
 
-def test_tokenizer_with_too_many_ids_is_refused(folder):
-    CharTokenizer("abcdefg").save(folder)
-    refused(folder, str(folder), "the tokenizer has ids up to 7, but the model has only 7 embedding rows", "do not belong together")
+def test_a_tokenizer_may_have_more_ids_than_the_model(folder):
+    """Many public tokenizers have added tokens that their model has no row for. Padding has no row of its own either: EOS pads."""
+    tokenizer = CharTokenizer("abcdefg")
+    Tokenizer(tokenizer.inner, tokenizer.settings | {"pad_token": "g"}).save(folder)
+    model, tokenizer, _ = load_model(folder)
+    assert tokenizer.vocab_size == 8 and model.config.n_tokens == 7 and tokenizer.pad_id == tokenizer.eos_id == 0
+    look.check_ids(tokenizer, [([1, 2], [3, 0])], {"policy": model, "ref": None})
+    with pytest.raises(BadInput, match=r"the token 'g' \(id 7\) in 'abg' has no embedding: the model has only 7; leave such rows out"):
+        look.check_ids(tokenizer, [([1, 2], [3, 0]), ([1], [1, 2, 7, 0])], {"policy": model})
+    with pytest.raises(BadInput, match="the token 'g' .id 7. in 'ag' has no embedding"):
+        evaluate.pair_measures(model, tokenizer, [Pair("b", "a", "ag")], evaluate.Config(max_len=9))
+    with pytest.raises(BadInput, match="a prompt holds the id 7, but the model has 7 embedding rows"):
+        sample(model, [[1, 7]], max_new=2, eos_id=0, seed=0)
+
+
+@pytest.mark.parametrize(("named", "dtype"), [({"dtype": "float16"}, torch.float16), ({"torch_dtype": "float32"}, torch.float32),
+                                              ({"dtype": "bfloat16", "torch_dtype": "float32"}, torch.bfloat16), ({}, None)], ids=str)
+def test_mixed_dtypes_become_one(folder, named, dtype):
+    """As transformers decides with dtype="auto": the dtype of config.json, else that of the first tensor."""
+    def mix(tensors):
+        for number, name in enumerate(sorted(tensors)):
+            tensors[name] = tensors[name].bfloat16() if number % 3 else tensors[name].double()
+
+    edit_tensors(folder, mix)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config | named))
+    model = load_pretrained(folder)
+    auto = import_transformers().AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {auto.dtype} == {dtype or auto.dtype}
+    assert model(torch.tensor([[1, 2, 3]])).isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------------------------ export

@@ -62,7 +62,7 @@ class Decoder:
         masks = dict.fromkeys(config.windows)  # None where no mask is needed, else (A·KV, H/KV, S)
         if not self.even:
             for window in masks:
-                mask = self.policy.mask(at[:, None], span, window, cache, x.dtype)  # (A, 1, H/KV, S)
+                mask = self.policy.mask(at[:, None], span, window, False, x.dtype)  # (A, 1, H/KV, S)
                 masks[window] = mask.expand(-1, KV, -1, -1).flatten(0, 1)
 
         for layer, window, keys, values in zip(self.layers, config.windows, cache.keys, cache.values, strict=True):

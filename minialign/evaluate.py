@@ -33,7 +33,6 @@ import torch
 from minialign.data import encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, split_held_out
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, Mean, held_out_passes, in_micro, pick_device, pick_dtype, write_atomic
-from minialign.engine.look import check_ids
 from minialign.kl import k1
 from minialign.logps import token_logps
 from minialign.lora import load_model
@@ -157,7 +156,6 @@ def pair_measures(model, tokenizer, pairs, cfg):
     """{'chosen', 'rejected': summed log-probs, or rewards for a scalar head; 'chosen_tokens', 'rejected_tokens': counts; 'scorable':
     whether the prompt leaves room for an answer; where it does not, the others are 0}, (n,) tensors."""
     rows = encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt)
-    check_ids(tokenizer, rows, {"policy": model})
     scorable = torch.tensor([len(prompt) < cfg.max_len for prompt, *_ in rows])
     fits = scorable.nonzero().flatten().tolist()
     columns = {name: torch.zeros(len(rows), dtype=torch.float64) for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}

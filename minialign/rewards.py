@@ -39,7 +39,7 @@ from minialign.engine.common import BadInput, find_folder, one_line
 from minialign.kl import k1, k3
 from minialign.task import gold_reward
 from minialign.tokenizer import load_tokenizer
-from minialign.weights import load_pretrained
+from minialign.weights import fit_vocabulary, load_pretrained
 
 # ------------------------------------------------------------------------------------------------------------- programmatic
 
@@ -203,8 +203,8 @@ def open_reward(specs, *, combine="mean", prompts="builtin", device="cpu", dtype
             if not os.path.isdir(spec) and "/" not in spec:
                 raise BadInput(f"--reward {spec}: --combine warm averages reward models; expected a folder")
         folders = [find_folder(spec) for spec in specs]
-        model = weight_average([_reward_model(folder, device, dtype) for folder in folders])
-        return learned(model, load_tokenizer(folders[0]))
+        opened = [_reward_model(folder, device, dtype) for folder in folders]
+        return learned(weight_average([model for model, _ in opened]), opened[0][1])
     opened = [_open_one(spec, prompts, device, dtype, skip_bad) for spec in specs]
     return opened[0] if len(opened) == 1 else ensemble(opened, combine)
 
@@ -245,14 +245,16 @@ def _open_one(spec, prompts, device, dtype, skip_bad):
         raise BadInput(f"--reward {spec}: expected builtin, exact_match, format, regex:PATTERN, length:N, lexicon:WORDS, "
                        "FILE.py:FUNCTION, or a reward model's folder")
     folder = find_folder(spec)
-    return learned(_reward_model(folder, device, dtype), load_tokenizer(folder))
+    return learned(*_reward_model(folder, device, dtype))
 
 
 def _reward_model(folder, device, dtype):
     model = load_pretrained(folder, dtype=dtype, device=device)
     if model.config.head != "scalar":
         raise BadInput(f"{folder}: is a language model, which gives no reward; train one with `python -m minialign reward_model`")
-    return model.requires_grad_(False)
+    tokenizer = load_tokenizer(folder)
+    fit_vocabulary(model, tokenizer)
+    return model.requires_grad_(False), tokenizer
 
 
 def _function_of_file(spec):

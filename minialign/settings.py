@@ -53,7 +53,7 @@ class Training:
     save_every: int = 100           # steps between checkpoints
     snapshots: bool = False         # also export the model at every evaluation, to snapshots/<step>/
     out: str = ""                   # run folder; default: runs/<method>-<time>
-    resume: str = ""                # continue the run in this folder, with the results of an unbroken run, bit for bit
+    resume: str = ""                # continue the run in this folder; the results are those of an unbroken run (on a CPU bit for bit)
     skip_bad: bool = False          # count and skip bad rows of a file instead of stopping at the first
 
 

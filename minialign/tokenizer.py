@@ -8,6 +8,7 @@ Checked by tests/test_tokenizer.py and tests/test_world.py, against transformers
 
 import datetime
 import json
+import math
 import re
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Tokenizer:
         inner.no_truncation()  # transformers stores what its last call asked for; it is no property of the tokenizer
         inner.no_padding()
         self.inner, self.settings = inner, settings
+        self.limit = math.inf  # ids from here on have no embedding in the model (weights.fit_vocabulary sets it)
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
         self.eos_id = self._special("eos_token")
         if self.eos_id is None:
@@ -70,10 +72,14 @@ class Tokenizer:
 
     def encode(self, text):
         try:
-            return self.inner.encode(text, add_special_tokens=False).ids
+            ids = self.inner.encode(text, add_special_tokens=False).ids
         except Exception as error:  # `tokenizers` raises bare Exception, e.g. for a character outside a character vocabulary
             unknown = sorted({char for char in text if self.inner.token_to_id(char) is None})
             raise BadInput(f"cannot encode {text[:40]!r}: the vocabulary lacks {unknown[:5]} ({error})") from None
+        if max(ids, default=0) >= self.limit:
+            token = f"{self.inner.id_to_token(max(ids))!r} (id {max(ids)})"
+            raise BadInput(f"the token {token} in {text[:40]!r} has no embedding: the model has only {self.limit}")
+        return ids
 
     def encode_after(self, text):
         """The ids of a text that continues another one: no space is put in front of it."""

@@ -789,3 +789,25 @@ def test_arrow_nulls_are_absent_fields(tmp_path):
     (tmp_path / "a[1]").mkdir()
     with pytest.raises(BadInput, match="as a pattern; rename the folder"):
         read_demonstrations(tmp_path / "a[1]")
+
+
+def test_conversations_as_text_go_through_the_template(write, chatting):
+    """The whole conversation as the template writes it, to its end. BOS in front and EOS behind, unless the template wrote them."""
+    texts = read_texts(write([{"messages": [USER, REPLY]}]))
+    rows = encode_texts(chatting, texts, max_len=200)
+    written = "[user]hi<|endoftext|>\n[assistant]yes<|endoftext|>\n"
+    assert texts_of(chatting, rows) == [("<|endoftext|>", written + "<|endoftext|>")]
+    chatting.chat_template = "{{ eos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    rows = encode_texts(chatting, texts, max_len=200)
+    assert texts_of(chatting, rows) == [("<|endoftext|>", "hi<|endoftext|>yes<|endoftext|>")]
+    chatting.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(BadInput, match="rows.jsonl:1: the chat template failed"):
+        encode_texts(chatting, texts, max_len=200)
+
+
+def test_columns_that_are_not_read_are_named(write, capsys):
+    """Not for prompts, whose columns a reward may read."""
+    path = write([{"prompt": "p", "completion": "c", "id": 7}, {"prompt": "p", "completion": "c", "source": "web", "meta": None}])
+    read_demonstrations(path)
+    assert capsys.readouterr().err == f"{path}: columns that are not read: id, source\n"
+    assert read_prompts(path)[0].columns["id"] == 7 and not capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_lm_eval_reports_our_log_probs_and_greedy_answers(tmp_path, monkeypatch)
     (tmp_path / "choose.yaml").write_text(CHOOSE.format(name="choose", data=data))
     (tmp_path / "say.yaml").write_text(SAY.format(name="say", data=data, max_new=MAX_NEW))
     report = lm_eval.simple_evaluate(
-        model="hf", model_args={"pretrained": str(tmp_path / "policy"), "dtype": "float32", "add_bos_token": True}, device="cpu",
+        model="hf", model_args={"pretrained": str(tmp_path / "policy"), "dtype": "float32"}, device="cpu",
         tasks=["choose", "say"], task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0,
     )
 

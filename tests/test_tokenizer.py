@@ -5,6 +5,7 @@ import json
 import pytest
 import tokenizers
 
+from minialign.data import Chat
 from minialign.engine.common import BadInput
 from minialign.task import builtin_tokenizer
 from minialign.tokenizer import END, CharTokenizer, Tokenizer, load_tokenizer, plain_chat, render_chat, train_bpe
@@ -303,6 +304,26 @@ def test_the_template_may_stand_in_the_config_or_in_a_list(bpe_folder):
     assert render_chat(load_tokenizer(bpe_folder), CHAT) == "plain"
     (bpe_folder / "chat_template.jinja").write_text("file")  # as transformers has it, the file wins
     assert render_chat(load_tokenizer(bpe_folder), CHAT) == "file"
+
+
+def test_several_templates_survive_an_export(bpe_folder):
+    """The default and one for tools, in files as transformers writes them. After our export transformers finds both."""
+    theirs = transformers.AutoTokenizer.from_pretrained(bpe_folder)
+    theirs.chat_template = {"default": "{{ messages|length }}", "tool_use": "tools {{ tools|length }}"}
+    theirs.save_pretrained(bpe_folder)
+    tokenizer = load_tokenizer(bpe_folder)
+    tokenizer.save(bpe_folder / "ours")
+    again, chat = transformers.AutoTokenizer.from_pretrained(bpe_folder / "ours"), Chat(CHAT)
+    for chat.columns in ({}, {"tools": [{"type": "function"}]}):
+        text = render_chat(tokenizer, chat)
+        assert text == again.apply_chat_template(CHAT, **chat.columns, tokenize=False) == ("tools 1" if chat.columns else "4")
+
+
+def test_several_templates_of_which_none_is_the_default_are_refused_where_one_is_needed(bpe_folder):
+    edit(bpe_folder, chat_template=[{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "t"}])
+    tokenizer = load_tokenizer(bpe_folder)  # plain text needs no template
+    with pytest.raises(BadInput, match=r"several chat templates \(rag, tool_use\) and none is named default"):
+        render_chat(tokenizer, CHAT)
 
 
 def test_a_template_may_refuse_with_its_own_words():

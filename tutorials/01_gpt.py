@@ -357,8 +357,8 @@ sentence = "she sells sea shells by the sea."
 tokenizer = CharTokenizer(sentence)
 batch = collate([[tokenizer.bos_id]], [tokenizer.encode(sentence) + [tokenizer.eos_id]], pad_id=tokenizer.pad_id)
 for t in range(4):
-    seen, next_one = tokenizer.decode(batch.inputs[0, : t + 1].tolist()), tokenizer.decode([int(batch.targets[0, t])])
-    print(f"t = {t}   sees {seen!r:6} predicts {next_one!r}")  # the end-of-text token, seen first, decodes to nothing
+    seen, next_one = tokenizer.decode(batch.inputs[0, 1 : t + 1].tolist()), tokenizer.decode([int(batch.targets[0, t])])
+    print(f"t = {t}   sees {seen!r:6} predicts {next_one!r}")  # the end-of-text token, seen first, is left out
 
 
 def my_loss(logits, targets):
@@ -533,7 +533,7 @@ with torch.no_grad():
     for _ in range(len(sentence)):
         logits, _ = my_gpt(weights, torch.tensor([written]), config.n_layer, config.n_head, causal=False)
         written.append(int(logits[0, -1].argmax()))
-peeker_said = tokenizer.decode(written)
+peeker_said = tokenizer.decode(written[1:])
 print(f"with the mask    loss {losses[-1]:.4f}   says {said!r}")
 print(f"without the mask loss {peeker_losses[-1]:.4f}   says {peeker_said!r}")
 assert peeker_losses[-1] < 0.02  # nothing in the loss warns you

@@ -28,7 +28,6 @@ def first_look(run, tokenizer, rows, batch, models):
 
     rows: all training rows; batch: the first Batch or Pairs. models: {name: model or None}, every model that takes memory.
     """
-    check_ids(tokenizer, rows, models)
     numbers = counts(rows, run.cfg.max_len)
     sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
     drawn = run.cfg.batch_size if run.method in ("irft", "rft", "irl") else 2 * run.cfg.batch_size if getattr(run.cfg, "online", 0) else 4
@@ -48,7 +47,6 @@ def first_look(run, tokenizer, rows, batch, models):
 def first_rollout(run, tokenizer, rows, reward_fn, models):
     """Like first_look, for methods that sample: print completions of three prompts with their rewards. models has policy and ref."""
     cfg = run.cfg
-    check_ids(tokenizer, [row[:1] for row in rows], models)
     prompts_ids, prompts = zip(*rows[:3], strict=True)
     lengths = [len(ids) for ids, _ in rows]
     sampled = max(cfg.batch_size, getattr(cfg, "grow_prompts", cfg.batch_size) * getattr(cfg, "n", 1))  # at once; evaluation: batch_size
@@ -67,14 +65,6 @@ def first_rollout(run, tokenizer, rows, reward_fn, models):
     if hasattr(cfg, "beta"):
         print("watch reward and kl: for this method a falling loss does not mean progress")
     print_folder(run)
-
-
-def check_ids(tokenizer, rows, models):
-    """Raise BadInput if a row, a tuple of lists of ids, or EOS has an id without embedding: a tokenizer may have more ids than a model."""
-    size = min(model.config.vocab_size for model in models.values() if model is not None)
-    for ids in (ids for row in [([tokenizer.eos_id],), *rows] for ids in row if max(ids, default=0) >= size):
-        token = f"the token {tokenizer.inner.id_to_token(max(ids))!r} (id {max(ids)})"
-        raise BadInput(f"{token} in {tokenizer.decode(ids)[:80]!r} has no embedding: the model has only {size}; leave such rows out")
 
 
 @torch.no_grad()

@@ -127,6 +127,18 @@ def test_first_look(small, capsys):
         assert line in out
 
 
+def test_first_look_says_what_was_cut_and_what_ends_twice(small, tmp_path, capsys):
+    """A prompt that --max_prompt cuts, and an answer whose text spells the EOS that is appended to it."""
+    path = tmp_path / "demos.jsonl"
+    rows = [{"prompt": "ask for tea: ", "completion": "tea"}, {"prompt": "ask", "completion": "tea<|endoftext|>"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module, cfg = small("sft", steps=1, demos=str(path), held_out=0.0, max_prompt=6, batch_size=2)
+    module.main(cfg)
+    out = capsys.readouterr().out
+    assert "1 of 2 prompts are cut to --max_prompt 6: they lose their beginning\n" in out
+    assert "0 empty, 1 end in EOS twice (their text spells it); about " in out and "tea<|endoftext|>⏎⟧" in out
+
+
 def test_show_row_marks_exactly_what_is_scored():
     tokenizer = builtin_tokenizer()
     prompt, completion = tokenizer.encode("ask for tea: "), tokenizer.encode("give me tea now!") + [tokenizer.eos_id]

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minialign.batch import Pairs, collate
-from minialign.engine import parallel
 from minialign.engine.common import BadInput, note, one_line
 from minialign.tokenizer import plain_text_of, render_chat
 
@@ -117,7 +116,7 @@ def _read(path, convert, skip_bad, reads_all=False):
             row.where = where
             rows.append(convert(row))
             columns |= dict.fromkeys(row)
-        except BadRow as error:
+        except (BadRow, BadInput) as error:
             if not skip_bad:
                 raise BadInput(f"{where}: {error}; fix the row, or skip such rows with --skip_bad") from None
             bad, first = bad + 1, first or f"{where}: {error}"
@@ -299,11 +298,15 @@ def _answer(value):
 
 
 def _answer_of(message):
-    more = {key for key, item in message.items() if key not in ("role", "content", "name", "id", "weight") and item}
     parts = message.get("content")
     if isinstance(parts, list) and any(not isinstance(part.get("text"), str) for part in parts):
         raise BadRow("the answer has a part without text: only text can be learned")
-    return message if more else plain_text_of(message)
+    return message if _more(message) else plain_text_of(message)
+
+
+def _more(message):
+    """The names of what a message says beside its content, such as tool_calls: '' if nothing."""
+    return ", ".join(key for key, item in message.items() if key not in ("role", "content", "name", "id", "weight") and item)
 
 
 TURN = "\n\nAssistant:"
@@ -423,6 +426,8 @@ def _texts(row):
 
 def document(prompt, answer):
     """Prompt and answer as one text, or as one conversation (which a chat template renders)."""
+    if isinstance(prompt, str) and isinstance(answer, dict):
+        raise BadInput(f"the answer has {_more(answer)}, but the prompt is text: only messages go through a chat template")
     if isinstance(prompt, str):
         return prompt + answer
     whole = Chat([*prompt, answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}])
@@ -444,7 +449,12 @@ def encode_prompt(tokenizer, prompt, *, max_prompt=None):
     A tokenizer that has BOS puts it in front of text; a template writes it itself. A prompt longer than max_prompt keeps BOS and its end,
     where the question is.
     """
-    text = isinstance(prompt, str) or not getattr(tokenizer, "chat_template", None)
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(prompt, list) and not template:
+        more = [name for name in BESIDE if getattr(prompt, "columns", {}).get(name)] + [_more(message) for message in prompt]
+        if any(more):
+            raise BadInput(f"the prompt has {next(filter(None, more))}, which only a chat template can write, and the tokenizer has none")
+    text = isinstance(prompt, str) or not template
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids = (bos if text else []) + tokenizer.encode(prompt if isinstance(prompt, str) else render_chat(tokenizer, prompt))
     return cut_prompt(tokenizer, ids, max_prompt) or [tokenizer.eos_id]
@@ -482,11 +492,10 @@ def encode_answers(tokenizer, prompt, *answers):
 def written(tokenizer, prompt, message):
     """The text that a chat template writes for an answer of more than text (tool_calls, reasoning_content), without EOS at its end."""
     if not getattr(tokenizer, "chat_template", None):
-        more = ", ".join(sorted(message.keys() - {"role", "content"}))
-        raise BadInput(f"the answer has {more}, which only a chat template can write, and the tokenizer has none")
+        raise BadInput(f"the answer has {_more(message)}, which only a chat template can write, and the tokenizer has none")
     before, text = render_chat(tokenizer, prompt), render_chat(tokenizer, document(prompt, message), answered=True)
     if text == render_chat(tokenizer, document(prompt, plain_text_of(message)), answered=True):
-        raise BadInput(f"the chat template writes nothing of the answer's {', '.join(sorted(message.keys() - {'role', 'content'}))}")
+        raise BadInput(f"the chat template writes nothing of the answer's {_more(message)}")
     if not text.startswith(before):
         raise BadInput("the chat template does not write the conversation up to the answer as it writes the prompt alone")
     text, ends = text[len(before) :], filter(None, map(tokenizer.inner.id_to_token, tokenizer.eos_ids))
@@ -515,8 +524,8 @@ def _encode(tokenizer, rows, answers_of, max_prompt, skip_bad):
         print(f"{len(bad)} bad rows skipped of {len(bad) + len(kept)}; the first: {bad[0]}", file=sys.stderr)
     if bad and not kept:
         raise BadInput(f"no usable rows; the first: {bad[0]}")
-    if cut and parallel.is_main():
-        print(f"{cut:,} of {len(kept):,} prompts are cut to --max_prompt {max_prompt}: they lose their beginning")
+    if cut:
+        note(f"{cut:,} of {len(kept):,} prompts are cut to --max_prompt {max_prompt}: they lose their beginning")
     return encoded
 
 

@@ -738,6 +738,19 @@ def test_an_answer_that_text_cannot_hold_is_named(write, chatting):
         encode_demos(chatting, read_demonstrations(path))
 
 
+def test_what_a_transcript_cannot_hold_is_named(write, chatting):
+    """Tools and calls in a prompt vanish from a transcript; an answer of a call after a prompt of text has no template either."""
+    chatting.chat_template, call = None, {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
+    for number, (row, said) in enumerate([({"messages": [USER, REPLY], "tools": TOOLS}, "the prompt has tools"),
+                                          ({"messages": [USER, call, USER, REPLY]}, "the prompt has tool_calls"),
+                                          ({"prompt": "hi", "completion": [call]}, "the answer has tool_calls, ")]):
+        demos = read_demonstrations(write([row], f"{number}.jsonl"))
+        with pytest.raises(BadInput, match=f"{number}.jsonl:1: {said}.* chat template"):
+            encode_demos(chatting, demos)
+    with pytest.raises(BadInput, match="t.jsonl:1: the answer has tool_calls, but the prompt is text"):
+        read_texts(write([{"prompt": "hi", "completion": [call]}], "t.jsonl"))
+
+
 def test_a_row_that_template_or_tokenizer_refuse_is_named_and_can_be_skipped(write, chatting, capsys):
     chatting.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no!') }}{% endif %}{{ messages[0].content }}"
     rows = [{"messages": [USER, REPLY]}, {"messages": [SYSTEM, USER, REPLY]}, {"prompt": "\u2028", "completion": "x"}]
@@ -770,7 +783,7 @@ def test_a_space_at_the_end_of_a_prompt_goes_to_the_answer(write):
 def test_cut_prompts_are_counted(capsys):
     demos = [Demo("ask for tea: ", "tea"), Demo("ask", "tea")]
     encode_demos(builtin_tokenizer(), demos, max_prompt=5)
-    assert capsys.readouterr().out == "1 of 2 prompts are cut to --max_prompt 5: they lose their beginning\n"
+    assert capsys.readouterr().err == "1 of 2 prompts are cut to --max_prompt 5: they lose their beginning\n"
 
 
 def test_arrow_nulls_are_absent_fields(tmp_path):

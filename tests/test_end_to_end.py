@@ -41,7 +41,7 @@ def test_a_pythia_like_folder_with_a_chat_template(tmp_path, capsys):
     assert policy.config.n_tokens == ours.vocab_size == len(tokenizer) < policy.config.vocab_size == 512
     back = transformers.AutoModelForCausalLM.from_pretrained(second / "final")
     ids = torch.tensor([tokenizer("What is 3 plus 3?")["input_ids"]])
-    assert ids.tolist()[0] == ours.encode("What is 3 plus 3?")
+    assert ids.tolist()[0] == [ours.bos_id, *ours.encode("What is 3 plus 3?")]
     assert (back(ids).logits - policy(ids)).abs().max() < 1e-5
     assert transformers.AutoTokenizer.from_pretrained(second / "final").chat_template == tokenizer.chat_template
 

@@ -163,4 +163,4 @@ def test_the_memory_estimate_knows_the_cache_and_the_length(small, policy_folder
     assert needed[0] < needed[1] < needed[2]
     module, cfg = small("reinforce", steps=1)
     module.main(cfg)
-    assert " tokens, 0 have --max_prompt tokens; up to 12 new tokens each; about " in capsys.readouterr().out
+    assert " tokens; up to 12 new tokens each; about " in capsys.readouterr().out

@@ -730,7 +730,7 @@ def test_exact_match_from_a_file_of_prompts(write):
     only_prompts = write('{"prompt": "a"}\n')
     assert f"{only_prompts}:1: found the keys ['prompt'], expected prompt + completion" in refusal("exact_match", prompts=str(only_prompts))
     some = write('{"prompt": "a"}\n{"question": "b", "answer": "#### 5"}\n')
-    assert open_reward(["exact_match"], prompts=str(some), skip_bad=True)(["Question: b\nAnswer: "], ["#### 5"]) == [1]
+    assert open_reward(["exact_match"], prompts=str(some), skip_bad=True)(["Question: b\nAnswer:"], [" #### 5"]) == [1]
     assert "absent.jsonl: cannot be read" in refusal("exact_match", prompts="absent.jsonl")
 
 
@@ -1332,7 +1332,7 @@ def test_rollout_stats():
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "GPTNeoX", "GPT2"])
 def test_a_classifier_that_transformers_saved_is_a_reward(family, tmp_path):
     """A sequence classifier with one label, made and saved by transformers, its tokenizer beside it, named by --reward: each completion's
-    number is transformers' own logit for prompt, completion and EOS, to 1e-5."""
+    number is transformers' own logit for the row of prompt, completion and EOS, to 1e-5."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tokenizer = builtin_tokenizer()
     size = dict(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
@@ -1349,8 +1349,7 @@ def test_a_classifier_that_transformers_saved_is_a_reward(family, tmp_path):
     for x, y, number in zip(prompts, completions, found, strict=True):
         ids = [*encode_prompt(tokenizer, x), *encode_completion(tokenizer, y)]
         with torch.no_grad():
-            trunk = theirs.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
-        assert abs(float(theirs.score(trunk)) - float(number)) < 1e-5
+            assert abs(theirs(torch.tensor([ids])).logits.item() - float(number)) < 1e-5  # read before EOS, which pads here
     assert found[0] != found[1]
 
 

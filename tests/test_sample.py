@@ -304,8 +304,8 @@ def test_the_guard_passes_a_right_sampler_and_refuses_wrong_ones(monkeypatch, fa
         refused()
     whole = GPT.mask
     monkeypatch.setattr("minialign.sample.stepper", Step)
-    monkeypatch.setattr(GPT, "mask", lambda self, positions, span, window, cache, dtype: whole(
-        self, positions, span, window if cache is None else 3, cache, dtype))
+    monkeypatch.setattr(GPT, "mask", lambda self, positions, span, window, empty, dtype: whole(
+        self, positions, span, window if empty else 3, empty, dtype))
     refused()
 
 

@@ -337,8 +337,9 @@ VARIANTS = [
                                          (SUMMED, SUMMED.replace("numbers[:, 1:]", BOUNDED.replace("rewards", "numbers[:, 1:]")))]),
     ("rewards", "another squeeze", [(BOUNDED, BOUNDED.replace("sigmoid", "tanh"))]),
     ("rewards", "sum and last exchanged", [('config.reward_read == "sum"', 'config.reward_read == "last"')]),
-    ("rewards", "last read one token early", [("places, 0).amax(dim=1)", "places - 1, 0).amax(dim=1)")]),
-    ("rewards", "last read at the end of the padding", [("places, 0).amax(dim=1)", "places, 0).amax(dim=1) * 0 + places[-1]")]),
+    ("rewards", "last read one token early", [("batch.mask, places, 0).amax(dim=1)", "batch.mask, places - 1, 0).amax(dim=1)")]),
+    ("rewards", "last read at the end of the padding", [("batch.mask, places, 0).amax(dim=1)",
+                                                         "batch.mask, places, 0).amax(dim=1) * 0 + places[-1]")]),
 ]
 
 

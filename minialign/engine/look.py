@@ -51,9 +51,8 @@ def first_rollout(run, tokenizer, rows, reward_fn, models):
     lengths = [len(ids) for ids, _ in rows]
     sampled = max(cfg.batch_size, getattr(cfg, "grow_prompts", cfg.batch_size) * getattr(cfg, "n", 1))  # at once; evaluation: batch_size
     needed = print_sizes(run, models, max(lengths) + cfg.max_new, sampled)
-    cut = sum(length == cfg.max_prompt for length in lengths)
-    print(f"prompts: {len(rows):,}, the longest has {max(lengths):,} tokens, {cut:,} have --max_prompt tokens; up to {cfg.max_new:,} new "
-          f"tokens each; about {needed:,.0f} MB at the peak")
+    print(f"prompts: {len(rows):,}, the longest has {max(lengths):,} tokens; up to {cfg.max_new:,} new tokens each; about {needed:,.0f} MB "
+          "at the peak")
     answers = check_sampler(run, tokenizer, prompts_ids, policy=models["policy"], ref=models["ref"])
     texts = [tokenizer.decode(ids) for ids in answers.completions]
     try:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from minialign.batch import collate
+from minialign.data import encode_feedback
 from minialign.methods.dpo import dpo_loss
 from minialign.methods.gpo import gpo_loss
 from minialign.methods.ipo import ipo_loss
@@ -274,7 +275,7 @@ def test_ktos_own_trainer(trl, tmp_path):
     tokenizer, n = builtin_tokenizer(), 6
     models = [tiny_gpt(tokenizer.vocab_size, seed=seed, max_len=64) for seed in (0, 1)]
     feedback = builtin_feedback(n)[:n]
-    encoded = [(tokenizer.encode(row.prompt), tokenizer.encode(row.completion) + [tokenizer.eos_id], row.desirable) for row in feedback]
+    encoded = encode_feedback(tokenizer, feedback)
 
     def batch_of(rows, picked):
         return collate([rows[i][0] for i in picked], [rows[i][1] for i in picked], pad_id=tokenizer.pad_id)

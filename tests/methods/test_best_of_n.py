@@ -136,6 +136,6 @@ def test_what_main_trains_on_are_the_winners_under_their_own_prompts(small, monk
         for inputs, targets, mask in zip(batch.inputs.tolist(), batch.targets.tolist(), batch.mask.tolist(), strict=True):
             first = mask.index(True)
             prompt, completion = inputs[: first + 1], [token for token, scored in zip(targets, mask, strict=True) if scored]
-            assert (tuple(prompt), tuple(completion)) in pairs and tokenizer.decode(prompt) in prompts
+            assert (tuple(prompt), tuple(completion)) in pairs and tokenizer.decode_prompt(prompt) in prompts
             texts.append(tokenizer.decode(completion))
         assert float(reward([""] * len(texts), texts).mean()) == pytest.approx(row["reward/best"], abs=1e-6)

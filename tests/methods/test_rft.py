@@ -465,7 +465,7 @@ def test_the_reward_folder_is_the_reward(small, monkeypatch, read, bound):
         expected_scores = score(model, batch)
         assert torch.equal(score(again, batch), expected_scores) and expected_scores.std() > 0
     tokenizer, whole = load_tokenizer(folder / "reward"), answers_with_eos(batch, load_tokenizer(cfg.policy))
-    paid = open_reward([str(folder / "reward")])([tokenizer.decode(x) for x, _ in whole], [tokenizer.decode(y) for _, y in whole])
+    paid = open_reward([str(folder / "reward")])([tokenizer.decode_prompt(x) for x, _ in whole], [tokenizer.decode(y) for _, y in whole])
     alone = torch.stack([original(model, collate([x], [y], pad_id=tokenizer.pad_id))[0] for x, y in whole]).detach()
     assert torch.allclose(torch.as_tensor(paid), alone, atol=1e-12)
 

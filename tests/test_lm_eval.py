@@ -45,7 +45,7 @@ def test_lm_eval_reports_our_log_probs_and_greedy_answers(tmp_path, monkeypatch)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not among requirements-dev.txt: pip install lm_eval")
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -r requirements-dev.txt")
     from lm_eval.tasks import TaskManager
 
     demos = builtin_demos()

@@ -435,9 +435,9 @@ def document(prompt, answer):
     return whole
 
 
-def plain_text(prompt):
-    """A prompt as text. Messages become a transcript."""
-    return prompt if isinstance(prompt, str) else render_chat(None, prompt)
+def plain_text(value):
+    """A prompt or an answer as text, for rewards and for people. Messages become a transcript; an answer's message its content."""
+    return value if isinstance(value, str) else plain_text_of(value) if isinstance(value, dict) else render_chat(None, value)
 
 
 # ------------------------------------------------------------------------------------------------------- text -> token ids

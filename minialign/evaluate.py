@@ -286,8 +286,8 @@ def main(cfg):
             measures = pair_measures(reward_model, tokenizer, pairs, cfg)
         else:
             reward_fn = open_reward([spec], prompts=cfg.pairs, device=device, dtype=dtype, skip_bad=cfg.skip_bad)
-            measures = {"chosen": ask_or_stop(reward_fn, prompts, [pair.chosen for pair in pairs], cfg),
-                        "rejected": ask_or_stop(reward_fn, prompts, [pair.rejected for pair in pairs], cfg),
+            measures = {"chosen": ask_or_stop(reward_fn, prompts, [plain_text(pair.chosen) for pair in pairs], cfg),
+                        "rejected": ask_or_stop(reward_fn, prompts, [plain_text(pair.rejected) for pair in pairs], cfg),
                         "scorable": torch.ones(len(pairs), dtype=torch.bool)}
         judge = judge or reward_fn
         measured.append(measures)

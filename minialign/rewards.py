@@ -57,9 +57,9 @@ def exact_match(demos):
     """1 where the completion's final number equals that of a demonstration of the same prompt, else 0. demos: list[Demo]."""
     answers = {}
     for number, demo in enumerate(demos, start=1):
-        answer = final_number(demo.completion)
+        answer = final_number(plain_text(demo.completion))
         if answer is None:
-            raise BadInput(f"exact_match: demonstration {number} has no final `#### number`: {demo.completion[-60:]!r}")
+            raise BadInput(f"exact_match: demonstration {number} has no final `#### number`: {plain_text(demo.completion)[-60:]!r}")
         answers.setdefault(plain_text(demo.prompt), set()).add(answer)
 
     def reward(prompts, completions):

@@ -56,7 +56,7 @@ def equal_one_process(small, tmp_path, methods, steps):
             assert not samples.exists() or samples.read_text() == (tmp_path / f"{method}-{layout}" / "samples.jsonl").read_text()
 
 
-@pytest.mark.parametrize("methods", [("sft", "grpo"), pytest.param(("dpo", "irft", "ppo"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("methods", [("grpo",), pytest.param(("sft", "dpo", "irft", "ppo"), marks=pytest.mark.slow)])
 def test_two_processes_equal_one(small, tmp_path, methods):
     """20 steps in micro-batches of 3, which two processes cut otherwise than one: losses, all metrics, samples and weights to 1e-10."""
     equal_one_process(small, tmp_path, methods, steps=20)
@@ -199,6 +199,7 @@ def test_mixed_precision_without_torchrun_is_that_of_one_process_under_it(small,
     assert (Path(cfg.out) / "checkpoints" / "step_000001" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_float32_parts_of_bfloat16_models_over_two_processes(small, tmp_path):
     """ppo's adapters and critic's head, and a reward model's head: float32 in checkpoints, moments and exports. The losses are those of one
     process to the rounding of bfloat16 sums."""
@@ -219,6 +220,7 @@ def test_float32_parts_of_bfloat16_models_over_two_processes(small, tmp_path):
     assert found.head_weight.dtype == torch.float32 and found.tok_embed.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_adapters_and_a_second_model_resume_with_another_number_of_processes(small, tmp_path):
     """irl and irft with --lora: the checkpoint of two processes holds adapters and heads only, and one process goes on from it."""
     methods = {"irl": dict(policy_step="rloo"), "irft": dict(rounds=2)}

@@ -135,7 +135,7 @@ def check(outcomes, trials):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("method", "trials"), [
-    ("sft", 12),
+    ("sft", 6),
     *[pytest.param(method, 20 if method in ("irft", "reward_model", "ppo") else 8 if method in LOOPS else 4, marks=pytest.mark.slow)
       for method in METHODS if method != "sft"],
     pytest.param("sft", 60, marks=pytest.mark.slow),

@@ -5,6 +5,7 @@ Files are JSONL or JSON, plain or gzipped (with `datasets` also parquet, hub dat
     demonstrations   prompt + completion | messages | question + answer (GSM8K) | instruction [+ input] + output (Alpaca)
                      | any preference row (its chosen answer)
     preferences      prompt + chosen + rejected | chosen + rejected (whole conversations, Anthropic-HH transcripts as they are)
+                     | instruction [+ input] + chosen + rejected
     feedback         prompt + completion + label (true: desirable) | any preference row, which gives two rows
     prompts          prompt | any of the above (its prompt)
     texts            text | any demonstration (prompt and answer joined; a preference row gives two texts) | a .txt file
@@ -19,18 +20,17 @@ import gzip
 import json
 import os
 import re
-import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from minialign.batch import Pairs, collate
 from minialign.engine.common import BadInput, note, one_line
-from minialign.tokenizer import plain_text_of, render_chat
+from minialign.tokenizer import REASONING, plain_text_of, render_chat
 
 
 class Text(str):
-    """A prompt that is text. Both kinds of prompt say where they stand (path:line) and keep the other columns of their row."""
+    """A prompt that is text. where: its place in the file ('path:line'). columns: all fields of its row. Chat has both too."""
 
     where, columns = "", {}
 
@@ -72,9 +72,10 @@ class BadRow(Exception):
 
 
 class Row(dict):
-    """The fields of one row without those that are null: null means that the row does not have the field. where: path:line."""
+    """The fields of one row without those that are null: null means that the row does not have the field. where: path:line. columns: all
+    fields, with those that are null."""
 
-    where = ""
+    where, columns = "", {}
 
 
 def read_demonstrations(path, *, skip_bad=False):
@@ -112,8 +113,8 @@ def _read(path, convert, skip_bad, reads_all=False):
                 raise BadRow(fault)
             if not isinstance(row, dict):
                 raise BadRow(f"expected an object with named fields, found {type(row).__name__}")
-            row = Row((key, value) for key, value in row.items() if value is not None)
-            row.where = where
+            fields, row = row, Row((key, value) for key, value in row.items() if value is not None)
+            row.where, row.columns = where, fields
             rows.append(convert(row))
             columns |= dict.fromkeys(row)
         except (BadRow, BadInput) as error:
@@ -121,11 +122,11 @@ def _read(path, convert, skip_bad, reads_all=False):
                 raise BadInput(f"{where}: {error}; fix the row, or skip such rows with --skip_bad") from None
             bad, first = bad + 1, first or f"{where}: {error}"
     if bad:
-        print(f"{path}: {bad} bad rows skipped of {bad + len(rows)}; the first: {first}", file=sys.stderr)
+        note(f"{path}: {bad} bad rows skipped of {bad + len(rows)}; the first: {first}")
     if not rows:
         raise BadInput(f"{path}: no usable rows")
     if not reads_all and (unread := [name for name in columns if name not in READ]):
-        note(f"{path}: columns that are not read: {', '.join(unread)}")
+        note(f"{path}: columns that are never read: {', '.join(unread)}")
     return rows
 
 
@@ -150,7 +151,8 @@ def _decode(path, content):
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
-FILES = (".json", ".jsonl", ".gz", ".txt", ".csv", ".tsv", ".zip", ".zst", ".arrow")  # endings that a hub name does not have
+# A name that ends so is a file, never a hub name.
+FILES = (".json", ".jsonl", ".gz", ".txt", ".csv", ".tsv", ".zip", ".zst", ".arrow", ".parquet")
 
 
 def _fields(pairs):
@@ -166,8 +168,8 @@ def _records(path):
     """Yield (where, value, fault) for each row: where it is ('path:line'), its JSON value, and an error message if there is no value."""
     name, _, split = (str(path), "", "") if os.path.exists(path) else str(path).partition(":")
     hub = not os.path.exists(name) and HUB_NAME.fullmatch(name) and not name.endswith(FILES)
-    if os.path.isdir(name) or name.endswith(".parquet") or hub:
-        yield from _hub_records(name, split or "train")
+    if os.path.isdir(name) or os.path.isfile(name) and name.endswith(".parquet") or hub:
+        yield from _hub_records(name, split)
         return
     content = _bytes(path)
     if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":  # one JSON list of rows
@@ -199,22 +201,28 @@ def _hub_records(name, split):
     except ImportError:
         what = "to read it with the package `datasets`" if here else "no such file; to read it as a hub data set"
         raise BadInput(f"{name}: {what}, first `pip install datasets`") from None
+    saved = [mark for mark in ("dataset_dict.json", "state.json") if os.path.exists(os.path.join(name, mark))]  # by save_to_disk
+    if split and (os.path.isfile(name) or saved == ["state.json"]):
+        raise BadInput(f"{name}:{split}: has no splits; leave out :{split}")
+    if os.path.isdir(name) and not saved and glob.has_magic(os.path.abspath(name)):
+        raise BadInput(f"{name}: `datasets` reads *, ? and [ in a folder's name as a pattern; rename it, or name one of its .parquet files")
     try:
         if os.path.isfile(name):
-            rows = parquet.read_table(name).to_pylist()  # datasets would read the name as a pattern
-        elif any(os.path.exists(os.path.join(name, mark)) for mark in ("dataset_dict.json", "state.json")):
+            rows = datasets.Dataset(datasets.table.InMemoryTable(parquet.read_table(name)))  # load_dataset reads the name as a pattern
+        elif saved:
             rows = datasets.load_from_disk(name)
-            rows = rows[split] if isinstance(rows, dict) else rows
-        elif here and glob.has_magic(os.path.abspath(name)):
-            raise ValueError("it reads *, ? and [ in a folder's name as a pattern; rename the folder, or name one of its .parquet files")
+            if saved[0] == "dataset_dict.json" and (split or "train") not in rows:
+                raise ValueError(f"it has the splits {', '.join(rows)}")
+            rows = rows[split or "train"] if saved[0] == "dataset_dict.json" else rows
         elif here:
-            rows = datasets.load_dataset(name, split=split)
+            rows = datasets.load_dataset(name, split=split or "train")
         else:
             owner_and_name, configuration = "/".join(name.split("/")[:2]), (name.split("/") + [None])[2]
-            rows = datasets.load_dataset(owner_and_name, configuration, split=split)
+            rows = datasets.load_dataset(owner_and_name, configuration, split=split or "train")
     except Exception as error:  # network, name, access or split: the library's message says which
         what = "`datasets` cannot read it" if here else "no such file, and the hub could not deliver it"
-        raise BadInput(f"{name}: {what} ({one_line(error)}); choose another split with {name}:SPLIT") from None
+        other = "write it again" if os.path.isfile(name) else f"choose another split with {name}:SPLIT"
+        raise BadInput(f"{name}: {what} ({one_line(error)}); {other}") from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}: row {number}", without_nulls(row), None
 
@@ -229,9 +237,10 @@ def without_nulls(value):
 # ----------------------------------------------------------------------------------------------------- what a row means
 
 BESIDE = {"tools": list, "documents": list, "chat_template_kwargs": dict}  # columns that a chat template reads beside the messages
+# Columns that some kind of row uses.
 READ = {*BESIDE, "prompt", "completion", "messages", "chosen", "rejected", "label", "question", "answer", "instruction", "input", "output",
         "text", "system"}
-LOST = (*BESIDE, "system", "history", "functions", "tool_calls", "reasoning_content")  # not lost silently where they cannot be used
+LOST = (*BESIDE, "system", "history", "functions", "tool_calls", "reasoning_content")  # where one cannot be used, the row is bad
 
 
 def _check(row, *keys, messages=True):
@@ -241,8 +250,12 @@ def _check(row, *keys, messages=True):
             _check_messages(key, value)
         elif not isinstance(value, str):
             raise BadRow(f"{key!r} must be text{' or a list of {role, content}' * messages}, found {type(value).__name__}")
-        if any("\ud800" <= char <= "\udfff" for text in _texts_in(value) for char in text):
-            raise BadRow(f"{key!r} contains half of a surrogate pair, which is not a character")
+        _check_characters(key, value)
+
+
+def _check_characters(key, value):
+    if any("\ud800" <= char <= "\udfff" for text in _texts_in(value) for char in text):
+        raise BadRow(f"{key!r} contains half of a surrogate pair, which is not a character")
 
 
 def _texts_in(value):
@@ -263,28 +276,33 @@ def _check_messages(key, messages):
         if not (isinstance(body, str) or body is None or parts and all(isinstance(part, dict) and "type" in part for part in parts)):
             raise BadRow(f"{key!r}: the content of message {number} must be text or a list of parts with a 'type', found "
                          f"{type(body).__name__}")
-        if body is None and message.keys() <= {"role", "content"}:
+        if body is None and not _more(message):
             raise BadRow(f"{key!r}: message {number} has neither content nor anything else (tool_calls, …)")
 
 
 def _prompt_of(row, prompt):
     """A prompt that knows its row. Messages get the row's system text in front. A field that the prompt cannot use makes the row bad."""
     chat = isinstance(prompt, list)
-    if chat and row.get("system") and prompt[0]["role"] != "system":
+    if chat and row.get("system"):
         _check(row, "system", messages=False)
-        prompt = [{"role": "system", "content": row["system"]}, *prompt]
+        system = {"role": "system", "content": row["system"]}
+        if prompt[0]["role"] == "system" and plain_text_of(prompt[0]) != row["system"]:
+            raise BadRow("'system' and the first message are two system messages: keep one of them")
+        prompt = prompt if prompt[0]["role"] == "system" else [system, *prompt]
     if lost := [name for name in LOST if row.get(name) and not (chat and name in (*BESIDE, "system"))]:
         raise BadRow(f"the field {lost[0]!r} cannot be used here: " + ("move it into the messages" if chat else "only messages have it"))
     prompt = Chat(prompt) if chat else Text(prompt)
-    prompt.where, prompt.columns = row.where, dict(row)
+    prompt.where, prompt.columns = row.where, dict(row.columns)
     for key, kind in BESIDE.items() if chat else ():
-        if isinstance(row.get(key), str):  # a table may hold them as JSON text
-            try:
-                prompt.columns[key] = json.loads(row[key])
-            except ValueError:
-                raise BadRow(f"{key!r} is text, but not JSON") from None
-        if not isinstance(prompt.columns.get(key, kind()), kind):
-            raise BadRow(f"{key!r} must be {'an object' if kind is dict else 'a list'}, found {type(prompt.columns[key]).__name__}")
+        try:
+            value = json.loads(row[key]) if isinstance(row.get(key), str) and row[key] else row.get(key)  # a table may hold JSON text
+        except ValueError:
+            raise BadRow(f"{key!r} is text, but not JSON") from None
+        if value and (not isinstance(value, kind) or kind is list and not all(isinstance(item, dict) for item in value)):
+            raise BadRow(f"{key!r} must be {'an object' if kind is dict else 'a list of objects'}, found {type(value).__name__}")
+        _check_characters(key, value)
+        if key in row:
+            prompt.columns[key] = value or None
     return prompt
 
 
@@ -305,8 +323,8 @@ def _answer_of(message):
 
 
 def _more(message):
-    """The names of what a message says beside its content, such as tool_calls: '' if nothing."""
-    return ", ".join(key for key, item in message.items() if key not in ("role", "content", "name", "id", "weight") and item)
+    """The names of what a message says beside its content: tool calls and reasoning. '' if nothing."""
+    return ", ".join(key for key, item in message.items() if key in ("tool_calls", "function_call", *REASONING) and item)
 
 
 TURN = "\n\nAssistant:"
@@ -325,9 +343,10 @@ def _split_conversations(row):
         prompt, given = chosen[:shared], row.get("prompt")
         if isinstance(given, list):  # it may hold a system message that the conversations leave out
             begin = next((i for i in range(len(given)) if given[i:] == prompt[: len(given) - i]), None)
-            if begin is None:
+            without = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt  # or the conversations hold one that it leaves out
+            if begin is None and given != without[: len(given)]:
                 raise BadRow("the messages of 'prompt' are not those that 'chosen' and 'rejected' begin with")
-            prompt = given[:begin] + prompt
+            prompt = given[: begin or 0] + prompt
         if not shared:
             raise BadRow("'chosen' and 'rejected' share no message that could be the prompt")
         return prompt, _answer(chosen[shared:]), _answer(rejected[shared:])
@@ -378,8 +397,8 @@ def _alpaca(row):
 
 
 def _good_demo(row, other_keys=""):
-    if row.get("label", True) not in (True, 1):
-        raise BadRow(f"'label' is {json.dumps(row['label'])[:40]}: only an answer labelled true is a demonstration (kto learns from both)")
+    if row.get("label", True) is not True:
+        raise BadRow(f"'label' is {row['label']!r:.40}: only an answer labelled true is a demonstration (kto learns from both)")
     return _demo(row, other_keys)
 
 
@@ -407,7 +426,12 @@ def _demo(row, other_keys=""):
 
 def _prompt(row):
     """The prompt that the row has as a demonstration or preference, so that it is the same for every method. Else its field `prompt`."""
-    if {"chosen", "rejected"} <= row.keys() or "messages" in row or "prompt" not in row:
+    forms = ({"messages"}, {"chosen", "rejected"}, {"question", "answer"}, {"instruction", "output"})
+    if "messages" in row and "completion" not in row and isinstance(row["messages"], list):
+        _check(row, "messages")
+        if row["messages"][-1]["role"] != "assistant":
+            return _prompt_of(row, row["messages"])
+    if "prompt" not in row or "completion" not in row and any(form <= row.keys() for form in forms):
         return _demo(row, "prompt, ").prompt
     _check(row, "prompt")
     return _prompt_of(row, row["prompt"])
@@ -420,8 +444,7 @@ def _texts(row):
     if {"chosen", "rejected"} <= row.keys():
         pair = _pair(row)
         return [document(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
-    demo = _good_demo(row, "text, ")
-    return [document(demo.prompt, demo.completion)]
+    return [_good_demo(row, "text, ").document()]
 
 
 def document(prompt, answer):
@@ -447,30 +470,37 @@ def encode_prompt(tokenizer, prompt, *, max_prompt=None):
     """Token ids of a prompt, never empty: those that transformers gives for the text, or for the messages with their chat template.
 
     A tokenizer that has BOS puts it in front of text; a template writes it itself. A prompt longer than max_prompt keeps BOS and its end,
-    where the question is.
+    where the question is. Raises BadInput if template or tokenizer fail, or if the transcript of messages cannot hold what they say.
     """
     template = getattr(tokenizer, "chat_template", None)
-    if isinstance(prompt, list) and not template:
+    if isinstance(prompt, list) and template is None:
         more = [name for name in BESIDE if getattr(prompt, "columns", {}).get(name)] + [_more(message) for message in prompt]
         if any(more):
-            raise BadInput(f"the prompt has {next(filter(None, more))}, which only a chat template can write, and the tokenizer has none")
-    text = isinstance(prompt, str) or not template
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = (bos if text else []) + tokenizer.encode(prompt if isinstance(prompt, str) else render_chat(tokenizer, prompt))
+            raise BadInput(f"the prompt has {next(filter(None, more))}, which only a chat template can write, and the tokenizer has none: "
+                           "remove it from the row")
+    text = prompt if isinstance(prompt, str) else render_chat(tokenizer, prompt)
+    ids = tokenizer.encode(text) if isinstance(prompt, list) and template is not None else in_front(tokenizer) + tokenizer.encode(text)
     return cut_prompt(tokenizer, ids, max_prompt) or [tokenizer.eos_id]
 
 
+def in_front(tokenizer):
+    """The ids that stand in front of every text: BOS, if the tokenizer has it."""
+    return list(getattr(tokenizer, "front", [tokenizer.bos_id] if tokenizer.bos_id is not None else []))
+
+
 def cut_prompt(tokenizer, ids, max_prompt):
+    """The ids cut to max_prompt: BOS, if it is in front, and the end."""
     if max_prompt is None or len(ids) <= max_prompt:
         return ids
-    bos = ids[:1] if ids[0] == tokenizer.bos_id else []
+    bos = in_front(tokenizer)
+    bos = bos if bos and ids[: len(bos)] == bos and len(bos) < max_prompt or bos == ids[:max_prompt] else []
     return bos + ids[len(ids) - (max_prompt - len(bos)) :]
 
 
 def encode_completion(tokenizer, completion):
     """Token ids of a completion plus EOS. Completions get EOS only here. (Text that spells out the EOS token is encoded as that token.)
 
-    The completion continues the prompt: no space is put between them, also by tokenizers that begin every text with one.
+    No space is put between prompt and completion, not even by tokenizers that put one in front of every text.
     """
     return getattr(tokenizer, "encode_after", tokenizer.encode)(completion) + [tokenizer.eos_id]
 
@@ -478,24 +508,31 @@ def encode_completion(tokenizer, completion):
 def encode_answers(tokenizer, prompt, *answers):
     """(prompt ids, completion ids of each answer) of one row. Prompt and answers are encoded apart, so neither changes the other's tokens.
 
-    A space at the end of the prompt goes to the answers if the tokenizer writes it with the next word, as in all other text it has seen.
+    If the tokenizer joins a space with the next word (joins_spaces), spaces at the end of the prompt move to the answers, unless an answer
+    begins with its own. Without a chat template an answer to messages gets a space in front, after "Assistant:". An answer that is a
+    message is rendered by the template. Raises BadInput as encode_prompt does.
     """
-    answers = [written(tokenizer, prompt, answer) if isinstance(answer, dict) else answer for answer in answers]
-    if isinstance(prompt, list) and not getattr(tokenizer, "chat_template", None) and prompt[-1]["role"] != "assistant":
-        answers = [answer if answer[:1].isspace() else f" {answer}" for answer in answers]  # the transcript's "Assistant:" and a space
-    if isinstance(prompt, str) and prompt.endswith(" ") and getattr(tokenizer, "joins_spaces", False):
-        spaces = prompt[len(prompt.rstrip(" ")) :]
-        prompt, answers = prompt.rstrip(" "), [answer if answer.startswith(" ") else spaces + answer for answer in answers]
+    answers, spaces = [render_answer(tokenizer, prompt, answer) if isinstance(answer, dict) else answer for answer in answers], ""
+    if isinstance(prompt, list) and getattr(tokenizer, "chat_template", None) is None and prompt[-1]["role"] != "assistant":
+        spaces = " "
+    if isinstance(prompt, str) and getattr(tokenizer, "joins_spaces", False):
+        spaces, prompt = prompt[len(prompt.rstrip(" ")) :], prompt.rstrip(" ")
+    answers = [spaces + answer if answer and answer[0] != " " else answer for answer in answers]
     return encode_prompt(tokenizer, prompt), *[encode_completion(tokenizer, answer) for answer in answers]
 
 
-def written(tokenizer, prompt, message):
+def render_answer(tokenizer, prompt, message):
     """The text that a chat template writes for an answer of more than text (tool_calls, reasoning_content), without EOS at its end."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise BadInput(f"the answer has {_more(message)}, which only a chat template can write, and the tokenizer has none")
-    before, text = render_chat(tokenizer, prompt), render_chat(tokenizer, document(prompt, message), answered=True)
-    if text == render_chat(tokenizer, document(prompt, plain_text_of(message)), answered=True):
-        raise BadInput(f"the chat template writes nothing of the answer's {_more(message)}")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise BadInput(f"the answer has {_more(message)}, which only a chat template can write, and the tokenizer has none: remove it from "
+                       "the message")
+    text = render_chat(tokenizer, document(prompt, message), answered=True)
+    before = render_chat(tokenizer, prompt)
+    for name in _more(message).split(", "):
+        same = REASONING if name in REASONING else (name,)
+        less = {key: value for key, value in message.items() if key not in same}
+        if text == render_chat(tokenizer, document(prompt, less), answered=True):
+            raise BadInput(f"the chat template writes nothing of the answer's {name}: remove it from the message")
     if not text.startswith(before):
         raise BadInput("the chat template does not write the conversation up to the answer as it writes the prompt alone")
     text, ends = text[len(before) :], filter(None, map(tokenizer.inner.id_to_token, tokenizer.eos_ids))
@@ -521,7 +558,7 @@ def _encode(tokenizer, rows, answers_of, max_prompt, skip_bad):
         kept.append(row)
     if bad:
         rows[:] = kept
-        print(f"{len(bad)} bad rows skipped of {len(bad) + len(kept)}; the first: {bad[0]}", file=sys.stderr)
+        note(f"{len(bad)} bad rows skipped of {len(bad) + len(kept)}; the first: {bad[0]}")
     if bad and not kept:
         raise BadInput(f"no usable rows; the first: {bad[0]}")
     if cut:
@@ -554,8 +591,8 @@ def encode_prompts(tokenizer, prompts, *, max_prompt=None, skip_bad=False):
 def encode_texts(tokenizer, texts, *, max_len):
     """Documents as rows of at most max_len tokens: [(one context token, the tokens that follow)]. Every token of a document is scored.
 
-    BOS (EOS if there is no BOS) is put before each document and EOS after it, unless the chat template of a conversation wrote them. A row
-    continues where the row before it stopped.
+    BOS (EOS if there is no BOS) is put before each document and EOS after it, unless a chat template begins or ends the text with that
+    token. A row continues where the row before it stopped.
     """
     rows, front = [], encode_prompt(tokenizer, "")
     for text in texts:

@@ -22,6 +22,8 @@ def config_from_hf(hf, make):
     if refused := [key for key in REFUSED if hf.get(key) is not None]:
         raise BadInput(f"config.json: {refused[0]} is not implemented: expected a model without it")
     try:
+        if hf.get("is_causal") is False:
+            raise BadInput("is_causal=false is not implemented: every position sees only itself and earlier ones")
         return make(**(_gpt2_fields if family == "gpt2" else _rotary_fields)(hf, family))
     except KeyError as error:
         raise BadInput(f"config.json: the key {error} is missing, but a {family} model needs it") from None
@@ -111,7 +113,7 @@ def _rotary_fields(hf, family):
     if unknown := [kind for kind in kinds if kind not in allowed]:
         raise BadInput(f"layer_types has {unknown[0]!r}: with sliding_window {window}, expected {' or '.join(allowed)}")
 
-    bias = hf.get("attention_bias", neox) if family in ("gpt_neox", "llama", "qwen3") else False
+    bias = bool(hf.get("attention_bias", neox)) if family in ("gpt_neox", "llama", "qwen3") else False
     head = _head_kind(hf)
     return dict(
         vocab_size=hf["vocab_size"], n_layer=n_layer, n_head=n_head, n_embd=n_embd, head_dim=head_dim,

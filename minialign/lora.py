@@ -213,7 +213,9 @@ def load_model(path, *, dtype=None, device=None):
     beside its matrices. The tokenizer comes from the adapter's folder if it has one. Raises BadInput if adapter_config.json names no base.
     """
     folder, base = find_folder(path), None
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():  # transformers puts the adapter on too
+        base = str(folder)
+    elif (folder / "adapter_config.json").is_file():
         config = read_json(folder / "adapter_config.json")
         base = config.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:

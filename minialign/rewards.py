@@ -37,9 +37,8 @@ from minialign.data import encode_answers, plain_text, read_demonstrations
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, find_folder, one_line
 from minialign.kl import k1, k3
+from minialign.lora import load_model
 from minialign.task import gold_reward
-from minialign.tokenizer import load_tokenizer
-from minialign.weights import fit_vocabulary, load_pretrained
 
 # ------------------------------------------------------------------------------------------------------------- programmatic
 
@@ -71,7 +70,7 @@ def exact_match(demos):
     return reward
 
 
-GSM8K_FORMAT = r"( |.*\n)?#### -?[\d,]*\.?\d+"  # any text, then a last line `#### number`
+GSM8K_FORMAT = r"( |.*\n)?#### -?[\d,]*\.?\d+"  # any text (or the space in front of an answer), then a last line `#### number`
 
 
 def format_match(pattern=GSM8K_FORMAT):
@@ -249,11 +248,9 @@ def _open_one(spec, prompts, device, dtype, skip_bad):
 
 
 def _reward_model(folder, device, dtype):
-    model = load_pretrained(folder, dtype=dtype, device=device)
+    model, tokenizer, _ = load_model(folder, dtype=dtype, device=device)
     if model.config.head != "scalar":
         raise BadInput(f"{folder}: is a language model, which gives no reward; train one with `python -m minialign reward_model`")
-    tokenizer = load_tokenizer(folder)
-    fit_vocabulary(model, tokenizer)
     return model.requires_grad_(False), tokenizer
 
 
@@ -272,10 +269,10 @@ def _function_of_file(spec):
         raise BadInput(f"--reward {spec}: {path} cannot be imported ({type(error).__name__}: {one_line(error)})") from None
     if not callable(getattr(module, name, None)):
         raise BadInput(f"--reward {spec}: {path} defines no function {name}; it needs `def {name}(prompts, completions)` -> B numbers")
-    return by_keywords(spec, getattr(module, name))
+    return by_keywords(getattr(module, name))
 
 
-def by_keywords(spec, function):
+def by_keywords(function):
     """A reward function of two parameters, prompts and completions, as it is. One with TRL's parameters is wrapped into such a function.
 
     TRL calls a reward as reward(prompts=…, completions=…, answer=…, …) with a list for each other column of the prompts' file. If a prompt
@@ -287,12 +284,15 @@ def by_keywords(spec, function):
         return function
     catches = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    if not catches and len(parameters) == 2 and named <= {"prompts", "completions"} or not catches and "completions" not in named:
+    if not catches and (list(parameters) == ["prompts", "completions"] or "completions" not in named):
         return function
     needed = {name for name in named if parameters[name].default is inspect.Parameter.empty} - {"prompts", "completions"}
 
     def reward(prompts, completions):
         rows = [getattr(prompt, "columns", {}) for prompt in prompts]
+        if not catches and not (needed or named & {name for row in rows for name in row} - {"prompts", "completions"}):
+            given = {"prompts": prompts, "completions": completions}  # its other parameters are options, not columns
+            return function(**{name: value for name, value in given.items() if name in named})
         columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
         if missing := sorted(needed - columns.keys()):
             raise ValueError(f"needs {missing[0]!r}, which is no column of the file; its columns are {', '.join(columns) or 'none'}")

@@ -1,7 +1,8 @@
 """Text <-> token ids: a character tokenizer, any tokenizer.json through `tokenizers`, byte-level BPE training, chat templates.
 
 Tokenizer and CharTokenizer have .encode(str) -> list[int], .decode(ids) -> str, .eos_id, .eos_ids, .pad_id, .bos_id, .vocab_size and
-.save(folder). `encode` adds no special token: only data.py puts BOS in front and appends EOS. A folder is read as transformers reads it.
+.save(folder). `encode` adds no special token: only data.py and chat templates put BOS in front and append EOS. A folder is read as
+transformers reads it.
 
 Checked by tests/test_tokenizer.py and tests/test_world.py, against transformers.
 """
@@ -33,10 +34,12 @@ class Tokenizer:
     """
 
     def __init__(self, inner, settings, stops=()):
-        if inner.padding and settings.get("pad_token") is None:
+        if inner.padding and settings.get("pad_token") is None and inner.token_to_id(inner.padding["pad_token"]) is not None:
             settings = settings | {"pad_token": inner.padding["pad_token"]}
         inner.no_truncation()  # transformers stores what its last call asked for; it is no property of the tokenizer
         inner.no_padding()
+        if isinstance(inner.model, models.BPE):
+            inner.model.dropout = None  # it would give a text other ids at every call
         self.inner, self.settings = inner, settings
         self.limit = math.inf  # ids from here on have no embedding in the model (weights.fit_vocabulary sets it)
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
@@ -44,12 +47,17 @@ class Tokenizer:
         if self.eos_id is None:
             raise BadInput("tokenizer_config.json names no eos_token: without one a policy cannot learn to stop; add it")
         self.eos_ids = tuple(dict.fromkeys([self.eos_id, *stops]))
-        _, pad_id = self._special("bos_token"), self._special("pad_token")
+        self._special("bos_token")  # raises BadInput if it is not in the vocabulary
+        pad_id = self._special("pad_token")
         self.pad_id = self.eos_id if pad_id is None else pad_id
+        # Any text that it can encode shows what is put in front: a character tokenizer may lack "a".
         self.lead = next(filter(None, map(self._encoded, ("a", *sorted(inner.get_vocab(with_added_tokens=False))[:500]))), None)
-        front = inner.post_process(self.lead).special_tokens_mask.index(0) if self.lead else 0
-        self.bos_id = inner.post_process(self.lead).ids[0] if front else None
+        processed = inner.post_process(self.lead) if self.lead else None
+        self.front = processed.ids[: processed.special_tokens_mask.index(0)] if processed else []  # what stands in front of every text
+        self.bos_id = self.front[0] if self.front else None
         self.spaced = bool(self.lead) and self.lead.tokens[0][0] in "▁Ġ"  # a space is put in front of every text, as in Llama 2
+        # Some decoders drop the first space of what they are given. They are given other text in front.
+        self.before = self.lead.ids if self.lead and inner.decode(self.lead.ids * 2) != inner.decode(self.lead.ids) * 2 else []
         self.chat_template = settings.get("chat_template")  # text, or [{"name", "template"}] if there are several, or None
         self.joins_spaces = any(re.match("[▁Ġ].", token) for token in inner.get_vocab())  # a word's token includes the space before it
 
@@ -78,7 +86,7 @@ class Tokenizer:
             raise BadInput(f"cannot encode {text[:40]!r}: the vocabulary lacks {unknown[:5]} ({error})") from None
         if max(ids, default=0) >= self.limit:
             token = f"{self.inner.id_to_token(max(ids))!r} (id {max(ids)})"
-            raise BadInput(f"the token {token} in {text[:40]!r} has no embedding: the model has only {self.limit}")
+            raise BadInput(f"the token {token} in {text[:40]!r} has no embedding: the model has only {self.limit} rows")
         return ids
 
     def encode_after(self, text):
@@ -93,12 +101,12 @@ class Tokenizer:
         """The text of ids that continue other text. A space in front and special tokens are kept; only EOS at the end is left out."""
         ids = list(ids)
         ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
-        before = self.lead.ids if self.spaced else []  # the decoder drops the first space of what it is given
-        return self.inner.decode(before + ids, skip_special_tokens=False)[len(self.inner.decode(before)) :]
+        return self.inner.decode(self.before + ids, skip_special_tokens=False)[len(self.inner.decode(self.before)) :]
 
     def decode_prompt(self, ids):
         """A prompt as text for people to read. BOS in front is left out; all other special tokens are shown."""
-        text = self.decode([*ids[ids[0] == self.bos_id :], self.eos_id])
+        ids = ids[1:] if ids[0] == self.bos_id else ids
+        text = self.decode([*ids, self.eos_id])  # decode leaves out this EOS and keeps the prompt's own
         return text.removeprefix(" ") if self.spaced else text
 
     def save(self, folder):
@@ -109,6 +117,7 @@ class Tokenizer:
 
 
 def content(token):
+    """The text of a special token, which tokenizer_config.json holds as text or as {'content': text}."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -149,7 +158,7 @@ def train_bpe(texts, vocab_size):
     return Tokenizer(_own(inner), _settings())
 
 
-# What a class of transformers assumes if tokenizer_config.json does not name the token.
+# What a class of transformers assumes if tokenizer_config.json does not name the token: (BOS, EOS, padding).
 CLASS_TOKENS = {"GPT2Tokenizer": (END, END, None), "GPTNeoXTokenizer": (END, END, "<|padding|>"), "Qwen2Tokenizer": (None, END, END),
                 "LlamaTokenizer": ("<s>", "</s>", None)}
 
@@ -177,19 +186,18 @@ def load_tokenizer(path_or_hub_name, *, model_folder=None):
         settings = settings | optional("special_tokens_map.json")
     if inner.post_processor is None and settings.get("add_bos_token") and settings.get("bos_token") == settings.get("pad_token") == END:
         _own(inner)  # made here by a version that exported no post-processor, and trained with END in front
-    kind = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
-    kind = "Qwen2Tokenizer" if model_config.get("model_type") == "qwen2" else kind  # transformers takes no other class for qwen2
+    kind = class_of(settings, model_config)
     for name, token in zip(("bos_token", "eos_token", "pad_token"), CLASS_TOKENS.get(kind, ()), strict=False):
-        if token is not None and settings.get(name) is None and name not in settings and inner.token_to_id(token) is not None:
+        if token is not None and name not in settings and inner.token_to_id(token) is not None:
             settings = settings | {name: token}
     as_class(inner, kind, settings)
-    named = [content(settings.get(f"{name}_token")) for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    added = {str(token.content) for token in inner.get_added_tokens_decoder().values()}
-    inner.add_special_tokens([t for t in named if isinstance(t, str) and t not in added and inner.token_to_id(t) is not None])
+    add_named_tokens(inner, settings, optional("added_tokens.json"))
+    inner.encode_special_tokens = settings.get("split_special_tokens") is True
 
-    stops = (optional("generation_config.json", model_folder or folder) or model_config).get("eos_token_id")
-    stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int)]
-    if settings.get("eos_token") is None and "eos_token" not in settings and stops:
+    generation = (model_folder or folder) / "generation_config.json"
+    stops = (read_json(generation) if generation.is_file() else model_config).get("eos_token_id")
+    stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if type(stop) is int]
+    if settings.get("eos_token") is None and stops:
         settings = settings | {"eos_token": inner.id_to_token(stops[0])}
     return Tokenizer(inner, settings | chat_templates(folder, settings), stops)
 
@@ -198,15 +206,63 @@ def load_tokenizer(path_or_hub_name, *, model_folder=None):
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
+# Classes that transformers builds in another way than tokenizer.json says, none of them of the six families.
+REFUSED = ("AlbertTokenizer", "BartTokenizer", "BertTokenizer", "CodeGenTokenizer", "GemmaTokenizer", "RobertaTokenizer", "T5Tokenizer",
+           "XLNetTokenizer")
+
+
+def class_of(settings, model_config):
+    """The class with which transformers 5 reads a folder, '' for the one that takes tokenizer.json as it is."""
+    family, named = model_config.get("model_type"), settings.get("tokenizer_class") or model_config.get("tokenizer_class")
+    if family in ("mistral", "ministral"):
+        return ""
+    if family == "qwen2":
+        return "Qwen2Tokenizer"
+    usual = {"gpt2": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer", "qwen3": "Qwen2Tokenizer"}.get(family, "")
+    kind = str(named or usual).removesuffix("Fast")
+    if kind in REFUSED:
+        raise BadInput(f"tokenizer_class {kind!r} is not implemented; load the folder with transformers and save its tokenizer as a "
+                       "PreTrainedTokenizerFast")
+    return kind
+
+
+def add_named_tokens(inner, settings, added):
+    """Make every token that is named beside tokenizer.json one token, also inside a text, as transformers does. New ones get new ids.
+
+    added: {token: id} of added_tokens.json. Tokens of added_tokens_decoder come with their flags, which win over tokenizer.json's.
+    """
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    entries = settings.get("added_tokens_decoder") or {i: {"content": token, "normalized": True} for token, i in added.items()}
+    known = {token.content: token for token in inner.get_added_tokens_decoder().values()}
+    for _, entry in sorted(entries.items(), key=lambda item: int(item[0])):
+        token = tokenizers.AddedToken(entry["content"], **{flag: entry[flag] for flag in flags if flag in entry})
+        if repr(known.get(token.content)) != repr(token):
+            inner.add_tokens([token])
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    first = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # the order decides the ids of new tokens
+    names = [settings[name] for name in dict.fromkeys([*first, *settings]) if name in settings and name.endswith("_token")]
+    names += list(extra.values()) if isinstance(extra, dict) else extra
+    known = {token.content for token in inner.get_added_tokens_decoder().values()}
+    required = [content(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")]  # refused if they are unknown
+    names = [name for name in map(content, names) if isinstance(name, str) and name not in known]
+    inner.add_special_tokens([name for name in names if name not in required or inner.token_to_id(name) is not None])
+
+
 def as_class(inner, kind, settings):
-    """Change a tokenizer as the class that tokenizer_config.json names does in transformers 5, which builds these parts itself."""
-    pieces = str(inner.pre_tokenizer)
-    if kind == "LlamaTokenizer" and isinstance(inner.model, models.BPE) and "ByteLevel" not in pieces:
+    """Replace the parts that transformers 5 builds itself for the class that it takes."""
+    pieces, bpe = str(inner.pre_tokenizer), isinstance(inner.model, models.BPE)
+    if kind == "LlamaTokenizer" and not bpe:
+        raise BadInput(f"tokenizer_class {kind!r} with a model other than BPE is not implemented")
+    if kind == "LlamaTokenizer" and "ByteLevel" not in pieces:
         first = "never" if settings.get("add_prefix_space") is False else "always" if settings.get("legacy") else "first"
-        inner.normalizer = None
+        inner.normalizer, inner.model.fuse_unk, inner.model.byte_fallback = None, True, True
         inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=first, split=False)
-    elif kind in ("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer") and "ByteLevel" in pieces:
+    elif kind in ("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer") and bpe:
         space = bool(settings.get("add_prefix_space"))
+        inner.model.fuse_unk, inner.model.byte_fallback, inner.model.ignore_merges = False, False, False
+        inner.decoder = decoders.ByteLevel()
+        if kind == "GPTNeoXTokenizer":
+            inner.post_processor = None
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
         inner.normalizer = None if kind == "GPT2Tokenizer" else normalizers.NFC()
         if kind == "Qwen2Tokenizer":
@@ -223,6 +279,8 @@ def chat_templates(folder, settings):
     except UnicodeDecodeError as error:
         raise BadInput(f"{folder}: chat_template.jinja or another template is not UTF-8 text ({error})") from None
     template = settings.get("chat_template")
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
     if texts:
         template = texts["default"] if [*texts] == ["default"] else [{"name": name, "template": texts[name]} for name in texts]
     named = template if isinstance(template, list) else [] if template is None else [{"name": "default", "template": template}]
@@ -248,14 +306,15 @@ def plain_chat(messages):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox that also refuses powers and large products: 'x' * 10**9 would take gigabytes before anything is rendered."""
+    """jinja2's sandbox that also refuses large powers and products: 'x' * 10**9 would take gigabytes before anything is rendered."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context, operator, left, right):
+        numbers = all(isinstance(value, int | float) for value in (left, right))
         sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
-        if operator == "**" or sizes[0] * sizes[1] > MAX_TEMPLATE:
-            raise TemplateError(f"{operator}: powers and large products are refused")
+        if max(sizes) > 10**9 if numbers and operator == "*" else sizes[0] * sizes[1] > (1000 if operator == "**" else MAX_TEMPLATE):
+            raise TemplateError(f"{operator}: large powers and products are refused")
         return super().call_binop(context, operator, left, right)
 
 
@@ -288,6 +347,14 @@ def chat_template(tokenizer, tools):
 CONTINUED = "\ue000here the text goes on"  # put behind the last message of the assistant, to cut the rendered text there
 
 
+def marked(body):
+    """The content of a message, text or parts, with the mark CONTINUED and a space behind its last text."""
+    if isinstance(body, str):
+        return body + CONTINUED + " "
+    last = max(i for i, part in enumerate(body) if isinstance(part.get("text"), str))
+    return [part | {"text": marked(part["text"])} if i == last else part for i, part in enumerate(body)]
+
+
 def render_chat(tokenizer, messages, *, answered=False):
     """Render a list of {role, content} with the tokenizer's chat template, as the text in front of the assistant's answer.
 
@@ -298,8 +365,11 @@ def render_chat(tokenizer, messages, *, answered=False):
     """
     columns = getattr(messages, "columns", {})
     template = chat_template(tokenizer, columns.get("tools"))
-    if not template:
+    if template is None:
         return plain_chat(messages)
+    options = columns.get("chat_template_kwargs") or {}
+    if own := {"chat_template", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message"} & options.keys():
+        raise BadInput(f"chat_template_kwargs holds {min(own)!r}, which is not an option of the template: remove it")
     if len(template) > MAX_TEMPLATE:
         raise BadInput(f"the chat template has {len(template)} characters: at most {MAX_TEMPLATE} are allowed")
 
@@ -310,11 +380,13 @@ def render_chat(tokenizer, messages, *, answered=False):
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
     tokens = {name: content(value) for name, value in tokenizer.settings.items() if re.fullmatch(r"\w+_token", name)}
-    variables = {name: value for name, value in tokens.items() if isinstance(value, str)} | columns.get("chat_template_kwargs", {})
+    variables = {name: value for name, value in tokens.items() if isinstance(value, str)} | options
     messages = [with_reasoning({key: value for key, value in message.items() if value is not None}) for message in messages]
-    goes_on = not answered and messages[-1]["role"] == "assistant"
+    goes_on, last = not answered and messages[-1]["role"] == "assistant", plain_text_of(messages[-1])
+    if goes_on and not last.strip():
+        raise BadInput("the last message is the assistant's and has no text that the answer could continue")
     if goes_on:
-        messages[-1]["content"] = plain_text_of(messages[-1]) + CONTINUED
+        messages[-1]["content"] = marked(messages[-1]["content"])
     try:
         rendered, limit = "", MAX_TEMPLATE * (1 + len(messages))
         for piece in environment.from_string(template).generate(
@@ -324,11 +396,14 @@ def render_chat(tokenizer, messages, *, answered=False):
             rendered += piece
             if len(rendered) > limit:
                 raise TemplateError(f"it renders more than {limit} characters")
-        if goes_on and CONTINUED not in rendered:
+        before, found, after = rendered.rpartition(CONTINUED)
+        if goes_on and not (found and last.strip() in before):
             raise TemplateError("it does not render the last message of the assistant, which the answer continues")
     except Exception as error:  # a template may raise anything, even ZeroDivisionError or MemoryError
         raise BadInput(f"the chat template failed ({type(error).__name__}: {error})") from None
-    return rendered.partition(CONTINUED)[0]
+    if not goes_on:
+        return rendered
+    return before if after.startswith(" ") else before.rstrip()  # a template that strips the message has taken the mark's space too
 
 
 REASONING = ("reasoning_content", "thinking", "reasoning")

@@ -236,13 +236,14 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
 def fit_vocabulary(model, tokenizer):
     """Record how many of the embedding's rows the tokenizer has ids for (the others are padding), and which ids end a completion.
 
-    A tokenizer with more ids is allowed, as many public ones have added tokens: encoding a text that uses one raises BadInput. Padding must
-    have a row even so: then EOS pads. Raises BadInput if EOS has none.
+    A tokenizer with more ids is allowed, as many public ones have added tokens: encoding a text that uses one raises BadInput. If the
+    padding token has no row, EOS pads. Raises BadInput if EOS has none.
     """
     model.config.n_tokens, model.config.eos_ids = min(tokenizer.vocab_size, model.config.vocab_size), tokenizer.eos_ids
     tokenizer.limit = model.config.vocab_size
     if tokenizer.eos_id >= tokenizer.limit:
-        raise BadInput(f"the tokenizer's EOS has the id {tokenizer.eos_id}, but the model has only {tokenizer.limit} embedding rows")
+        raise BadInput(f"the tokenizer's EOS has the id {tokenizer.eos_id}, but the model has only {tokenizer.limit} embedding rows: "
+                       "take the tokenizer that belongs to the model")
     if tokenizer.pad_id >= tokenizer.limit:
         tokenizer.pad_id = tokenizer.eos_id
 

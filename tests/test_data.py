@@ -157,7 +157,7 @@ def test_an_answer_without_a_label_is_no_feedback(write):
 def test_a_disliked_answer_is_no_demonstration(write, capsys):
     """Nor a text to train a base model on, for which it would have to be one; its prompt may be asked all the same."""
     path = write([{"prompt": "p", "completion": "good", "label": True}, {"prompt": "q", "completion": "bad", "label": False}])
-    sentence = "'label' is false: only an answer labelled true is a demonstration (kto learns from both)"
+    sentence = "'label' is False: only an answer labelled true is a demonstration (kto learns from both)"
     for reader, kept in ((read_demonstrations, [Demo("p", "good")]), (read_texts, ["pgood"])):
         with pytest.raises(BadInput) as error:
             reader(path)
@@ -238,8 +238,12 @@ BAD_ROWS = {
     "a message without content": (b'{"prompt": [{"role": "user"}], "completion": "c"}', "'prompt': message 1 has neither content nor"),
     "a message of numbers": (b'{"prompt": [{"role": "user", "content": [3]}], "completion": "c"}', "must be text or a list of parts"),
     "a key given twice": (b'{"prompt": "p", "completion": "c", "prompt": "q"}', "the key 'prompt' is given twice"),
-    "a label of words": (b'{"prompt": "p", "completion": "c", "label": "rejected"}', "'label' is \"rejected\": only an answer labelled"),
+    "a label of words": (b'{"prompt": "p", "completion": "c", "label": "rejected"}', "'label' is 'rejected': only an answer labelled"),
     "a label of -1": (b'{"prompt": "p", "completion": "c", "label": -1}', "'label' is -1: only an answer labelled true"),
+    "two system texts": (lines({"messages": [SYSTEM, USER, REPLY], "system": "Be rude."})[:-1], "are two system messages: keep one"),
+    "tools that are no list": (lines({"messages": [USER, REPLY], "tools": "3"})[:-1], "'tools' must be a list of objects, found int"),
+    "half a pair in tools": (lines({"messages": [USER, REPLY], "tools": [{"name": "\ud83d"}]})[:-1], "'tools' contains half of a"),
+    "a call of nothing": (lines({"messages": [{"role": "user", "content": None, "tool_calls": []}, REPLY]})[:-1], "message 1 has neither"),
     "tools beside text": (b'{"prompt": "p", "completion": "c", "tools": [{}]}', "the field 'tools' cannot be used here: only messages"),
     "a history": (b'{"instruction": "p", "output": "c", "history": [["a", "b"]]}', "the field 'history' cannot be used here"),
     "half a surrogate pair": (b'{"prompt": "\\ud83d", "completion": "c"}', "'prompt' contains half of a surrogate pair"),
@@ -718,8 +722,9 @@ def test_tools_system_and_calls_reach_the_template(write, chatting):
 
 def test_a_system_message_that_only_the_prompt_has(write):
     rows = [{"prompt": [SYSTEM, USER], "chosen": [USER, REPLY], "rejected": [USER, OTHER]},
-            {"prompt": [USER], "chosen": [USER, REPLY], "rejected": [USER, OTHER]}]
-    assert read_preferences(write(rows)) == [Pair([SYSTEM, USER], "yes", "no"), Pair([USER], "yes", "no")]
+            {"prompt": [USER], "chosen": [USER, REPLY], "rejected": [USER, OTHER]},
+            {"prompt": [USER], "chosen": [SYSTEM, USER, REPLY], "rejected": [SYSTEM, USER, OTHER]}]
+    assert read_preferences(write(rows)) == [Pair(prompt, "yes", "no") for prompt in ([SYSTEM, USER], [USER], [SYSTEM, USER])]
     with pytest.raises(BadInput, match=":1: the messages of 'prompt' are not those that 'chosen' and 'rejected' begin with"):
         read_preferences(write([{"prompt": [SYSTEM], "chosen": [USER, REPLY], "rejected": [USER, OTHER]}]))
 
@@ -740,13 +745,21 @@ def test_an_answer_that_text_cannot_hold_is_named(write, chatting):
 
 def test_what_a_transcript_cannot_hold_is_named(write, chatting):
     """Tools and calls in a prompt vanish from a transcript; an answer of a call after a prompt of text has no template either."""
-    chatting.chat_template, call = None, {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
+    call, template = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}, chatting.chat_template
+    chatting.chat_template = None
     for number, (row, said) in enumerate([({"messages": [USER, REPLY], "tools": TOOLS}, "the prompt has tools"),
                                           ({"messages": [USER, call, USER, REPLY]}, "the prompt has tool_calls"),
                                           ({"prompt": "hi", "completion": [call]}, "the answer has tool_calls, ")]):
         demos = read_demonstrations(write([row], f"{number}.jsonl"))
         with pytest.raises(BadInput, match=f"{number}.jsonl:1: {said}.* chat template"):
             encode_demos(chatting, demos)
+    chatting.chat_template = template
+    with pytest.raises(BadInput, match="2.jsonl:1: the answer has tool_calls, but the prompt is text"):
+        encode_demos(chatting, demos)
+    chatting.chat_template = template.replace("{{ m.reasoning_content }}", "")
+    path = write([{"messages": [USER, {**call, "reasoning_content": "well"}]}], "r.jsonl")
+    with pytest.raises(BadInput, match="r.jsonl:1: the chat template writes nothing of the answer's reasoning_content"):
+        encode_demos(chatting, read_demonstrations(path))
     with pytest.raises(BadInput, match="t.jsonl:1: the answer has tool_calls, but the prompt is text"):
         read_texts(write([{"prompt": "hi", "completion": [call]}], "t.jsonl"))
 
@@ -768,6 +781,10 @@ def test_one_prompt_whatever_the_flag(write):
     rows = [{"prompt": "hi", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, {"prompt": "hi", "messages": [USER, REPLY]}]
     path = write(rows)
     assert read_prompts(path) == [demo.prompt for demo in read_demonstrations(path)] == [[USER], [USER]]
+    rows = [{"prompt": "1+1?", "question": "1+1?", "answer": "#### 2"}, {"prompt": "p", "completion": "c", "messages": [USER, REPLY]}]
+    path = write(rows, "more.jsonl")
+    assert read_prompts(path) == [demo.prompt for demo in read_demonstrations(path)] == ["Question: 1+1?\nAnswer:", "p"]
+    assert read_prompts(write([{"messages": [SYSTEM, USER]}, {"prompt": "1+1?", "answer": "2"}])) == [[SYSTEM, USER], "1+1?"]
 
 
 def test_a_space_at_the_end_of_a_prompt_goes_to_the_answer(write):
@@ -799,8 +816,13 @@ def test_arrow_nulls_are_absent_fields(tmp_path):
     assert second.prompt[1]["tool_calls"] == [{"name": "weather"}]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     assert read_demonstrations(tmp_path / "saved") == [first, second]
+    for name in ("run1.parquet", "saved"):
+        with pytest.raises(BadInput, match=f"{name}:test: has no splits"):
+            read_demonstrations(f"{tmp_path / name}:test")
+    with pytest.raises(BadInput, match="absent.parquet: cannot be read"):
+        read_demonstrations(tmp_path / "absent.parquet")
     (tmp_path / "a[1]").mkdir()
-    with pytest.raises(BadInput, match="as a pattern; rename the folder"):
+    with pytest.raises(BadInput, match="as a pattern; rename it"):
         read_demonstrations(tmp_path / "a[1]")
 
 
@@ -822,5 +844,5 @@ def test_columns_that_are_not_read_are_named(write, capsys):
     """Not for prompts, whose columns a reward may read."""
     path = write([{"prompt": "p", "completion": "c", "id": 7}, {"prompt": "p", "completion": "c", "source": "web", "meta": None}])
     read_demonstrations(path)
-    assert capsys.readouterr().err == f"{path}: columns that are not read: id, source\n"
+    assert capsys.readouterr().err == f"{path}: columns that are never read: id, source\n"
     assert read_prompts(path)[0].columns["id"] == 7 and not capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_imports_run_one_way():
            "logprob": {"logprob_triton"}, "logprob_triton": set(), "linear_logprob": {"logprob", "linear_logprob_triton"},
            "linear_logprob_triton": {"logprob", "logprob_triton"}, "decode": {"model"}, "logps": {"batch", "linear_logprob"},
            "sample": {"batch", "common", "decode", "linear_logprob", "logps", "model", "parallel"},
-           "rewards": {"batch", "common", "data", "kl", "parallel", "task", "tokenizer", "weights"}}
+           "rewards": {"batch", "common", "data", "kl", "lora", "parallel", "task"}}
     found = {name.rpartition(".")[2]: {other.rpartition(".")[2] for other in needs} - {"kernels", "engine"}
              for name, needs in graph().items() if name.startswith("minialign.") and ".methods" not in name and ".recipes" not in name}
     for name, allowed in may.items():
@@ -168,7 +168,7 @@ def test_minimal_is_a_promise():
     for method, bound in bounds.items():
         assert lines(ROOT / f"minialign/methods/{method}.py") <= bound, method
     assert sum(map(lines, (ROOT / "minialign/methods").glob("*.py"))) <= 2700
-    assert sum(lines(path) for path in (ROOT / "minialign").rglob("*.py") if "bench" not in path.parts) <= 9900
+    assert sum(lines(path) for path in (ROOT / "minialign").rglob("*.py") if "bench" not in path.parts) <= 10000
 
 
 @pytest.mark.parametrize("method", METHODS)

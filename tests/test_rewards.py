@@ -1359,6 +1359,8 @@ TRL_REWARDS = """
 def ours(prompts, completions): return [1.0 for _ in completions]
 def other_names(questions, texts): return [2.0 for _ in texts]
 def answer(completions, answer, **kwargs): return [float(c == a) for c, a in zip(completions, answer)]
+def turned(completions, prompts): return [float(c == "4" and "?" in p) for p, c in zip(prompts, completions)]
+def option(prompts, completions, weight=3.0): return [weight * ("4" in c) for c in completions]
 def keyword_only(*, completions, answer): return [float(c == a) for c, a in zip(completions, answer)]
 def all_of_it(prompts, completions, **columns): return [float(sorted(columns) == ["answer", "level"]) for _ in prompts]
 def chat(completions, **kwargs): return [float(c[0]["role"] == "assistant" and len(c[0]["content"])) for c in completions]
@@ -1378,15 +1380,18 @@ def test_a_reward_with_trls_parameters_gets_what_trl_gives_it(write, tmp_path):
     assert rewards("ours", ["4", "4"]) == [1, 1] and rewards("other_names", ["4", "4"]) == [2, 2]
     for name in ("answer", "keyword_only"):
         assert rewards(name, ["4", "4"]) == [1, 0] and rewards(name, ["5", "6"]) == [0, 1]
-    assert rewards("all_of_it", ["", ""]) == [1, 1]
+    assert rewards("all_of_it", ["", ""]) == [1, 1] and rewards("turned", ["4", "5"]) == [1, 0] and rewards("option", ["4", "5"]) == [3, 0]
+    nulls = read_prompts(write('{"prompt": "a", "answer": null}\n{"prompt": "b", "answer": null}\n', "c.jsonl"))
+    assert rewards("answer", ["4", "4"], nulls) == [0, 0]  # a column of nulls is a column
     with pytest.raises(BadReward, match="needs 'completion_ids', which is no column of the file; its columns are prompt, answer, level"):
         rewards("ids", ["a", "b"])
     conversation = write('{"prompt": [{"role": "user", "content": "hi"}]}\n', "b.jsonl")
     assert rewards("chat", ["abc"], read_prompts(conversation)) == [3]
+    assert rewards("option", ["a 4"], read_prompts(conversation)) == [3]  # ours, with an option: text
 
 
-def test_a_reward_reads_what_was_sampled():
-    """A policy of three tokens that answers "<tool> tea": special token and space are part of the text, the EOS that ended it is not."""
+def test_decode_keeps_special_tokens_and_the_first_space():
+    """What a reward reads of the sampled "<tool> tea": special token and space are part of the text, the EOS that ended it is not."""
     tokenizer = CharTokenizer("ate <>lo")
     tokenizer.inner.add_special_tokens(["<tool>"])
     tokenizer = Tokenizer(tokenizer.inner, tokenizer.settings)

@@ -230,7 +230,7 @@ def test_damaged_tokenizer_config_is_refused(bpe_folder, content):
         load_tokenizer(bpe_folder)
 
 
-@pytest.mark.parametrize("template", [5, True, {"default": "x"}, [1], [{}], [{"name": "other"}], [{"name": "a", "template": "x"}]])
+@pytest.mark.parametrize("template", [5, True, {"default": 1}, [1], [{}], [{"name": "other"}], [{"name": "a", "template": "x"}]])
 def test_a_chat_template_of_the_wrong_type_is_refused(bpe_folder, template):
     edit(bpe_folder, chat_template=template)
     with pytest.raises(BadInput, match="chat template"):

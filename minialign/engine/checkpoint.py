@@ -64,7 +64,7 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
 def parameters_of(modules):
     """{'policy.blocks.0…': parameter} of {name: module} that a checkpoint stores. A shared one (a tied head) appears once.
 
-    Left out are the frozen weights beside adapters, in the trained model and in its frozen copies, whose adapters are stored.
+    With adapters the frozen weights are left out, in the trained model and in its frozen copies. The adapters of both are stored.
     """
     named = {name: dict(parallel.resharded(module).named_parameters()) for name, module in modules.items()}
     base = {(key, p.shape) for own in named.values() if any(p.requires_grad for p in own.values())

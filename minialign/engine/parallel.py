@@ -37,7 +37,8 @@ PLAIN = weakref.WeakKeyDictionary()  # {sharded model: the model as it was befor
 
 
 def start(alone=False):
-    """Join the other processes if torchrun started this one. A second call does nothing. alone: without torchrun, form a group of one."""
+    """Join the other processes if torchrun started this one; a second call then does nothing. Without torchrun the group of an earlier run
+    ends, and alone=True forms a group of one."""
     if dist.is_initialized():
         if launched():
             return

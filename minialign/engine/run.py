@@ -347,7 +347,8 @@ class Run:
 
 
 def unmoved(optimizers):
-    """The share of the trained weights that are bfloat16 and for which w − lr rounds to w. Of a large matrix 65,536 are measured."""
+    """The share of the trained weights that are bfloat16 and for which w − lr rounds to w. Of a large tensor an even sample of at
+    most 65,536 is measured."""
     stuck = total = 0
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
         for p in [p for p in group["params"] if p.requires_grad]:

@@ -168,7 +168,7 @@ def _records(path):
     """Yield (where, value, fault) for each row: where it is ('path:line'), its JSON value, and an error message if there is no value."""
     name, _, split = (str(path), "", "") if os.path.exists(path) else str(path).partition(":")
     hub = not os.path.exists(name) and HUB_NAME.fullmatch(name) and not name.endswith(FILES)
-    if os.path.isdir(name) or os.path.isfile(name) and name.endswith(".parquet") or hub:
+    if os.path.isdir(name) or hub or os.path.isfile(name) and Path(name).open("rb").read(4) == b"PAR1":  # parquet, whatever its name
         yield from _hub_records(name, split)
         return
     content = _bytes(path)
@@ -193,7 +193,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")  # owner/name, or owner/nam
 
 
 def _hub_records(name, split):
-    """Read one split of a hub data set, of a folder (in the hub's layout, or of save_to_disk) or a parquet file, with `datasets`."""
+    """Read a split of a hub data set, of a folder (in the hub's layout, or of save_to_disk), or a parquet file, with `datasets`."""
     here = os.path.exists(name)
     try:
         import datasets

@@ -57,7 +57,8 @@ class Tokenizer:
         self.bos_id = self.front[0] if self.front else None
         self.spaced = bool(self.lead) and self.lead.tokens[0][0] in "▁Ġ"  # a space is put in front of every text, as in Llama 2
         # Some decoders drop the first space of what they are given. They are given other text in front.
-        self.before = self.lead.ids if self.lead and inner.decode(self.lead.ids * 2) != inner.decode(self.lead.ids) * 2 else []
+        alone, twice = [inner.decode(self.lead.ids * n, skip_special_tokens=False) if self.lead else "" for n in (1, 2)]
+        self.before = self.lead.ids if twice != alone * 2 else []
         self.chat_template = settings.get("chat_template")  # text, or [{"name", "template"}] if there are several, or None
         self.joins_spaces = any(re.match("[▁Ġ].", token) for token in inner.get_vocab())  # a word's token includes the space before it
 
@@ -101,7 +102,8 @@ class Tokenizer:
         """The text of ids that continue other text. A space in front and special tokens are kept; only EOS at the end is left out."""
         ids = list(ids)
         ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
-        return self.inner.decode(self.before + ids, skip_special_tokens=False)[len(self.inner.decode(self.before)) :]
+        before, whole = [self.inner.decode(self.before + more, skip_special_tokens=False) for more in ([], ids)]
+        return whole[len(before) :]
 
     def decode_prompt(self, ids):
         """A prompt as text for people to read. BOS in front is left out; all other special tokens are shown."""
@@ -344,7 +346,7 @@ def chat_template(tokenizer, tools):
     return named[name]
 
 
-CONTINUED = "\ue000here the text goes on"  # put behind the last message of the assistant, to cut the rendered text there
+CONTINUED = "HERE-THE-ANSWER-GOES-ON"  # put behind the last message of the assistant, to cut the rendered text there
 
 
 def marked(body):

@@ -306,6 +306,44 @@ def test_the_template_may_stand_in_the_config_or_in_a_list(bpe_folder):
     assert render_chat(load_tokenizer(bpe_folder), CHAT) == "file"
 
 
+@pytest.mark.parametrize("settings", [
+    {"added_tokens_decoder": {"2": {"content": "<2>", "rstrip": True, "special": True}}}, {"split_special_tokens": True},
+    {"additional_special_tokens": ["<new>", "<other>"]}, {"extra_special_tokens": {"tool_token": "<new>"}}, {"tool_token": "<new>"},
+    {"unk_token": "<new>"}, {"added_tokens_decoder": {"300": {"content": "<new>", "special": False}}},
+    {"tokenizer_class": "GPT2Tokenizer"}, {"tokenizer_class": "GPTNeoXTokenizer"}, {"tokenizer_class": "Qwen2Tokenizer"}], ids=str)
+@pytest.mark.parametrize("family", [None, "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"])
+def test_what_stands_beside_tokenizer_json(bpe_folder, settings, family):
+    """Tokens, their flags and the class are named in tokenizer_config.json; the family is named in config.json."""
+    edit(bpe_folder, **settings)
+    if family:
+        (bpe_folder / "config.json").write_text(json.dumps({"model_type": family}))
+    if settings.get("split_special_tokens") and family == "qwen2":
+        pytest.skip("transformers adds the tokens of Qwen2Tokenizer after this setting")
+    ours, theirs = load_tokenizer(bpe_folder), transformers.AutoTokenizer.from_pretrained(bpe_folder)
+    for text in ("a <new> cat 1234", f"on{END} the <2> mat", "<other>x <new>"):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+        assert ([] if ours.bos_id is None else [ours.bos_id]) + ours.encode(text) == theirs(text).input_ids
+
+
+@pytest.mark.parametrize("template", ["[{{ messages[-1].content }}]", "[{{ messages[-1].content | trim }}]",
+                                      "{{ messages[-1].content[0].text }}."])
+@pytest.mark.parametrize("content", ["It is", "It is ", "It is:\n", [{"type": "text", "text": "It is "}], "", None])
+def test_an_unfinished_answer_is_continued_as_in_transformers(bpe_folder, template, content):
+    """Also where the template strips the message, or the message is made of parts; refused where transformers refuses."""
+    edit(bpe_folder, chat_template=template)
+    ours, theirs = load_tokenizer(bpe_folder), transformers.AutoTokenizer.from_pretrained(bpe_folder)
+    chat = [*CHAT, {"role": "assistant", "content": content, "tool_calls": [{"function": {"name": "w"}}]}]
+    try:
+        expected = theirs.apply_chat_template(chat, continue_final_message=True, tokenize=False)
+    except Exception:
+        expected = None
+    if expected is None or not content:
+        with pytest.raises(BadInput):
+            render_chat(ours, chat)
+    else:
+        assert render_chat(ours, chat) == expected
+
+
 def test_several_templates_survive_an_export(bpe_folder):
     """The default and one for tools, in files as transformers writes them. After our export transformers finds both."""
     theirs = transformers.AutoTokenizer.from_pretrained(bpe_folder)

@@ -846,3 +846,5 @@ def test_columns_that_are_not_read_are_named(write, capsys):
     read_demonstrations(path)
     assert capsys.readouterr().err == f"{path}: columns that are never read: id, source\n"
     assert read_prompts(path)[0].columns["id"] == 7 and not capsys.readouterr().err
+    path = write(b'{"prompt": "p", "completion": "c", "\\ud800": 1}\n', "half.jsonl")
+    assert read_demonstrations(path) and capsys.readouterr().err == f"{path}: columns that are never read: \\ud800\n"

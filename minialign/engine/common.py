@@ -237,9 +237,9 @@ class Mean:
 
 
 def note(text):
-    """Print a remark on stderr. Under torchrun only the first process prints it."""
+    """Print a remark on stderr. Under torchrun only the first process prints it. Half a surrogate pair, from a file, is shown escaped."""
     if parallel.is_main():
-        print(text, file=sys.stderr)
+        print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
 def commit():

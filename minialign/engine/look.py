@@ -33,7 +33,7 @@ def first_look(run, tokenizer, rows, batch, models):
     drawn = run.cfg.batch_size if run.method in ("irft", "rft", "irl") else 2 * run.cfg.batch_size if getattr(run.cfg, "online", 0) else 4
     needed = print_sizes(run, models, sum(side.inputs.shape[1] for side in sides), drawn)  # (an evaluation samples four answers)
     empty = sum(len(completion) == 1 for _, *completions in rows for completion in completions)  # nothing but EOS
-    doubled = sum(completion[-2:-1] == [tokenizer.eos_id] for _, *completions in rows for completion in completions)
+    doubled = sum(len(ids) > 1 and ids[-2] in tokenizer.eos_ids and ids[-1] == tokenizer.eos_id for _, *answers in rows for ids in answers)
     twice = f", {doubled:,} end in EOS twice (their text spells it)" if doubled else ""
     print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
           f"{empty:,} empty{twice}; about {needed:,.0f} MB at the peak")

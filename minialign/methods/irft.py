@@ -147,7 +147,7 @@ def main(cfg):
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "round": t, **stats.result()}
         metrics["completions/mean_length"] = sum(map(len, completions)) / len(completions)
-        metrics["completions/finished"] = sum(ids[-1] == tokenizer.eos_id for ids in completions) / len(completions)
+        metrics["completions/finished"] = sum(ids[-1] in tokenizer.eos_ids for ids in completions) / len(completions)
         run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg))
     return run.close(policy, tokenizer)
 

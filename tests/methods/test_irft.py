@@ -1,4 +1,6 @@
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -6,11 +8,12 @@ import torch
 from torch.autograd import gradcheck
 
 from minialign.batch import collate
-from minialign.engine.common import BadInput
+from minialign.engine.common import BadInput, read_rows
 from minialign.logps import seq_logps
 from minialign.methods import irft
 from minialign.methods.irft import irft_loss
 from minialign.methods.sft import sft_loss
+from minialign.tokenizer import load_tokenizer
 
 H = ("logistic", "hinge", "identity")
 
@@ -173,3 +176,13 @@ def test_demonstrations_without_room_are_left_out(small, capsys):
     module, cfg = small("irft", steps=1, max_len=16)
     module.main(cfg)
     assert "rows are left out: their prompt alone fills --max_len 16" in capsys.readouterr().out
+
+
+def test_any_eos_of_the_folder_ends_an_own_answer(small, policy_folder, tmp_path):
+    """With every id among those that end a completion, each answer is one token long and finished."""
+    folder = shutil.copytree(policy_folder, tmp_path / "policy")
+    ids = list(range(load_tokenizer(folder).vocab_size))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    module, cfg = small("irft", policy=str(folder), steps=2)
+    for row in read_rows(module.main(cfg) / "metrics.jsonl"):
+        assert row["completions/finished"] == row["completions/mean_length"] == 1

@@ -508,11 +508,11 @@ def encode_completion(tokenizer, completion):
 def encode_answers(tokenizer, prompt, *answers):
     """(prompt ids, completion ids of each answer) of one row. Prompt and answers are encoded apart, so neither changes the other's tokens.
 
-    If the tokenizer joins a space with the next word (joins_spaces), spaces at the end of the prompt move to the answers, unless an answer
-    begins with its own. Without a chat template an answer to messages gets a space in front, after "Assistant:". An answer that is a
-    message is rendered by the template. Raises BadInput as encode_prompt does.
+    Answers are text as a policy would sample it (written_answer makes it of a row's answer). If the tokenizer joins a space with the next
+    word (joins_spaces), spaces at the end of the prompt move to the answers, unless an answer begins with its own. Without a chat template
+    an answer to messages gets a space in front, after "Assistant:". Raises BadInput as encode_prompt does.
     """
-    answers, spaces = [render_answer(tokenizer, prompt, answer) if isinstance(answer, dict) else answer for answer in answers], ""
+    spaces = ""
     if isinstance(prompt, list) and getattr(tokenizer, "chat_template", None) is None and prompt[-1]["role"] != "assistant":
         spaces = " "
     if isinstance(prompt, str) and getattr(tokenizer, "joins_spaces", False):
@@ -521,32 +521,55 @@ def encode_answers(tokenizer, prompt, *answers):
     return encode_prompt(tokenizer, prompt), *[encode_completion(tokenizer, answer) for answer in answers]
 
 
-def render_answer(tokenizer, prompt, message):
-    """The text that a chat template writes for an answer of more than text (tool_calls, reasoning_content), without EOS at its end."""
+def encode_whole(tokenizer, prompt, *answers):
+    """encode_answers for a classifier that was not trained here: it reads a conversation as its chat template writes it, to the end, as in
+    TRL. Of such a conversation the first id stands for the prompt. Text, and messages without a template, are encoded as always."""
+    if isinstance(prompt, str) or tokenizer.chat_template is None:
+        return encode_answers(tokenizer, prompt, *answers)
+    whole = [tokenizer.encode(render_chat(tokenizer, document(prompt, answer), answered=True)) for answer in answers]
+    return whole[0][:1], *[ids[1:] for ids in whole]
+
+
+def written_answer(tokenizer, prompt, answer):
+    """The text of a row's answer as the chat template writes it behind the prompt, without EOS at its end; without a template the answer.
+
+    It holds all that the template puts between the two: a space in front (Llama 2, Mistral), an empty <think> (Qwen3), and the assistant's
+    header if the template writes no generation prompt. TRL trains on the same text. None if the template does not write the conversation
+    up to the answer as it writes the prompt alone. Raises BadInput if an answer of more than text (tool_calls) would lose a part of it.
+    """
+    has_more = isinstance(answer, dict)
     if getattr(tokenizer, "chat_template", None) is None:
-        raise BadInput(f"the answer has {_more(message)}, which only a chat template can write, and the tokenizer has none: remove it from "
-                       "the message")
-    text = render_chat(tokenizer, document(prompt, message), answered=True)
+        if has_more:
+            raise BadInput(f"the answer has {_more(answer)}, which only a chat template can write, and the tokenizer has none: remove it "
+                           "from the message")
+        return answer
+    if not has_more and (isinstance(prompt, str) or prompt[-1]["role"] == "assistant"):
+        return answer
+    text = render_chat(tokenizer, document(prompt, answer), answered=True)
     before = render_chat(tokenizer, prompt)
-    for name in _more(message).split(", "):
+    for name in _more(answer).split(", ") if has_more else ():
         same = REASONING if name in REASONING else (name,)
-        less = {key: value for key, value in message.items() if key not in same}
+        less = {key: value for key, value in answer.items() if key not in same}
         if text == render_chat(tokenizer, document(prompt, less), answered=True):
             raise BadInput(f"the chat template writes nothing of the answer's {name}: remove it from the message")
     if not text.startswith(before):
-        raise BadInput("the chat template does not write the conversation up to the answer as it writes the prompt alone")
+        if has_more:
+            raise BadInput("the chat template does not write the conversation up to the answer as it writes the prompt alone")
+        return None
     text, ends = text[len(before) :], filter(None, map(tokenizer.inner.id_to_token, tokenizer.eos_ids))
     return next((text.rstrip().removesuffix(end) for end in ends if text.rstrip().endswith(end)), text)
 
 
-def _encode(tokenizer, rows, answers_of, max_prompt, skip_bad):
+def _encode(tokenizer, rows, answers_of, max_prompt, skip_bad, whole=False):
     """Encode each row with encode_answers. Rows that template or tokenizer refuse are named by path:line or, with skip_bad, counted and
-    removed from `rows` too. Prompts cut to max_prompt are counted."""
-    encoded, kept, bad, cut = [], [], [], 0
+    removed from `rows` too. Prompts cut to max_prompt are counted, and so are answers that the template writes behind another prompt."""
+    encoded, kept, bad, cut, apart = [], [], [], 0, 0
     for row in rows:
         prompt = row if isinstance(row, (str, list)) else row.prompt
         try:
-            ids = encode_answers(tokenizer, prompt, *answers_of(row))
+            answers = [answer if whole else written_answer(tokenizer, prompt, answer) for answer in answers_of(row)]
+            other = None in answers
+            ids = (encode_whole if whole else encode_answers)(tokenizer, prompt, *(answers_of(row) if other else answers))
         except BadInput as error:
             bad.append(f"{getattr(prompt, 'where', '') or 'a row'}: {error}")
             if not skip_bad:
@@ -556,11 +579,15 @@ def _encode(tokenizer, rows, answers_of, max_prompt, skip_bad):
             ids, cut = (cut_prompt(tokenizer, ids[0], max_prompt), *ids[1:]), cut + 1
         encoded.append(ids)
         kept.append(row)
+        apart += other
     if bad:
         rows[:] = kept
         note(f"{len(bad)} bad rows skipped of {len(bad) + len(kept)}; the first: {bad[0]}")
     if bad and not kept:
         raise BadInput(f"no usable rows; the first: {bad[0]}")
+    if apart:
+        note(f"{apart:,} of {len(kept):,} answers stand right behind their prompt: the chat template writes another text before an answer "
+             "than at the end of a prompt (<think>, for example)")
     if cut:
         note(f"{cut:,} of {len(kept):,} prompts are cut to --max_prompt {max_prompt}: they lose their beginning")
     return encoded
@@ -577,9 +604,9 @@ def encode_feedback(tokenizer, feedback, *, max_prompt=None, skip_bad=False):
     return [(*ids, row.desirable) for ids, row in zip(encoded, feedback, strict=True)]
 
 
-def encode_pairs(tokenizer, pairs, *, max_prompt=None, skip_bad=False):
-    """[(prompt ids, chosen ids, rejected ids)]."""
-    return _encode(tokenizer, pairs, lambda row: [row.chosen, row.rejected], max_prompt, skip_bad)
+def encode_pairs(tokenizer, pairs, *, max_prompt=None, skip_bad=False, whole=False):
+    """[(prompt ids, chosen ids, rejected ids)]. whole: as encode_whole."""
+    return _encode(tokenizer, pairs, lambda row: [row.chosen, row.rejected], max_prompt, skip_bad, whole)
 
 
 def encode_prompts(tokenizer, prompts, *, max_prompt=None, skip_bad=False):

@@ -153,10 +153,15 @@ def held_out_pairs(step, rows, batch_of, cfg):
 
 @torch.no_grad()
 def pair_measures(model, tokenizer, pairs, cfg):
-    """{'chosen', 'rejected': summed log-probs, or rewards for a scalar head; 'chosen_tokens', 'rejected_tokens': counts; 'scorable':
-    whether the prompt leaves room for an answer; where it does not, the others are 0}, (n,) tensors."""
-    rows = encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt)
-    scorable = torch.tensor([len(prompt) < cfg.max_len for prompt, *_ in rows])
+    """{'chosen', 'rejected': summed log-probs, or rewards for a scalar head; 'chosen_tokens', 'rejected_tokens': counts; 'readable':
+    whether template and tokenizer take the pair (if not, and without --skip_bad, BadInput); 'scorable': whether the prompt leaves room
+    for an answer; where one of these is false, the others are 0}, (n,) tensors."""
+    read = [*pairs]  # loses the pairs that cannot be read
+    rows = encode_pairs(tokenizer, read, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad, whole=model.config.reward_read == "conversation")
+    known = dict(zip(map(id, read), rows, strict=True))
+    rows = [known.get(id(pair)) for pair in pairs]
+    readable = torch.tensor([row is not None for row in rows])
+    scorable = torch.tensor([row is not None and len(row[0]) < cfg.max_len for row in rows])
     fits = scorable.nonzero().flatten().tolist()
     columns = {name: torch.zeros(len(rows), dtype=torch.float64) for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
     for start in range(0, len(fits), cfg.batch_size):
@@ -166,7 +171,7 @@ def pair_measures(model, tokenizer, pairs, cfg):
             values = score(model, half) if model.config.head == "scalar" else token_logps(model, half).sum(1)
             columns[side][picked] = values.cpu().double()
             columns[f"{side}_tokens"][picked] = half.mask.sum(1).cpu().double()
-    return {**columns, "scorable": scorable}
+    return {**columns, "readable": readable, "scorable": scorable}
 
 
 def common_pairs(measured, cfg):
@@ -288,7 +293,7 @@ def main(cfg):
             reward_fn = open_reward([spec], prompts=cfg.pairs, device=device, dtype=dtype, skip_bad=cfg.skip_bad)
             measures = {"chosen": ask_or_stop(reward_fn, prompts, [plain_text(pair.chosen) for pair in pairs], cfg),
                         "rejected": ask_or_stop(reward_fn, prompts, [plain_text(pair.rejected) for pair in pairs], cfg),
-                        "scorable": torch.ones(len(pairs), dtype=torch.bool)}
+                        "readable": torch.ones(len(pairs), dtype=torch.bool), "scorable": torch.ones(len(pairs), dtype=torch.bool)}
         judge = judge or reward_fn
         measured.append(measures)
     names = list(dict.fromkeys([cfg.ref or cfg.policies[0], *cfg.policies])) if cfg.policies else []  # the reference comes first
@@ -300,7 +305,9 @@ def main(cfg):
 
     for name in names:
         measured.append(pair_measures(*open_named(name), pairs, cfg))
-    measured = common_pairs(measured, cfg)
+    readable = torch.stack([measures["readable"] for measures in measured]).all(0)  # (n,)
+    prompts = [prompt for prompt, good in zip(prompts, readable.tolist(), strict=True) if good]
+    measured = common_pairs([{name: values[readable] for name, values in measures.items()} for measures in measured], cfg)
     of_policy = dict(zip(names, measured[len(cfg.reward) :], strict=True))
     rows = [policy_row(name, of_policy[name], of_policy[names[0]]) for name in cfg.policies]
     if rows:

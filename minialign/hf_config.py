@@ -39,7 +39,7 @@ REWARD_FIELDS = ("reward_offset", "reward_read", "reward_bound", "reward_pad")  
 def _reward_fields(hf, head):
     stored = {name: hf[name] for name in REWARD_FIELDS if name in hf}
     others = head == "scalar" and "reward_read" not in hf  # a classifier that was not written here
-    return stored | {"reward_pad": hf.get("pad_token_id")} if others else stored
+    return stored | {"reward_read": "conversation", "reward_pad": hf.get("pad_token_id")} if others else stored
 
 
 def _head_kind(hf):

@@ -52,6 +52,7 @@ class GPTConfig:
     head: str = "lm"                    # lm: logits (B, T, V) | scalar: one number per position (B, T)
     reward_offset: float = 0.0          # the scalar head subtracts it, so that demonstrations score 0 on average
     reward_read: str = "last"           # a completion's reward: last (the scalar head at its last token) | sum (over its tokens)
+                                        # | conversation (last, of the whole conversation in its chat template: classifiers of others)
     reward_bound: float = 0.0           # R: rewards are R·σ(·), within [0, R]; 0 = unbounded
     reward_pad: int | None = None       # the head is read at the last token that is not this id. For classifiers of others; None = any id
     eos_ids: tuple = ()                 # further ids that end a completion in sampling, from generation_config.json
@@ -69,7 +70,7 @@ class GPTConfig:
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise BadInput(f"{name} must be a whole number from 1 to 2**31 − 1, found {value!r}")
         choices = {"norm": ("rms", "layer"), "positions": ("rotary", "learned"), "head": ("lm", "scalar"), "activation": tuple(ACTIVATIONS),
-                   "reward_read": ("last", "sum")}
+                   "reward_read": ("last", "sum", "conversation")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 from minialign.batch import collate
-from minialign.data import encode_answers, plain_text, read_demonstrations
+from minialign.data import encode_answers, encode_whole, plain_text, read_demonstrations
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, find_folder, one_line
 from minialign.kl import k1, k3
@@ -138,15 +138,17 @@ def learned(reward_model, tokenizer, *, batch_size=32):
 
     It scores a completion that max_new cut off as if it had ended there; use missing_eos to penalise it.
     If a row is longer than the context, the prompt loses its beginning. If that is not enough, the completion loses its end.
+    A classifier that was not trained here reads a conversation as its chat template writes it, to the end, as it does in TRL.
     """
     context = reward_model.config.max_len
+    encode = encode_whole if reward_model.config.reward_read == "conversation" else encode_answers
 
     @torch.no_grad()
     def reward(prompts, completions):
         rewards = []
         for start in range(0, len(prompts), batch_size):
             pairs = zip(prompts[start : start + batch_size], completions[start : start + batch_size], strict=True)
-            rows = [encode_answers(tokenizer, prompt, text) for prompt, text in pairs]
+            rows = [encode(tokenizer, prompt, text) for prompt, text in pairs]
             answers = [answer[: context - 1] for _, answer in rows]
             asked = [prompt[-(context - len(answer)) :] for (prompt, _), answer in zip(rows, answers, strict=True)]
             batch = collate(asked, answers, pad_id=tokenizer.pad_id).to(reward_model.head_weight.device)

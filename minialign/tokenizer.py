@@ -8,6 +8,7 @@ Checked by tests/test_tokenizer.py and tests/test_world.py, against transformers
 """
 
 import datetime
+import functools
 import json
 import math
 import re
@@ -334,6 +335,19 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def raise_exception(message):
+    raise TemplateError(message)
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(template):
+    """The template in the sandbox, with the filters and functions that transformers gives it. Raises jinja2's errors."""
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+    return environment.from_string(template)
+
+
 def chat_template(tokenizer, tools):
     """The template that renders a conversation, or None: with tools the one named tool_use if there is one, else the default."""
     template = getattr(tokenizer, "chat_template", None)
@@ -375,12 +389,6 @@ def render_chat(tokenizer, messages, *, answered=False):
     if len(template) > MAX_TEMPLATE:
         raise BadInput(f"the chat template has {len(template)} characters: at most {MAX_TEMPLATE} are allowed")
 
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])  # as in transformers
-    environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
     tokens = {name: content(value) for name, value in tokenizer.settings.items() if re.fullmatch(r"\w+_token", name)}
     variables = {name: value for name, value in tokens.items() if isinstance(value, str)} | options
     messages = [with_reasoning({key: value for key, value in message.items() if value is not None}) for message in messages]
@@ -391,7 +399,7 @@ def render_chat(tokenizer, messages, *, answered=False):
         messages[-1]["content"] = marked(messages[-1]["content"])
     try:
         rendered, limit = "", MAX_TEMPLATE * (1 + len(messages))
-        for piece in environment.from_string(template).generate(
+        for piece in compiled(template).generate(
             messages=messages, tools=columns.get("tools") or None, documents=columns.get("documents"),
             add_generation_prompt=not answered and not goes_on, **variables,
         ):

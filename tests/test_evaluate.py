@@ -268,3 +268,25 @@ def test_pairs_without_room_for_an_answer_are_left_out_aloud(policy_folder, tmp_
     assert table[0]["n"] == 2 and "1 of 3 rows are left out: their prompt alone fills --max_len 40" in capsys.readouterr().out
     with pytest.raises(BadInput, match="no pair has a scored token"):
         evaluate.main(evaluate.Config(policies=[str(policy_folder)], pairs=str(path), held_out=1, max_len=5))
+
+
+def test_rows_that_a_models_own_template_refuses_can_be_skipped(policy_folder, tmp_path, capsys):
+    """Two models: one has a template that refuses system messages. Both are compared on the other rows, and only those are sampled."""
+    model, tokenizer = load_pretrained(policy_folder), load_tokenizer(policy_folder)
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system!') }}{% endif %}"
+    for name, first in (("lenient", ""), ("strict", strict)):
+        tokenizer.settings |= {"chat_template": first + "{% for m in messages %}{{ m.content }}{% endfor %}"}
+        save_pretrained(model, tmp_path / name, tokenizer)
+    user, system = {"role": "user", "content": "ask for tea: "}, {"role": "system", "content": "be kind. "}
+    rows = [{"prompt": prompt, "chosen": [{"role": "assistant", "content": "tea please."}], "rejected": [
+        {"role": "assistant", "content": "tea."}]} for prompt in ([user], [system, user], [user])]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    names = [str(tmp_path / "lenient"), str(tmp_path / "strict")]
+    given = dict(policies=names, pairs=str(tmp_path / "pairs.jsonl"), held_out=1, max_new=4)
+    with pytest.raises(BadInput, match=r"pairs.jsonl:2: the chat template failed .*no system!.*--skip_bad"):
+        evaluate.main(evaluate.Config(**given))
+    capsys.readouterr()
+    table = evaluate.main(evaluate.Config(**given, skip_bad=True))
+    printed = capsys.readouterr()
+    assert [row["n"] for row in table] == [2, 2] and "answers to each of 2 prompts" in printed.out
+    assert "1 bad rows skipped of 3; the first: " in printed.err and "pairs.jsonl:2" in printed.err

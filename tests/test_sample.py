@@ -309,13 +309,13 @@ def test_the_guard_passes_a_right_sampler_and_refuses_wrong_ones(monkeypatch, fa
     refused()
 
 
-def test_the_guard_passes_a_deep_bfloat16_policy(monkeypatch, capsys):
-    """12 layers with large random weights: the largest of 72 ratios is off by more than .2, and it is only rounding: in float32 the same
-    weights agree to 1e-3."""
-    deep = dict(seed=1, n_layer=12, n_embd=256, n_head=4, max_len=64, mixing=3.0)
-    for dtype in (torch.bfloat16, torch.float32):
-        guarded(tiny_gpt(2000, dtype=dtype, **deep), monkeypatch)
-    assert float(re.search(r"tokens, (\S+) in all", capsys.readouterr().out)[1]) > 0.2
+def test_the_guard_passes_deep_bfloat16_policies(monkeypatch, capsys):
+    """12 layers with large random weights: of three policies at least one has a token whose ratio is off by more than .2 (which token
+    depends on the processor's rounding), and it is only rounding: in float32 such weights agree to 1e-3."""
+    for seed, dtype in ((1, torch.bfloat16), (2, torch.bfloat16), (3, torch.bfloat16), (1, torch.float32)):
+        guarded(tiny_gpt(2000, dtype=dtype, seed=seed, n_layer=12, n_embd=256, n_head=4, max_len=64, mixing=3.0), monkeypatch)
+    *rounded, exact = [float(most) for most in re.findall(r"tokens, (\S+) in all", capsys.readouterr().out)]
+    assert max(rounded) > 0.2 and exact < 1e-3
 
 
 def test_fields_agree_with_each_other():

@@ -13,8 +13,11 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from minialign.data import Chat, encode_answers, encode_completion, encode_prompt
+from minialign import evaluate
+from minialign.data import Chat, Demo, Pair, encode_answers, encode_completion, encode_demos, encode_pairs, encode_prompt
 from minialign.engine.common import BadInput
+from minialign.evaluate import pair_measures
+from minialign.rewards import learned
 from minialign.sample import sample
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained, save_pretrained
@@ -232,3 +235,78 @@ def test_the_answer_to_a_prefix_space_prompt_is_not_a_new_text(tmp_path):
     assert tokens == ["l", "o", "</s>"] or tokens == ["lo", "</s>"]
     assert [tokenizer.inner.id_to_token(i) for i in tokenizer.encode("lo")][0].startswith("▁")
     assert tokenizer.decode(tokenizer.encode("hello world")[1:]).endswith(" world")
+
+
+ANSWERED = {  # how published templates write an answer: what stands between the generation prompt and the text
+    "ChatML": (CHATML, "<|im_end|>"),
+    "a space in front, as in Llama 2 and Mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} "
+        "{{ eos_token }}{% endif %}{% endfor %}", "</s>"),
+    "no generation prompt": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}", "</s>"),
+    "an empty think, as in Qwen3": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|im_end|>"),
+    "a strip": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.strip() }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}"
+        "assistant: {% endif %}", "</s>"),
+    "an end of turn that is not EOS": (CHATML, "</s>"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_an_answer_is_the_text_that_trl_trains_on(name, tmp_path):
+    """Whatever a template puts between prompt and answer is trained: a space, the assistant's header, an empty <think>. EOS ends it once."""
+    trl = pytest.importorskip("trl", reason="the oracle (requirements-dev.txt)")
+    template, eos = ANSWERED[name]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(random.Random(0)), unk_token="<unk>", bos_token="<s>",
+                                                  eos_token=eos, chat_template=template)
+    theirs.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for answer in ("yes", "yes, hello there ", "two\nlines"):
+        chosen, rejected = [{"role": "assistant", "content": answer}], [{"role": "assistant", "content": "no"}]
+        expected = trl.apply_chat_template({"prompt": [USER], "chosen": chosen, "rejected": rejected}, theirs)
+        rows = encode_pairs(tokenizer, [Pair(Chat([USER]), answer, "no")]) + encode_demos(tokenizer, [Demo(Chat([USER]), answer)])
+        assert rows[1] == rows[0][:2] and theirs.decode(rows[0][0]) == expected["prompt"]
+        for ids, side in zip(rows[0][1:], ("chosen", "rejected"), strict=True):
+            assert ids[-1] == tokenizer.eos_id
+            assert theirs.decode(ids[:-1]).removesuffix(eos) == expected[side].rstrip("\n").removesuffix(eos).rstrip("\n") \
+                or theirs.decode(ids[:-1]) == expected[side]  # the line end after EOS is never sampled
+
+
+def test_a_template_that_begins_answers_otherwise_than_prompts_end_is_said(tmp_path, capsys):
+    """As in DeepSeek-R1: the generation prompt ends in <think>, which conversations do not have."""
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(random.Random(0)), eos_token="</s>", chat_template=(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: <think>\n"
+        "{% endif %}"))
+    theirs.save_pretrained(tmp_path)
+    demos = [Demo(Chat([USER]), "yes"), Demo(Chat([USER]), "no")]
+    rows = encode_demos(load_tokenizer(tmp_path), demos)
+    assert [theirs.decode(prompt + answer) for prompt, answer in rows] == [
+        "user: weather?</s>assistant: <think>\nyes</s>", "user: weather?</s>assistant: <think>\nno</s>"]
+    assert "2 of 2 answers stand right behind their prompt: the chat template writes another text before an answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_classifier_of_others_reads_the_conversation_as_its_template_writes_it(padded, tmp_path):
+    """Its reward is transformers' logit of the rendered conversation, alone and on the pairs of evaluate, also after our export."""
+    rng = random.Random(3)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(rng), bos_token="<s>", eos_token="<|im_end|>",
+                                                  chat_template=CHATML, **({"pad_token": "<pad>"} if padded else {}))
+    theirs.save_pretrained(tmp_path / "theirs")
+    make_model(rng, tmp_path / "theirs", len(theirs), 3, num_labels=1, pad_token_id=theirs.pad_token_id)
+    oracle, _ = theirs_of(tmp_path / "theirs", "AutoModelForSequenceClassification")
+    pair = Pair(Chat([USER]), "It is sunny.", "no")
+    wanted = []
+    for answer in (pair.chosen, pair.rejected):
+        ids = theirs.apply_chat_template([USER, {"role": "assistant", "content": answer}], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            wanted.append(oracle(ids).logits.item())
+    model, tokenizer = load_pretrained(tmp_path / "theirs", dtype=torch.float64), load_tokenizer(tmp_path / "theirs")
+    save_pretrained(model, tmp_path / "ours", tokenizer)
+    for folder in ("theirs", "ours"):
+        model = load_pretrained(tmp_path / folder, dtype=torch.float64)
+        found = learned(model, load_tokenizer(tmp_path / folder))([pair.prompt] * 2, [pair.chosen, pair.rejected])
+        assert found.tolist() == pytest.approx(wanted, abs=1e-4), folder
+        measures = pair_measures(model, tokenizer, [pair], evaluate.Config())
+        assert [float(measures[side][0]) for side in ("chosen", "rejected")] == pytest.approx(wanted, abs=1e-4)

@@ -91,7 +91,8 @@ def go_back_to(folder, step):
     shutil.rmtree(folder / "final")
 
 
-@pytest.mark.parametrize("method", [pytest.param("sft", marks=pytest.mark.slow), "ppo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "ppo"])
 def test_resume_with_another_number_of_processes(small, tmp_path, method):
     """2 -> 1, in both layouts, and 1 -> 2, from step 4 of 6: as the unbroken run, to 1e-10 in float64 (1e-6 asked for)."""
     module, cfg = small(method, save_every=4, out=str(tmp_path / "alone"))
@@ -167,6 +168,7 @@ def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
     assert result_of(tmp_path / "killed") == unbroken and result_of(tmp_path / "stopped") == unbroken
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_what_bfloat16_would_lose(small, tmp_path):
     """At lr 1e-6 no step moves a bfloat16 weight of ordinary size; with --dtype mixed the float32 weights of the checkpoint have moved, the
     export is bfloat16, and the sampler agrees with the training pass (grpo looks)."""
@@ -237,6 +239,7 @@ def test_adapters_and_a_second_model_resume_with_another_number_of_processes(sma
         compare(whole, module.main(module.Config(resume=str(folder))), 1e-10)
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_in_one_process_skips_the_step_in_all(small, tmp_path):
     """From its second call on: both skip, the run ends after three such steps, and says the reward's own words."""
     (tmp_path / "r.py").write_text("import os\n\ncalls = []\n\ndef g(prompts, completions):\n    calls.append(1)\n"

@@ -256,7 +256,7 @@ ANSWERED = {  # how published templates write an answer: what stands between the
 
 @pytest.mark.parametrize("name", ANSWERED)
 def test_an_answer_is_the_text_that_trl_trains_on(name, tmp_path):
-    """Whatever a template puts between prompt and answer is trained: a space, the assistant's header, an empty <think>. EOS ends it once."""
+    """What a template puts between prompt and answer is trained: a space, the assistant's header, an empty <think>. One EOS ends it."""
     trl = pytest.importorskip("trl", reason="the oracle (requirements-dev.txt)")
     template, eos = ANSWERED[name]
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(random.Random(0)), unk_token="<unk>", bos_token="<s>",
@@ -284,7 +284,8 @@ def test_a_template_that_begins_answers_otherwise_than_prompts_end_is_said(tmp_p
     rows = encode_demos(load_tokenizer(tmp_path), demos)
     assert [theirs.decode(prompt + answer) for prompt, answer in rows] == [
         "user: weather?</s>assistant: <think>\nyes</s>", "user: weather?</s>assistant: <think>\nno</s>"]
-    assert "2 of 2 answers stand right behind their prompt: the chat template writes another text before an answer" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 of 2 answers stand right behind their prompt: the chat template writes another text before an answer" in said
 
 
 @pytest.mark.parametrize("padded", [True, False])

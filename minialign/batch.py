@@ -10,12 +10,12 @@ All other code is indexed by prediction and never shifts a batch itself. Masks c
 padding may use the EOS id.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
 
-from minialign.engine.common import BadInput
+from minialign.engine.common import BadInput, deal
 
 
 @dataclass
@@ -23,18 +23,33 @@ class Batch:
     inputs: torch.Tensor  # (B, T) token ids
     targets: torch.Tensor  # (B, T) token ids, targets[:, t] follows inputs[:, t]
     mask: torch.Tensor  # (B, T) bool
+    sizes: list | None = field(default=None, kw_only=True)  # B ints: how many of a row's T positions are not padding. None = not known
 
     def to(self, device):
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in moved.items()})
+        """The batch on a device. A copy to a GPU leaves from pinned memory, so the host does not wait for it."""
+        to_gpu = torch.device(device).type == "cuda" and self.inputs.device.type == "cpu"
+        return self._map(lambda part: part.pin_memory().to(device, non_blocking=True) if to_gpu else part.to(device))
 
     def __len__(self):
         return len(self.inputs)
 
     def __getitem__(self, rows):
-        """A slice of the rows. Its tensors are views, so writing into the slice also writes into the batch."""
+        """Some of the rows: a slice, or a list of indices. The tensors of a slice are views: writing into it also writes into the batch."""
+        return self._map(lambda part: part[rows], lambda part: part[rows] if isinstance(rows, slice) else [part[b] for b in rows])
+
+    def dealt(self, micro_batch, *, lengths=None, unit=1):
+        """The rows in the order of common.deal, which needs less padding in micro-batches. lengths: other tokens to sort by, B ints."""
+        return deal(self, lengths or self.sizes, micro_batch, unit=unit)
+
+    def trimmed(self):
+        """Without the columns in which every row has padding. The tensors are views."""
+        T = max(self.sizes) if self.sizes else self.mask.shape[1]
+        return self._map(lambda part: part[:, :T] if part.dim() == 2 else part)
+
+    def _map(self, of_tensor, of_list=lambda part: part):
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: None if part is None else part[rows] for name, part in parts.items()})
+        return type(self)(**{name: None if part is None else of_tensor(part) if torch.is_tensor(part) else of_list(part)
+                             for name, part in parts.items()})
 
 
 @dataclass
@@ -86,13 +101,15 @@ def collate(prompts_ids, completions_ids, *, pad_id, max_len=None):
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[b, len(prompts_ids[b]) - 1 : len(row) - 1] = True  # prediction t predicts token t + 1
-    return Batch(inputs=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), mask=mask)
+    sizes = [max(1, len(row) - 1) for row in rows]
+    return Batch(inputs=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), mask=mask, sizes=sizes)
 
 
 def stack(batches):
     """Concatenate batches along the rows into one Batch. Shorter rows are padded, which does not change their results."""
     T = max(batch.mask.shape[1] for batch in batches)
-    return Batch(*[torch.cat([F.pad(getattr(batch, f.name), (0, T - batch.mask.shape[1])) for batch in batches]) for f in fields(Batch)])
+    return Batch(*[torch.cat([F.pad(getattr(batch, name), (0, T - batch.mask.shape[1])) for batch in batches])
+                   for name in ("inputs", "targets", "mask")])
 
 
 def masked_mean(x, mask):

@@ -32,7 +32,7 @@ import torch
 
 from minialign.data import encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, split_held_out
 from minialign.engine import parallel
-from minialign.engine.common import BadInput, Mean, held_out_passes, in_micro, pick_device, pick_dtype, write_atomic
+from minialign.engine.common import BadInput, Mean, floats, held_out_passes, in_micro, pick_device, pick_dtype, write_atomic
 from minialign.kl import k1
 from minialign.logps import token_logps
 from minialign.lora import load_model
@@ -116,11 +116,12 @@ def wins(left, right):
 @torch.no_grad()
 def held_out_nll(policy, rows, batch_of, cfg):
     """{'eval/nll': nats per scored token}; {} without rows. rows: from encode_demos; batch_of(rows, picked) -> Batch."""
-    nats, tokens = 0.0, 0
+    sums = []  # of each pass: nats, tokens
     for picked, weight in held_out_passes(rows, cfg):
         batch = batch_of(rows, picked)
-        nats, tokens = nats - weight * float(token_logps(policy, batch).sum()), tokens + weight * int(batch.mask.sum())
-    nats, tokens = parallel.sum_over_processes(nats), parallel.sum_over_processes(tokens)
+        sums += [-weight * token_logps(policy, batch).sum(), weight * batch.mask.sum()]
+    numbers = floats(sums)
+    nats, tokens = parallel.sum_over_processes(sum(numbers[::2])), parallel.sum_over_processes(sum(numbers[1::2]))
     return {"eval/nll": nats / tokens if tokens else math.nan} if rows else {}
 
 

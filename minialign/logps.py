@@ -32,12 +32,13 @@ def token_logps(policy, batch, *, tau=1.0, entropy=False, embeds=None):
     batch: Batch with inputs, targets, mask (B, T). Returns logps (B, T), in nats, float32 or wider; with entropy=True also the
     entropy (B, T) of each scored prediction. embeds (B, T, C) replace the embeddings of the inputs.
     """
-    mask = batch.mask
-    hidden = policy.hidden(batch.inputs, embeds=embeds)  # (B, T, C)
-    logps, entropies = linear_logps(hidden[mask], policy.head_weight, batch.targets[mask], tau=tau, entropy=entropy)  # (N,)
-    full = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
-    logps = full.masked_scatter(mask, logps)  # (B, T)
-    return (logps, full.masked_scatter(mask, entropies)) if entropy else logps
+    hidden = policy.hidden(batch.inputs, embeds=embeds).flatten(0, 1)  # (B·T, C)
+    scored = batch.mask.flatten().nonzero().squeeze(1)  # (N,) the places of the scored predictions. A GPU is waited for here, and only here
+    targets = batch.targets.flatten()[scored]
+    logps, entropies = linear_logps(hidden.index_select(0, scored), policy.head_weight, targets, tau=tau, entropy=entropy)  # (N,)
+    full = torch.zeros(batch.mask.numel(), dtype=logps.dtype, device=logps.device)
+    logps = full.index_copy(0, scored, logps).view(batch.mask.shape)  # (B, T)
+    return (logps, full.index_copy(0, scored, entropies).view(batch.mask.shape)) if entropy else logps
 
 
 def seq_logps(policy, *batches):

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.data import encode_pairs, encode_prompts, pair_batch, read_preferences, split_held_out, split_scorable
-from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, rows_at_once, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, eval_rows, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
 from minialign.engine.opening import batches_of, check_context, open_policy, open_rewards
 from minialign.engine.run import Run
@@ -46,14 +46,15 @@ def train(method, cfg, step):
             continue
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
-        total, stats = 0.0, Mean()
-        for micro in split_micro(range(len(batch)), cfg.micro_batch):
+        losses, stats = [], Mean()
+        for micro in micro_batches(range(len(batch)), batch, cfg):
             loss, micro_stats = step(policy, ref, batch_of(batch, micro), cfg)
             share = len(micro) / len(batch)  # the loss is a mean over pairs: a micro-batch is weighted by its number of pairs
-            (loss * share).backward()
-            total += loss.item() * share
+            loss = loss * share
+            loss.backward()
+            losses.append(loss.detach())
             stats.add(micro_stats, weight=share)
-        total = run.sum(total)
+        total = run.sum(losses)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()
@@ -128,7 +129,7 @@ def remember_pairs(run, policy, rows, held_out, batch_of):
 
     def compute():
         print(f"computing the reference's log-probs of {len(rows):,} pairs", flush=True)
-        return in_micro(logps_of, range(len(rows)), rows_at_once(cfg)).tolist()  # (rows, 2)
+        return in_micro(logps_of, range(len(rows)), eval_rows(cfg), rows).tolist()  # (rows, 2)
 
     stored, ref = run.compute_or_read("ref_logps.json", 0, compute), Remembered()
     logps = torch.tensor(stored, dtype=torch.promote_types(run.dtype, torch.float32))  # (rows, 2)

@@ -83,7 +83,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
     real = torch.arange(max_new, device=device) < lengths[:, None]  # (B, max_new)
     old_logps = torch.zeros(batch.mask.shape, dtype=wide, device=device)
     old_logps = old_logps.masked_scatter(batch.mask, token_logps[real])  # both are in row order
-    return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, lengths, finished, completions)
+    return Rollout(batch.inputs, batch.targets, batch.mask, old_logps, lengths, finished, completions, sizes=batch.sizes)
 
 
 @torch.no_grad()

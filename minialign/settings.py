@@ -34,6 +34,7 @@ class Training:
     steps: int = 100                # optimizer steps
     batch_size: int = 32            # rows per step
     micro_batch: int = 0            # rows per forward pass; 0 = the whole batch at once. Fewer rows save memory and change nothing else
+    eval_batch: int = 0             # rows per forward pass in evaluations; 0 = as many as in training. It changes no result
     lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
     schedule: str = "cosine"        # how the learning rate falls after the warm-up: cosine, linear or constant (it stays)
     warmup: float = 0.1             # share of the steps in which the learning rate rises
@@ -167,7 +168,7 @@ def cli(config_class, argv, *, prog, description=""):
 
 def check_config(cfg):
     """Before anything is loaded, refuse values that cannot work. Each rule belongs to a field name, so a Config need not repeat it."""
-    at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
+    at_least = {"steps": 1, "batch_size": 1, "micro_batch": 0, "eval_batch": 0, "max_len": 2, "max_new": 1, "log_every": 1, "eval_every": 1,
                 "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
                 "layers": 1, "heads": 1, "width": 1, "group_size": 1, "epochs": 1, "n": 1, "grows": 1, "grow_prompts": 1,
                 "gamma": 0, "lam": 0, "decay": 0, "mix": 0, "std_eps": 0, "bound": 0, "ridge": 0, "reward_share": 0, "weight": 0,

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from minialign import __version__
 from minialign.engine import parallel
@@ -49,39 +50,97 @@ def batch_rows(n_rows, batch_size, step, seed):
 def split_micro(rows, micro_batch):
     """Cut one batch of rows (a list, a range, a tensor, a Batch) into micro-batches of at most `micro_batch` rows; 0 means one piece.
 
-    Slices of tensors are views, so writing into a micro-batch also writes into the batch. Under torchrun each process gets only its part.
+    A micro-batch of a Batch is trimmed to its longest row. Slices of tensors are views, so writing into a micro-batch also writes into the
+    batch. Under torchrun each process gets only its part.
     """
     assert len(rows) % parallel.world() == 0, (len(rows), parallel.world())
     rows = parallel.local_rows(rows)
     size = micro_batch or len(rows)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    pieces = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [piece.trimmed() if hasattr(piece, "trimmed") else piece for piece in pieces]
+
+
+def deal(rows, lengths, micro_batch, *, unit=1):
+    """The rows of a step in the order in which split_micro gives rows of similar length to the same forward pass, in all processes.
+
+    rows: a list, a range or a Batch. lengths: the tokens of each. unit: this many neighbours stay together. Padding
+    costs as much as real tokens, and passes of the processes wait for each other. Rows are sorted from the longest to the shortest, so a
+    step that does not fit in memory fails at once; each pass of all processes gets the next ones. A step's gradient is a sum over its rows,
+    so their order changes it by rounding only. One process with one micro-batch keeps the order.
+    """
+    order = dealt(lengths, micro_batch, unit)
+    return rows if order is None else [rows[i] for i in order] if isinstance(rows, (list, tuple, range)) else rows[order]
+
+
+def micro_batches(picked, rows, cfg):
+    """The micro-batches of a step: lists of the numbers in `picked`, the places of its rows among the encoded rows. See `deal`."""
+    lengths = row_lengths([rows[i] for i in picked], getattr(cfg, "max_len", math.inf))
+    return split_micro(deal(picked, lengths, cfg.micro_batch), cfg.micro_batch)
+
+
+def dealt(lengths, micro_batch, unit=1):
+    """The order of `deal` as a list of indices; None if it is that of the rows."""
+    world, part = parallel.world(), len(lengths) // parallel.world()
+    size = min(micro_batch or part, part)
+    if size == len(lengths):
+        return None
+    assert size % unit == part % unit == 0, (size, part, unit)
+    groups = sorted(range(len(lengths) // unit), key=lambda g: -max(lengths[g * unit : (g + 1) * unit]))  # equal ones keep their order
+    own = [[] for _ in range(world)]
+    for start in range(0, part, size):  # the groups of one pass of all processes
+        of_pass = groups[start * world // unit : min(start + size, part) * world // unit]
+        for process in range(world):
+            own[process] += [g * unit + i for g in of_pass[process::world] for i in range(unit)]
+    return [i for rows in own for i in rows]
+
+
+def row_lengths(rows, max_len=math.inf):
+    """The tokens of encoded rows: of the prompt and the longest answer, at most max_len."""
+    return [min(len(row[0]) + max((len(part) for part in row[1:] if hasattr(part, "__len__")), default=0), max_len) for row in rows]
 
 
 def rows_at_once(cfg):
-    """The most rows of a forward pass: a micro-batch, or this process's part of a batch."""
+    """The most rows of a training pass: a micro-batch, or this process's part of a batch."""
     part = -(-cfg.batch_size // parallel.world())
     return min(cfg.micro_batch or part, part)
 
 
-def held_out_passes(rows, cfg):
-    """This process's passes over held-out rows: yields (range of rows, weight). Every process makes equally many, as FSDP needs.
+def eval_rows(cfg):
+    """The most rows of a pass of an evaluation."""
+    return cfg.eval_batch or rows_at_once(cfg)
 
-    The passes that are missing for that repeat the first one, with weight 0.
+
+def held_out_passes(rows, cfg):
+    """This process's passes over encoded held-out rows, from the longest to the shortest: yields (indices of rows, weight). Every process
+    makes equally many, as FSDP needs. The passes that are missing for that repeat the first one, with weight 0.
     """
-    size = rows_at_once(cfg)
-    starts = [*range(0, len(rows), size)]
-    missing = [(0, 0)] * (-len(starts) % parallel.world())
-    for start, weight in parallel.local_rows([(start, 1) for start in starts] + missing):
-        yield range(start, min(start + size, len(rows))), weight
+    size, lengths = eval_rows(cfg), row_lengths(rows)
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i]) if len(rows) > size else [*range(len(rows))]
+    passes = [(order[start : start + size], 1) for start in range(0, len(rows), size)]
+    missing = [(passes[0][0], 0)] * (-len(passes) % parallel.world()) if passes else []
+    yield from parallel.local_rows(passes + missing)
 
 
 @torch.no_grad()
-def in_micro(function, rows, micro_batch):
-    """Apply `function`, which returns one output row per input row, to each micro-batch and concatenate the outputs. No gradients."""
-    n = len(rows)
+def in_micro(function, rows, micro_batch, encoded=None):
+    """Apply `function`, which returns one output row per input row, to each micro-batch and concatenate the outputs. No gradients.
+
+    rows: a Batch, or a range over `encoded` rows. Rows of similar length share a pass; the outputs are in the order of the rows.
+    Outputs as wide as their trimmed micro-batch are padded with 0 to the width of the Batch.
+    """
+    n, width = len(rows), rows.mask.shape[1] if hasattr(rows, "mask") else None
+    lengths = (rows.sizes if width else encoded and row_lengths(encoded)) or [1] * n
     if n % parallel.world():  # held-out rows, a list or range: some are computed again, so that all processes have equally many
-        rows = [rows[i % n] for i in range(n + -n % parallel.world())]
-    return parallel.gather_rows(torch.cat([function(micro) for micro in split_micro(rows, micro_batch)]))[:n]
+        again = [i % n for i in range(n + -n % parallel.world())]
+        rows, lengths = [rows[i] for i in again], [lengths[i] for i in again]
+    outputs = []
+    for micro in split_micro(deal(rows, lengths, micro_batch), micro_batch):
+        output = function(micro)
+        outputs.append(F.pad(output, (0, width - output.shape[1])) if width and output.dim() == 2 else output)
+    joined, order = parallel.gather_rows(torch.cat(outputs)), dealt(lengths, micro_batch)
+    if order is not None:
+        joined = joined[torch.tensor(order).argsort().to(joined.device)]
+    return joined[:n]
 
 
 def lr_at(step, *, lr, steps, warmup=0.0, schedule="cosine"):
@@ -217,20 +276,32 @@ def read_json(path):
 # ------------------------------------------------------------------------------------------------------ statistics of a step
 
 
+def floats(values):
+    """Numbers and scalar tensors as a list of floats. The tensors are fetched together, so a GPU is waited for once, not for each."""
+    values = [value.detach() if torch.is_tensor(value) else value for value in values]
+    for dtype in {value.dtype for value in values if torch.is_tensor(value)}:
+        places = [i for i, value in enumerate(values) if torch.is_tensor(value) and value.dtype == dtype]
+        for i, number in zip(places, torch.stack([values[i] for i in places]).tolist(), strict=True):
+            values[i] = number
+    return [float(value) for value in values]
+
+
 class Mean:
     """Weighted means of stats over micro-batches: one micro-batch of 8 rows logs the same numbers as two of 4 or eight of 1."""
 
     def __init__(self):
-        self.sums, self.weights = {}, {}
+        self.added = []  # (name, value, weight)
 
     def add(self, stats, weight=1.0):
-        for name, value in stats.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value) * weight
-            self.weights[name] = self.weights.get(name, 0.0) + weight
+        """stats: {name: number or scalar tensor}. Tensors, also as weight, are read in result(), so adding them does not wait for a GPU."""
+        self.added += [(name, value.detach() if torch.is_tensor(value) else value, weight) for name, value in stats.items()]
 
     def result(self):
         """{name: mean} of everything added, in this process and in the others."""
-        parts = parallel.gather((self.sums, self.weights))
+        numbers, sums, weights = floats([x for _, *both in self.added for x in both]), {}, {}
+        for (name, *_), value, weight in zip(self.added, numbers[::2], numbers[1::2], strict=True):
+            sums[name], weights[name] = sums.get(name, 0.0) + value * weight, weights.get(name, 0.0) + weight
+        parts = parallel.gather((sums, weights))
         names = dict.fromkeys(name for sums, _ in parts for name in sums)
         sums, weights = ({name: sum(part[i].get(name, 0.0) for part in parts) for name in names} for i in (0, 1))
         return {name: sums[name] / weights[name] for name in names}

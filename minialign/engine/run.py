@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minialign.engine import checkpoint, parallel
+from minialign.engine import checkpoint, common, parallel
 from minialign.engine.common import BadInput, append_row, environment, note, pick_device, pick_dtype, read_json, read_rows, write_atomic
 from minialign.lora import adapters, merged, save_adapter
 from minialign.model import GPT
@@ -204,9 +204,9 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def sum(self, number):
-        """Sum a number over all processes: each process computes the loss of its own micro-batches only."""
-        return parallel.sum_over_processes(number)
+    def sum(self, losses):
+        """The sum of a list of scalar tensors over all processes: each process computes the losses of its own micro-batches only."""
+        return parallel.sum_over_processes(sum(common.floats(losses)))
 
     def may_update(self, step, model, rows, loss, grad_norm, *, of="policy"):
         """True if loss and gradient of `model` are finite. If not, rows and gradient are reported and the caller skips the update.

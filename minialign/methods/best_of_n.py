@@ -119,14 +119,15 @@ def main(cfg):
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
-        total, stats = 0.0, Mean()
-        for micro in split_micro(winners, cfg.micro_batch):
+        losses, stats = [], Mean()
+        for micro in split_micro(winners.dealt(cfg.micro_batch), cfg.micro_batch):
             loss, micro_stats = step(policy, micro, cfg)
             share = len(micro) / len(winners)  # the loss is a mean over winners: a micro-batch is weighted by its number of winners
-            (loss * share).backward()
-            total += loss.item() * share
-            stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
-        total = run.sum(total)
+            loss = loss * share
+            loss.backward()
+            losses.append(loss.detach())
+            stats.add(micro_stats, weight=micro.mask.sum())  # means over tokens
+        total = run.sum(losses)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()

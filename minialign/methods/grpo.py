@@ -152,21 +152,23 @@ def main(cfg):
         metrics = rollout_stats(rewards, answers, group_size=cfg.group_size)
         how = dict(group_size=cfg.group_size, normalize=cfg.normalize, ddof=cfg.ddof, std_eps=cfg.std_eps)
         answers.advantages = group_advantages(rewards, **how)  # (B,)
+        answers = answers.dealt(cfg.micro_batch)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         total, stats = 0.0, Mean()
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
-            epoch_total = 0.0
+            losses = []
             for micro in split_micro(answers, cfg.micro_batch):
                 loss, micro_stats = step(policy, micro, cfg, on_policy=epoch == 0)
                 share = len(micro) / len(answers)  # weighted by completions, or by tokens where the loss is a mean over tokens
                 if cfg.aggregate == "dapo":
-                    share = int(micro.mask.sum()) / int(answers.mask.sum())
-                (loss * share).backward()
-                epoch_total += loss.item() * share
-                stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
-            epoch_total = run.sum(epoch_total)
+                    share = sum(map(len, micro.completions)) / sum(map(len, answers.completions))
+                loss = loss * share
+                loss.backward()
+                losses.append(loss.detach())
+                stats.add(micro_stats, weight=micro.mask.sum())  # means over tokens
+            epoch_total = run.sum(losses)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             total += epoch_total / cfg.epochs
             if not run.may_update(k, policy, picked, epoch_total, grad_norm):

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.engine.common import Mean, batch_rows, lr_at, set_lr, split_micro
+from minialign.engine.common import Mean, batch_rows, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
 from minialign.engine.opening import open_demos, open_policy
 from minialign.engine.run import Run
@@ -107,16 +107,17 @@ def main(cfg):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
-        total, stats = 0.0, Mean()
-        for micro in split_micro(picked, cfg.micro_batch):
+        losses, stats = [], Mean()
+        for micro in micro_batches(picked, rows, cfg):
             batch = batch_of(rows, micro)
             loss, micro_stats = step(policy, batch, cfg)
             share = len(micro) / len(picked)  # the loss is a mean over rows: a micro-batch is weighted by its number of rows
-            (loss * share).backward()
-            total += loss.item() * share
-            stats.add({"nll": micro_stats.pop("nll")}, weight=int(batch.mask.sum()))  # a mean over tokens
+            loss = loss * share
+            loss.backward()
+            losses.append(loss.detach())
+            stats.add({"nll": micro_stats.pop("nll")}, weight=batch.mask.sum())  # a mean over tokens
             stats.add(micro_stats, weight=share)
-        total = run.sum(total)
+        total = run.sum(losses)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate
-from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
 from minialign.engine.opening import check_context, open_demos, open_policy
 from minialign.engine.run import Run
@@ -131,16 +131,18 @@ def main(cfg):
         completions = answers[k] if old is None else answers_of(old, k, picked)
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
-        total, stats = 0.0, Mean()
-        for micro in split_micro(range(len(picked)), cfg.micro_batch):
-            demo_rows = batch_of(rows, [picked[i] for i in micro])
-            own = collate([rows[picked[i]][0] for i in micro], [completions[i] for i in micro], pad_id=tokenizer.pad_id)
+        losses, stats = [], Mean()
+        both = [(*rows[i], own) for i, own in zip(picked, completions, strict=True)]  # prompt, demonstration, own answer
+        for micro in micro_batches(range(len(both)), both, cfg):
+            demo_rows = batch_of(both, micro)
+            own = collate([both[i][0] for i in micro], [both[i][2] for i in micro], pad_id=tokenizer.pad_id)
             loss, micro_stats = step(policy, ref, demo_rows, own.to(run.device), cfg)
             share = len(micro) / len(picked)  # the loss is a mean over rows: a micro-batch is weighted by its number of rows
-            (loss * share).backward()
-            total += loss.item() * share
+            loss = loss * share
+            loss.backward()
+            losses.append(loss.detach())
             stats.add(micro_stats, weight=share)
-        total = run.sum(total)
+        total = run.sum(losses)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()

@@ -108,6 +108,8 @@ def select_best(policy, anchor, prompts_ids, reward_of, cfg, tokenizer, seed):
         return collate(prompts_ids, completions, pad_id=tokenizer.pad_id).to(rewards.device)
 
     best, worst = rows(best_of_n.pick(rewards)), rows(best_of_n.pick(-rewards))
+    lengths = [max(sizes) for sizes in zip(best.sizes, worst.sizes, strict=True)]
+    best, worst = (batch.dealt(cfg.micro_batch, lengths=lengths) for batch in (best, worst))
     tied = (rewards == rewards[:, :1]).all()
     metrics = rollout_stats(rewards.flatten(), answers, group_size=cfg.n) | {"reward/best": rewards.amax(1).mean()}
 
@@ -119,7 +121,7 @@ def select_best(policy, anchor, prompts_ids, reward_of, cfg, tokenizer, seed):
                 loss, micro_stats = dpo.step(policy, anchor, Pairs(micro, micro_worst), dpo.Config(beta=cfg.beta))
                 loss = torch.where(tied, loss.detach(), loss)  # if all pairs are ties, the gradient is exactly 0, not a rounding error
                 micro_stats = {name.replace("rewards/", "implicit/"): value for name, value in micro_stats.items()}  # not the learned one
-            stats.add(micro_stats, weight=int(micro.mask.sum()) if cfg.policy_step == "bon_sft" else len(micro))
+            stats.add(micro_stats, weight=micro.mask.sum() if cfg.policy_step == "bon_sft" else len(micro))
             yield loss, len(micro) / len(best)
 
     return metrics, 1, update

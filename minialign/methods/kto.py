@@ -28,7 +28,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.data import encode_feedback, read_feedback, split_scorable
-from minialign.engine.common import BadInput, Mean, batch_rows, held_out_passes, in_micro, lr_at, note, rows_at_once, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, eval_rows, held_out_passes, in_micro, lr_at, micro_batches, note, set_lr
 from minialign.engine.look import first_look
 from minialign.engine.opening import batches_of, open_policy
 from minialign.engine.run import Run
@@ -77,8 +77,8 @@ def mismatched_kl(logps, ref_logps):
 def reference_point(policy, ref, rows, batch_of, size):
     """z₀ of encoded rows: each prompt gets the completion of the previous row. `size` rows go through each forward pass."""
     moved = [(x, rows[i - 1][1]) for i, (x, *_) in enumerate(rows)]  # row 0 gets the last row's
-    logps, ref_logps = (in_micro(lambda micro, model=model: seq_logps(model, batch_of(moved, micro)), range(len(moved)), size)
-                        for model in (policy, ref))  # (B,)
+    logps, ref_logps = (in_micro(lambda micro, model=model: seq_logps(model, batch_of(moved, micro)), range(len(moved)), size,
+                                 moved) for model in (policy, ref))  # (B,)
     return mismatched_kl(logps, ref_logps)
 
 
@@ -128,16 +128,17 @@ def main(cfg):
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         kl = reference_point(policy, ref, [rows[i] for i in picked], batch_of, cfg.micro_batch)  # one z₀ for all rows of the step
-        total, stats = 0.0, Mean()
-        for micro in split_micro(picked, cfg.micro_batch):
+        losses, stats = [], Mean()
+        for micro in micro_batches(picked, rows, cfg):
             desirable = labels_of(rows, micro)
             loss, micro_stats = step(policy, ref, batch_of(rows, micro), desirable, kl, cfg)
             share = len(micro) / len(picked)  # the loss is a mean over answers: a micro-batch is weighted by its number of answers
-            (loss * share).backward()
-            total += loss.item() * share
+            loss = loss * share
+            loss.backward()
+            losses.append(loss.detach())
             for kind, weight in (("chosen", int(desirable.sum())), ("rejected", int((~desirable).sum())), ("accuracies", len(micro))):
                 stats.add({name: value for name, value in micro_stats.items() if name.endswith(kind)}, weight=weight)
-        total = run.sum(total)
+        total = run.sum(losses)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()
@@ -152,7 +153,7 @@ def main(cfg):
 def held_out_feedback(policy, ref, rows, batch_of, labels_of, cfg):
     """Metrics over all held-out rows: the loss, and the share of answers on the right side of z₀, which is computed from these rows."""
     mixed = [rows[i] for i in batch_rows(len(rows), len(rows), 0, cfg.seed)]  # because in a file the previous row often has the same prompt
-    mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, rows_at_once(cfg))
+    mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, eval_rows(cfg))
     for picked, weight in held_out_passes(rows, cfg):
         loss, stats = step(policy, ref, batch_of(rows, picked), labels_of(rows, picked), kl, cfg)
         mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=weight * len(picked))

@@ -176,6 +176,7 @@ def main(cfg):
             continue
         metrics = rollout_stats(rewards, answers)
         credit(answers, rewards, cfg)
+        answers = answers.dealt(cfg.micro_batch)
 
         for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
             set_lr(opt, lr_at(k, lr=lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
@@ -183,14 +184,15 @@ def main(cfg):
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
             value_optimizer.zero_grad()
-            epoch_total = critic_total = 0.0
+            losses, critic_losses = [], []
             for micro in split_micro(answers, cfg.micro_batch):
                 loss, critic_loss, micro_stats = step(policy, value_model, micro, cfg, on_policy=epoch == 0)
-                share = int(micro.mask.sum()) / int(answers.mask.sum())  # both losses are means over tokens
+                share = sum(map(len, micro.completions)) / sum(map(len, answers.completions))  # both losses are means over tokens
                 ((loss + critic_loss) * share).backward()
-                epoch_total, critic_total = epoch_total + loss.item() * share, critic_total + critic_loss.item() * share
+                losses.append(loss.detach() * share)
+                critic_losses.append(critic_loss.detach() * share)
                 stats.add(micro_stats, weight=share)
-            epoch_total, critic_total = run.sum(epoch_total), run.sum(critic_total)
+            epoch_total, critic_total = run.sum(losses), run.sum(critic_losses)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             value_grad_norm = clip_grad_norm_(value_model.parameters(), cfg.max_grad_norm)
             total += epoch_total / cfg.epochs

@@ -97,20 +97,23 @@ def main(cfg):
             continue
         metrics = rollout_stats(rewards, answers, group_size=2)
         answers.rewards = kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)
+        whole_pairs = (cfg.micro_batch + 1) // 2 * 2
+        answers = answers.dealt(whole_pairs, unit=2)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         total, stats = 0.0, Mean()
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
-            epoch_total = 0.0
-            for micro in split_micro(answers, (cfg.micro_batch + 1) // 2 * 2):  # whole pairs
+            losses = []
+            for micro in split_micro(answers, whole_pairs):
                 loss, micro_stats = step(policy, micro, cfg, on_policy=epoch == 0)
                 share = len(micro) / len(answers)  # the loss is a mean over pairs: a micro-batch is weighted by its number of pairs
-                (loss * share).backward()
-                epoch_total += loss.item() * share
-                stats.add({"entropy": micro_stats.pop("entropy")}, weight=int(micro.mask.sum()))  # a mean over tokens
+                loss = loss * share
+                loss.backward()
+                losses.append(loss.detach())
+                stats.add({"entropy": micro_stats.pop("entropy")}, weight=micro.mask.sum())  # a mean over tokens
                 stats.add(micro_stats, weight=share)
-            epoch_total = run.sum(epoch_total)
+            epoch_total = run.sum(losses)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             total += epoch_total / cfg.epochs
             if not run.may_update(k, policy, picked, epoch_total, grad_norm):

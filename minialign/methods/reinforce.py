@@ -109,17 +109,19 @@ def main(cfg):
         rewards = kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)
         metrics["baseline"] = baseline.value
         answers.advantages = rewards - baseline.value  # (B,)
+        answers = answers.dealt(cfg.micro_batch)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
-        total, stats = 0.0, Mean()
+        losses, stats = [], Mean()
         for micro in split_micro(answers, cfg.micro_batch):
             loss, micro_stats = step(policy, micro, cfg)
             share = len(micro) / len(answers)  # the loss is a mean over completions: a micro-batch is weighted by its number of them
-            (loss * share).backward()
-            total += loss.item() * share
-            stats.add(micro_stats, weight=int(micro.mask.sum()))  # means over tokens
-        total = run.sum(total)
+            loss = loss * share
+            loss.backward()
+            losses.append(loss.detach())
+            stats.add(micro_stats, weight=micro.mask.sum())  # means over tokens
+        total = run.sum(losses)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()

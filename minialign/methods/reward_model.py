@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.engine.common import Mean, batch_rows, in_micro, lr_at, rows_at_once, set_lr, split_micro
+from minialign.engine.common import Mean, batch_rows, eval_rows, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
 from minialign.engine.opening import open_policy
 from minialign.engine.run import Run
@@ -74,7 +74,8 @@ def main(cfg):
     first_look(run, tokenizer, rows, first, {"reward_model": reward_model})
 
     def rewards_of(rows, side):  # (rows,)
-        return in_micro(lambda micro: score(reward_model, getattr(batch_of(rows, micro), side)), range(len(rows)), rows_at_once(cfg)).cpu()
+        return in_micro(lambda micro: score(reward_model, getattr(batch_of(rows, micro), side)), range(len(rows)), eval_rows(cfg),
+                        rows).cpu()
 
     def evaluate():
         if not held_out:
@@ -87,14 +88,15 @@ def main(cfg):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
-        total, stats = 0.0, Mean()
-        for micro in split_micro(picked, cfg.micro_batch):
+        losses, stats = [], Mean()
+        for micro in micro_batches(picked, rows, cfg):
             loss, micro_stats = step(reward_model, batch_of(rows, micro), cfg)
             share = len(micro) / len(picked)  # the loss is a mean over pairs: a micro-batch is weighted by its number of pairs
-            (loss * share).backward()
-            total += loss.item() * share
+            loss = loss * share
+            loss.backward()
+            losses.append(loss.detach())
             stats.add(micro_stats, weight=share)
-        total = run.sum(total)
+        total = run.sum(losses)
         grad_norm = clip_grad_norm_(reward_model.parameters(), cfg.max_grad_norm)
         if run.may_update(k, reward_model, picked, total, grad_norm):
             optimizer.step()

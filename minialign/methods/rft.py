@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate
-from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, micro_batches, set_lr, split_micro
 from minialign.engine.look import check_sampler, first_look
 from minialign.engine.opening import check_context, open_demos, open_policy
 from minialign.engine.run import Run
@@ -117,13 +117,15 @@ def policy_alignment(policy, value_model, ref, prompts_ids, reward_of, cfg, eos_
         answers.rewards = kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)
         answers.advantages = rloo.leave_one_out(answers.rewards, group_size=cfg.group_size) if method is rloo else None
 
+    size, unit = ((cfg.micro_batch + 1) // 2 * 2, 2) if method is rebel else (cfg.micro_batch, 1)  # whole pairs
+    answers = answers.dealt(size, unit=unit)
+
     def update(epoch, stats):
-        size = (cfg.micro_batch + 1) // 2 * 2 if method is rebel else cfg.micro_batch  # whole pairs
         for micro in split_micro(answers, size):
-            tokens, share = int(micro.mask.sum()), len(micro) / len(answers)  # the loss is a mean over completions
+            tokens, share = sum(map(len, micro.completions)), len(micro) / len(answers)  # the loss is a mean over completions
             if method is ppo:
                 loss, critic_loss, micro_stats = ppo.step(policy, value_model, micro, settings, on_policy=epoch == 0)
-                loss, share = loss + critic_loss, tokens / int(answers.mask.sum())  # means over tokens
+                loss, share = loss + critic_loss, tokens / sum(map(len, answers.completions))  # means over tokens
             else:
                 loss, micro_stats = method.step(policy, micro, settings, on_policy=epoch == 0)
             stats.add({"entropy": micro_stats.pop("entropy")}, weight=tokens)
@@ -155,7 +157,9 @@ def plan_turns(cfg):
 
 
 def check_rounds(cfg, per_prompt):
-    """Refuse too many rounds and batches that are not whole groups. per_prompt: completions of one prompt in a policy step."""
+    """Refuse another --read, too many rounds and batches that are not whole groups. per_prompt: completions of one prompt in a policy step."""
+    if cfg.read not in ("sum", "last"):
+        raise BadInput(f"--read {cfg.read}: must be sum or last")
     if cfg.rounds > cfg.steps // (2 if cfg.reward_share < 1 else 1):
         raise BadInput(f"--rounds {cfg.rounds}: {cfg.steps} steps are too few for a reward step and a policy step in each round")
     if cfg.batch_size % per_prompt or per_prompt < 2 and cfg.policy_step != "ppo":
@@ -197,19 +201,21 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
             begin_round(reward_optimizer)
         picked = batch_rows(len(rows), cfg.batch_size if of_reward else cfg.batch_size // per_prompt, nth, (cfg.seed, of_reward))
         prompts_ids, seed = [rows[row][0] for row in picked], derive_seed(run.method, cfg.seed, k)
-        total, stats = 0.0, Mean()
+        losses, stats = [], Mean()
         if of_reward:
             answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, eos_id=tokenizer.eos_id, seed=seed)
             set_lr(reward_optimizer, lr_at(nth, lr=cfg.reward_lr, steps=counts[True], warmup=cfg.warmup, schedule=cfg.schedule))
             reward_optimizer.zero_grad()
-            own = collate(prompts_ids, answers.completions, pad_id=tokenizer.pad_id).to(run.device)
-            for micro, micro_own in zip(*[split_micro(x, cfg.micro_batch) for x in (batch_of(rows, picked), own)], strict=True):
-                loss, micro_stats = reward_step(micro, micro_own)
-                share = len(micro) / len(own)  # the loss is a mean over rows: a micro-batch is weighted by its number of rows
-                (loss * share).backward()
-                total += loss.item() * share
+            both = [(*rows[i], own) for i, own in zip(picked, answers.completions, strict=True)]  # prompt, demonstration, own answer
+            for micro in micro_batches(range(len(both)), both, cfg):
+                own = collate([both[i][0] for i in micro], [both[i][2] for i in micro], pad_id=tokenizer.pad_id)
+                loss, micro_stats = reward_step(batch_of(both, micro), own.to(run.device))
+                share = len(micro) / len(both)  # the loss is a mean over rows: a micro-batch is weighted by its number of rows
+                loss = loss * share
+                loss.backward()
+                losses.append(loss.detach())
                 stats.add(micro_stats, weight=share)
-            total = run.sum(total)
+            total = run.sum(losses)
             grad_norm = clip_grad_norm_(reward_model.parameters(), cfg.max_grad_norm)
             if run.may_update(k, reward_model, picked, total, grad_norm, of="reward"):
                 reward_optimizer.step()
@@ -217,13 +223,15 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
         else:  # one rollout; update() then yields the loss of each micro-batch in each epoch
             metrics, epochs, update = policy_update(value_model, prompts_ids, seed)
             set_lr(optimizer, lr_at(nth, lr=cfg.lr, steps=counts[False], warmup=cfg.warmup, schedule=cfg.schedule))
+            total = 0.0
             for epoch in range(epochs):
                 optimizer.zero_grad()
-                epoch_total = 0.0
+                losses = []
                 for loss, share in update(epoch, stats):
-                    (loss * share).backward()
-                    epoch_total += loss.item() * share
-                epoch_total = run.sum(epoch_total)
+                    loss = loss * share
+                    loss.backward()
+                    losses.append(loss.detach())
+                epoch_total = run.sum(losses)
                 grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                 critic_norm = clip_grad_norm_(value_model.parameters(), cfg.max_grad_norm) if value_model else 0.0
                 total += epoch_total / epochs

@@ -110,20 +110,22 @@ def main(cfg):
         metrics = rollout_stats(rewards, answers, group_size=cfg.group_size)
         rewards = kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)
         answers.advantages = leave_one_out(rewards, group_size=cfg.group_size)  # (B,)
+        answers = answers.dealt(cfg.micro_batch)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         total, stats = 0.0, Mean()
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
-            epoch_total = 0.0
+            losses = []
             for micro in split_micro(answers, cfg.micro_batch):
                 loss, micro_stats = step(policy, micro, cfg, on_policy=epoch == 0)
                 share = len(micro) / len(answers)  # the loss is a mean over completions: a micro-batch is weighted by its number of them
-                (loss * share).backward()
-                epoch_total += loss.item() * share
-                stats.add({"entropy": micro_stats.pop("entropy")}, weight=int(micro.mask.sum()))  # a mean over tokens
+                loss = loss * share
+                loss.backward()
+                losses.append(loss.detach())
+                stats.add({"entropy": micro_stats.pop("entropy")}, weight=micro.mask.sum())  # a mean over tokens
                 stats.add(micro_stats, weight=share)
-            epoch_total = run.sum(epoch_total)
+            epoch_total = run.sum(losses)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             total += epoch_total / cfg.epochs
             if not run.may_update(k, policy, picked, epoch_total, grad_norm):

@@ -26,7 +26,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.data import counts, encode_demos, encode_texts, plain_text, read_demonstrations, read_texts, split_held_out, split_scorable
-from minialign.engine.common import batch_rows, lr_at, set_lr, split_micro
+from minialign.engine.common import batch_rows, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
 from minialign.engine.opening import batches_of, open_policy
 from minialign.engine.run import Run
@@ -85,12 +85,12 @@ def main(cfg):
         n_tokens = max(1, counts([rows[i] for i in picked], cfg.max_len)["scored_tokens"])
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
-        total = 0.0
-        for micro in split_micro(picked, cfg.micro_batch):
+        losses = []
+        for micro in micro_batches(picked, rows, cfg):
             loss, _ = step(policy, batch_of(rows, micro), n_tokens)  # already divided by the tokens of the whole step
             loss.backward()
-            total += loss.item()
-        total = run.sum(total)
+            losses.append(loss.detach())
+        total = run.sum(losses)
         grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         if run.may_update(k, policy, picked, total, grad_norm):
             optimizer.step()

@@ -322,7 +322,10 @@ def test_micro_batches_change_nothing_in_select(m):
     for policy_step in ("bon_sft", "bon_dpo"):
         whole, cut = (selected(m, BY_HAND, policy_step=policy_step, micro_batch=size) for size in (0, 2))
         assert cut[0] == pytest.approx(whole[0], abs=1e-12) and relative(cut[1], whole[1]) < 1e-12
-        assert list(cut[4].values()) == pytest.approx(list(whole[4].values()), abs=1e-7)  # a share is counted in float32
+        both = [stats for *_, stats in (whole, cut)]
+        for stats in both:
+            stats.pop("implicit/accuracies", None)  # of two equal answers rounding decides which one is better
+        assert both[1] == pytest.approx(both[0], abs=1e-12) and len(both[0]) >= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------- main
@@ -424,7 +427,7 @@ def test_snapshots_show_the_reward_of_every_evaluation(small):
     ({"policy_step": "bon_sft", "n": 1}, "--batch_size 8: bon_sft needs a whole number of groups of at least 2 completions"),
     ({"group_size": 1}, "--batch_size 8: rloo needs a whole number of groups of at least 2 completions"),
     ({"policy_step": "rebel", "batch_size": 7, "group_size": 1}, "--batch_size 7: rebel needs a whole number of groups"),
-    ({"read": "mean"}, "reward_read must be one of last, sum, found 'mean'"),
+    ({"read": "mean"}, "--read mean: must be sum or last"),
     ({"beta": -0.1}, "--beta -0.1: must be above 0"), ({"bound": -1.0}, "--bound -1.0: must be at least 0"),
     ({"n": 0}, "--n 0: must be at least 1"), ({"reward_share": 0.0}, "--reward_share 0.0: must be above 0"),
 ])

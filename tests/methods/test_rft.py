@@ -495,7 +495,7 @@ def test_a_run_of_rewards_alone_leaves_the_policy(small):
     ({"rounds": 4}, "--rounds 4: 6 steps are too few"),
     ({"group_size": 1}, "--batch_size 8: rloo needs a whole number of groups of at least 2 completions"),
     ({"group_size": 3}, "--batch_size 8: rloo needs a whole number of groups"),
-    ({"read": "mean"}, "reward_read must be one of last, sum, found 'mean'"),
+    ({"read": "mean"}, "--read mean: must be sum or last"),
     ({"beta": 0.0}, "--beta 0.0: must be above 0"), ({"bound": -1.0}, "--bound -1.0: must be at least 0"),
     ({"ridge": -1.0}, "--ridge -1.0: must be at least 0"), ({"reward_lr": 0.0}, "--reward_lr 0.0: must be above 0"),
     ({"reward_share": 0.0}, "--reward_share 0.0: must be above 0"), ({"reward_share": 1.5}, "--reward_share 1.5: .* at most 1"),

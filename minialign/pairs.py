@@ -38,6 +38,8 @@ def train(method, cfg, step):
     first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), {"policy": policy, "ref": ref})
     if precomputes(cfg):
         ref = remember_pairs(run, policy, rows, held_out, batch_of)
+    run.at_evaluation(policy, tokenizer, held_out or rows,
+                      lambda: held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg))
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
@@ -60,8 +62,7 @@ def train(method, cfg, step):
             optimizer.step()
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
-                        lambda: held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg))
+        run.end_of_step(k, metrics)
     return run.close(policy, tokenizer)
 
 

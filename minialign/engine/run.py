@@ -68,6 +68,7 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.modules, self.optimizers, self.adapter_base = {}, {}, None
         self.first_step, self.skipped, self.skipped_in_a_row, self.failing, self.stop = 0, 0, 0, None, None
+        self.unlogged = None  # (step, metrics) of a step whose evaluation is still to come
         self.started, self.bar = time.monotonic(), None
 
     def _check_parallel(self):
@@ -153,12 +154,14 @@ class Run:
                 raise BadInput(f"{self.folder}/config.json: was edited since {newest.name} was written; restore it to resume")
             self.first_step = state["step"]
             self.skipped, self.skipped_in_a_row, self.failing = state["skipped"], state["skipped_in_a_row"], state["failing"]
+            logged = {row["step"] for row in parallel.on_main(read_rows, self.folder / "metrics.jsonl")}
+            self.unlogged = None if self.first_step in logged else state.get("unlogged")  # killed while it evaluated
             if state["torch"] != torch.__version__:
                 note(f"note: the checkpoint is of torch {state['torch']}, this is {torch.__version__}: numbers may differ by rounding")
         if not parallel.is_main():
             return
         for name in ("metrics.jsonl", "samples.jsonl"):  # the run repeats the steps after the checkpoint and logs them again
-            rows = [row for row in read_rows(self.folder / name) if row["step"] <= self.first_step]
+            rows = [row for row in read_rows(self.folder / name) if row["step"] <= self.first_step - bool(self.unlogged)]
             write_atomic(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def shard(self, module, optimizers=()):
@@ -167,7 +170,7 @@ class Run:
             parallel.shard(module, self.cfg.parallel, self.device.type, self.dtype, optimizers)
 
     def save(self, step):
-        state = {name: getattr(self, name) for name in ("skipped", "skipped_in_a_row", "failing")}
+        state = {name: getattr(self, name) for name in ("skipped", "skipped_in_a_row", "failing", "unlogged")}
         state["config"] = checkpoint.sha256(self.folder / "config.json")
         checkpoint.save_checkpoint(self.folder, step, self.modules, self.optimizers, state)
 
@@ -188,13 +191,21 @@ class Run:
         self.bar = tqdm(total=total, initial=self.first_step, unit="step", disable=not shown, dynamic_ncols=True)
         self.started = time.monotonic()
         try:
+            self.finish_evaluation()
             for step in range(self.first_step, total):
                 yield step
                 self.bar.update()
                 done = step + 1
-                stop = any(stop is not None for stop in parallel.gather(self.stop))  # a signal to one process stops all
-                if done == total or stop or (self.skipped_in_a_row == 0 and done % self.cfg.save_every == 0):
+                stop = self.stopped()
+                first = self.unlogged and done <= self.cfg.eval_every  # an evaluation may need more memory than the steps before it did
+                save = done == total or stop or (self.skipped_in_a_row == 0 and (first or done % self.cfg.save_every == 0))
+                if save:
                     self.save(done)
+                if self.unlogged and not (stop and done < total):  # a stopped run evaluates when it is resumed
+                    self.finish_evaluation()
+                    stop = self.stopped()
+                    if stop and not save:
+                        self.save(done)
                 if stop and done < total:
                     print(f"\nstopped after step {done}; continue with: python -m minialign {self.method} --resume {self.folder}")
                     parallel.leave()
@@ -203,6 +214,10 @@ class Run:
             self.bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def stopped(self):
+        """Whether a signal to any of the processes asks to stop."""
+        return any(stop is not None for stop in parallel.gather(self.stop))
 
     def sum(self, losses):
         """The sum of a list of scalar tensors over all processes: each process computes the losses of its own micro-batches only."""
@@ -276,20 +291,36 @@ class Run:
 
     # ---------------------------------------------------------------------------------------------------------------- log
 
-    def end_of_step(self, step, metrics, policy, tokenizer, rows, evaluate, *, tau=1.0, reward_model=None):
-        """Log a step's metrics. Every eval_every steps and at the last step, first evaluate, log samples, and with --snapshots export.
+    def at_evaluation(self, policy, tokenizer, rows, measure, *, tau=1.0, reward_model=None):
+        """Say what is done every eval_every steps and after the last step: measure, log samples, and with --snapshots export.
 
-        evaluate() -> metrics on the held-out rows. rows: encoded rows; samples.jsonl gets the policy's answers to the first four prompts,
+        measure() -> metrics on the held-out rows. rows: encoded rows; samples.jsonl gets the policy's answers to the first four prompts,
         sampled at temperature tau. reward_model: exported too with --snapshots.
         """
-        if (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.steps:
-            metrics |= evaluate()
+        def evaluate(step):
+            metrics = measure()
             self.log_samples(step, policy, tokenizer, [row[0] for row in rows[:4]], tau)
             if self.cfg.snapshots:
                 self.export(policy, tokenizer, f"snapshots/{step + 1:06d}")
                 if reward_model is not None:
                     self.export(reward_model, tokenizer, f"reward_snapshots/{step + 1:06d}")
-        self.log(step, **metrics)
+            return metrics
+
+        self.evaluate = evaluate
+
+    def end_of_step(self, step, metrics):
+        """Log a step's metrics; if an evaluation is due, later: steps() first writes the step's checkpoint, then evaluates, then logs."""
+        if (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.steps:
+            self.unlogged = step, {name: parallel.as_float(value) for name, value in metrics.items() if value is not None}
+        else:
+            self.log(step, **metrics)
+
+    def finish_evaluation(self):
+        """Evaluate and log the step that waits for it, if one does. A resumed run begins with the one that its checkpoint is of."""
+        if self.unlogged:
+            step, metrics = self.unlogged
+            self.log(step, **metrics, **self.evaluate(step))
+            self.unlogged = None
 
     def log(self, step, **metrics):
         """Append one row to metrics.jsonl (its steps count from 1) and print a line every log_every steps."""
@@ -304,7 +335,7 @@ class Run:
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(shown[:100])
         elif done == self.first_step + 1 or done % self.cfg.log_every == 0 or done == self.cfg.steps:
-            left = seconds / (done - self.first_step) * (self.cfg.steps - done)
+            left = seconds / max(1, done - self.first_step) * (self.cfg.steps - done)
             print(f"step {done}/{self.cfg.steps}  {shown}  ({seconds:.0f} s, {left:.0f} s left)", flush=True)
 
     def log_samples(self, step, policy, tokenizer, prompts_ids, tau):

@@ -99,6 +99,8 @@ def main(cfg):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.register(policy=policy, old=old, optimizer=optimizer)
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": old})
+    run.at_evaluation(policy, tokenizer, held_out or rows,
+                      lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
 
     for k in run.steps(cfg.steps):
         t, t_before = k * cfg.rounds // cfg.steps, (k - 1) * cfg.rounds // cfg.steps
@@ -135,6 +137,5 @@ def main(cfg):
         metrics = rollout_stats(rewards.flatten(), answers, group_size=cfg.n)
         metrics |= {"reward/best": rewards.amax(1).mean(), "round": t, "loss": total, "grad_norm": grad_norm}
         metrics |= {"lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
-                        lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
+        run.end_of_step(k, metrics)
     return run.close(policy, tokenizer)

@@ -119,6 +119,7 @@ def main(cfg):
     run.register(policy=policy, old=old, optimizer=optimizer)
     first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)),
                {"policy": policy, "old": old, "ref": None if ref is old else ref})
+    run.at_evaluation(policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg))
 
     for k in run.steps(cfg.steps):
         t, t_before = k * cfg.rounds // cfg.steps, (k - 1) * cfg.rounds // cfg.steps
@@ -150,7 +151,7 @@ def main(cfg):
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "round": t, **stats.result()}
         metrics["completions/mean_length"] = sum(map(len, completions)) / len(completions)
         metrics["completions/finished"] = sum(ids[-1] in tokenizer.eos_ids for ids in completions) / len(completions)
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg))
+        run.end_of_step(k, metrics)
     return run.close(policy, tokenizer)
 
 

@@ -122,6 +122,8 @@ def main(cfg):
     run.register(policy=policy, optimizer=optimizer)
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))
     first_look(run, tokenizer, [row[:2] for row in rows], first, {"policy": policy, "ref": ref})
+    run.at_evaluation(policy, tokenizer, held_out or rows,
+                      lambda: held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg) if len(held_out) > 1 else {})
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
@@ -144,8 +146,7 @@ def main(cfg):
             optimizer.step()
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "z0": kl, **stats.result()}
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
-                        lambda: held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg) if len(held_out) > 1 else {})
+        run.end_of_step(k, metrics)
     return run.close(policy, tokenizer)
 
 

@@ -165,6 +165,8 @@ def main(cfg):
     value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=cfg.value_lr, **adamw)
     run.register(policy=policy, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer)
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": ref, "value_model": value_model})
+    run.at_evaluation(policy, tokenizer, held_out or rows,
+                      lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
@@ -204,6 +206,5 @@ def main(cfg):
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "value_grad_norm": value_grad_norm, "lr": optimizer.param_groups[0]["lr"]}
         metrics |= {"explained_variance": explained_variance(answers.values, answers.returns, answers.mask), **stats.result()}
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
-                        lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
+        run.end_of_step(k, metrics)
     return run.close(policy, tokenizer)

@@ -92,6 +92,9 @@ def main(cfg):
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": old})
 
     data = None  # the data set of this Grow step: prompts, completions, rewards
+    run.at_evaluation(policy, tokenizer, held_out or rows,
+                      lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
+
     for k in run.steps(cfg.steps):
         phase, phase_before = k * phases // cfg.steps, (k - 1) * phases // cfg.steps
         g, i = divmod(phase, len(cfg.quantiles))
@@ -132,6 +135,5 @@ def main(cfg):
         metrics = rollout_stats(rewards, answers, group_size=cfg.n)
         metrics |= {"reward/kept": rewards[kept].mean(), "threshold": threshold, "kept": len(kept) / len(rewards), "grow": g, "improve": i}
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
-                        lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
+        run.end_of_step(k, metrics)
     return run.close(policy, tokenizer)

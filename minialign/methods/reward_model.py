@@ -83,6 +83,7 @@ def main(cfg):
         chosen, rejected = rewards_of(held_out, "chosen"), rewards_of(held_out, "rejected")
         loss, held_out_stats = bradley_terry_loss(chosen, rejected, margin=cfg.margin, centre=cfg.centre)
         return {"eval/loss": loss, "eval/accuracy": held_out_stats["rewards/accuracies"]}
+    run.at_evaluation(reward_model, tokenizer, [], evaluate)
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
@@ -102,7 +103,7 @@ def main(cfg):
             optimizer.step()
 
         metrics = {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        run.end_of_step(k, metrics, reward_model, tokenizer, [], evaluate)
+        run.end_of_step(k, metrics)
 
     reward_model.config.reward_offset += float(rewards_of(rows, "chosen").mean())  # a constant, which the loss leaves open
     return run.close(reward_model, tokenizer)

@@ -157,7 +157,7 @@ def plan_turns(cfg):
 
 
 def check_rounds(cfg, per_prompt):
-    """Refuse another --read, too many rounds and batches that are not whole groups. per_prompt: completions of one prompt in a policy step."""
+    """Refuse another --read, too many rounds, and batches of parts of groups. per_prompt: completions of one prompt in a policy step."""
     if cfg.read not in ("sum", "last"):
         raise BadInput(f"--read {cfg.read}: must be sum or last")
     if cfg.rounds > cfg.steps // (2 if cfg.reward_share < 1 else 1):
@@ -195,6 +195,9 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
     check_sampler(run, tokenizer, [row[0] for row in rows[:3]], policy=policy, ref=list(frozen.values())[-1])
 
     plan, counts = plan_turns(cfg)
+    run.at_evaluation(policy, tokenizer, held_out or rows,
+                      lambda: held_out_nll(policy, held_out, batch_of, cfg), tau=cfg.tau, reward_model=reward_model)
+
     for k in run.steps(cfg.steps):
         t, of_reward, nth = plan[k]  # the nth step of its kind
         if begin_round and (k == 0 or t != plan[k - 1][0]):
@@ -242,8 +245,7 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "round": t, **stats.result()}
         metrics["lr"] = (reward_optimizer if of_reward else optimizer).param_groups[0]["lr"]
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg),
-                        tau=cfg.tau, reward_model=reward_model)
+        run.end_of_step(k, metrics)
     run.export(reward_model, tokenizer, "reward")
     return run.close(policy, tokenizer)
 

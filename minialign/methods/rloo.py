@@ -98,6 +98,8 @@ def main(cfg):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.register(policy=policy, optimizer=optimizer)
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": ref})
+    run.at_evaluation(policy, tokenizer, held_out or rows,
+                      lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size // cfg.group_size, k, cfg.seed)
@@ -133,6 +135,5 @@ def main(cfg):
             optimizer.step()
 
         metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **stats.result()}
-        run.end_of_step(k, metrics, policy, tokenizer, held_out or rows,
-                        lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
+        run.end_of_step(k, metrics)
     return run.close(policy, tokenizer)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minialign.batch import Pairs, Rollout, collate, masked_mean, stack, whiten
+from minialign.batch import Batch, Pairs, Rollout, collate, masked_mean, stack, whiten
 from minialign.engine.common import BadInput
 
 hypothesis = pytest.importorskip("hypothesis", reason="the property tests need hypothesis (requirements-dev.txt)")
@@ -160,3 +160,20 @@ def test_stacked_batches_are_their_rows_padded():
     assert both.mask[0].tolist() == [False, True, False]
     for name in ("inputs", "targets", "mask"):
         assert torch.equal(getattr(both, name)[1:], getattr(second, name))
+
+
+def test_the_rows_of_a_batch_are_picked_and_trimmed():
+    """Rows of 4, 2 and 3 positions. A slice is a view and a trimmed slice too; a list of rows is a copy."""
+    batch = collate([[1, 2], [5], [7, 8]], [[3, 4, 0], [6, 0], [9, 0]], pad_id=0)
+    assert batch.sizes == [4, 2, 3] and batch.to("cpu").sizes == [4, 2, 3]
+    short = batch[1:].trimmed()
+    assert short.inputs.tolist() == [[5, 6, 0], [7, 8, 9]] and short.sizes == [2, 3] and short.mask.shape == (2, 3)
+    short.inputs[0, 0] = 6
+    assert batch.inputs[1, 0] == 6
+    picked = batch[[2, 0]]
+    assert picked.inputs.tolist() == [[7, 8, 9, 0], [1, 2, 3, 4]] and picked.sizes == [3, 4]
+    picked.inputs[0, 0] = 1
+    assert batch.inputs[2, 0] == 7
+    assert batch.dealt(1).sizes == [4, 3, 2] and batch.dealt(0).sizes == [4, 2, 3]
+    by_hand = Batch(batch.inputs, batch.targets, batch.mask)  # whose sizes are not known
+    assert by_hand.trimmed().inputs.shape == (3, 4)

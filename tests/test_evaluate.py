@@ -91,6 +91,19 @@ def test_no_pass_of_an_evaluation_has_more_rows_than_a_training_pass(small, monk
         assert {name: row[name] for name in result} == pytest.approx(result, abs=1e-9)
 
 
+@pytest.mark.parametrize("method", EACH_LOOP)
+def test_eval_batch_changes_no_number(small, method):
+    """--eval_batch 1 and 5 of 8 rows: to rounding the numbers of the default, and passes of that many rows."""
+    results = []
+    for size in (0, 1, 5):
+        module, cfg = small(method, steps=2, eval_every=1, held_out=0.45, eval_batch=size)
+        rows = read_rows(module.main(cfg) / "metrics.jsonl")
+        results.append([{name: value for name, value in row.items() if name.startswith("eval/")} for row in rows])
+    assert results[0][0]
+    for found in results[1:]:
+        assert found == [pytest.approx(row, abs=1e-7) for row in results[0]]  # a share is counted in float32
+
+
 def test_win_shares():
     """Prompt 1: answers 1, 3 against 2, 3: 1<2, 1<3, 3>2, 3=3, so (0 + 0 + 1 + ½)/4 = .375. Prompt 2: always ties."""
     shares = evaluate.win_shares(torch.tensor([[1.0, 3], [5, 5]]), torch.tensor([[2.0, 3], [5, 5]]))

@@ -1,10 +1,12 @@
 """Seeds, batches, the learning rate, files, devices."""
 
 import math
+import random
 
 import pytest
 import torch
 
+from minialign.batch import collate
 from minialign.engine import common
 from minialign.engine.common import BadInput
 
@@ -33,6 +35,63 @@ def test_derive_seed_is_fixed_for_ever():
 
 def test_split_micro():
     assert common.split_micro([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]] and common.split_micro([1, 2], 0) == [[1, 2]]
+
+
+@pytest.mark.parametrize(("n", "world", "micro_batch", "unit"), [
+    (8, 1, 3, 1), (8, 1, 0, 1), (12, 2, 0, 1), (12, 2, 4, 1), (12, 3, 2, 2), (16, 4, 2, 2), (64, 8, 4, 1), (6, 1, 100, 1)])
+def test_rows_are_dealt_by_length(monkeypatch, n, world, micro_batch, unit):
+    """Over all processes every row occurs once, units stay together, and no row of a pass is longer than one of the pass before. One
+    process with one micro-batch keeps the order."""
+    rng, lengths = random.Random(n), []
+    for _ in range(n // unit):
+        lengths += [rng.randrange(1, 50) for _ in range(unit)]
+    monkeypatch.setattr(common.parallel, "world", lambda: world)
+    passes = []
+    for rank in range(world):
+        monkeypatch.setattr(common.parallel, "rank", lambda rank=rank: rank)
+        passes.append(common.split_micro(common.deal(range(n), lengths, micro_batch, unit=unit), micro_batch))
+    assert sorted(i for own in passes for micro in own for i in micro) == [*range(n)]
+    assert len({tuple(map(len, own)) for own in passes}) == 1  # equally many rows in each pass of all processes
+    for own in passes:
+        assert all(micro[i] // unit == micro[i - i % unit] // unit for micro in own for i in range(len(micro)))
+    longest = [max(lengths[i - i % unit : i - i % unit + unit]) for i in range(n)]  # of the row's unit
+    for j in range(1, len(passes[0])):
+        before, now = ([longest[i] for own in passes for i in own[k]] for k in (j - 1, j))
+        assert min(before) >= max(now)
+    if world == 1 and micro_batch in (0, 100):
+        assert passes[0] == [[*range(n)]] or passes[0] == [range(n)]
+
+
+def test_dealt_rows_need_less_padding():
+    """32 rows with the lengths of a log-normal law, as of dialogues, in passes of 2: padded tokens for each real one."""
+    torch.manual_seed(0)
+    lengths = [int(x) for x in torch.distributions.LogNormal(5.0, 0.8).sample((32,))]
+
+    def padded(order):
+        passes = [order[i : i + 2] for i in range(0, 32, 2)]
+        return sum(len(rows) * max(lengths[i] for i in rows) for rows in passes) / sum(lengths)
+
+    assert padded([*range(32)]) > 1.25 and padded(common.deal(range(32), lengths, 2)) < 1.1
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])
+def test_in_micro_keeps_the_order_and_the_width(micro_batch):
+    """Of a Batch, whose passes are trimmed and sorted, and of a range over encoded rows."""
+    batch = collate([[1]] * 4, [[2, 0], [3, 3, 3, 0], [4, 0], [5, 5, 0]], pad_id=0)
+    found = common.in_micro(lambda micro: micro.inputs * 10, batch, micro_batch)
+    assert torch.equal(found, batch.inputs * 10)  # the padding is 0
+    assert common.in_micro(lambda micro: micro.inputs[:, 0] + micro.mask.sum(1), batch, micro_batch).tolist() == [3, 5, 3, 4]
+    rows, seen = [([1], [2] * n) for n in (3, 1, 4, 1, 5)], []
+    found = common.in_micro(lambda micro: seen.append([*micro]) or torch.tensor([[i, -i] for i in micro]), range(5), micro_batch, rows)
+    assert found.tolist() == [[i, -i] for i in range(5)]
+    assert seen == {0: [[0, 1, 2, 3, 4]], 1: [[4], [2], [0], [1], [3]], 2: [[4, 2], [0, 1], [3]], 3: [[4, 2, 0], [1, 3]]}[micro_batch]
+
+
+def test_floats_are_those_of_float():
+    """Numbers and tensors of several types, in their order; float32 is widened exactly."""
+    values = [1, torch.tensor(0.1), torch.tensor(True), 0.1, torch.tensor(0.1).double(), torch.tensor(7), torch.tensor(math.nan)]
+    found = common.floats(values)
+    assert found[:-1] == [float(value) for value in values[:-1]] and math.isnan(found[-1]) and common.floats([]) == []
 
 
 def test_lr_schedules():

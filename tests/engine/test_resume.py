@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minialign.engine import run
-from minialign.engine.common import BadInput
+from minialign.engine.common import BadInput, read_rows
 from minialign.methods import rloo
 from minialign.methods.rft import plan_turns
 from tests.conftest import EACH_LOOP, LEARNING, LOOPS, METHODS
@@ -62,6 +62,38 @@ def test_dying_in_the_middle_of_accumulation(small, method, monkeypatch):
 def test_dying_in_the_reward_step_that_begins_a_round(small, method, monkeypatch):
     """The same in the second round's first step: reward, base and anchor are those of the checkpoint, and the round begins again."""
     dies_and_goes_on(small, method, monkeypatch, step=4)
+
+
+@pytest.mark.parametrize("method", EACH_LOOP)
+def test_dying_in_an_evaluation(small, method, monkeypatch):
+    """Out of memory in the first evaluation (before save_every), in a later one, in the last one, and while its samples are written: the
+    step before each is in a checkpoint, and the resumed run begins with the evaluation that is missing."""
+    settings = dict(steps=9, eval_every=2, save_every=4, snapshots=True, held_out=0.3, **EXTRA.get(method, {}))
+    module, cfg = small(method, **settings)
+    expected = result_of(module.main(cfg))
+    expected_samples = read_rows(Path(cfg.out) / "samples.jsonl")
+    module, cfg = small(method, **settings)
+    folder, original, samples = cfg.out, run.Run.finish_evaluation, run.Run.log_samples
+    for dies_at, dying in ((2, "measure"), (4, "measure"), *[(4, "samples")] * (method != "reward_model"), (9, "measure")):
+
+        def finish(self, dies_at=dies_at, dying=dying):
+            if self.unlogged and self.unlogged[0] + 1 == dies_at and dying == "measure":
+                raise MemoryError("out of memory")
+            original(self)
+
+        def log_samples(self, step, *more, dies_at=dies_at, dying=dying):
+            samples(self, step, *more)
+            if step + 1 == dies_at and dying == "samples":
+                raise MemoryError("out of memory")
+
+        monkeypatch.setattr(run.Run, "finish_evaluation", finish)
+        monkeypatch.setattr(run.Run, "log_samples", log_samples)
+        with pytest.raises(MemoryError):
+            module.main(cfg)
+        assert (Path(folder) / "checkpoints" / f"step_{dies_at:06d}").is_dir()
+        cfg = module.Config(resume=folder)
+    monkeypatch.undo()
+    assert result_of(module.main(cfg)) == expected and read_rows(Path(folder) / "samples.jsonl") == expected_samples
 
 
 def dies_and_goes_on(small, method, monkeypatch, step):

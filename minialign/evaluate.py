@@ -37,7 +37,7 @@ from minialign.kl import k1
 from minialign.logps import token_logps
 from minialign.lora import load_model
 from minialign.rewards import BadReward, ask, learned, open_reward, reward_folders, score
-from minialign.sample import sample
+from minialign.sample import most_rows, sample
 from minialign.settings import check_config
 from minialign.task import builtin_pairs
 
@@ -207,13 +207,17 @@ def sample_measures(policy, tokenizer, ref, prompts, reward_fn, cfg):
     room = policy.config.max_len - cfg.max_new
     rows = encode_prompts(tokenizer, prompts, max_prompt=min(cfg.max_prompt or room, room))
     texts, rewards, kl, tokens, finished = [], [], [], [], []
-    for start in range(0, len(rows), cfg.batch_size):
-        prompts_ids = [ids for ids, _ in rows[start : start + cfg.batch_size]]
-        answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=tokenizer.eos_id, seed=(cfg.seed, start))
+    seeds = [(cfg.seed, i // cfg.batch_size * cfg.batch_size) for i in range(len(rows))]
+    most = most_rows(policy, max(len(ids) for ids, _ in rows) + cfg.max_new)  # on a GPU many batches are drawn together
+    size = max(cfg.batch_size, most // cfg.n) if most else cfg.batch_size
+    for start in range(0, len(rows), size):
+        prompts_ids = [ids for ids, _ in rows[start : start + size]]
+        own_seeds = seeds[start : start + size]
+        answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=tokenizer.eos_id, seed=own_seeds)
         written = [tokenizer.decode(ids) for ids in answers.completions]
         texts += written
         if reward_fn is not None:  # at once, so that a reward that fails does so before hours of sampling
-            asked = [prompt for prompt in prompts[start : start + cfg.batch_size] for _ in range(cfg.n)]
+            asked = [prompt for prompt in prompts[start : start + size] for _ in range(cfg.n)]
             rewards.append(ask_or_stop(reward_fn, asked, written, cfg).view(-1, cfg.n))
         tokens.append(answers.lengths.cpu().double())
         finished.append(answers.finished.cpu().double())

@@ -18,7 +18,7 @@ import torch
 
 from minialign.batch import Rollout, collate
 from minialign.engine import parallel
-from minialign.engine.common import BadInput, derive_seed, in_micro
+from minialign.engine.common import BadInput, derive_seed, in_micro, note
 from minialign.kernels.decode import Decoder
 from minialign.kernels.linear_logprob import logits_of
 from minialign.logps import token_logps
@@ -55,26 +55,29 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
 
     prompts_ids: N non-empty lists of ids. max_new: maximum tokens of a completion. tau: temperature. top_k, top_p: None means off.
     eos_id: the token that ends a completion and is kept in it, beside those in config.eos_ids; with None, no token ends one.
-    greedy: take the most likely token.
+    seed: any value, or a list with one for each prompt. greedy: take the most likely token.
     Ids from config.n_tokens on (padding rows of the vocabulary) are never sampled. The policy's mode and gradients do not change.
-    Under torchrun each process samples its share of the rows, and every process gets all of them.
+    Under torchrun each process samples its share of the rows, and every process gets all of them. On a GPU they are drawn in passes of as
+    many rows as its memory holds (most_rows), so any number may be asked for.
     Raises BadInput for arguments out of range, and when prompt and max_new do not fit the model's context.
     """
     check_arguments(policy.config, prompts_ids, max_new, tau, top_k, top_p, n)
     device, wide = policy.head_weight.device, torch.promote_types(policy.head_weight.dtype, torch.float32)
     rows = [tuple(prompt) for prompt in prompts_ids for _ in range(n)]  # B prompts
-    count, uniforms = dict.fromkeys(rows, 0), torch.zeros(len(rows), max_new, dtype=torch.float64)
-    for b, row in enumerate(rows):
-        generator = torch.Generator().manual_seed(derive_seed(seed, row, count[row]))
+    seeds = [one for one in (seed if isinstance(seed, list) else [seed] * len(prompts_ids)) for _ in range(n)]
+    count, uniforms = {}, torch.zeros(len(rows), max_new, dtype=torch.float64)
+    for b, own in enumerate(zip(seeds, rows, strict=True)):
+        generator = torch.Generator().manual_seed(derive_seed(*own, count.setdefault(own, 0)))
         uniforms[b] = torch.rand(max_new, generator=generator, dtype=torch.float64)  # drawn in advance: batching cannot change them
-        count[row] += 1
+        count[own] += 1
 
     policy, own = parallel.full_copy(policy), parallel.local_rows(rows)
     drawn = [torch.zeros(0, max_new, dtype=torch.long), torch.zeros(0, max_new, dtype=wide), torch.zeros(0).long(), torch.zeros(0).bool()]
     if own:
         # inference_mode also skips version counters and view tracking, which saves a twentieth of a small model's time on a CPU.
         with torch.inference_mode() if device.type == "cpu" else torch.no_grad():
-            drawn = generate(policy, own, parallel.local_rows(uniforms), tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
+            how = dict(tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
+            drawn = in_passes(policy, own, parallel.local_rows(uniforms), most_rows(policy, max(map(len, own)) + max_new), how)
     drawn = [parallel.gather_rows(part.to(device).clone()) for part in drawn]  # cloned: inference_mode tensors cannot be saved for backward
     tokens, token_logps, lengths, finished = drawn
 
@@ -95,6 +98,39 @@ def rollout(policy, ref, prompts_ids, cfg, *, n=1, eos_id, seed):
     answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=n, eos_id=eos_id, seed=seed)
     answers.ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # (B, T)
     return answers
+
+
+def most_rows(policy, positions):
+    """How many rows of `positions` tokens a process samples in one pass: on a GPU as many as fit into a quarter of its memory, else any
+    number (None). Counted are the cache, a second one of the rows that stay when finished ones are removed, and the logits."""
+    device = policy.head_weight.device
+    if device.type != "cuda":
+        return None
+    return rows_that_fit(policy.config, positions, policy.head_weight.element_size(), torch.cuda.get_device_properties(device).total_memory)
+
+
+def rows_that_fit(config, positions, element_size, memory):
+    cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * element_size  # bytes of a position
+    return max(1, int(memory / 4 / (1.75 * cache * positions + 16 * config.vocab_size)))
+
+
+def in_passes(policy, rows, uniforms, most, how):
+    """generate() in passes of at most `most` rows of similar length; None is one pass. A pass that a GPU has no memory for is halved."""
+    most = min(most or len(rows), len(rows))
+    order = [*range(len(rows))] if most == len(rows) else sorted(range(len(rows)), key=lambda b: -len(rows[b]))
+    parts, start = [], 0
+    while start < len(rows):
+        picked = order[start : start + most]
+        try:
+            parts.append(generate(policy, [rows[b] for b in picked], uniforms[picked], **how))
+            start += most
+        except torch.cuda.OutOfMemoryError:
+            if most == 1:
+                raise
+            most = -(-most // 2)
+            note(f"note: the GPU has no memory to sample {len(picked)} rows at once; {most} are sampled at once")
+    drawn = [torch.cat(part) for part in zip(*parts, strict=True)]
+    return drawn if len(parts) == 1 else [part[torch.tensor(order).argsort().to(part.device)] for part in drawn]
 
 
 def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):

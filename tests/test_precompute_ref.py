@@ -115,7 +115,7 @@ def test_what_was_kept_is_asked_for_when_the_policy_has_moved(small):
         folder = module.main(cfg)
         shutil.rmtree(folder / "checkpoints/step_000006")
         (folder / file).unlink()
-        with pytest.raises(BadInput, match="is missing, and the policy of step 3 is not the reference"):
+        with pytest.raises(BadInput, match="is missing, and the policy of step 4 is not the reference"):
             module.main(module.Config(resume=str(folder)))
 
 

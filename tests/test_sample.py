@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import minialign.sample as sample_module
 from minialign.engine import look
 from minialign.engine.common import BadInput
 from minialign.kernels.decode import Decoder
@@ -523,3 +524,51 @@ def test_a_recorded_step_is_the_model(family):
                 logps = token_logps(policy, rollout)
             assert (logps - rollout.old_logps).abs().max() < bound
             assert rollout.lengths.max() == 100 or eos_id == EOS
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_passes_of_any_size_draw_the_same(monkeypatch, most):
+    """Rows in passes of 1, 3 or 7, sorted by length, on a GPU by its memory: completions and, to rounding, their log-probs."""
+    policy = tiny_gpt(dtype=torch.float64)
+    whole = run(policy, PROMPTS, n=4)
+    monkeypatch.setattr(sample_module, "most_rows", lambda *_: most)
+    cut = run(policy, PROMPTS, n=4)
+    assert cut.completions == whole.completions and torch.equal(cut.finished, whole.finished) and torch.equal(cut.lengths, whole.lengths)
+    assert (cut.old_logps - whole.old_logps).abs().max() < 1e-12
+
+
+def test_a_pass_without_memory_is_halved(monkeypatch, capsys):
+    """A GPU that holds 3 rows at once: 8 are tried, then 4, then 2, which is said. One row that does not fit is an error."""
+    policy, original, asked = tiny_gpt(dtype=torch.float64), sample_module.generate, []
+
+    def limited(policy, rows, uniforms, **how):
+        asked.append(len(rows))
+        if len(rows) > held:
+            raise torch.cuda.OutOfMemoryError
+        return original(policy, rows, uniforms, **how)
+
+    held, whole = 3, run(policy, PROMPTS[:2], n=4)
+    monkeypatch.setattr(sample_module, "generate", limited)
+    assert run(policy, PROMPTS[:2], n=4).completions == whole.completions
+    assert asked == [8, 4, 2, 2, 2, 2] and capsys.readouterr().err.count("no memory to sample") == 2
+    held = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run(policy, PROMPTS[:1])
+
+
+def test_a_seed_for_each_prompt():
+    """A list of seeds: each prompt gets what it gets alone with its seed; equal prompts with equal seeds get further samples."""
+    policy = tiny_gpt(dtype=torch.float64)
+    prompts, seeds = [*PROMPTS[:2], PROMPTS[0], PROMPTS[0]], [5, 5, 6, 5]
+    both = run(policy, prompts, n=2, seed=seeds).completions
+    assert both[:2] + both[6:] == run(policy, PROMPTS[:1], n=4, seed=5).completions
+    assert both[2:4] == run(policy, PROMPTS[1:2], n=2, seed=5).completions
+    assert both[4:6] == run(policy, PROMPTS[:1], n=2, seed=6).completions
+
+
+def test_rows_that_fit_by_hand():
+    """Mistral-7B in bfloat16: 2·32·8·128·2 = 131,072 bytes a position, 1.75 times, 2,000 positions, and 16 bytes a logit: 459 MB a row, of
+    which a quarter of 80 GB holds 43."""
+    config = SimpleNamespace(n_layer=32, n_kv_head=8, head_dim=128, vocab_size=32000)
+    assert sample_module.rows_that_fit(config, 2000, 2, 80e9) == int(20e9 / (1.75 * 131_072 * 2000 + 512_000)) == 43
+    assert sample_module.rows_that_fit(config, 2000, 2, 1e6) == 1 and sample_module.most_rows(tiny_gpt(), 100) is None

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate
+from minialign.engine import parallel
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
 from minialign.engine.opening import check_context, open_demos, open_policy
@@ -42,7 +43,7 @@ from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.logps import Remembered, seq_logps
 from minialign.lora import frozen_copy
-from minialign.sample import sample
+from minialign.sample import most_rows, sample
 from minialign.settings import OnDemonstrations
 
 
@@ -88,6 +89,26 @@ def rollout(old, prompts_ids, cfg, eos_id, seed):
     return sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, greedy=cfg.greedy, eos_id=eos_id, seed=seed)
 
 
+def draw_together(old, k, rows, cfg, eos_id):
+    """{step: own answers} of step k and its neighbours in the round: as many steps as a GPU's memory holds, on a CPU step k alone.
+
+    Which steps are drawn together depends on the round, not on where a run was resumed, so a resumed run samples the same batches.
+    """
+    most = most_rows(old, max(len(row[0]) for row in rows) + cfg.max_new)
+    together = max(1, most * parallel.world() // cfg.batch_size) if most else 1
+    steps = steps_of_round(k * cfg.rounds // cfg.steps, cfg)
+    start = (k - steps[0]) // together * together
+    steps = steps[start : start + together]
+    picked = {j: batch_rows(len(rows), cfg.batch_size, j, cfg.seed) for j in steps}
+    seeds = [derive_seed("irft", cfg.seed, j) for j in steps for _ in range(cfg.batch_size)]
+    answers = rollout(old, [rows[i][0] for j in steps for i in picked[j]], cfg, eos_id, seeds).completions
+    return {j: answers[n * cfg.batch_size : (n + 1) * cfg.batch_size] for n, j in enumerate(steps)}
+
+
+def steps_of_round(t, cfg):
+    return [k for k in range(cfg.steps) if k * cfg.rounds // cfg.steps == t]
+
+
 def step(policy, ref, demos, samples, cfg):
     """Evaluate the models on demonstrations and own answers and compute the loss. Only this function connects models and equation."""
     demo_logps, sample_logps = seq_logps(policy, demos, samples)  # (B,), (B,)
@@ -110,8 +131,14 @@ def main(cfg):
     rows, held_out, batch_of = open_demos(run, tokenizer)
     check_context(run, policy, rows)
 
-    def answers_of(policy, k, picked):
-        return rollout(policy, [rows[i][0] for i in picked], cfg, tokenizer.eos_id, derive_seed("irft", cfg.seed, k)).completions
+    drawn = {}  # {step: own answers} of the steps that were drawn together
+
+    def answers_at(old, k):
+        """The own answers of step k by the policy at the start of its round. On a GPU those of several steps are drawn together."""
+        if k not in drawn:
+            drawn.clear()
+            drawn.update(draw_together(old, k, rows, cfg, tokenizer.eos_id))
+        return drawn[k]
 
     old = None if cfg.precompute_ref else frozen_copy(policy)  # π_t: the policy at the start of the round
     ref = old if cfg.ref == "round" else frozen_copy(policy)  # "round": the same object, updated together with old
@@ -126,10 +153,10 @@ def main(cfg):
         if t != t_before and old is not None:  # a round begins
             old.load_state_dict(policy.state_dict())
         if old is None and (t != t_before or k == run.first_step):  # a round begins, or a resumed run enters one
-            answers, ref = remember_round(run, policy, rows, batch_of, tokenizer, t, answers_of)
+            answers, ref = remember_round(run, policy, rows, batch_of, tokenizer, t, answers_at)
 
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
-        completions = answers[k] if old is None else answers_of(old, k, picked)
+        completions = answers[k] if old is None else answers_at(old, k)
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         losses, stats = [], Mean()
@@ -155,13 +182,13 @@ def main(cfg):
     return run.close(policy, tokenizer)
 
 
-def remember_round(run, policy, rows, batch_of, tokenizer, t, answers_of):
+def remember_round(run, policy, rows, batch_of, tokenizer, t, answers_at):
     """For --precompute_ref, called when round t begins: ({step: own answers of the policy}, the reference as a Remembered model).
 
-    answers_of(policy, step, picked) -> completions for the prompts of rows[picked]. batch_of(rows, picked) -> Batch of demonstrations.
+    answers_at(policy, step) -> completions for the step's prompts. batch_of(rows, picked) -> Batch of demonstrations.
     """
     cfg = run.cfg
-    steps = [k for k in range(cfg.steps) if k * cfg.rounds // cfg.steps == t]
+    steps = steps_of_round(t, cfg)
     picked = {k: batch_rows(len(rows), cfg.batch_size, k, cfg.seed) for k in steps}
 
     def sides(k, completions):
@@ -169,7 +196,7 @@ def remember_round(run, policy, rows, batch_of, tokenizer, t, answers_of):
         return batch_of(rows, picked[k]), own.to(run.device)
 
     def compute(k):
-        completions = answers_of(policy, k, picked[k])
+        completions = answers_at(policy, k)
         logps = [in_micro(functools.partial(seq_logps, policy), side, cfg.micro_batch).tolist() for side in sides(k, completions)]
         return {"answers": completions, "logps": logps}
 

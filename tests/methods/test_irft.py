@@ -14,6 +14,7 @@ from minialign.methods import irft
 from minialign.methods.irft import irft_loss
 from minialign.methods.sft import sft_loss
 from minialign.tokenizer import load_tokenizer
+from tests.killing import result_of
 
 H = ("logistic", "hinge", "identity")
 
@@ -140,6 +141,38 @@ def test_rounds_renew_the_sampler(small, monkeypatch, rounds, distinct):
     module, cfg = small("irft", rounds=rounds)
     module.main(cfg)
     assert len({tuple(weight.flatten().tolist()) for weight in seen}) == distinct
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_answers_of_several_steps_are_drawn_together(small, monkeypatch, precompute):
+    """On a GPU: here room for 20 rows, two steps of 8. Rounds of 3 steps are drawn as 2 + 1; the run is that of single draws to rounding.
+    Killed in the middle of a pair, it draws the pair again and goes on bitwise."""
+    settings = dict(rounds=2, precompute_ref=precompute, save_every=1)
+    module, cfg = small("irft", **settings)
+    alone = module.main(cfg)
+    monkeypatch.setattr(irft, "most_rows", lambda *_: 20)
+    seen = watch_rollouts(monkeypatch)
+    module, cfg = small("irft", **settings)
+    together = module.main(cfg)
+    assert len(seen) == 4
+    for one, other in zip(*[read_rows(folder / "metrics.jsonl") for folder in (alone, together)], strict=True):
+        one, other = ({name: value for name, value in row.items() if name != "seconds"} for row in (one, other))
+        assert other == pytest.approx(one, abs=1e-9)
+    whole, step = result_of(together), irft.step
+    module, cfg = small("irft", **settings)
+    calls = []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(irft, "step", dies)
+        with pytest.raises(MemoryError):
+            module.main(cfg)
+    assert result_of(module.main(module.Config(resume=cfg.out))) == whole
 
 
 def test_refreshed_and_initial_reference_differ_from_the_second_round_on(small):

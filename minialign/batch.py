@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.nn.functional as F
 
-from minialign.engine.common import BadInput, deal
+from minialign.engine.common import BadInput, passes
 
 
 @dataclass
@@ -34,12 +34,14 @@ class Batch:
         return len(self.inputs)
 
     def __getitem__(self, rows):
-        """Some of the rows: a slice, or a list of indices. The tensors of a slice are views: writing into it also writes into the batch."""
+        """Some of the rows: a slice (its tensors are views, so writing into it also writes into the batch), or a list of indices."""
         return self._map(lambda part: part[rows], lambda part: part[rows] if isinstance(rows, slice) else [part[b] for b in rows])
 
-    def dealt(self, micro_batch, *, lengths=None, unit=1):
-        """The rows in the order of common.deal, which needs less padding in micro-batches. lengths: other tokens to sort by, B ints."""
-        return deal(self, lengths or self.sizes, micro_batch, unit=unit)
+    def micro_batches(self, micro_batch, *, lengths=None, unit=1):
+        """This process's micro-batches, trimmed, with rows of similar length in each: see common.passes. lengths: B ints to
+        deal by instead of `sizes`. If there is one, it is the batch itself; otherwise they are copies."""
+        dealt = passes(lengths or self.sizes or [1] * len(self), micro_batch, unit=unit)
+        return [self] if dealt == [[*range(len(self))]] else [self[own].trimmed() for own in dealt]
 
     def trimmed(self):
         """Without the columns in which every row has padding. The tensors are views."""

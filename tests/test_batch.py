@@ -174,6 +174,7 @@ def test_the_rows_of_a_batch_are_picked_and_trimmed():
     assert picked.inputs.tolist() == [[7, 8, 9, 0], [1, 2, 3, 4]] and picked.sizes == [3, 4]
     picked.inputs[0, 0] = 1
     assert batch.inputs[2, 0] == 7
-    assert batch.dealt(1).sizes == [4, 3, 2] and batch.dealt(0).sizes == [4, 2, 3]
+    assert [micro.sizes for micro in batch.micro_batches(2)] == [[4, 3], [2]] and batch.micro_batches(0) == [batch]
+    assert [micro.inputs.shape for micro in batch.micro_batches(2, lengths=[1, 1, 9])] == [(1, 3), (2, 4)]
     by_hand = Batch(batch.inputs, batch.targets, batch.mask)  # whose sizes are not known
-    assert by_hand.trimmed().inputs.shape == (3, 4)
+    assert by_hand.trimmed().inputs.shape == (3, 4) and len(by_hand.micro_batches(2)) == 2

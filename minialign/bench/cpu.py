@@ -18,6 +18,7 @@ Checked by tests/bench/test_cpu.py.
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import io
 import json
@@ -34,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from minialign.data import plain_text, read_preferences
+from minialign.engine import common
 from minialign.engine.common import BadInput, describe_device, environment, write_atomic
 from minialign.kernels.linear_logprob import logits_of
 from minialign.logps import linear_logps
@@ -42,7 +45,7 @@ from minialign.sample import sample, stepper
 from minialign.tokenizer import train_bpe
 from minialign.weights import save_pretrained
 
-TABLES = ("log-probs", "generation", "steps", "start-up")
+TABLES = ("log-probs", "generation", "steps", "ragged", "start-up")
 SHAPES = {"tiny": dict(n_embd=256, vocab_size=8192), "70m": dict(n_embd=512, vocab_size=50304)}  # GPT-NeoX, six layers each
 STEPS = {"small": (16, dict(n_embd=128, vocab_size=2048, n_layer=4, n_head=4)), "70m": (8, SHAPES["70m"])}  # (rows of a step, shape)
 
@@ -55,6 +58,7 @@ class Config:
     rounds: int = 5                 # rounds, each with one run of every implementation; one more goes first and is not counted
     threads: int = 1                # threads that torch uses
     only: list[str] = field(default_factory=lambda: list(TABLES))  # which tables to measure
+    pairs: str = ""                 # a file of preferences for the ragged table; default: rows with log-normal lengths
     gpu: bool = False               # measure one CUDA card instead, with the tables of gpu.py
     out: str = "runs/bench.json"    # file for the numbers
 
@@ -274,12 +278,41 @@ def letters(completions, **_):
     return [float(text.count("e")) for text in completions]
 
 
-def trainers(folder, shape, rows, n_prompt, n_completion):
-    """{method: {name: function that takes a number of steps}}: TRL's trainer, our main(), and the bare products, on the same texts."""
+NEVER = 10**9
+
+
+def own_run(folder, name, settings):
+    """A function that takes a number of steps with a method's main(), from the policy in folder/policy."""
+    method = importlib.import_module(f"minialign.methods.{name}")
+
+    def run(steps):
+        method.main(method.Config(
+            policy=str(folder / "policy"), device="cpu", held_out=0.0, warmup=0.0, schedule="constant", lr=1e-5, steps=steps,
+            log_every=NEVER, eval_every=NEVER, save_every=NEVER, out=str(folder / f"{name}-{time.time_ns()}"), **settings))
+
+    return run
+
+
+def trl_run(folder, name, records, settings, reward=None):
+    """A function that takes a number of steps with TRL's trainer of the same method."""
     import datasets
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    def run(steps):
+        args = getattr(trl, f"{name}Config")(
+            output_dir=str(folder / "trl"), max_steps=steps, learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0,
+            gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[], save_strategy="no", logging_steps=NEVER,
+            disable_tqdm=True, **settings)
+        getattr(trl, f"{name}Trainer")(
+            model=AutoModelForCausalLM.from_pretrained(folder / "policy"), args=args, train_dataset=datasets.Dataset.from_list(records),
+            processing_class=AutoTokenizer.from_pretrained(folder / "policy"), **({"reward_funcs": reward} if reward else {})).train()
+
+    return run
+
+
+def trainers(folder, shape, rows, n_prompt, n_completion):
+    """{method: {name: function that takes a number of steps}}: TRL's trainer, our main(), and the bare products, on the same texts."""
     tokenizer, pieces = own_sources(n_prompt, n_completion)
     policy = neox(**shape)
     save_pretrained(policy, folder / "policy", tokenizer)
@@ -288,31 +321,8 @@ def trainers(folder, shape, rows, n_prompt, n_completion):
     for name, records in (("demos", demos), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     (folder / "e.py").write_text("def letters(prompts, completions):\n    return [float(text.count('e')) for text in completions]\n")
-    longest, never = 2 * (n_prompt + n_completion), 10**9  # (a decoded text may have another number of tokens when encoded again)
-
-    def ours(name, settings):
-        method = importlib.import_module(f"minialign.methods.{name}")
-        often = dict(log_every=never, eval_every=never, save_every=never)
-
-        def run(steps):
-            method.main(method.Config(
-                policy=str(folder / "policy"), device="cpu", held_out=0.0, warmup=0.0, schedule="constant", lr=1e-5, steps=steps, **often,
-                out=str(folder / f"{name}-{time.time_ns()}"), **settings))
-
-        return run
-
-    def theirs(name, records, settings, reward=None):
-        def run(steps):
-            args = getattr(trl, f"{name}Config")(
-                output_dir=str(folder / "trl"), max_steps=steps, learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0,
-                gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[], save_strategy="no", logging_steps=never,
-                disable_tqdm=True, **settings)
-            getattr(trl, f"{name}Trainer")(
-                model=AutoModelForCausalLM.from_pretrained(folder / "policy"), args=args, train_dataset=datasets.Dataset.from_list(records),
-                processing_class=AutoTokenizer.from_pretrained(folder / "policy"), **({"reward_funcs": reward} if reward else {})).train()
-
-        return run
-
+    longest = 2 * (n_prompt + n_completion)  # (a decoded text may have another number of tokens when encoded again)
+    ours, theirs = functools.partial(own_run, folder), functools.partial(trl_run, folder)
     tokens, scored = rows * (n_prompt + n_completion), rows * n_completion
 
     def bare(reference, generated):
@@ -366,6 +376,76 @@ def training_steps(rounds, count=4, shapes=STEPS, n_prompt=32, n_completion=64):
     return made
 
 
+def ragged_rows(tokenizer, pairs):
+    """16 · 8 preference rows with the lengths of those in a file, or with log-normal ones (median 100 tokens of a prompt and 50 of an
+    answer, σ .9, at most 400 and 200), cut from this package's own source text."""
+    lengths = torch.Generator().manual_seed(0)
+    if pairs:
+        rows = read_preferences(pairs)
+        picked = torch.randperm(len(rows), generator=lengths)[:128].tolist()
+        return [{"prompt": plain_text(rows[i].prompt), "chosen": plain_text(rows[i].chosen), "rejected": plain_text(rows[i].rejected)}
+                for i in picked]
+    ids = [i for path in sorted(Path(__file__).parents[1].rglob("*.py")) for i in tokenizer.encode(path.read_text(encoding="utf-8"))]
+    normal, start, made = torch.randn(128, 3, generator=lengths), 0, []
+    for row in (normal * 0.9).exp().tolist():
+        pieces = []
+        for name, factor, median, most in zip(("prompt", "chosen", "rejected"), row, (100, 50, 50), (400, 200, 200), strict=True):
+            size = min(most, max(2, int(median * factor)))
+            pieces.append((name, tokenizer.decode(ids[start : start + size])))
+            start = (start + size) % (len(ids) - 1000)
+        made.append(dict(pieces))
+    return made
+
+
+def ragged(rounds, pairs="", count=4, shape=STEPS["small"][1]):
+    """Rows of the table: a DPO step of 16 ragged pairs in passes of 2 by TRL and by us, dealt by length and as they come. Beside the time:
+    the tokens that went through the model for each real one, padding included, counted at its embedding."""
+    tokenizer, _ = own_sources(32, 64)
+    rows = ragged_rows(tokenizer, pairs)
+    sides = [[tokenizer.encode(row["prompt"] + row[side]) for row in rows] for side in ("chosen", "rejected")]
+    real = sum(min(512, len(ids)) for side in sides for ids in side) / len(rows)  # tokens of a pair
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        save_pretrained(neox(**shape), folder / "policy", tokenizer)
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        own = own_run(folder, "dpo", dict(pairs=str(folder / "pairs.jsonl"), max_len=512, batch_size=16, micro_batch=2))
+
+        def as_they_come(steps):
+            dealt, common.passes = common.passes, lambda lengths, size: common.split_micro(range(len(lengths)), size)
+            try:
+                own(steps)
+            finally:
+                common.passes = dealt
+
+        works = {"trl": trl_run(folder, "DPO", rows, dict(per_device_train_batch_size=2, gradient_accumulation_steps=8, max_length=512,
+                                                          beta=0.1)),
+                 "minialign, rows as they come": as_they_come, "minialign": own}
+        seconds, padded = {who: [] for who in works}, {}
+        for _ in range(rounds):
+            for who, run in works.items():
+                with Stopwatch() as watch, counted_tokens() as tokens, quiet():
+                    run(count)
+                seconds[who].append(watch.median())
+                padded[who] = sum(tokens) / (2 * count * 16 * real)  # policy and reference read each pair
+        return [row | {"padded": padded[row["name"]]} for row in table(seconds)]
+
+
+@contextlib.contextmanager
+def counted_tokens():
+    """A list to which every embedding of tokens adds their number, in any model."""
+    counted, embed = [], F.embedding
+
+    def counting(input, *more, **options):
+        counted.append(input.numel())
+        return embed(input, *more, **options)
+
+    torch.nn.functional.embedding = counting
+    try:
+        yield counted
+    finally:
+        torch.nn.functional.embedding = embed
+
+
 @contextlib.contextmanager
 def quiet():
     """Suppress what the loops print, so that only our tables are shown."""
@@ -391,7 +471,8 @@ def start_up(rounds):
 def show(title, rows):
     """Print the rows of one table, without columns that no row fills."""
     columns = {"ratio": "7.2f", "least": "7.2f", "most": "7.2f", "seconds": "10.4f", "ms": "10.3f", "tokens/s": "12,.0f",
-               "ps per N V": "12.3f", "share of the rate": "19.2f", "memory": "9.2f", "peak MiB": "11,.0f", "error": "10.1e",
+               "ps per N V": "12.3f", "padded": "9.2f", "share of the rate": "19.2f",
+               "memory": "9.2f", "peak MiB": "11,.0f", "error": "10.1e",
                "entropy error": "15.1e", "gradient error": "16.1e"}
     columns = {name: form for name, form in columns.items() if any(row.get(name) is not None for row in rows)}
     width = max(len(title), *(len(row["name"]) + 2 for row in rows)) + 2
@@ -437,7 +518,9 @@ def cpu_tables(cfg):
             what = "log-prob and entropy" if entropy else "log-prob"
             yield f"{what}, forward and backward: N {cfg.n}, C {cfg.c}, V {cfg.v}", log_probs(cfg, entropy)
     with_peers = {"generation": ("16 rows of 32 + 128 tokens, six layers of GPT-NeoX", generation),
-                  "steps": ("an optimizer step: rows of 32 + 64 tokens; small: four layers, C 128, V 2048", training_steps)}
+                  "steps": ("an optimizer step: rows of 32 + 64 tokens; small: four layers, C 128, V 2048", training_steps),
+                  "ragged": ("a DPO step of 16 ragged pairs in passes of 2; padded: tokens computed for each real one",
+                             functools.partial(ragged, pairs=cfg.pairs))}
     for name, (what, make) in with_peers.items():
         if name in cfg.only:
             try:

@@ -48,50 +48,43 @@ def batch_rows(n_rows, batch_size, step, seed):
 
 
 def split_micro(rows, micro_batch):
-    """Cut one batch of rows (a list, a range, a tensor, a Batch) into micro-batches of at most `micro_batch` rows; 0 means one piece.
-
-    A micro-batch of a Batch is trimmed to its longest row. Slices of tensors are views, so writing into a micro-batch also writes into the
-    batch. Under torchrun each process gets only its part.
-    """
-    assert len(rows) % parallel.world() == 0, (len(rows), parallel.world())
-    rows = parallel.local_rows(rows)
+    """Cut rows (a list, a range, a tensor) into micro-batches of at most `micro_batch` rows, in their order; 0 means one piece."""
     size = micro_batch or len(rows)
-    pieces = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return [piece.trimmed() if hasattr(piece, "trimmed") else piece for piece in pieces]
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def deal(rows, lengths, micro_batch, *, unit=1):
-    """The rows of a step in the order in which split_micro gives rows of similar length to the same forward pass, in all processes.
+SHORTEST = 2 / 3  # a pass holds no row shorter than this share of its longest, unless the processes need it to be equally full
 
-    rows: a list, a range or a Batch. lengths: the tokens of each. unit: this many neighbours stay together. Padding
-    costs as much as real tokens, and passes of the processes wait for each other. Rows are sorted from the longest to the shortest, so a
-    step that does not fit in memory fails at once; each pass of all processes gets the next ones. A step's gradient is a sum over its rows,
-    so their order changes it by rounding only. One process with one micro-batch keeps the order.
+
+def passes(lengths, micro_batch, *, unit=1, rank=None):
+    """How a step's rows are dealt to the passes of this process (or of process `rank`): lists of the rows' places.
+
+    lengths: the tokens of each row. micro_batch: the most rows of a pass; 0 means all of this process. unit: this many neighbours stay
+    together. Padding costs as much as real tokens, and the passes of all processes wait for each other. So rows are sorted from the longest
+    to the shortest (a step that does not fit in memory fails at once), and in each pass all processes take equally many of the next ones.
+    The gradient of a step is a sum over its rows: which of them share a pass changes it by rounding only. One process with one pass keeps
+    the order.
     """
-    order = dealt(lengths, micro_batch, unit)
-    return rows if order is None else [rows[i] for i in order] if isinstance(rows, (list, tuple, range)) else rows[order]
+    world, rank = parallel.world(), parallel.rank() if rank is None else rank
+    n, most = len(lengths), world * (micro_batch or -(-len(lengths) // parallel.world()))  # rows of one pass of all processes
+    assert n % (world * unit) == most % (world * unit) == 0, (n, most, world, unit)
+    if world == 1 and n <= most:
+        return [[*range(n)]]
+    size = [max(lengths[g : g + unit]) for g in range(0, n, unit)]  # of each unit
+    units, dealt, start = sorted(range(n // unit), key=lambda g: -size[g]), [], 0  # (those of equal size keep their order)
+    while start < len(units):
+        end = start + world
+        while end < len(units) and end - start < most // unit and size[units[end]] >= SHORTEST * size[units[start]]:
+            end += world
+        dealt.append([g * unit + i for g in units[start:end][rank::world] for i in range(unit)])
+        start = end
+    return dealt
 
 
 def micro_batches(picked, rows, cfg):
-    """The micro-batches of a step: lists of the numbers in `picked`, the places of its rows among the encoded rows. See `deal`."""
+    """The micro-batches of a step: lists of the numbers in `picked`, the places of its rows among the encoded rows. See `passes`."""
     lengths = row_lengths([rows[i] for i in picked], getattr(cfg, "max_len", math.inf))
-    return split_micro(deal(picked, lengths, cfg.micro_batch), cfg.micro_batch)
-
-
-def dealt(lengths, micro_batch, unit=1):
-    """The order of `deal` as a list of indices; None if it is that of the rows."""
-    world, part = parallel.world(), len(lengths) // parallel.world()
-    size = min(micro_batch or part, part)
-    if size == len(lengths):
-        return None
-    assert size % unit == part % unit == 0, (size, part, unit)
-    groups = sorted(range(len(lengths) // unit), key=lambda g: -max(lengths[g * unit : (g + 1) * unit]))  # equal ones keep their order
-    own = [[] for _ in range(world)]
-    for start in range(0, part, size):  # the groups of one pass of all processes
-        of_pass = groups[start * world // unit : min(start + size, part) * world // unit]
-        for process in range(world):
-            own[process] += [g * unit + i for g in of_pass[process::world] for i in range(unit)]
-    return [i for rows in own for i in rows]
+    return [[picked[i] for i in own] for own in passes(lengths, cfg.micro_batch)]
 
 
 def row_lengths(rows, max_len=math.inf):
@@ -134,13 +127,12 @@ def in_micro(function, rows, micro_batch, encoded=None):
         again = [i % n for i in range(n + -n % parallel.world())]
         rows, lengths = [rows[i] for i in again], [lengths[i] for i in again]
     outputs = []
-    for micro in split_micro(deal(rows, lengths, micro_batch), micro_batch):
-        output = function(micro)
+    for own in passes(lengths, micro_batch):
+        output = function(rows[own].trimmed() if width else [rows[i] for i in own])
         outputs.append(F.pad(output, (0, width - output.shape[1])) if width and output.dim() == 2 else output)
-    joined, order = parallel.gather_rows(torch.cat(outputs)), dealt(lengths, micro_batch)
-    if order is not None:
-        joined = joined[torch.tensor(order).argsort().to(joined.device)]
-    return joined[:n]
+    order = [i for rank in range(parallel.world()) for own in passes(lengths, micro_batch, rank=rank) for i in own]
+    joined = parallel.gather_rows(torch.cat(outputs))
+    return (joined if order == [*range(len(order))] else joined[torch.tensor(order).argsort().to(joined.device)])[:n]
 
 
 def lr_at(step, *, lr, steps, warmup=0.0, schedule="cosine"):

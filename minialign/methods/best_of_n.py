@@ -29,7 +29,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate, masked_mean
-from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr
 from minialign.engine.look import first_rollout
 from minialign.engine.opening import open_online
 from minialign.engine.run import Run
@@ -122,7 +122,7 @@ def main(cfg):
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         losses, stats = [], Mean()
-        for micro in split_micro(winners.dealt(cfg.micro_batch), cfg.micro_batch):
+        for micro in winners.micro_batches(cfg.micro_batch):
             loss, micro_stats = step(policy, micro, cfg)
             share = len(micro) / len(winners)  # the loss is a mean over winners: a micro-batch is weighted by its number of winners
             loss = loss * share

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 from minialign.batch import Pairs, collate
-from minialign.engine.common import BadInput, in_micro, split_micro
+from minialign.engine.common import BadInput, in_micro
 from minialign.engine.opening import open_policy
 from minialign.engine.run import Run
 from minialign.lora import frozen_copy
@@ -109,12 +109,11 @@ def select_best(policy, anchor, prompts_ids, reward_of, cfg, tokenizer, seed):
 
     best, worst = rows(best_of_n.pick(rewards)), rows(best_of_n.pick(-rewards))
     lengths = [max(sizes) for sizes in zip(best.sizes, worst.sizes, strict=True)]
-    best, worst = (batch.dealt(cfg.micro_batch, lengths=lengths) for batch in (best, worst))
     tied = (rewards == rewards[:, :1]).all()
     metrics = rollout_stats(rewards.flatten(), answers, group_size=cfg.n) | {"reward/best": rewards.amax(1).mean()}
 
     def update(epoch, stats):
-        for micro, micro_worst in zip(*[split_micro(x, cfg.micro_batch) for x in (best, worst)], strict=True):
+        for micro, micro_worst in zip(*[x.micro_batches(cfg.micro_batch, lengths=lengths) for x in (best, worst)], strict=True):
             if cfg.policy_step == "bon_sft":
                 loss, micro_stats = best_of_n.step(policy, micro, cfg)
             else:

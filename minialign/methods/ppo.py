@@ -40,7 +40,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import masked_mean, whiten
-from minialign.engine.common import Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr, split_micro
+from minialign.engine.common import Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr
 from minialign.engine.look import first_rollout
 from minialign.engine.opening import open_online, open_value_model
 from minialign.engine.run import Run
@@ -178,7 +178,7 @@ def main(cfg):
             continue
         metrics = rollout_stats(rewards, answers)
         credit(answers, rewards, cfg)
-        answers = answers.dealt(cfg.micro_batch)
+        micros = answers.micro_batches(cfg.micro_batch)
 
         for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
             set_lr(opt, lr_at(k, lr=lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
@@ -187,7 +187,7 @@ def main(cfg):
             optimizer.zero_grad()
             value_optimizer.zero_grad()
             losses, critic_losses = [], []
-            for micro in split_micro(answers, cfg.micro_batch):
+            for micro in micros:
                 loss, critic_loss, micro_stats = step(policy, value_model, micro, cfg, on_policy=epoch == 0)
                 share = sum(map(len, micro.completions)) / sum(map(len, answers.completions))  # both losses are means over tokens
                 ((loss + critic_loss) * share).backward()

@@ -32,7 +32,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import masked_mean
-from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr
 from minialign.engine.look import first_rollout
 from minialign.engine.opening import open_online
 from minialign.engine.run import Run
@@ -99,15 +99,14 @@ def main(cfg):
             continue
         metrics = rollout_stats(rewards, answers, group_size=2)
         answers.rewards = kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)
-        whole_pairs = (cfg.micro_batch + 1) // 2 * 2
-        answers = answers.dealt(whole_pairs, unit=2)
+        micros = answers.micro_batches((cfg.micro_batch + 1) // 2 * 2, unit=2)  # whole pairs
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         total, stats = 0.0, Mean()
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
             losses = []
-            for micro in split_micro(answers, whole_pairs):
+            for micro in micros:
                 loss, micro_stats = step(policy, micro, cfg, on_policy=epoch == 0)
                 share = len(micro) / len(answers)  # the loss is a mean over pairs: a micro-batch is weighted by its number of pairs
                 loss = loss * share

@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import masked_mean
-from minialign.engine.common import Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
+from minialign.engine.common import Mean, batch_rows, derive_seed, lr_at, set_lr
 from minialign.engine.look import first_rollout
 from minialign.engine.opening import open_online
 from minialign.engine.run import Run
@@ -111,12 +111,11 @@ def main(cfg):
         rewards = kl_rewards(rewards, answers.old_logps, answers.ref_logps, beta=cfg.beta)
         metrics["baseline"] = baseline.value
         answers.advantages = rewards - baseline.value  # (B,)
-        answers = answers.dealt(cfg.micro_batch)
 
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         losses, stats = [], Mean()
-        for micro in split_micro(answers, cfg.micro_batch):
+        for micro in answers.micro_batches(cfg.micro_batch):
             loss, micro_stats = step(policy, micro, cfg)
             share = len(micro) / len(answers)  # the loss is a mean over completions: a micro-batch is weighted by its number of them
             loss = loss * share

@@ -31,7 +31,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate, masked_mean
-from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr
 from minialign.engine.look import first_rollout
 from minialign.engine.opening import open_online
 from minialign.engine.run import Run
@@ -120,7 +120,7 @@ def main(cfg):
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
         losses, stats = [], Mean()
-        for micro in split_micro(batch.dealt(cfg.micro_batch), cfg.micro_batch):
+        for micro in batch.micro_batches(cfg.micro_batch):
             loss, micro_stats = step(policy, micro, cfg)
             share = len(micro) / len(batch)  # the loss is a mean over completions: a micro-batch is weighted by its number of them
             loss = loss * share

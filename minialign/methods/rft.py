@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate
-from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, micro_batches, set_lr, split_micro
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import check_sampler, first_look
 from minialign.engine.opening import check_context, open_demos, open_policy
 from minialign.engine.run import Run
@@ -118,10 +118,10 @@ def policy_alignment(policy, value_model, ref, prompts_ids, reward_of, cfg, eos_
         answers.advantages = rloo.leave_one_out(answers.rewards, group_size=cfg.group_size) if method is rloo else None
 
     size, unit = ((cfg.micro_batch + 1) // 2 * 2, 2) if method is rebel else (cfg.micro_batch, 1)  # whole pairs
-    answers = answers.dealt(size, unit=unit)
+    micros = answers.micro_batches(size, unit=unit)
 
     def update(epoch, stats):
-        for micro in split_micro(answers, size):
+        for micro in micros:
             tokens, share = sum(map(len, micro.completions)), len(micro) / len(answers)  # the loss is a mean over completions
             if method is ppo:
                 loss, critic_loss, micro_stats = ppo.step(policy, value_model, micro, settings, on_policy=epoch == 0)

@@ -1,21 +1,36 @@
-"""Every recipe's --smoke and --plan; its numbers are a Config of its method; the plan's counts against the thing itself."""
+"""Every recipe's --smoke and --plan; its numbers are a Config of its method; the plan's counts against the thing itself.
+
+The activations are counted on the meta device, where tensors have sizes and no content: every storage that an operation makes, until it
+is freed.
+"""
 
 import dataclasses
 import importlib
+import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minialign import recipes
-from minialign.model import GPT
+from minialign.batch import Batch
+from minialign.engine.look import layer_numbers
+from minialign.kernels import linear_logprob
+from minialign.logps import token_logps
+from minialign.model import GPT, GPTConfig
 from minialign.settings import field_comments
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in (ROOT / "minialign/recipes").glob("[!_]*.py"))
+FILES = {path.stem for path in (ROOT / "minialign/recipes").glob("[!_]*.py")}
+CHAINS = sorted(name for name in FILES if name.startswith("chain_"))
+NAMES = sorted(FILES - {*CHAINS})
 QUICK = ("irft_ultrachat_zephyr",)  # the others by the slow tests
 
 
@@ -42,12 +57,150 @@ def test_smoke_with_adapters():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("card", recipes.CARDS)
 def test_plan(name, card, capsys):
-    """Finite numbers for every card; on the cards of 80 GB and more the recipe fits as it stands."""
+    """Finite numbers for every card. On its own card a recipe fits as it stands, with a tenth of the card to spare."""
     recipe = importlib.import_module(f"minialign.recipes.{name}").RECIPE
     numbers = recipes.print_plan(recipe, recipe.Config(), card)
-    assert numbers["steps"] > 0 and all(size > 0 for size in numbers["memory"].values()) and sum(numbers["hours"].values()) > 0
-    assert sum(numbers["memory"].values()) < recipes.CARDS[card][0]
-    assert f"{numbers['parameters']:,} parameters" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert numbers["steps"] > 0 and all(size > 0 for part in ("resident", "phases") for size in numbers[part].values())
+    assert sum(numbers["hours"].values()) > 0 and f"{numbers['parameters']:,} parameters" in said
+    assert numbers["GiB"] == sum(numbers["resident"].values()) + max(numbers["phases"].values()) and numbers["resident"]["reserve"] == 6
+    assert recipes.fits(numbers) == ("DOES NOT FIT" not in said) == (numbers["GiB"] <= 0.9 * numbers["card"])
+    assert card != recipe.card or recipes.fits(numbers)
+
+
+def test_a_plan_that_does_not_fit_names_the_flags_that_make_it_fit(capsys):
+    """DPO of a 7B model whose activations are all kept, and whose micro-batch is large: too much for 80 GB, and not with the flags."""
+    recipe = importlib.import_module("minialign.recipes.dpo_ultrafeedback_mistral").RECIPE
+    cfg = dataclasses.replace(recipe.Config(), micro_batch=8, activation_checkpointing=False)
+    assert not recipes.fits(recipes.print_plan(recipe, cfg, "h100"))
+    assert "DOES NOT FIT; it does with --activation_checkpointing\n" in capsys.readouterr().out
+    assert recipes.fits(recipes.plan(recipe, dataclasses.replace(cfg, activation_checkpointing=True), "h100"))
+    alone = dataclasses.replace(recipe, gpus=1)
+    assert recipes.what_fits(alone, cfg, "h100") == "--nproc_per_node 4 --activation_checkpointing"
+    evaluated = dataclasses.replace(recipe.Config(), micro_batch=0)  # all 128 pairs of a card at once, in evaluation too
+    assert recipes.plan(recipe, evaluated, "h100")["phases"]["a micro-batch in evaluation"] > 25
+
+
+# ------------------------------------------------------------------------------------------- activations, counted on meta tensors
+
+
+class Peak(TorchDispatchMode):
+    """The bytes of all storages that operations have made and that still exist: now, and at most. Known ones are not counted."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.seen, self.now, self.most = {t.untyped_storage()._cdata for t in known}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name == "aten::index" and args[1][0].dtype == torch.bool:  # which rows a mask picks is unknown here: all of them
+            out = args[0].new_empty(args[1][0].numel(), *args[0].shape[args[1][0].dim() :])
+        elif name in ("aten::index_put", "aten::_index_put_impl_", "aten::index_put_"):
+            out = args[0]
+        elif name == "aten::masked_select":
+            out = args[0].new_empty(args[1].numel())
+        else:
+            out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+class Flash(torch.autograd.Function):
+    """Attention as a GPU's fused kernels keep it: queries, keys, values, the output and one number per query; no scores."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, lse = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2), q.new_empty(q.shape[:3])
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
+def narrow_products(monkeypatch):
+    """On the meta device what linear_logprob.py does on CUDA: slices of the same size, products of bfloat16 without a float32 copy."""
+    monkeypatch.setitem(linear_logprob.SLICE_BYTES, "meta", linear_logprob.SLICE_BYTES["cuda"])
+    monkeypatch.setattr(linear_logprob, "matmul_wide", lambda a, b: torch.empty(len(a), b.shape[1], device="meta"))
+    monkeypatch.setattr(linear_logprob, "update_statistics", lambda *args, **more: None)
+    monkeypatch.setattr(linear_logprob, "to_gradient", lambda *args: None)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: Flash.apply(q, k, v))
+
+
+SHAPES = {**recipes.MODELS, "gpt2": GPTConfig(vocab_size=500, n_layer=4, n_head=4, n_embd=256, norm="layer", activation="gelu_tanh",
+                                              gated=False, positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True, max_len=64),
+          "qwen3": GPTConfig(vocab_size=500, n_layer=4, n_head=4, n_kv_head=2, n_embd=256, head_dim=128, ffn_dim=512, qk_norm=True)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_numbers_of_a_layer_are_those_it_keeps(name, monkeypatch):
+    """Bytes kept with four layers minus bytes kept with two: two layers', to a hundredth of what layer_numbers says. And a pass without
+    gradient holds no more than it says besides the embeddings, however many layers there are."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: Flash.apply(q, k, v))
+    kept, ids = {}, torch.zeros(2, 64, dtype=torch.long, device="meta")
+    for layers in (2, 4):
+        config = dataclasses.replace(SHAPES[name], n_layer=layers, windows=SHAPES[name].windows[:2] * (layers // 2))
+        with torch.device("meta"):
+            model = GPT(config).to(torch.bfloat16)
+        with Peak(model.parameters()) as peak:
+            hidden = model.hidden(ids)
+        kept[layers] = peak.now
+        with Peak(model.parameters()) as passing, torch.no_grad():
+            model.hidden(ids)
+        assert passing.most <= (layer_numbers(config)[1] + config.n_embd) * 2 * ids.numel()
+        del hidden
+    assert (kept[4] - kept[2]) / (2 * 2 * ids.numel()) == pytest.approx(layer_numbers(config)[0], rel=0.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counted_activations_are_under_the_plan(name, monkeypatch):
+    """A training micro-batch and an evaluation of two layers at full width and length: every byte that exists at the same time, beside
+    weights and gradients, is at most what the plan has for activations and log-probs, and not far below it."""
+    recipe = importlib.import_module(f"minialign.recipes.{name}").RECIPE
+    cfg = dataclasses.replace(recipe.Config(), dtype="bfloat16")  # (mixed computes in bfloat16; here there is nothing to gather)
+    cfg, one = dataclasses.replace(cfg, batch_size=cfg.batch_size // recipe.gpus), dataclasses.replace(recipe, gpus=1)
+    config = recipes.MODELS[recipe.model]
+    config = dataclasses.replace(config, n_layer=2, windows=config.windows[:2])
+    numbers = recipes.plan(one, cfg, "h100", config=config)
+    narrow_products(monkeypatch)
+    learned = recipe.name == "reward_model"
+    with torch.device("meta"):
+        models = [GPT(config).to(torch.bfloat16) for _ in range(1 + (recipe.name in ("ppo", "rft", "irl")))]
+        models = [model.with_scalar_head() if learned or i else model for i, model in enumerate(models)]
+        rows = cfg.micro_batch * (2 if recipe.name in ("dpo", "orpo", "irft", "reward_model") else 1)
+        ids = torch.zeros(2 * rows, numbers["length"], dtype=torch.long)
+        batch = Batch(ids, ids, ids == 0)
+    weights = [p for model in models for p in model.parameters()]
+    for model in models:
+        model.recompute = cfg.activation_checkpointing
+    for p in weights:
+        p.grad = torch.empty_like(p)
+    known = [t for p in weights for t in (p, p.grad)]
+
+    def forward(rows):
+        return [model(rows.inputs).sum() if model.config.head == "scalar" else token_logps(model, rows).sum() for model in models]
+
+    with Peak(known) as training:
+        sum(forward(batch[:rows])).backward()
+    sides = 2 if recipe.name in ("dpo", "orpo") else 1  # (these evaluate pairs in one pass)
+    with Peak(known) as evaluation, torch.no_grad():
+        forward(batch[: sides * cfg.micro_batch])
+    made = 2 * max(model.tok_embed.weight.nbytes for model in models)  # new gradients of embedding and head, before they are added
+    for peak, phase, besides, least in ((training, "a micro-batch in training", made, 0.45),
+                                        (evaluation, "a micro-batch in evaluation", 0, 0.15)):  # (where 1 GiB for slices is the most)
+        planned = numbers["phases"][phase] * 2**30 + besides
+        assert least * planned < peak.most <= planned, (phase, peak.most / 2**30, planned / 2**30)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,23 +230,65 @@ def test_what_a_plan_counts():
     recipe = importlib.import_module("minialign.recipes.sft_tldr_pythia").RECIPE
     cfg, parameters = recipe.Config(), PUBLISHED["pythia-1b"]
     numbers = recipes.plan(recipe, cfg, "h100")
-    assert numbers["memory"]["weights"] == 4 * parameters / 2 / 2**30
-    assert numbers["memory"]["gradients and AdamW"] == 12 * parameters / 2 / 2**30 and "frozen copies" not in numbers["memory"]
-    seconds = 6 * parameters * cfg.steps * cfg.batch_size * cfg.max_len / 2 / (790e12 * 0.5)
-    assert numbers["hours"] == {"training and scoring": pytest.approx(seconds / 3600)}
-    # An evaluation samples four answers, two on each card, from a bfloat16 copy of all weights, with a cache of 16 layers, keys and values.
-    assert numbers["memory"]["whole copy to sample and export"] == 2 * parameters / 2**30
-    positions = (cfg.max_prompt or 512) + cfg.max_new
-    assert numbers["memory"]["cache of sampling"] == pytest.approx(1.75 * 2 * positions * 16 * 2 * 2048 * 2 / 2**30)
+    assert numbers["resident"]["weights"] == 4 * parameters / 2 / 2**30
+    assert numbers["resident"]["gradients and AdamW"] == 12 * parameters / 2 / 2**30 and "frozen copies" not in numbers["resident"]
+    assert numbers["length"] == 576  # 565 tokens are 564 positions, in whole 64s 576
+    seconds = 6 * parameters * cfg.steps * cfg.batch_size * 576 / 2 / (790e12 * 0.5)
+    assert numbers["hours"]["training and scoring"] == pytest.approx(seconds / 3600)
+    # Ten evaluations of 1 % of the rows, forward only. Each samples four answers, two on each card, from a bfloat16 copy of all weights
+    # with a cache of 16 layers, keys and values; the copy's other half comes from the other card.
+    assert numbers["hours"]["evaluation"] == pytest.approx(10 * 2 * parameters * 1_167 * 576 / 2 / (790e12 * 0.5) / 3600)
+    assert numbers["hours"]["whole copies, gathered"] == pytest.approx(11 * parameters / 360e9 / 3600)
+    positions, width = cfg.max_prompt + cfg.max_new, 2048
+    assert numbers["hours"]["sampling"] == pytest.approx(
+        10 * cfg.max_new * (2 * parameters + 2 * 16 * 2 * width * 2 * (positions - cfg.max_new / 2)) / (3.0e12 * 0.6) / 3600)
+    cache, prefill = 1.75 * 2 * positions * 16 * 2 * width * 2, 2 * cfg.max_prompt * (6 * width + 2 * 8192) * 2
+    assert numbers["phases"]["sampling"] == pytest.approx((2 * parameters + cache + prefill + 2 * 16 * 50304) / 2**30)
+    assert numbers["host"] == {"loading": 2 * 2 * parameters / 2**30, "saving": 12 * parameters / 2**30}
+    training = "a micro-batch in training"
     again = recipes.plan(recipe, dataclasses.replace(cfg, activation_checkpointing=True), "h100")
     assert again["hours"]["training and scoring"] == pytest.approx(8 / 6 * seconds / 3600)
-    assert again["memory"]["activations of a micro-batch"] < numbers["memory"]["activations of a micro-batch"] / 5
+    assert again["phases"][training] < numbers["phases"][training] / 2
     adapters = recipes.plan(recipe, dataclasses.replace(cfg, lora=64), "h100")
-    assert adapters["memory"]["gradients and AdamW"] < numbers["memory"]["gradients and AdamW"] / 20
+    assert adapters["resident"]["gradients and AdamW"] < numbers["resident"]["gradients and AdamW"] / 20
     half = recipes.plan(recipe, dataclasses.replace(cfg, lora=64, dtype="bfloat16"), "h100")  # the base is bfloat16, the adapters are not
-    assert half["memory"]["gradients and AdamW"] == adapters["memory"]["gradients and AdamW"]
-    assert half["memory"]["weights"] == adapters["memory"]["weights"] / 2
+    assert half["resident"]["gradients and AdamW"] == adapters["resident"]["gradients and AdamW"]
+    assert half["resident"]["weights"] == adapters["resident"]["weights"] / 2
     assert adapters["hours"]["training and scoring"] == pytest.approx(4 / 6 * seconds / 3600 * adapters["parameters"] / parameters)
+
+
+def plan_of(name, **changes):
+    recipe = importlib.import_module(f"minialign.recipes.{name}").RECIPE
+    return recipes.plan(recipe, dataclasses.replace(recipe.Config(), **changes), "h100")
+
+
+def test_what_is_done_once_is_planned_once():
+    """By hand: the reference of dpo is scored once per pair, not in each of three epochs; the last pass of reward_model; rows drawn together
+    by IRFT's frozen policy, 64 at a time where a step has 2."""
+    remembered, kept = plan_of("dpo_ultrafeedback_mistral"), plan_of("dpo_ultrafeedback_mistral", precompute_ref=False)
+    passes = {True: 8 * 2 * 184_320 + 2 * 2 * 61_135, False: 8 * 2 * 184_320 + 2 * 2 * 184_320}
+    assert remembered["hours"]["training and scoring"] / kept["hours"]["training and scoring"] == pytest.approx(passes[True] / passes[False])
+    model = plan_of("reward_model_tldr_pythia")
+    rows = 92_858 - 928
+    assert model["hours"]["reward_model's last pass"] == pytest.approx(
+        2 * rows * PUBLISHED["pythia-1b"] * 640 / 2 / (790e12 * 0.5) / 3600)
+    drawn = plan_of("irft_ultrachat_zephyr")
+    assert drawn["together"] == 64 and drawn["hours"]["sampling"] < 0.3
+    by_step = plan_of("irft_ultrachat_zephyr", precompute_ref=False)
+    assert by_step["together"] == 2 and by_step["hours"]["sampling"] > 3
+
+
+def test_receipts_stand_beside_the_plan(tmp_path, capsys, monkeypatch):
+    recipe = importlib.import_module("minialign.recipes.sft_hh_pythia").RECIPE
+    row = {"model": "pythia-1.4b", "method": "sft", "GiB": 20.25, "seconds": 1.5, "evaluation GiB": 8.0, "evaluation seconds": 0.25,
+           "planned GiB": 21.0, "planned seconds": 1.25, "planned evaluation GiB": 9.0, "planned evaluation seconds": 0.5, "tokens/s": 9000.0}
+    record = {"device": "a card", "date": "2026-01-01", "batch_size": 16, "micro_batch": 2, "rows": [row, row | {"method": "dpo"}]}
+    (tmp_path / "receipts.json").write_text(json.dumps(record))
+    monkeypatch.setattr(recipes, "RECEIPTS", tmp_path / "receipts.json")
+    recipes.print_plan(recipe, recipe.Config(), "h100")
+    said = [line for line in capsys.readouterr().out.splitlines() if "receipt" in line]
+    assert said == ["  receipt of a card, 2026-01-01, batch 16, micro-batch 2: 20.2 GiB (planned 21.0), 1.50 s a step (planned 1.25), 9,000 "
+                    "tokens/s; an evaluation 8.0 GiB (planned 9.0), 0.25 s (planned 0.50)"]
 
 
 def test_the_list_names_them_all(capsys):
@@ -107,20 +302,3 @@ def test_the_list_names_them_all(capsys):
 def test_an_unknown_card_is_one_sentence():
     done = run("sft_tldr_pythia", "--plan", "abacus")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a100, h100, h200" in done.stderr
-
-
-@pytest.mark.slow
-def test_receipts_at_small_sizes(tmp_path, capsys):
-    """All four methods of a small model on a CPU: steps are timed and planned, and the file has them."""
-    from minialign.bench import receipts
-
-    small = {"tiny": recipes.small(recipes.MODELS["mistral-7b"], 2048)}
-    small["tiny"] = dataclasses.replace(small["tiny"], max_len=1024)
-    cfg = receipts.Config(models=["tiny"], steps=2, batch_size=8, micro_batch=4, max_new=4, device="cpu", dtype="float32",
-                          out=str(tmp_path / "receipts.json"))
-    record = receipts.main(cfg, small)
-    assert [row["method"] for row in record["rows"]] == ["sft", "dpo", "irft", "grpo"]
-    assert all(row["seconds"] > 0 and row["planned seconds"] > 0 and row["planned GiB"] > 0 for row in record["rows"])
-    assert "tiny, grpo: " in capsys.readouterr().out and (tmp_path / "receipts.json").is_file()
-    with pytest.raises(recipes.BadInput, match="--models are of"):
-        receipts.main(dataclasses.replace(cfg, models=["huge"]), small)

@@ -32,8 +32,8 @@ import torch
 from minialign.kernels.logprob import Statistics, to_gradient, update_statistics
 
 SLICE_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}  # of float32 logits in one slice; dividing by N rows gives its width
-# Most channels C for which the Triton kernel scores; above, slices do. The kernel saves 8 moved bytes per logit, which matter less in a wider
-# model, but its products are slower than cuBLAS's. By arithmetic both take the same time at C = 2048 on an H200 if it reaches 74 % of
+# Most channels C for which the Triton kernel scores; above, slices do. The kernel saves 8 moved bytes per logit, which matter less in a
+# wider model, but its products are slower than cuBLAS's. By arithmetic both take the same time at C = 2048 on an H200 if it reaches 74 % of
 # cuBLAS's speed. No card has decided this yet: `python -m minialign.bench --gpu` prints both by C.
 FUSED_UP_TO = 2048
 

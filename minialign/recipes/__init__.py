@@ -7,17 +7,26 @@
 
 --smoke writes a model of the same family with random weights, and rows with the data set's columns, to a temporary folder, both in the
 hub's formats. Then it takes two steps with a small version of the recipe's Config, in two processes over gloo if the recipe is for more
-than one GPU. --plan counts the parameters of the architecture, the bytes of everything kept in memory, the floating-point operations (per
-parameter and token: 2 forward, 6 with the backward pass, or 4 if adapters are trained, 2 more with activation checkpointing) and the bytes
-that sampling reads. Memory includes evaluation and export. Hours are an estimate, without communication, evaluation and the last pass of
-reward_model. Rows are assumed to have full length, and a card to run at the fractions in RATES of the speeds in CARDS.
+than one GPU.
+
+--plan counts by arithmetic, from the architecture alone:
+
+    memory     what stays on a card (weights, gradients, AdamW, frozen copies, what FSDP2 gathers, a reserve), and the largest of what comes
+               and goes: a micro-batch in training, one in evaluation, sampling, a whole copy for the export. A plan fits if a tenth is free
+    hours      floating-point operations (per parameter and token: 2 forward, 6 with the backward pass, or 4 if adapters are trained, 2 more
+               with activation checkpointing), bytes that sampling reads, bytes of weights gathered for a rollout, evaluations, and
+               reward_model's last pass. Cards are assumed to run at the fractions in RATES of the speeds in CARDS
+    rows       are assumed to be as long as the flags allow, rounded up to 64 positions as on CUDA. So hours are nearly an upper bound: rows
+               of m tokens on average take PADDING · m / length of the time
+    left out   FSDP2's communication in training, recording CUDA graphs, reading and tokenising, checkpoints, downloads
+
+No plan has been compared with a run on a GPU yet. `python -m minialign.bench.receipts` takes a few real steps with the recipes' models on
+one GPU, with rows of up to 1,024 tokens, and evaluates once. Memory and time stand beside the plan in what it prints, and if its file is
+docs/receipts.json, then --plan prints them too. The project calls these measurements receipts.
 
 Which --dtype: bytes a weight, with gradient and AdamW's moments, are 16 in float32, 16 + 2 in mixed and 8 in bfloat16, where weights hardly
 move at the papers' learning rates. If mixed, which the recipes take, does not fit, use --lora 64 --dtype bfloat16: 2 bytes a frozen weight,
 16 a number of the adapters, which stay float32.
-
-`python -m minialign.bench.receipts` takes a few real steps with the recipes' models on one GPU, with rows of up to 1,024 tokens, and
-prints the measured memory and time beside the plan. The project calls these measurements receipts.
 
 Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
 """
@@ -36,6 +45,7 @@ import torch
 
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, pick_dtype
+from minialign.engine.look import layer_numbers
 from minialign.kernels.linear_logprob import SLICE_BYTES
 from minialign.lora import inject
 from minialign.model import GPT, GPTConfig
@@ -67,9 +77,15 @@ DATA = {
     "openai/gsm8k": (7_473, {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"}),
 }
 
-# card: (GiB, flops/s of bfloat16 matrix products, bytes/s of a copy). H200: measured on one. Others: .8 and .9 of the vendor's peaks.
-CARDS = {"a100": (80, 250e12, 1.8e12), "h100": (80, 790e12, 3.0e12), "h200": (141, 790e12, 4.3e12)}
+# card: (GiB, flops/s of bfloat16 matrix products, bytes/s of a copy, bytes/s from other cards). GiB: what CUDA reports of "80 GB" and "141
+# GB". Products and copy of the H200: measured on one. All others: .8 of the vendor's peaks for products and NVLink, .9 for a copy.
+CARDS = {"a100": (79.6, 250e12, 1.8e12, 240e9), "h100": (79.6, 790e12, 3.0e12, 360e9), "h200": (139.8, 790e12, 4.3e12, 360e9)}
 RATES = {"train": 0.5, "sample": 0.6}  # fractions of CARDS: of flops/s in training, of bytes/s in sampling
+RESERVE = 6  # GiB on each card for the CUDA context, communication buffers and fragmentation: an estimate
+FREE = 0.1  # the share of the card that a plan leaves free
+PADDING = 1.4  # positions computed for each real token: 1.10 to 1.76 on rows of Anthropic HH, dealt to micro-batches by length
+DRAWN = 64  # rows drawn together by a policy that is frozen meanwhile, at most
+RECEIPTS = Path(__file__).parents[2] / "docs/receipts.json"
 
 
 @dataclass
@@ -111,13 +127,14 @@ def work(method, cfg):
 
 @dataclass
 class Recipe:
-    """method: a module. Config: its Config with the paper's numbers. model: a key of MODELS. data: a key of DATA. gpus: how many."""
+    """method: a module. Config: its Config with the paper's numbers. model, data, card: keys of MODELS, DATA, CARDS. gpus: how many."""
 
     method: object
     Config: type
     model: str
     data: str
     gpus: int
+    card: str = "h100"
 
     @property
     def name(self):
@@ -152,13 +169,15 @@ class TLDR(FullScale):
 # ---------------------------------------------------------------------------------------------------------------------- plan
 
 
-def plan(recipe, cfg, card, config=None, prompt=512):
-    """{'memory': {part: GiB on each card}, 'steps', 'tokens', 'hours': {part: h}, …} of a run on `recipe.gpus` cards.
+def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
+    """{'resident', 'phases': {part: GiB on each card}, 'GiB' at the peak, 'hours': {part: h}, …} of a run on `recipe.gpus` cards.
 
-    config: an architecture to use instead of the recipe's. prompt: tokens of the longest prompt, if --max_prompt is not set.
+    config: an architecture to use instead of the recipe's. prompt: tokens of the longest prompt, if --max_prompt is not set. rows: how many
+    rows the data has, if not as many as the recipe's.
     """
-    memory_size, products, copied = CARDS[card]
+    memory_size, products, copied, link = CARDS[card]
     config, gpus, does = config or MODELS[recipe.model], recipe.gpus, work(recipe.name, cfg)
+    rows = DATA[recipe.data][0] if rows is None else rows
     with torch.device("meta"):
         model = GPT(config)
         model = inject(model, cfg.lora, cfg.lora_alpha) if cfg.lora else model
@@ -170,43 +189,98 @@ def plan(recipe, cfg, card, config=None, prompt=512):
     launched = gpus > 1 or cfg.dtype == "mixed"  # FSDP2 gathers the weights
     slices = gpus if cfg.parallel == "fsdp" else 1
     models = 1 + does.copies + does.more
+    remembers = getattr(cfg, "precompute_ref", False)
 
-    sampled = (getattr(cfg, "max_prompt", None) or prompt) + getattr(cfg, "max_new", 0)  # tokens of a sampled row
-    length = getattr(cfg, "max_len", sampled)
-    if does.sampled and length > sampled:  # half the rows are demonstrations, half are sampled: take the mean length
-        length = (length + sampled) // 2
-    rows = cfg.batch_size // gpus
-    drawn = rows if does.sampled else -(-4 // gpus) if hasattr(cfg, "max_new") else 0  # an evaluation samples at least four answers
-    micro = min(cfg.micro_batch or rows, rows)
+    max_new = getattr(cfg, "max_new", 0)
+    sampled = (getattr(cfg, "max_prompt", None) or prompt) + max_new  # tokens of a sampled row
+    longest = -(-(max(getattr(cfg, "max_len", 0), sampled * bool(does.sampled)) - 1) // 64) * 64  # positions, in whole 64s
+    length = longest
+    if does.sampled and recipe.name != "irft" and hasattr(cfg, "max_len"):  # half the rows are demonstrations, half are sampled. (irft
+        length = (longest + -(-(sampled - 1) // 64) * 64) / 2  # stacks both, so both are as long as the longer.)
+    share = -(-cfg.batch_size // gpus)  # rows of a step on one card
+    micro = min(cfg.micro_batch or share, share)
+    evaluated = getattr(cfg, "eval_batch", 0) or micro
     # Sequences of a row, or passes over one, whose activations are kept at the same time for the backward pass.
     at_once = 2 if recipe.name in ("dpo", "orpo", "irft", "reward_model", "ppo", "rft", "irl") else 1
-    layer = 8 * config.n_embd + (3 + config.gated) * config.ffn_dim
-    kept = config.n_layer * config.n_embd + layer if cfg.activation_checkpointing else config.n_layer * layer
+    layer, passing = layer_numbers(config)
+    stored, again = (config.n_layer * config.n_embd, layer) if cfg.activation_checkpointing else (config.n_layer * layer, 0)
+    ends = 8 * config.n_embd  # embeddings, final norm, and what enters the log-probs
     root = everything - config.n_layer * block  # embeddings and head: they stay gathered until the backward pass ends
     cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * wide
-    memory = {
+    scores = 2 * SLICE_BYTES["cuda"] * (recipe.name != "reward_model")  # of log-probs: they come before the first layer's backward pass
+
+    def drawing(drawn):  # `drawn` rows together; when a quarter of them is finished, the others' cache is copied
+        inside = drawn * (1.75 * cache * sampled + (sampled - max_new) * passing * wide + 16 * config.vocab_size)
+        return (everything * wide * launched + inside) / 2**30
+
+    resident = {
         "weights": everything * weight * (1 + does.more) / slices,
         "gradients and AdamW": 3 * trained * held * (1 + does.more) / slices,
         "frozen copies": (trained * held if cfg.lora and not launched else everything * weight) * does.copies / slices,
         "reward models of --reward": everything * wide * does.judges,
-        "gathered while computing": (root * models + 2 * block) * wide * launched,
-        "gradients before they are summed": ((root if not cfg.lora else 0) + trained / config.n_layer) * (wide + 4) * launched,
-        "whole copy to sample and export": everything * wide * launched,
-        "cache of sampling": 1.75 * cache * sampled * drawn,  # when a quarter of the rows is finished, the others are copied
-        "activations of a micro-batch": max(at_once * micro * length * kept, drawn * (sampled - getattr(cfg, "max_new", 0)) * layer) * wide,
-        "log-probs": 4 * SLICE_BYTES["cuda"] + 4 * micro * length * config.n_embd,
+        "embeddings and heads, gathered": root * models * wide * launched,
+        "reserve": RESERVE * 2**30,
     }
-    sequences = cfg.steps * cfg.batch_size
+    resident = {part: size / 2**30 for part, size in resident.items() if size}
+    gathered = 2 * block * wide * launched
+    unsummed = ((root if not cfg.lora else 0) + trained / config.n_layer) * (wide + 4) * launched  # gradients before they are summed
+    trains, passed = at_once * micro * longest, (1 + (recipe.name in ("dpo", "orpo"))) * evaluated * longest  # positions
+    training = max(scores + 16 * config.n_embd * trains, (again + passing) * wide * trains) + (stored + ends) * wide * trains
+    phases = {
+        "a micro-batch in training": (gathered + unsummed + training) / 2**30,
+        "a micro-batch in evaluation": (gathered + max(scores, passing * wide * passed) + ends * wide * passed) / 2**30,
+        # (an evaluation samples at least four answers)
+        "sampling" if max_new else "a whole copy to export": drawing(share if does.sampled else -(-4 // gpus) if max_new else 0),
+    }
+    spare = (1 - FREE) * memory_size - sum(resident.values())
+    one, none = drawing(1), drawing(0)
+    fits_in = max(1, int((spare - none) / (one - none)))  # rows that can be drawn together
+    frozen = recipe.name == "irft" and remembers  # all own answers of a round are of one policy
+    together = min(getattr(cfg, "sample_batch", 0) or DRAWN, fits_in, max(1, share * cfg.steps // getattr(cfg, "rounds", 1)))
+    together = max(together, 1) if frozen else share
+
+    sequences, evaluations = cfg.steps * cfg.batch_size, -(-cfg.steps // cfg.eval_every)
+    held_out = int(rows * cfg.held_out)
+    used = min(sequences, rows - held_out) + held_out if recipe.name == "dpo" and remembers else sequences  # scored once, not at each epoch
     backward = 2 if cfg.lora else 4  # adapters: frozen weights get no gradient, but gradients pass through them
-    passes = (2 + backward + 2 * cfg.activation_checkpointing) * does.trained + 2 * does.scored
-    per_step = 2 * everything + cache * (sampled - getattr(cfg, "max_new", 0) / 2) * rows
+    passes = (2 + backward + 2 * cfg.activation_checkpointing) * does.trained * sequences + 2 * does.scored * used
+    rollouts = does.sampled * cfg.steps * share / together
+    online = recipe.name in ("rloo", "grpo", "rebel", "reinforce", "ppo")  # these evaluate by sampling
+    sides = 2 if recipe.name in ("dpo", "orpo", "reward_model") else 1
+    drawn_tokens = max_new * (rollouts * (2 * everything + cache * (sampled - max_new / 2) * together)
+                              + evaluations * (2 * everything + cache * (sampled - max_new / 2) * (share if online else 4 / gpus)))
+    rate = gpus * products * RATES["train"] * 3600
+    gathers = (rollouts + evaluations + 1) * wide * everything * (1 - 1 / gpus) * launched
     hours = {
-        "training and scoring": passes * everything * length * sequences / gpus / (products * RATES["train"]) / 3600,
-        "sampling": does.sampled * cfg.steps * getattr(cfg, "max_new", 0) * per_step / (copied * RATES["sample"]) / 3600,
+        "training and scoring": passes * everything * length / rate,
+        "sampling": drawn_tokens / (copied * RATES["sample"]) / 3600,
+        "whole copies, gathered": gathers / link / 3600,
+        "evaluation": 0 if online else 2 * evaluations * sides * held_out * everything * longest / rate,
+        "reward_model's last pass": 2 * (rows - held_out) * everything * longest / rate * (recipe.name == "reward_model"),
     }
-    return {"memory": {part: size / 2**30 for part, size in memory.items() if size}, "card": memory_size, "steps": cfg.steps,
-            "host": gpus * everything * weight * models / 2**30 * launched, "tokens": sequences * length * (does.trained + does.scored),
-            "parameters": everything, "trained": trained, "hours": {part: h for part, h in hours.items() if h}}
+    stored = {"irl": does.copies, "irft": min(does.copies, 1)}.get(recipe.name, 0)  # frozen copies that change at every round
+    checkpoint = everything * weight * (1 + does.more + stored) + 2 * trained * held * (1 + does.more)  # weights, AdamW's two moments
+    return {"resident": resident, "phases": phases, "GiB": sum(resident.values()) + max(phases.values()), "card": memory_size,
+            "steps": cfg.steps, "length": longest, "tokens": length * (sequences * does.trained + used * does.scored),
+            "host": {"loading": gpus * everything * 2 * launched / 2**30, "saving": checkpoint * launched / 2**30},
+            "parameters": everything, "trained": trained, "together": together, "hours": {part: h for part, h in hours.items() if h}}
+
+
+def fits(numbers):
+    """Whether a plan leaves the share FREE of the card."""
+    return numbers["GiB"] <= (1 - FREE) * numbers["card"]
+
+
+def what_fits(recipe, cfg, card):
+    """The flags of the first change with which a plan fits; None if none does."""
+    for gpus in (recipe.gpus, 2 * recipe.gpus, 4 * recipe.gpus):
+        for change in ({}, {"activation_checkpointing": True}, {"activation_checkpointing": True, "micro_batch": 1}):
+            changed = dataclasses.replace(cfg, **change)
+            if cfg.batch_size % gpus == 0 and fits(plan(dataclasses.replace(recipe, gpus=gpus), changed, card)):
+                flags = [f"--nproc_per_node {gpus}"] * (gpus != recipe.gpus)
+                flags += [f"--{name}" + f" {value}" * (value is not True) for name, value in change.items() if getattr(cfg, name) != value]
+                return " ".join(flags)
+    return None
 
 
 def prompts_in(recipe, cfg):
@@ -227,17 +301,44 @@ def print_plan(recipe, cfg, card):
     passes = prompts_in(recipe, cfg) / rows
     print(f"  {numbers['steps']:,} steps of {cfg.batch_size} rows, {passes:.2f} passes over the data; "
           f"at most {numbers['tokens']:.3g} tokens pass through a model")
-    total = sum(numbers["memory"].values())
-    for part, size in numbers["memory"].items():
-        print(f"  {part:30} {size:8.2f} GiB on each")
-    print(f"  {'together':30} {total:8.2f} GiB of {numbers['card']}" + ("" if total < numbers["card"] else ": DOES NOT FIT"))
-    if numbers["host"]:
-        print(f"  {'host, while models are loaded':30} {numbers['host']:8.2f} GiB for {recipe.gpus} processes on one machine")
+    for part, size in numbers["resident"].items():
+        print(f"  {part:32} {size:8.2f} GiB on each")
+    print("  and the largest of")
+    for part, size in numbers["phases"].items():
+        print(f"    {part:30} {size:8.2f} GiB")
+    print(f"  {'together':32} {numbers['GiB']:8.2f} GiB of {numbers['card']}, "
+          + ("of which a tenth stays free" if fits(numbers) else "and a tenth should stay free: DOES NOT FIT; "
+             + (f"it does with {flags}" if (flags := what_fits(recipe, cfg, card)) else "use --lora 64")))
+    if any(numbers["host"].values()):
+        loading, saving = numbers["host"].values()
+        print(f"  {'host of all processes together':32} {loading:8.1f} GiB while loading, {saving:.1f} while saving a checkpoint")
     for part, hours in numbers["hours"].items():
-        print(f"  {part:30} {hours:8.1f} hours")
-    print(f"  {'together':30} {sum(numbers['hours'].values()):8.1f} hours, at {RATES['train']:.0%} of the card's matrix-product rate and "
+        print(f"  {part:32} {hours:8.2f} hours")
+    print(f"  {'together':32} {sum(numbers['hours'].values()):8.2f} hours, at {RATES['train']:.0%} of the card's matrix-product rate and "
           f"{RATES['sample']:.0%} of its bandwidth")
+    print(f"  every row is taken to have {numbers['length']:,} positions; shorter rows take {PADDING:g} positions for each of their tokens")
+    if numbers["together"] != -(-cfg.batch_size // recipe.gpus):
+        print(f"  a card draws {numbers['together']} rows together, because the policy does not change within a round")
+    print_receipts(recipe)
     return numbers
+
+
+def print_receipts(recipe, file=None):
+    """What was measured of the recipe's model and method on a GPU, if docs/receipts.json is there."""
+    file = file or RECEIPTS
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": []}
+    for row in record["rows"]:
+        if (row["model"], row["method"]) == (recipe.model, recipe.name):
+            print(f"  receipt of {record['device']}, {record['date']}, batch {record['batch_size']}, micro-batch {record['micro_batch']}: "
+                  + receipt_line(row))
+
+
+def receipt_line(row):
+    """A row of the receipts as text: measured memory and time, with the planned ones."""
+    memory = {name: "" if row[name] is None else f"{row[name]:.1f} GiB (planned {row[f'planned {name}']:.1f}), "
+              for name in ("GiB", "evaluation GiB")}
+    return (f"{memory['GiB']}{row['seconds']:.2f} s a step (planned {row['planned seconds']:.2f}), {row['tokens/s']:,.0f} tokens/s; an "
+            f"evaluation {memory['evaluation GiB']}{row['evaluation seconds']:.2f} s (planned {row['planned evaluation seconds']:.2f})")
 
 
 # --------------------------------------------------------------------------------------------------------------------- smoke

@@ -1,4 +1,4 @@
-"""Every recipe's --smoke and --plan; its numbers are a Config of its method; the plan's counts against the thing itself.
+"""Every recipe's --smoke and --plan; its numbers are a Config of its method; the plan's counts against the thing itself; chains; GSM8K.
 
 The activations are counted on the meta device, where tensors have sizes and no content: every storage that an operation makes, until it
 is freed.
@@ -6,26 +6,37 @@ is freed.
 
 import dataclasses
 import importlib
+import itertools
 import json
+import math
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minialign import recipes
 from minialign.batch import Batch
+from minialign.data import encode_prompt
+from minialign.engine.common import BadInput
 from minialign.engine.look import layer_numbers
 from minialign.kernels import linear_logprob
 from minialign.logps import token_logps
+from minialign.lora import load_model
+from minialign.methods import sft
 from minialign.model import GPT, GPTConfig
-from minialign.settings import field_comments
+from minialign.recipes import grpo_gsm8k_qwen as gsm8k
+from minialign.settings import cli, field_comments
 
 ROOT = Path(__file__).parent.parent
 FILES = {path.stem for path in (ROOT / "minialign/recipes").glob("[!_]*.py")}
@@ -263,11 +274,11 @@ def plan_of(name, **changes):
 
 
 def test_what_is_done_once_is_planned_once():
-    """By hand: the reference of dpo is scored once per pair, not in each of three epochs; the last pass of reward_model; rows drawn together
-    by IRFT's frozen policy, 64 at a time where a step has 2."""
+    """By hand: the reference of dpo is scored once per pair, not in each of three epochs; the last pass of reward_model; rows that IRFT's
+    frozen policy draws together, 64 where a step has 2."""
     remembered, kept = plan_of("dpo_ultrafeedback_mistral"), plan_of("dpo_ultrafeedback_mistral", precompute_ref=False)
-    passes = {True: 8 * 2 * 184_320 + 2 * 2 * 61_135, False: 8 * 2 * 184_320 + 2 * 2 * 184_320}
-    assert remembered["hours"]["training and scoring"] / kept["hours"]["training and scoring"] == pytest.approx(passes[True] / passes[False])
+    once, thrice = 8 * 2 * 184_320 + 2 * 2 * 61_135, 8 * 2 * 184_320 + 2 * 2 * 184_320
+    assert remembered["hours"]["training and scoring"] / kept["hours"]["training and scoring"] == pytest.approx(once / thrice)
     model = plan_of("reward_model_tldr_pythia")
     rows = 92_858 - 928
     assert model["hours"]["reward_model's last pass"] == pytest.approx(
@@ -281,14 +292,14 @@ def test_what_is_done_once_is_planned_once():
 def test_receipts_stand_beside_the_plan(tmp_path, capsys, monkeypatch):
     recipe = importlib.import_module("minialign.recipes.sft_hh_pythia").RECIPE
     row = {"model": "pythia-1.4b", "method": "sft", "GiB": 20.25, "seconds": 1.5, "evaluation GiB": 8.0, "evaluation seconds": 0.25,
-           "planned GiB": 21.0, "planned seconds": 1.25, "planned evaluation GiB": 9.0, "planned evaluation seconds": 0.5, "tokens/s": 9000.0}
+           "planned GiB": 21.0, "planned seconds": 1.25, "planned evaluation GiB": 9.0, "planned evaluation seconds": 0.5, "tokens/s": 9e3}
     record = {"device": "a card", "date": "2026-01-01", "batch_size": 16, "micro_batch": 2, "rows": [row, row | {"method": "dpo"}]}
     (tmp_path / "receipts.json").write_text(json.dumps(record))
     monkeypatch.setattr(recipes, "RECEIPTS", tmp_path / "receipts.json")
     recipes.print_plan(recipe, recipe.Config(), "h100")
     said = [line for line in capsys.readouterr().out.splitlines() if "receipt" in line]
-    assert said == ["  receipt of a card, 2026-01-01, batch 16, micro-batch 2: 20.2 GiB (planned 21.0), 1.50 s a step (planned 1.25), 9,000 "
-                    "tokens/s; an evaluation 8.0 GiB (planned 9.0), 0.25 s (planned 0.50)"]
+    assert said == ["  receipt of a card, 2026-01-01, batch 16, micro-batch 2: 20.2 GiB (planned 21.0), 1.50 s a step (planned 1.25), "
+                    "9,000 tokens/s; an evaluation 8.0 GiB (planned 9.0), 0.25 s (planned 0.50)"]
 
 
 def test_the_list_names_them_all(capsys):
@@ -296,9 +307,209 @@ def test_the_list_names_them_all(capsys):
 
     main(["recipes"])
     said = capsys.readouterr().out
-    assert all(f"  {name} " in said for name in NAMES)
+    assert all(f"  {name} " in said for name in FILES)
+    assert said.index("chains ") < min(said.index(f"  {name} ") for name in CHAINS) and len(CHAINS) == 3
 
 
-def test_an_unknown_card_is_one_sentence():
-    done = run("sft_tldr_pythia", "--plan", "abacus")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a100, h100, h200" in done.stderr
+@pytest.mark.parametrize(("name", "flags", "said"), [
+    ("sft_tldr_pythia", ["--plan", "abacus"], "a100, h100, h200"),
+    pytest.param("sft_tldr_pythia", ["--gpus", "2"], "--nproc_per_node", marks=pytest.mark.slow),
+    pytest.param("chain_tldr", ["--plan", "abacus"], "a100, h100, h200", marks=pytest.mark.slow),
+    pytest.param("chain_hh", ["--gpus", "3"], "divide the batch size 64", marks=pytest.mark.slow)])
+def test_a_wrong_flag_is_one_sentence(name, flags, said):
+    done = run(name, *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------------- chains
+
+
+def stages_of(name):
+    return importlib.import_module(f"minialign.recipes.{name}").STAGES
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_stages_of_a_chain_fit_together(name):
+    """With the default folder each link is what the recipe itself names; it is an export of an earlier stage; one tokenizer, one model."""
+    earlier, defaults = [], {"irft_ultrachat_pythia": {"policy": "EleutherAI/pythia-1.4b"}}  # (by itself it starts from the base)
+    for stage in stages_of(name):
+        recipe = stage.open()
+        cfg = recipe.Config()
+        for field in ("policy", "reward", "value"):
+            taken, own = getattr(stage, field), getattr(cfg, field, "")
+            if taken:
+                assert taken.split("/")[0] in earlier
+                assert own in (f"runs/{taken}", [f"runs/{taken}"], defaults.get(stage.recipe, {}).get(field))
+            else:
+                assert not str(own).startswith(("runs", "['runs")), (stage, field)
+        earlier.append(stage.recipe)
+    assert len({stage.open().model for stage in stages_of(name)}) == 1
+
+
+def test_the_command_of_a_stage(tmp_path):
+    """New, begun, at toy size; torchrun only for several processes."""
+    last = stages_of("chain_tldr")[-1]
+    cfg = recipes.ChainConfig(out=str(tmp_path))
+    names = [f"{tmp_path}/{name}" for name in ("ppo_tldr_pythia", "sft_tldr_pythia/final", "reward_model_tldr_pythia/final")]
+    own = ["--out", names[0], "--policy", names[1], "--reward", names[2], "--value", names[2]]
+    module = ["-m", "minialign.recipes.ppo_tldr_pythia"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    assert recipes.command_of(last, cfg)[1:] == [*launcher, "2", *module, *own]
+    assert recipes.command_of(last, dataclasses.replace(cfg, gpus=4))[1:] == [*launcher, "4", *module, *own]
+    assert recipes.command_of(last, dataclasses.replace(cfg, gpus=1))[1:] == [*module, *own]
+    assert recipes.command_of(last, dataclasses.replace(cfg, smoke=True, gpus=1))[1:] == [*module, "--smoke", "--gpus", "1", *own]
+    (tmp_path / "ppo_tldr_pythia").mkdir()
+    (tmp_path / "ppo_tldr_pythia/config.json").write_text("{}")
+    assert recipes.command_of(last, dataclasses.replace(cfg, gpus=1))[1:] == [*module, "--resume", names[0]]
+
+
+def test_a_chain_ends_where_a_stage_fails_and_goes_on_from_there(tmp_path, capsys, monkeypatch):
+    """Stages that are other programs: the first is finished, the second fails with 7, then is stopped, then is well."""
+    monkeypatch.setattr(recipes, "own_name", lambda: "a chain")
+    programs = {"fails": "raise SystemExit(7)", "stops": "pass", "is killed": "import os; os.kill(os.getpid(), 9)",
+                "is well": "import pathlib, sys; f = pathlib.Path(sys.argv[1]); f.mkdir(parents=True); (f / 'config.json').write_text('')"}
+    stages, cfg, today = [recipes.Stage("first"), recipes.Stage("second")], recipes.ChainConfig(out=str(tmp_path)), ["is well", "fails"]
+    monkeypatch.setattr(recipes, "command_of", lambda stage, cfg: [
+        sys.executable, "-c", programs[today[stage.recipe == "second"]], f"{cfg.out}/{stage.recipe}/final"])
+    for how, code, said in (("fails", 7, "failed with exit code 7"), ("stops", 1, "was stopped"), ("is killed", 137, "was ended by signal 9")):
+        today[1] = how
+        with pytest.raises(SystemExit) as end:
+            recipes.run_chain(stages, cfg)
+        assert end.value.code == code
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"second {said}" in error and "again continues" in error
+    today[:] = ["fails", "is well"]
+    recipes.run_chain(stages, cfg)
+    assert "first is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_plan_of_a_chain_is_the_sum_of_its_stages(name, capsys, monkeypatch):
+    monkeypatch.setattr(recipes, "own_name", lambda: name)
+    hours = recipes.plan_chain(stages_of(name), recipes.ChainConfig(plan="h100"))
+    said = capsys.readouterr().out
+    parts = [sum(plan_of(stage.recipe)["hours"].values()) for stage in stages_of(name)]
+    assert hours == pytest.approx(sum(parts)) and f"{name}: {hours:.2f} hours for {len(parts)} stages" in said
+    assert f"{2 * hours:.2f} hours of a card" in said  # (all of these stages are for two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_at_toy_size(name, tmp_path):
+    """End to end: each stage starts from what the one before made; a second call has nothing to do."""
+    done = run(name, "--smoke", "--gpus", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in stages_of(name):
+        folder = tmp_path / stage.recipe
+        config = json.loads((folder / "config.json").read_text())
+        assert (folder / "final/config.json").is_file()
+        assert not stage.policy or config["policy"] == str(tmp_path / stage.policy)
+        assert not stage.reward or config["reward"] == [str(tmp_path / stage.reward)] and config["value"] == str(tmp_path / stage.value)
+    again = run(name, "--smoke", "--gpus", "1", "--out", str(tmp_path))
+    assert again.returncode == 0 and again.stdout.count("is finished") == len(stages_of(name)) and "step 1" not in again.stdout
+
+
+@pytest.mark.slow
+def test_a_chain_in_several_processes():
+    done = run("chain_ultrachat", "--smoke")
+    assert done.returncode == 0 and done.stdout.count("ran in 2 processes") == 2, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_killed_chain_ends_as_the_unbroken_one(tmp_path):
+    """kill -9 of all its processes inside the first stage, then after it; the third call ends with the same weights, bit for bit."""
+    flags = [sys.executable, "-m", "minialign.recipes.chain_hh", "--smoke", "--gpus", "1", "--out"]
+    settings = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = tmp_path / "killed/sft_hh_pythia"
+    for until in (first / "checkpoints/step_000001", first / "final/config.json"):
+        process = subprocess.Popen([*flags, str(tmp_path / "killed")], start_new_session=True, **settings)
+        while not until.exists() and process.poll() is None:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    for folder in ("killed", "whole"):
+        assert run("chain_hh", *flags[3:], str(tmp_path / folder)).returncode == 0
+    for stage in stages_of("chain_hh"):
+        killed, whole = (load_file(tmp_path / folder / stage.recipe / "final/model.safetensors") for folder in ("killed", "whole"))
+        assert killed.keys() == whole.keys() and all(torch.equal(killed[key], whole[key]) for key in whole)
+
+
+# ------------------------------------------------------------------------------------------------------- GSM8K: right answers
+
+
+def test_pass_at_k_is_the_share_of_sets_with_a_right_answer():
+    """Against every set of k of n answers; and its mean over all outcomes of n draws is 1 − (1 − p)^k."""
+    for n, k in ((1, 1), (4, 2), (5, 3), (6, 6)):
+        for right in range(n + 1):
+            sets = [any(i < right for i in chosen) for chosen in itertools.combinations(range(n), k)]
+            assert gsm8k.pass_at_k(right, n, k) == pytest.approx(sum(sets) / len(sets))
+        p = 0.3
+        mean = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * gsm8k.pass_at_k(c, n, k) for c in range(n + 1))
+        assert mean == pytest.approx(1 - (1 - p) ** k)
+
+
+def test_accuracy_against_enumeration(tmp_path, policy_folder, capsys, monkeypatch):
+    """A random model's answers of one token, right if the token is one of five: their probability from the logits of each question.
+
+    Greedy: whether the most likely token is one. pass@3 of 400 answers to each of two questions: within four standard errors.
+    """
+    policy, tokenizer, _ = load_model(policy_folder)
+    file = tmp_path / "questions.jsonl"
+    questions = ["ask for tea: ", "ask for ink: "]
+    file.write_text("".join(json.dumps({"prompt": q, "completion": "#### 1"}) + "\n" for q in questions))
+    with torch.no_grad():
+        probs = [policy(torch.tensor([encode_prompt(tokenizer, q)]))[0, -1].softmax(-1) for q in questions]
+    right = {int(probs[0].argmax()), *range(8, 12)}
+    texts = {tokenizer.decode([i]) for i in right}
+    monkeypatch.setattr(gsm8k, "exact_match", lambda demos: lambda prompts, answers: [float(text in texts) for text in answers])
+    same = [i for i in range(policy.config.vocab_size) if tokenizer.decode([i]) in texts]
+    cfg = gsm8k.Accuracy(accuracy=str(policy_folder), prompts=str(file), pass_at=3, n=400, max_new=1, device="cpu", dtype="float64",
+                         out=str(tmp_path / "numbers.json"))
+    numbers = gsm8k.measure(cfg)
+    exact = [float(p[same].sum()) for p in probs]
+    assert numbers["greedy"][0] == sum(int(p.argmax()) in same for p in probs) / 2 and numbers["questions"] == 2
+    for k in (1, 3):
+        errors = [(k * (1 - p) ** (k - 1)) ** 2 * p * (1 - p) / 400 for p in exact]  # of 1 − (1 − p)^k, to first order
+        expected = sum(1 - (1 - p) ** k for p in exact) / 2
+        assert 0 < expected < 1 and abs(numbers[f"pass@{k}"][0] - expected) < 4 * math.sqrt(sum(errors)) / 2, k
+    assert "pass@3" in capsys.readouterr().out and json.loads((tmp_path / "numbers.json").read_text())["questions"] == 2
+
+
+def test_accuracy_of_a_file_in_gsm8ks_columns(tmp_path, policy_folder, monkeypatch):
+    """Three questions, answers of a policy that is replaced by a table: two of three are right greedily; Wilson's interval by hand."""
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": f"so it is <<{i}+1={i + 1}>>.\n#### {i + 1}"}) + "\n"
+                            for i in (1, 2, 1_000)))
+    tokenizer = load_model(policy_folder)[1]
+    said = iter([["#### 2", "the answer is 3", "#### 1,001"]])
+
+    class Answers:
+        completions = None
+
+    def sample(policy, ids, **more):
+        answers = Answers()
+        answers.completions = next(said)
+        return answers
+
+    monkeypatch.setattr(gsm8k, "sample", sample)
+    monkeypatch.setattr(gsm8k, "load_model", lambda *args, **more: (None, tokenizer, None))
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, text: text)
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, text: [1] * len(text))
+    share, low, high = gsm8k.measure(gsm8k.Accuracy(accuracy="x", prompts=str(file), pass_at=0, device="cpu"))["greedy"]
+    z = 1.96  # the roots p of (2/3 − p)² = z² p (1 − p) / 3
+    assert share == 2 / 3 and all((2 / 3 - p) ** 2 == pytest.approx(z**2 * p * (1 - p) / 3) for p in (low, high)) and low < share < high
+
+
+def test_accuracy_refuses_fewer_answers_than_k():
+    with pytest.raises(BadInput, match="at least k answers"):
+        gsm8k.measure(gsm8k.Accuracy(accuracy="x", pass_at=9, n=8))
+
+
+def test_the_sft_command_of_gsm8k_fits_one_card():
+    """The command in the docstring, as it stands there, by plan."""
+    command = " ".join(gsm8k.__doc__.split("minialign sft ")[1].split("\n\n")[0].split())
+    cfg = cli(sft.Config, shlex.split(command), prog="sft")
+    numbers = recipes.plan(recipes.Recipe(sft, sft.Config, "qwen2.5-1.5b", "openai/gsm8k", 1), cfg, "h100")
+    assert recipes.fits(numbers) and cfg.out == "runs/sft_gsm8k_qwen"
+    as_it_was = dataclasses.replace(cfg, dtype="float32", micro_batch=0)
+    assert not recipes.fits(recipes.plan(recipes.Recipe(sft, sft.Config, "qwen2.5-1.5b", "openai/gsm8k", 1), as_it_was, "h100"))

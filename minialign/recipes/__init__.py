@@ -4,10 +4,11 @@
     python -m minialign.recipes.irft_ultrachat_zephyr --plan h100                   # steps, tokens, memory, hours; loads no weights
     python -m minialign.recipes.irft_ultrachat_zephyr --smoke                       # the same code path at toy size, on any CPU
     torchrun --nproc_per_node 8 -m minialign.recipes.irft_ultrachat_zephyr          # the run; takes every flag of the method
+    python -m minialign.recipes.chain_tldr                                          # several recipes, each from what the one before made
 
 --smoke writes a model of the same family with random weights, and rows with the data set's columns, to a temporary folder, both in the
 hub's formats. Then it takes two steps with a small version of the recipe's Config, in two processes over gloo if the recipe is for more
-than one GPU.
+than one GPU. With --out the folder stays, and beside it its inputs. --gpus N: smoke or plan for another number of processes.
 
 --plan counts by arithmetic, from the architecture alone:
 
@@ -32,9 +33,12 @@ Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -354,8 +358,11 @@ def small(config, vocab_size):
                                windows=tuple(w and 64 for w in config.windows[:2]))
 
 
-def write_smoke_inputs(recipe, cfg, folder):
-    """Write a model and data in the hub's formats. Returns the recipe's Config with their paths and with small sizes."""
+def write_smoke_inputs(recipe, cfg, folder, given=()):
+    """Write a model and data in the hub's formats. Returns the recipe's Config with their paths and with small sizes.
+
+    given: fields that keep their value.
+    """
     row = DATA[recipe.data][1]
     rows = [json.loads(json.dumps(row).replace("tea", "tea, please, now"[: 3 + 4 * (i % 4)])) for i in range(12)]  # of different lengths
     tokenizer = train_bpe([json.dumps(rows)], 300)
@@ -387,19 +394,24 @@ def write_smoke_inputs(recipe, cfg, folder):
     if recipe.gpus == 1 and cfg.dtype == "bfloat16":
         sizes["dtype"] = "float32"  # bfloat16 on a CPU is not like bfloat16 on a GPU
     fields = {field.name for field in dataclasses.fields(cfg)}
-    return dataclasses.replace(cfg, **{name: value for name, value in sizes.items() if name in fields})
+    return dataclasses.replace(cfg, **{name: value for name, value in sizes.items() if name in fields and name not in given})
 
 
 def smoke(recipe, cfg, words):
-    """Take two steps, export, and load the export: in this process, or in two over gloo if the recipe is for several GPUs."""
+    """Take two steps, export, and load the export: in this process, or in two over gloo if the recipe is for several GPUs.
+
+    --out, --policy, --reward and --value keep what words give them; --resume continues such a run.
+    """
     if recipe.gpus > 1 and not parallel.launched():
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", own_name(), "--smoke", *words]
-        raise SystemExit(subprocess.run([sys.executable, *command]).returncode)
+        raise SystemExit(wait_for(subprocess.Popen([sys.executable, *command])))
     parallel.start()
-    with tempfile.TemporaryDirectory() as folder:
+    given = {word[2:].partition("=")[0] for word in words} & {"out", "policy", "reward", "value"}
+    kept = cfg.resume or cfg.out
+    with contextlib.nullcontext(f"{kept}-inputs") if kept else tempfile.TemporaryDirectory() as folder:
         folder = Path(parallel.on_main(lambda: folder))
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        done = recipe.method.main(parallel.on_main(write_smoke_inputs, recipe, cfg, folder))
+        done = recipe.method.main(cfg if cfg.resume else parallel.on_main(write_smoke_inputs, recipe, cfg, folder, given))
         load_pretrained(done / "final")
         parallel.gather(None)  # wait for all processes: the first one removes the folder
     print(f"smoke: {own_name()} ran in {parallel.world()} process{'es' * (parallel.world() > 1)}")
@@ -410,19 +422,131 @@ def own_name():
 
 
 def main(recipe):
-    """The command line of a recipe file: the method's flags, --smoke and --plan CARD."""
+    """The command line of a recipe file: the method's flags, --smoke, --plan CARD, and with one of these --gpus N."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--plan", nargs="?", const="h100")
+    parser.add_argument("--plan", nargs="?", const=recipe.card)
+    parser.add_argument("--gpus", type=int, default=0)
     asked, words = parser.parse_known_args()
     with exit_codes(own_name()):
         cfg = cli(recipe.Config, words, prog=f"python -m {own_name()}", description=sys.modules["__main__"].__doc__)
         check_config(cfg)
+        if asked.gpus and not (asked.plan or asked.smoke):
+            raise BadInput(f"--gpus {asked.gpus}: is for --plan and --smoke; a run has as many processes as torchrun --nproc_per_node says")
+        recipe = on_gpus(recipe, asked.gpus)
         if asked.plan:
-            if asked.plan not in CARDS:
-                raise BadInput(f"--plan {asked.plan}: unknown card; use one of {', '.join(CARDS)}")
-            print_plan(recipe, cfg, asked.plan)
+            print_plan(recipe, cfg, known_card(asked.plan))
         elif asked.smoke:
             smoke(recipe, cfg, words)
         else:
             recipe.method.main(cfg)
+
+
+def on_gpus(recipe, gpus):
+    """The recipe with another number of GPUs; 0 leaves it as it is."""
+    if gpus < 0 or gpus and recipe.Config().batch_size % gpus:
+        raise BadInput(f"--gpus {gpus}: must be above 0 and divide the batch size {recipe.Config().batch_size} of {recipe.name}")
+    return dataclasses.replace(recipe, gpus=gpus or recipe.gpus)
+
+
+def known_card(name):
+    if name not in CARDS:
+        raise BadInput(f"--plan {name}: unknown card; use one of {', '.join(CARDS)}")
+    return name
+
+
+# -------------------------------------------------------------------------------------------------------------------- chains
+
+
+@dataclass
+class Stage:
+    """One recipe of a chain. policy, reward, value: which folder of an earlier stage it takes, like sft_tldr_pythia/final."""
+
+    recipe: str
+    policy: str = ""
+    reward: str = ""
+    value: str = ""
+
+    def open(self):
+        return importlib.import_module(f"minialign.recipes.{self.recipe}").RECIPE
+
+
+@dataclass
+class ChainConfig:
+    smoke: bool = False             # run all stages at toy size, on any CPU, in a temporary folder unless --out names one
+    plan: str = ""                  # a100, h100 or h200: print what each stage needs, and the hours of all; loads no weights
+    gpus: int = 0                   # processes of each stage; 0 = as many as its recipe says
+    out: str = ""                   # the folder in which each stage has its run folder; default: runs
+
+
+def chain(stages):
+    """The command line of a chain file: run its stages in order, each in a process of its own (torchrun, if it is for several GPUs).
+
+    Called again, it skips the stages that have their final/, and continues with --resume the one that was stopped.
+    """
+    with exit_codes(own_name()):
+        cfg = cli(ChainConfig, sys.argv[1:], prog=f"python -m {own_name()}", description=sys.modules["__main__"].__doc__)
+        for stage in stages:
+            on_gpus(stage.open(), cfg.gpus)
+        if cfg.plan:
+            plan_chain(stages, cfg)
+        elif cfg.smoke and not cfg.out:
+            with tempfile.TemporaryDirectory() as folder:
+                run_chain(stages, dataclasses.replace(cfg, out=folder))
+        else:
+            run_chain(stages, dataclasses.replace(cfg, out=cfg.out or "runs"))
+
+
+def plan_chain(stages, cfg):
+    """Print the plan of each stage, the hours of all, and whether all fit. Returns the hours."""
+    hours, card_hours = 0.0, 0.0
+    for stage in stages:
+        recipe = on_gpus(stage.open(), cfg.gpus)
+        numbers = print_plan(recipe, recipe.Config(), known_card(cfg.plan))
+        hours += sum(numbers["hours"].values())
+        card_hours += sum(numbers["hours"].values()) * recipe.gpus
+        print()
+    print(f"{own_name()}: {hours:.2f} hours for {len(stages)} stages, {card_hours:.2f} hours of a card")
+    return hours
+
+
+def command_of(stage, cfg):
+    """The command of a stage: a list of words. It resumes a run that has begun."""
+    folder, recipe = Path(cfg.out) / stage.recipe, on_gpus(stage.open(), cfg.gpus)
+    words = ["--resume", str(folder)] if (folder / "config.json").is_file() else ["--out", str(folder)]
+    if words[0] == "--out":
+        taken = {"policy": stage.policy, "reward": stage.reward, "value": stage.value}
+        words += [word for flag, path in taken.items() if path for word in (f"--{flag}", str(Path(cfg.out) / path))]
+    if cfg.smoke:  # (starts its processes itself)
+        launcher, words = [], ["--smoke", *(["--gpus", str(cfg.gpus)] if cfg.gpus else []), *words]
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(recipe.gpus), "-m"] * (recipe.gpus > 1)
+    return [sys.executable, "-m", *launcher, f"minialign.recipes.{stage.recipe}", *words]
+
+
+def run_chain(stages, cfg):
+    """Run the stages that are not finished. Raises SystemExit with the exit code of a stage that fails, or 1 if it was stopped."""
+    for number, stage in enumerate(stages, start=1):
+        final = Path(cfg.out) / stage.recipe / "final"
+        if (final / "config.json").is_file():  # (written last)
+            print(f"stage {number}/{len(stages)}: {stage.recipe} is finished ({final})", flush=True)
+            continue
+        command = command_of(stage, cfg)
+        print(f"stage {number}/{len(stages)}: {' '.join(command[1:])}", flush=True)
+        code = wait_for(subprocess.Popen(command))
+        if code or not (final / "config.json").is_file():
+            how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}, for the reason above" if code else "was stopped"
+            print(f"{own_name()}: {stage.recipe} {how}; the same command again continues there", file=sys.stderr)
+            raise SystemExit(code if code > 0 else 128 - code if code else 1)
+    print(f"all {len(stages)} stages are finished: {final}")
+
+
+def wait_for(process):
+    """The exit code of a stage. A SIGTERM is passed on to it, and Ctrl-C reaches it by itself; then it saves before it ends."""
+    earlier = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

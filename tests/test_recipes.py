@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -214,6 +215,21 @@ def test_counted_activations_are_under_the_plan(name, monkeypatch):
         assert least * planned < peak.most <= planned, (phase, peak.most / 2**30, planned / 2**30)
 
 
+def test_the_page_has_the_plans_as_they_are():
+    """docs/SCALE.md: a row for each recipe, with the numbers that --plan prints for its card; the hours of each chain."""
+    page = (ROOT / "docs/SCALE.md").read_text(encoding="utf-8")
+    for name in NAMES:
+        recipe = importlib.import_module(f"minialign.recipes.{name}").RECIPE
+        numbers = plan_of(name)
+        phase, size = max(numbers["phases"].items(), key=lambda item: item[1])
+        row = [recipe.gpus, f"{sum(numbers['resident'].values()):.1f}", f"{phase}, {size:.1f}", f"{numbers['GiB']:.1f}",
+               f"{sum(numbers['hours'].values()):.1f}", f"{max(numbers['host'].values()):.0f}"]
+        assert f"| [{name}](../minialign/recipes/{name}.py) | " + " | ".join(map(str, row)) + " |\n" in page, (name, row)
+    for name in CHAINS:
+        hours = sum(sum(plan_of(stage.recipe)["hours"].values()) for stage in stages_of(name))
+        assert f"| [{name}](../minialign/recipes/{name}.py) | {hours:.1f} |" in page, (name, hours)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_its_methods_config_with_other_numbers(name):
     """No new fields, so that `python -m minialign METHOD --resume` goes on with its runs; every flag has a comment; a receipt stands."""
@@ -284,9 +300,9 @@ def test_what_is_done_once_is_planned_once():
     assert model["hours"]["reward_model's last pass"] == pytest.approx(
         2 * rows * PUBLISHED["pythia-1b"] * 640 / 2 / (790e12 * 0.5) / 3600)
     drawn = plan_of("irft_ultrachat_zephyr")
-    assert drawn["together"] == 64 and drawn["hours"]["sampling"] < 0.3
+    assert drawn["drawn"] == 64 and drawn["hours"]["sampling"] < 0.3
     by_step = plan_of("irft_ultrachat_zephyr", precompute_ref=False)
-    assert by_step["together"] == 2 and by_step["hours"]["sampling"] > 3
+    assert by_step["drawn"] == 2 and by_step["hours"]["sampling"] > 3
 
 
 def test_receipts_stand_beside_the_plan(tmp_path, capsys, monkeypatch):
@@ -371,7 +387,8 @@ def test_a_chain_ends_where_a_stage_fails_and_goes_on_from_there(tmp_path, capsy
     stages, cfg, today = [recipes.Stage("first"), recipes.Stage("second")], recipes.ChainConfig(out=str(tmp_path)), ["is well", "fails"]
     monkeypatch.setattr(recipes, "command_of", lambda stage, cfg: [
         sys.executable, "-c", programs[today[stage.recipe == "second"]], f"{cfg.out}/{stage.recipe}/final"])
-    for how, code, said in (("fails", 7, "failed with exit code 7"), ("stops", 1, "was stopped"), ("is killed", 137, "was ended by signal 9")):
+    ends = ("fails", 7, "failed with exit code 7"), ("stops", 1, "was stopped"), ("is killed", 137, "was ended by signal 9")
+    for how, code, said in ends:
         today[1] = how
         with pytest.raises(SystemExit) as end:
             recipes.run_chain(stages, cfg)
@@ -381,6 +398,15 @@ def test_a_chain_ends_where_a_stage_fails_and_goes_on_from_there(tmp_path, capsy
     today[:] = ["fails", "is well"]
     recipes.run_chain(stages, cfg)
     assert "first is finished" in capsys.readouterr().out
+
+
+def test_a_sigterm_is_passed_on_to_the_stage():
+    """The stage ends in its own way, here with code 5, and the chain's process lives on with the handler that it had."""
+    program = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(5)); print('ready', flush=True); time.sleep(60)"
+    earlier, stage = signal.getsignal(signal.SIGTERM), subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert stage.stdout.readline() == b"ready\n"
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert recipes.wait_for(stage) == 5 and signal.getsignal(signal.SIGTERM) is earlier
 
 
 @pytest.mark.parametrize("name", CHAINS)

@@ -10,9 +10,11 @@ the card.) After them it evaluates once, which is measured too. A run saves no m
 Checked by tests/bench/test_receipts.py, at small sizes on a CPU.
 """
 
+import contextlib
 import dataclasses
 import gc
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -20,12 +22,13 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from minialign import pairs
 from minialign.bench.cpu import own_sources
 from minialign.engine.common import BadInput, describe_device, environment, pick_device, write_atomic
 from minialign.engine.run import Run
@@ -73,9 +76,9 @@ class Meter:
         self.gib = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None
 
     def around(self, function):
-        def measured():
+        def measured(*arguments):
             begun = self.begin()
-            result = function()
+            result = function(*arguments)
             self.end(begun)
             return result
 
@@ -85,7 +88,7 @@ class Meter:
 def receipt(model, config, method, cfg, folder):
     """Run cfg.steps steps and evaluate: {'seconds' per step, peak 'GiB', those of the evaluation, 'planned' values of all, 'tokens/s'}.
 
-    folder holds the policy and the rows. The evaluation's samples for samples.jsonl are not part of it.
+    folder holds the policy and the rows. The answers for samples.jsonl are not part of the evaluation.
     """
     module, device = importlib.import_module(f"minialign.methods.{method}"), pick_device(cfg.device)
     shared = dict(policy=str(folder / "policy"), batch_size=cfg.batch_size, micro_batch=cfg.micro_batch, steps=10**6, save_every=10**6,
@@ -104,19 +107,19 @@ def receipt(model, config, method, cfg, folder):
         training.end(marks[0] if marks else time.perf_counter())
         marks.append(time.perf_counter())
 
-    end_of_step = Run.end_of_step
-
-    def measured(run, *arguments, **more):  # the evaluation is the one function among the arguments
-        return end_of_step(run, *(evaluation.around(a) if isinstance(a, FunctionType) else a for a in arguments), **more)
-
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     training.begin()
     hook = register_optimizer_step_post_hook(mark)
     try:
-        with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=2**60)), mock.patch.object(Run, "end_of_step", measured):
-            module.main(settings)  # (nothing is saved, so no disk space is needed)
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=2**60)))
+            patches.enter_context(mock.patch.object(Run, "save", lambda run, step: None))  # so no disk space is needed
+            for place, name in itertools.product((module, pairs), ("held_out_nll", "held_out_pairs", "held_out_reward")):
+                if hasattr(place, name):
+                    patches.enter_context(mock.patch.object(place, name, evaluation.around(getattr(place, name))))
+            module.main(settings)
     except Done:
         seconds = training.seconds / (cfg.steps - 1)
     finally:

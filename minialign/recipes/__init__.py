@@ -21,9 +21,9 @@ than one GPU. With --out the folder stays, and beside it its inputs. --gpus N: s
                of m tokens on average take PADDING · m / length of the time
     left out   FSDP2's communication in training, recording CUDA graphs, reading and tokenising, checkpoints, downloads
 
-No plan has been compared with a run on a GPU yet. `python -m minialign.bench.receipts` takes a few real steps with the recipes' models on
-one GPU, with rows of up to 1,024 tokens, and evaluates once. Memory and time stand beside the plan in what it prints, and if its file is
-docs/receipts.json, then --plan prints them too. The project calls these measurements receipts.
+docs/SCALE.md has the plans of all recipes. No plan has been compared with a run on a GPU yet. `python -m minialign.bench.receipts` takes a
+few real steps with the recipes' models on one GPU, with rows of up to 1,024 tokens, and evaluates once. It prints memory and time beside
+the plan, and so does --plan if the file is docs/receipts.json. The project calls these measurements receipts.
 
 Which --dtype: bytes a weight, with gradient and AdamW's moments, are 16 in float32, 16 + 2 in mixed and 8 in bfloat16, where weights hardly
 move at the papers' learning rates. If mixed, which the recipes take, does not fit, use --lora 64 --dtype bfloat16: 2 bytes a frozen weight,
@@ -82,7 +82,7 @@ DATA = {
 }
 
 # card: (GiB, flops/s of bfloat16 matrix products, bytes/s of a copy, bytes/s from other cards). GiB: what CUDA reports of "80 GB" and "141
-# GB". Products and copy of the H200: measured on one. All others: .8 of the vendor's peaks for products and NVLink, .9 for a copy.
+# GB". The rest is arithmetic: .8 of the vendor's peaks for products and NVLink, .9 for a copy.
 CARDS = {"a100": (79.6, 250e12, 1.8e12, 240e9), "h100": (79.6, 790e12, 3.0e12, 360e9), "h200": (139.8, 790e12, 4.3e12, 360e9)}
 RATES = {"train": 0.5, "sample": 0.6}  # fractions of CARDS: of flops/s in training, of bytes/s in sampling
 RESERVE = 6  # GiB on each card for the CUDA context, communication buffers and fragmentation: an estimate
@@ -228,29 +228,27 @@ def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
     resident = {part: size / 2**30 for part, size in resident.items() if size}
     gathered = 2 * block * wide * launched
     unsummed = ((root if not cfg.lora else 0) + trained / config.n_layer) * (wide + 4) * launched  # gradients before they are summed
+    spare = (1 - FREE) * memory_size - sum(resident.values())
+    fits_in = int((spare - drawing(0)) / (drawing(1) - drawing(0)))  # rows that can be drawn together
+    together = share if does.sampled else -(-4 // gpus) if max_new else 0  # (an evaluation samples at least four answers)
+    if recipe.name == "irft" and remembers:  # all own answers of a round are of one policy
+        together = max(1, min(getattr(cfg, "sample_batch", 0) or DRAWN, fits_in, share * cfg.steps // cfg.rounds))
     trains, passed = at_once * micro * longest, (1 + (recipe.name in ("dpo", "orpo"))) * evaluated * longest  # positions
     training = max(scores + 16 * config.n_embd * trains, (again + passing) * wide * trains) + (stored + ends) * wide * trains
     phases = {
         "a micro-batch in training": (gathered + unsummed + training) / 2**30,
         "a micro-batch in evaluation": (gathered + max(scores, passing * wide * passed) + ends * wide * passed) / 2**30,
-        # (an evaluation samples at least four answers)
-        "sampling" if max_new else "a whole copy to export": drawing(share if does.sampled else -(-4 // gpus) if max_new else 0),
+        "sampling" if max_new else "a whole copy to export": drawing(together),
     }
-    spare = (1 - FREE) * memory_size - sum(resident.values())
-    one, none = drawing(1), drawing(0)
-    fits_in = max(1, int((spare - none) / (one - none)))  # rows that can be drawn together
-    frozen = recipe.name == "irft" and remembers  # all own answers of a round are of one policy
-    together = min(getattr(cfg, "sample_batch", 0) or DRAWN, fits_in, max(1, share * cfg.steps // getattr(cfg, "rounds", 1)))
-    together = max(together, 1) if frozen else share
 
     sequences, evaluations = cfg.steps * cfg.batch_size, -(-cfg.steps // cfg.eval_every)
     held_out = int(rows * cfg.held_out)
     used = min(sequences, rows - held_out) + held_out if recipe.name == "dpo" and remembers else sequences  # scored once, not at each epoch
     backward = 2 if cfg.lora else 4  # adapters: frozen weights get no gradient, but gradients pass through them
     passes = (2 + backward + 2 * cfg.activation_checkpointing) * does.trained * sequences + 2 * does.scored * used
-    rollouts = does.sampled * cfg.steps * share / together
+    rollouts = does.sampled * cfg.steps * share / max(1, together)
     online = recipe.name in ("rloo", "grpo", "rebel", "reinforce", "ppo")  # these evaluate by sampling
-    sides = 2 if recipe.name in ("dpo", "orpo", "reward_model") else 1
+    sides = 2 * (1 + does.copies) if recipe.name in ("dpo", "orpo", "reward_model") else 1
     drawn_tokens = max_new * (rollouts * (2 * everything + cache * (sampled - max_new / 2) * together)
                               + evaluations * (2 * everything + cache * (sampled - max_new / 2) * (share if online else 4 / gpus)))
     rate = gpus * products * RATES["train"] * 3600
@@ -267,7 +265,7 @@ def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
     return {"resident": resident, "phases": phases, "GiB": sum(resident.values()) + max(phases.values()), "card": memory_size,
             "steps": cfg.steps, "length": longest, "tokens": length * (sequences * does.trained + used * does.scored),
             "host": {"loading": gpus * everything * 2 * launched / 2**30, "saving": checkpoint * launched / 2**30},
-            "parameters": everything, "trained": trained, "together": together, "hours": {part: h for part, h in hours.items() if h}}
+            "parameters": everything, "trained": trained, "drawn": together, "hours": {part: h for part, h in hours.items() if h}}
 
 
 def fits(numbers):
@@ -315,14 +313,14 @@ def print_plan(recipe, cfg, card):
              + (f"it does with {flags}" if (flags := what_fits(recipe, cfg, card)) else "use --lora 64")))
     if any(numbers["host"].values()):
         loading, saving = numbers["host"].values()
-        print(f"  {'host of all processes together':32} {loading:8.1f} GiB while loading, {saving:.1f} while saving a checkpoint")
+        print(f"  {'host, for all processes, at most':32} {loading:8.1f} GiB while loading, {saving:.1f} while saving a checkpoint")
     for part, hours in numbers["hours"].items():
         print(f"  {part:32} {hours:8.2f} hours")
     print(f"  {'together':32} {sum(numbers['hours'].values()):8.2f} hours, at {RATES['train']:.0%} of the card's matrix-product rate and "
           f"{RATES['sample']:.0%} of its bandwidth")
     print(f"  every row is taken to have {numbers['length']:,} positions; shorter rows take {PADDING:g} positions for each of their tokens")
-    if numbers["together"] != -(-cfg.batch_size // recipe.gpus):
-        print(f"  a card draws {numbers['together']} rows together, because the policy does not change within a round")
+    if recipe.name == "irft" and cfg.precompute_ref:
+        print(f"  a card draws {numbers['drawn']} rows together, because the policy that answers does not change within a round")
     print_receipts(recipe)
     return numbers
 
@@ -421,6 +419,11 @@ def own_name():
     return sys.modules["__main__"].__spec__.name
 
 
+FLAGS = """
+Besides these: --plan CARD (a100, h100, h200), --smoke, and with one of the two --gpus N.
+"""
+
+
 def main(recipe):
     """The command line of a recipe file: the method's flags, --smoke, --plan CARD, and with one of these --gpus N."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -429,7 +432,7 @@ def main(recipe):
     parser.add_argument("--gpus", type=int, default=0)
     asked, words = parser.parse_known_args()
     with exit_codes(own_name()):
-        cfg = cli(recipe.Config, words, prog=f"python -m {own_name()}", description=sys.modules["__main__"].__doc__)
+        cfg = cli(recipe.Config, words, prog=f"python -m {own_name()}", description=sys.modules["__main__"].__doc__ + FLAGS)
         check_config(cfg)
         if asked.gpus and not (asked.plan or asked.smoke):
             raise BadInput(f"--gpus {asked.gpus}: is for --plan and --smoke; a run has as many processes as torchrun --nproc_per_node says")
@@ -535,7 +538,8 @@ def run_chain(stages, cfg):
         print(f"stage {number}/{len(stages)}: {' '.join(command[1:])}", flush=True)
         code = wait_for(subprocess.Popen(command))
         if code or not (final / "config.json").is_file():
-            how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}, for the reason above" if code else "was stopped"
+            how = f"failed with exit code {code}, for the reason above" if code > 0 else "was stopped"
+            how = f"was ended by signal {-code}" if code < 0 else how
             print(f"{own_name()}: {stage.recipe} {how}; the same command again continues there", file=sys.stderr)
             raise SystemExit(code if code > 0 else 128 - code if code else 1)
     print(f"all {len(stages)} stages are finished: {final}")

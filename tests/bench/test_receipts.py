@@ -7,13 +7,16 @@ import pytest
 
 from minialign import recipes
 from minialign.bench import receipts
+from minialign.engine import checkpoint
 from minialign.engine.common import BadInput
 
 TINY = {"tiny": dataclasses.replace(recipes.small(recipes.MODELS["mistral-7b"], 2048), max_len=1024)}
 
 
 @pytest.mark.slow
-def test_receipts_at_small_sizes(tmp_path, capsys):
+def test_receipts_at_small_sizes(tmp_path, capsys, monkeypatch):
+    saved = []
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *arguments: saved.append(arguments))
     cfg = receipts.Config(models=["tiny"], steps=2, batch_size=8, micro_batch=4, max_new=4, device="cpu", dtype="float32",
                           out=str(tmp_path / "receipts.json"))
     record = receipts.main(cfg, TINY)
@@ -22,6 +25,7 @@ def test_receipts_at_small_sizes(tmp_path, capsys):
         for what in ("seconds", "evaluation seconds"):
             assert row[what] > 0 and row[f"planned {what}"] > 0, row
         assert row["planned GiB"] >= row["planned evaluation GiB"] > 0 and row["GiB"] is row["evaluation GiB"] is None
+    assert not saved, "a checkpoint was written"
     said = capsys.readouterr().out
     assert "tiny, grpo: " in said and said.count("an evaluation ") == 4
     assert json.loads((tmp_path / "receipts.json").read_text())["rows"] == record["rows"]

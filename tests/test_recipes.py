@@ -489,7 +489,7 @@ def test_accuracy_against_enumeration(tmp_path, policy_folder, capsys, monkeypat
     texts = {tokenizer.decode([i]) for i in right}
     monkeypatch.setattr(gsm8k, "exact_match", lambda demos: lambda prompts, answers: [float(text in texts) for text in answers])
     same = [i for i in range(policy.config.vocab_size) if tokenizer.decode([i]) in texts]
-    cfg = gsm8k.Accuracy(accuracy=str(policy_folder), prompts=str(file), pass_at=3, n=400, max_new=1, device="cpu", dtype="float64",
+    cfg = gsm8k.Accuracy(accuracy=str(policy_folder), prompts=str(file), pass_at=3, samples=400, max_new=1, device="cpu", dtype="float64",
                          out=str(tmp_path / "numbers.json"))
     numbers = gsm8k.measure(cfg)
     exact = [float(p[same].sum()) for p in probs]
@@ -528,7 +528,7 @@ def test_accuracy_of_a_file_in_gsm8ks_columns(tmp_path, policy_folder, monkeypat
 
 def test_accuracy_refuses_fewer_answers_than_k():
     with pytest.raises(BadInput, match="at least k answers"):
-        gsm8k.measure(gsm8k.Accuracy(accuracy="x", pass_at=9, n=8))
+        gsm8k.measure(gsm8k.Accuracy(accuracy="x", pass_at=9, samples=8))
 
 
 def test_the_sft_command_of_gsm8k_fits_one_card():

@@ -62,7 +62,7 @@ class Accuracy:
     accuracy: str = ""              # the model to measure: a folder or a hub name
     prompts: str = "openai/gsm8k/main:test"  # questions with answers that end in `#### number`
     pass_at: int = 8                # k of pass@k; 0 = greedy answers only
-    n: int = 16                     # sampled answers to each question, at least k
+    samples: int = 16               # sampled answers to each question, at least k
     tau: float = 1.0                # temperature of the sampled answers
     max_prompt: int | None = 512    # longest prompt in tokens, as in the training
     max_new: int = 1024             # longest answer in tokens, as in the training
@@ -94,10 +94,11 @@ def right_answers(policy, tokenizer, demos, cfg, *, n, greedy):
 def measure(cfg):
     """Print and return the accuracy of greedy answers with Wilson's 95 % interval, and pass@k with a normal one over questions.
 
-    Raises BadInput if --n is below --pass_at, or if there are no questions.
+    Raises BadInput if --samples is below --pass_at, or if there are no questions.
     """
-    if cfg.pass_at < 0 or cfg.batch_size < 1 or cfg.pass_at and cfg.n < cfg.pass_at:
-        raise BadInput(f"--pass_at {cfg.pass_at} --n {cfg.n}: pass@k needs at least k answers to each question; --batch_size is at least 1")
+    if cfg.batch_size < 1 or not 0 <= cfg.pass_at <= max(cfg.samples, 0):
+        raise BadInput(f"--pass_at {cfg.pass_at} --samples {cfg.samples} --batch_size {cfg.batch_size}: pass@k needs at least k answers to "
+                       "each question, and a batch at least 1")
     parallel.start()  # under torchrun the processes share the answers
     demos = read_demonstrations(cfg.prompts)
     if not demos:
@@ -108,10 +109,11 @@ def measure(cfg):
     print("{}, {:,} questions of {}\n  greedy  {:.1%} right (95 %: {:.1%} to {:.1%})".format(
         cfg.accuracy, len(demos), cfg.prompts, *numbers["greedy"]), flush=True)
     if cfg.pass_at:
-        counts = right_answers(policy, tokenizer, demos, cfg, n=cfg.n, greedy=False).tolist()
+        counts = right_answers(policy, tokenizer, demos, cfg, n=cfg.samples, greedy=False).tolist()
         for k in dict.fromkeys((1, cfg.pass_at)):
-            mean, half = numbers[f"pass@{k}"] = mean_interval(torch.tensor([pass_at_k(c, cfg.n, k) for c in counts], dtype=torch.float64))
-            print(f"  pass@{k:<3}{mean:.1%} ± {half:.1%}, of {cfg.n} answers at temperature {cfg.tau:g}")
+            estimates = torch.tensor([pass_at_k(c, cfg.samples, k) for c in counts], dtype=torch.float64)
+            mean, half = numbers[f"pass@{k}"] = mean_interval(estimates)
+            print(f"  pass@{k:<3}{mean:.1%} ± {half:.1%}, of {cfg.samples} answers at temperature {cfg.tau:g}")
     if cfg.out:
         write_atomic(cfg.out, json.dumps({**asdict(cfg), **numbers}, indent=1) + "\n")
     return numbers

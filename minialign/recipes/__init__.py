@@ -88,7 +88,6 @@ RATES = {"train": 0.5, "sample": 0.6}  # fractions of CARDS: of flops/s in train
 RESERVE = 6  # GiB on each card for the CUDA context, communication buffers and fragmentation: an estimate
 FREE = 0.1  # the share of the card that a plan leaves free
 PADDING = 1.4  # positions computed for each real token: 1.10 to 1.76 on rows of Anthropic HH, dealt to micro-batches by length
-DRAWN = 64  # rows drawn together by a policy that is frozen meanwhile, at most
 RECEIPTS = Path(__file__).parents[2] / "docs/receipts.json"
 
 
@@ -213,8 +212,8 @@ def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
     cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * wide
     scores = 2 * SLICE_BYTES["cuda"] * (recipe.name != "reward_model")  # of log-probs: they come before the first layer's backward pass
 
-    def drawing(drawn):  # `drawn` rows together; when a quarter of them is finished, the others' cache is copied
-        inside = drawn * (1.75 * cache * sampled + (sampled - max_new) * passing * wide + 16 * config.vocab_size)
+    def drawing(n):  # n rows together; when a quarter of them is finished, the others' cache is copied
+        inside = n * (1.75 * cache * sampled + (sampled - max_new) * passing * wide + 16 * config.vocab_size)
         return (everything * wide * launched + inside) / 2**30
 
     resident = {
@@ -228,17 +227,17 @@ def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
     resident = {part: size / 2**30 for part, size in resident.items() if size}
     gathered = 2 * block * wide * launched
     unsummed = ((root if not cfg.lora else 0) + trained / config.n_layer) * (wide + 4) * launched  # gradients before they are summed
-    spare = (1 - FREE) * memory_size - sum(resident.values())
-    fits_in = int((spare - drawing(0)) / (drawing(1) - drawing(0)))  # rows that can be drawn together
-    together = share if does.sampled else -(-4 // gpus) if max_new else 0  # (an evaluation samples at least four answers)
-    if recipe.name == "irft" and remembers:  # all own answers of a round are of one policy
-        together = max(1, min(getattr(cfg, "sample_batch", 0) or DRAWN, fits_in, share * cfg.steps // cfg.rounds))
+    asked = share if does.sampled else -(-4 // gpus) if max_new else 0  # (an evaluation samples at least four answers)
+    if recipe.name == "irft":  # the policy that answers does not change within a round
+        asked = share * (cfg.steps // cfg.rounds)
+    # sample() draws as many rows together as have cache and logits in a quarter of the card.
+    drawn = min(asked, max(1, int(memory_size * 2**30 / 4 / (1.75 * cache * sampled + 16 * config.vocab_size))))
     trains, passed = at_once * micro * longest, (1 + (recipe.name in ("dpo", "orpo"))) * evaluated * longest  # positions
     training = max(scores + 16 * config.n_embd * trains, (again + passing) * wide * trains) + (stored + ends) * wide * trains
     phases = {
         "a micro-batch in training": (gathered + unsummed + training) / 2**30,
         "a micro-batch in evaluation": (gathered + max(scores, passing * wide * passed) + ends * wide * passed) / 2**30,
-        "sampling" if max_new else "a whole copy to export": drawing(together),
+        "sampling" if max_new else "a whole copy to export": drawing(drawn),
     }
 
     sequences, evaluations = cfg.steps * cfg.batch_size, -(-cfg.steps // cfg.eval_every)
@@ -246,16 +245,18 @@ def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
     used = min(sequences, rows - held_out) + held_out if recipe.name == "dpo" and remembers else sequences  # scored once, not at each epoch
     backward = 2 if cfg.lora else 4  # adapters: frozen weights get no gradient, but gradients pass through them
     passes = (2 + backward + 2 * cfg.activation_checkpointing) * does.trained * sequences + 2 * does.scored * used
-    rollouts = does.sampled * cfg.steps * share / max(1, together)
+    rollouts = does.sampled * cfg.steps * (share / drawn if recipe.name == "irft" else 1)
+    alone = 1 if recipe.name == "irft" else -(-share // max(1, drawn))  # passes of a rollout
     online = recipe.name in ("rloo", "grpo", "rebel", "reinforce", "ppo")  # these evaluate by sampling
     sides = 2 * (1 + does.copies) if recipe.name in ("dpo", "orpo", "reward_model") else 1
-    drawn_tokens = max_new * (rollouts * (2 * everything + cache * (sampled - max_new / 2) * together)
-                              + evaluations * (2 * everything + cache * (sampled - max_new / 2) * (share if online else 4 / gpus)))
+    reads = cache * (sampled - max_new / 2)  # of a row, for a token
+    drawn_bytes = max_new * (rollouts * (2 * everything * alone + reads * (drawn if recipe.name == "irft" else share))
+                             + evaluations * (2 * everything * (alone if online else 1) + reads * (share if online else 4 / gpus)))
     rate = gpus * products * RATES["train"] * 3600
     gathers = (rollouts + evaluations + 1) * wide * everything * (1 - 1 / gpus) * launched
     hours = {
         "training and scoring": passes * everything * length / rate,
-        "sampling": drawn_tokens / (copied * RATES["sample"]) / 3600,
+        "sampling": drawn_bytes / (copied * RATES["sample"]) / 3600,
         "whole copies, gathered": gathers / link / 3600,
         "evaluation": 0 if online else 2 * evaluations * sides * held_out * everything * longest / rate,
         "reward_model's last pass": 2 * (rows - held_out) * everything * longest / rate * (recipe.name == "reward_model"),
@@ -265,7 +266,7 @@ def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
     return {"resident": resident, "phases": phases, "GiB": sum(resident.values()) + max(phases.values()), "card": memory_size,
             "steps": cfg.steps, "length": longest, "tokens": length * (sequences * does.trained + used * does.scored),
             "host": {"loading": gpus * everything * 2 * launched / 2**30, "saving": checkpoint * launched / 2**30},
-            "parameters": everything, "trained": trained, "drawn": together, "hours": {part: h for part, h in hours.items() if h}}
+            "parameters": everything, "trained": trained, "drawn": drawn, "hours": {part: h for part, h in hours.items() if h}}
 
 
 def fits(numbers):
@@ -319,8 +320,8 @@ def print_plan(recipe, cfg, card):
     print(f"  {'together':32} {sum(numbers['hours'].values()):8.2f} hours, at {RATES['train']:.0%} of the card's matrix-product rate and "
           f"{RATES['sample']:.0%} of its bandwidth")
     print(f"  every row is taken to have {numbers['length']:,} positions; shorter rows take {PADDING:g} positions for each of their tokens")
-    if recipe.name == "irft" and cfg.precompute_ref:
-        print(f"  a card draws {numbers['drawn']} rows together, because the policy that answers does not change within a round")
+    if numbers["drawn"]:
+        print(f"  a card samples {numbers['drawn']} rows together")
     print_receipts(recipe)
     return numbers
 

@@ -7,7 +7,7 @@ expert only if β > ½; at β = .05 they move away from it (docs/ERRATA.md), so 
 To compare: `evaluate --policies … --reward runs/…/reward --pairs trl-lib/tldr-preference`.
 Receipt (of a run at full size): none yet.
 
-    torchrun --nproc_per_node 4 -m minialign.recipes.irl_tldr_pythia
+    torchrun --nproc_per_node 2 -m minialign.recipes.irl_tldr_pythia
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Config(FullScale, irl.Config):
     save_every: int = 50
 
 
-RECIPE = Recipe(irl, Config, model="pythia-1b", data="trl-lib/tldr", gpus=4)
+RECIPE = Recipe(irl, Config, model="pythia-1b", data="trl-lib/tldr", gpus=2)
 
 if __name__ == "__main__":
     main(RECIPE)

@@ -152,7 +152,12 @@ def overview():
 
 def recipes():
     print("recipes     torchrun --nproc_per_node GPUS -m minialign.recipes.<name> [--flags]; try --plan CARD or --smoke first\n")
+    chains = [name for name in names_in("minialign/recipes") if name.startswith("chain_")]
     for name in names_in("minialign/recipes"):
+        if name not in chains:
+            print(f"  {name:28} {title(ROOT / 'minialign/recipes' / f'{name}.py')}")
+    print("\nchains      python -m minialign.recipes.<name> [--plan CARD | --smoke]; several recipes, each from what the one before made\n")
+    for name in chains:
         print(f"  {name:28} {title(ROOT / 'minialign/recipes' / f'{name}.py')}")
 
 

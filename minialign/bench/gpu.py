@@ -7,6 +7,7 @@ log-prob and entropy for every token. Errors are against float64 on the same bfl
     kernels      logprob.py's two passes, against the bytes they must move (2 N V and 4 N V) at the bandwidth of a copy
     log-probs    linear_logps from hidden states, forward and backward, kept and recomputed, against its three bare products; scoring
                  without a gradient against one bare product; the installed peers (TRL, Liger, cut-cross-entropy, torch)
+    scorer       scoring by the Triton kernel beside slices, by C: what decides linear_logprob.FUSED_UP_TO
     scaling      the same for several N and V: time per N·V, memory
     decoding     a recorded step of Pythia-1.4B and Mistral-7B shapes, against reading weights and cache once; transformers' generate
     training     an SFT step of both shapes: tokens/s, and share of the measured product rate (6 flops per parameter and token)
@@ -50,6 +51,7 @@ def tables(device):
             yield f"kernels, {name}: N {n}, V {v}", kernels(n, v, device)
             yield f"log-probs, {name}: N {n}, C {c}, V {v}", log_probs(n, c, v, device)
             yield f"scoring, {name}: N {n}, C {c}, V {v}", scoring(n, c, v, device)
+    yield f"scorer by C (now fused up to {linear_logprob.FUSED_UP_TO}): N 8192, V 65536", scorer(device)
     yield "scaling of the recomputing log-probs: C 2048", scaling(device)
     for name, size, batch in (("Pythia-1.4B", PYTHIA, 64), ("Mistral-7B", MISTRAL, 64)):
         yield f"decoding, {name}: {batch} rows at position 512", decoding(size, batch, 512, device, peer=name == "Pythia-1.4B")
@@ -231,21 +233,41 @@ def _peers(hidden, weight, targets):
     return peers
 
 
+def scoring_bodies(hidden, weight, targets):
+    """{name: body} of what scores without a gradient, whatever the width: slices, and the Triton kernel where there is Triton."""
+    given = hidden, weight, targets, 1.0, True
+    bodies = {"slices": lambda: linear_logprob.LinearLogps.apply(*given)}
+    kernel = linear_logprob.kernel()
+    return {**bodies, "fused": lambda: linear_logprob.fused_logps(kernel, *given)} if kernel else bodies
+
+
 def scoring(n, c, v, device, rounds=20):
     """Without gradients: log-prob and entropy, divided by one bare product, which writes all logits to memory."""
     hidden, weight, targets, _ = random_inputs(n, c, v, device)
     hidden, weight = hidden.detach(), weight.detach()
     logps, entropies = exact(hidden, weight, targets)
-    works = {"one bare product": lambda: hidden @ weight.T,
-             "minialign, no gradient": lambda: linear_logps(hidden, weight, targets, body="chunked")}
-    if linear_logprob.fused_scorer(hidden, weight):
-        works["minialign, slices in its place"] = lambda: linear_logprob.LinearLogps.apply(hidden, weight, targets, 1.0, True, 0)
-    rows = time_in_turns(works, device, rounds)
+    bodies = scoring_bodies(hidden, weight, targets)
+    rows = time_in_turns({"one bare product": lambda: hidden @ weight.T, **bodies}, device, rounds)
     for row in rows[1:]:
-        if row["name"] in works:  # this one did not fail
-            out, entropy = works[row["name"]]()[:2]
+        if row["name"] in bodies:  # this one did not fail
+            out, entropy = bodies[row["name"]]()
             row["error"], row["entropy error"] = worst(out, logps), worst(entropy, entropies)
     return rows
+
+
+def scorer(device, n=8192, v=65536, cs=(1024, 1536, 2048, 2560, 3072, 4096, 8192), rounds=10):
+    """Without gradients, by C: slices and the Triton kernel, tokens per second, and which of the two is faster."""
+    table = []
+    for c in cs:
+        hidden, weight, targets, _ = random_inputs(n, c, v, device)
+        rows = time_in_turns(scoring_bodies(hidden.detach(), weight.detach(), targets), device, rounds)
+        fastest = min((row for row in rows if "ms" in row), key=lambda row: row["ms"], default=None)
+        for row in rows:
+            row |= {"name": f"C {c}, {row['name']}{', the faster' if row is fastest and len(rows) > 1 else ''}"}
+            row |= {"tokens/s": 1e3 * n / row["ms"]} if "ms" in row else {}
+        table += rows
+        del hidden, weight, targets
+    return table
 
 
 def scaling(device, c=2048, ns=(4096, 16384, 65536), vs=(32000, 128256, 256000), rounds=3):

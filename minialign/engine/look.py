@@ -106,13 +106,27 @@ def print_folder(run):
     print(f"folder: {run.folder}" + (f", resuming after step {run.first_step}" if run.resuming else ""), flush=True)
 
 
+def layer_numbers(config):
+    """(kept, passing): how many numbers the activations of one layer take at one position, counted on the model's own operations.
+
+    kept: what autograd keeps for the backward pass. passing: what a backward pass holds besides, and all that a pass without gradient
+    holds, at most. RMSNorm keeps its input in float32, which counts double.
+    """
+    c, queries, keys = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    norms = 8 * c if config.norm == "rms" else (3 if config.parallel_residual else 4) * c
+    attention = 2 * queries + 2 * keys + 3 * (queries + keys) * config.qk_norm  # queries, keys, values and the output
+    kept = norms + attention + 2 * (1 + config.gated) * config.ffn_dim
+    return kept, 6 * c + max((2 + config.gated) * config.ffn_dim, 2 * attention)
+
+
 def peak_memory(run, models, positions, sampled=0):
     """Peak memory in MB, roughly.
 
-    Counted: trained weights with gradients and AdamW's two moments, frozen weights once, the activations of one micro-batch of rows with
-    `positions` tokens, their logits (or what logps.py's chunked body keeps of them), and for `sampled` such rows the key-value cache and
-    the activations of one layer. All of them are sampled together, in training or evaluation: micro_batch does not limit sampling.
-    Under torchrun each process samples its share of them, from a whole copy of the first model.
+    Counted: trained weights with gradients and AdamW's two moments, frozen weights once, and the largest of: the activations of one
+    micro-batch of rows with `positions` tokens in training; those of one in evaluation; those of `sampled` such rows in one layer. Besides
+    these the logits (or what logps.py's chunked body keeps of them), and the key-value cache of the `sampled` rows. All of them are sampled
+    together, in training or evaluation: micro_batch does not limit sampling. Under torchrun each process samples its share of them, from a
+    whole copy of the first model.
     """
     size = torch.tensor([], dtype=run.dtype).element_size()
     parameters = {id(p): p for model in models.values() for p in model.parameters()}.values()  # copies share frozen weights
@@ -120,11 +134,14 @@ def peak_memory(run, models, positions, sampled=0):
     first, rows, sampled = next(iter(models.values())), rows_at_once(run.cfg), -(-sampled // parallel.world())
     config = first.config
     total += size * sum(p.numel() for p in first.parameters()) * parallel.started()
-    activations = max(rows * config.n_layer, sampled) * (8 * config.n_embd + 3 * config.ffn_dim) * size  # at each position
+    (layer, passing), ends = layer_numbers(config), 8 * config.n_embd  # ends: embeddings, final norm, what enters the log-probs
+    kept = config.n_layer * config.n_embd + layer if run.cfg.activation_checkpointing else config.n_layer * layer
+    evaluated = getattr(run.cfg, "eval_batch", 0) or rows
+    activations = max(rows * (kept + passing + ends), evaluated * (passing + ends), sampled * passing) * size  # at each position
     if config.head == "lm" and best_body(rows * positions, config.vocab_size, run.device) == "naive":
         total += 12 * config.vocab_size * rows * positions
     elif config.head == "lm":
-        total += 4 * SLICE_BYTES.get(run.device.type, 2**26)
+        total += 2 * SLICE_BYTES.get(run.device.type, 2**26)
     cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * size + 16  # keys, values, and 16 bytes for each sampled token
     return (total + positions * (activations + sampled * cache)) / 2**20
 

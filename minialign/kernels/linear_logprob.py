@@ -14,11 +14,13 @@ Torch's, Liger's and TRL's linear losses cut over the rows instead. Then dW is a
 it is rounded after each chunk.
 
 The two passes over a slice are logprob.py's update_statistics and to_gradient. On a CPU a slice is small, so that it stays in cache. A GPU
-needs large products. When no gradient is needed (a reference, old log-probs), a GPU needs no slice either: the kernel of
-linear_logprob_triton.py reduces each tile of the product where it is computed.
+needs large products. When no gradient is needed (a reference, old log-probs), a GPU needs no slice either: up to FUSED_UP_TO channels
+the kernel of linear_logprob_triton.py reduces each tile of the product where it is computed.
 
-Lower bounds on one H200 (4.3 TB/s, 790 bfloat16 TFLOP/s), N = 8192, forward and backward: Pythia-1.4B (C 2048, V 50304) 9.9 ms, of which
-8.6 are the products; Llama-3-8B (4096, 128256) 47 ms, of which 43.6 are the products. The products are the bottleneck.
+Bytes moved in bfloat16 on a GPU, forward and backward, besides what the products read: 30 per logit (forward: write 4, read 4; backward:
+write 4, read and write 8, round to bfloat16 6, read 2 for each of two products), and 16 N C per slice, where dh is added up in float32.
+With these, lower bounds on one H200 (4.3 TB/s, 790 bfloat16 TFLOP/s) for N = 8192: Pythia-1.4B (C 2048, V 50304) 11.7 ms, of which 8.6 are
+the products; Mistral-7B (4096, 32000) 13.0, of which 10.9; Llama-3-8B (4096, 128256) 51.9, of which 43.6. Nothing of this was measured.
 
 Checked by tests/kernels/test_linear_logprob.py and tests/test_logps.py: against log_softmax in float64, finite differences, memory.
 """
@@ -30,6 +32,10 @@ import torch
 from minialign.kernels.logprob import Statistics, to_gradient, update_statistics
 
 SLICE_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}  # of float32 logits in one slice; dividing by N rows gives its width
+# Most channels C for which the Triton kernel scores; above, slices do. The kernel saves 8 moved bytes per logit, which matter less in a
+# wider model, but its products are slower than cuBLAS's. By arithmetic both take the same time at C = 2048 on an H200 if it reaches 74 % of
+# cuBLAS's speed. No card has decided this yet: `python -m minialign.bench --gpu` prints both by C.
+FUSED_UP_TO = 2048
 
 
 def vocabulary_slices(n, vocab_size, device):
@@ -53,8 +59,10 @@ def logits_of(hidden, weight):
 
 
 def fused_scorer(hidden, weight):
-    """The Triton kernel that scores without logits, if both are bfloat16 or both float16, on CUDA, with Triton installed. Else None."""
-    return kernel() if hidden.is_cuda and hidden.dtype == weight.dtype in (torch.bfloat16, torch.float16) else None
+    """The Triton kernel that scores without logits, if both are bfloat16 or both float16, on CUDA, with Triton installed, and of at most
+    FUSED_UP_TO channels. Else None."""
+    suits = hidden.is_cuda and hidden.dtype == weight.dtype in (torch.bfloat16, torch.float16) and hidden.shape[1] <= FUSED_UP_TO
+    return kernel() if suits else None
 
 
 @functools.cache
@@ -116,6 +124,11 @@ def chunked_logps(hidden, weight, targets, tau, entropy):
     score = fused_scorer(hidden, weight)
     if score is None or torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return LinearLogps.apply(hidden, weight, targets, tau, entropy)
+    return fused_logps(score, hidden, weight, targets, tau, entropy)
+
+
+def fused_logps(score, hidden, weight, targets, tau, entropy):
+    """LinearLogps without gradient, by the Triton kernel `score`."""
     statistics = score(hidden, weight, targets, tau, entropy)
     lse = statistics.lse()
     return statistics.target - lse, statistics.entropy() if entropy else torch.zeros_like(lse)

@@ -4,28 +4,41 @@
     python -m minialign.recipes.irft_ultrachat_zephyr --plan h100                   # steps, tokens, memory, hours; loads no weights
     python -m minialign.recipes.irft_ultrachat_zephyr --smoke                       # the same code path at toy size, on any CPU
     torchrun --nproc_per_node 8 -m minialign.recipes.irft_ultrachat_zephyr          # the run; takes every flag of the method
+    python -m minialign.recipes.chain_tldr                                          # several recipes, each from what the one before made
 
 --smoke writes a model of the same family with random weights, and rows with the data set's columns, to a temporary folder, both in the
 hub's formats. Then it takes two steps with a small version of the recipe's Config, in two processes over gloo if the recipe is for more
-than one GPU. --plan counts the parameters of the architecture, the bytes of everything kept in memory, the floating-point operations (per
-parameter and token: 2 forward, 6 with the backward pass, or 4 if adapters are trained, 2 more with activation checkpointing) and the bytes
-that sampling reads. Memory includes evaluation and export. Hours are an estimate, without communication, evaluation and the last pass of
-reward_model. Rows are assumed to have full length, and a card to run at the fractions in RATES of the speeds in CARDS.
+than one GPU. With --out the folder stays, and beside it its inputs. --gpus N: smoke or plan for another number of processes.
+
+--plan counts by arithmetic, from the architecture alone:
+
+    memory     what stays on a card (weights, gradients, AdamW, frozen copies, what FSDP2 gathers, a reserve), and the largest of what comes
+               and goes: a micro-batch in training, one in evaluation, sampling, a whole copy for the export. A plan fits if a tenth is free
+    hours      floating-point operations (per parameter and token: 2 forward, 6 with the backward pass, or 4 if adapters are trained, 2 more
+               with activation checkpointing), bytes that sampling reads, bytes of weights gathered for a rollout, evaluations, and
+               reward_model's last pass. Cards are assumed to run at the fractions in RATES of the speeds in CARDS
+    rows       are assumed to be as long as the flags allow, rounded up to 64 positions as on CUDA. So hours are nearly an upper bound: rows
+               of m tokens on average take PADDING · m / length of the time
+    left out   FSDP2's communication in training, recording CUDA graphs, reading and tokenising, checkpoints, downloads
+
+docs/SCALE.md has the plans of all recipes. No plan has been compared with a run on a GPU yet. `python -m minialign.bench.receipts` takes a
+few real steps with the recipes' models on one GPU, with rows of up to 1,024 tokens, and evaluates once. It prints memory and time beside
+the plan, and so does --plan if the file is docs/receipts.json. The project calls these measurements receipts.
 
 Which --dtype: bytes a weight, with gradient and AdamW's moments, are 16 in float32, 16 + 2 in mixed and 8 in bfloat16, where weights hardly
 move at the papers' learning rates. If mixed, which the recipes take, does not fit, use --lora 64 --dtype bfloat16: 2 bytes a frozen weight,
 16 a number of the adapters, which stay float32.
 
-`python -m minialign.bench.receipts` takes a few real steps with the recipes' models on one GPU, with rows of up to 1,024 tokens, and
-prints the measured memory and time beside the plan. The project calls these measurements receipts.
-
 Checked by tests/test_recipes.py: every recipe's --smoke and --plan.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +49,7 @@ import torch
 
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, pick_dtype
+from minialign.engine.look import layer_numbers
 from minialign.kernels.linear_logprob import SLICE_BYTES
 from minialign.lora import inject
 from minialign.model import GPT, GPTConfig
@@ -67,9 +81,14 @@ DATA = {
     "openai/gsm8k": (7_473, {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"}),
 }
 
-# card: (GiB, flops/s of bfloat16 matrix products, bytes/s of a copy). H200: measured on one. Others: .8 and .9 of the vendor's peaks.
-CARDS = {"a100": (80, 250e12, 1.8e12), "h100": (80, 790e12, 3.0e12), "h200": (141, 790e12, 4.3e12)}
+# card: (GiB, flops/s of bfloat16 matrix products, bytes/s of a copy, bytes/s from other cards). GiB: what CUDA reports of "80 GB" and "141
+# GB". The rest is arithmetic: .8 of the vendor's peaks for products and NVLink, .9 for a copy.
+CARDS = {"a100": (79.6, 250e12, 1.8e12, 240e9), "h100": (79.6, 790e12, 3.0e12, 360e9), "h200": (139.8, 790e12, 4.3e12, 360e9)}
 RATES = {"train": 0.5, "sample": 0.6}  # fractions of CARDS: of flops/s in training, of bytes/s in sampling
+RESERVE = 6  # GiB on each card for the CUDA context, communication buffers and fragmentation: an estimate
+FREE = 0.1  # the share of the card that a plan leaves free
+PADDING = 1.4  # positions computed for each real token: 1.10 to 1.76 on rows of Anthropic HH, dealt to micro-batches by length
+RECEIPTS = Path(__file__).parents[2] / "docs/receipts.json"
 
 
 @dataclass
@@ -111,13 +130,14 @@ def work(method, cfg):
 
 @dataclass
 class Recipe:
-    """method: a module. Config: its Config with the paper's numbers. model: a key of MODELS. data: a key of DATA. gpus: how many."""
+    """method: a module. Config: its Config with the paper's numbers. model, data, card: keys of MODELS, DATA, CARDS. gpus: how many."""
 
     method: object
     Config: type
     model: str
     data: str
     gpus: int
+    card: str = "h100"
 
     @property
     def name(self):
@@ -152,13 +172,15 @@ class TLDR(FullScale):
 # ---------------------------------------------------------------------------------------------------------------------- plan
 
 
-def plan(recipe, cfg, card, config=None, prompt=512):
-    """{'memory': {part: GiB on each card}, 'steps', 'tokens', 'hours': {part: h}, …} of a run on `recipe.gpus` cards.
+def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
+    """{'resident', 'phases': {part: GiB on each card}, 'GiB' at the peak, 'hours': {part: h}, …} of a run on `recipe.gpus` cards.
 
-    config: an architecture to use instead of the recipe's. prompt: tokens of the longest prompt, if --max_prompt is not set.
+    config: an architecture to use instead of the recipe's. prompt: tokens of the longest prompt, if --max_prompt is not set. rows: how many
+    rows the data has, if not as many as the recipe's.
     """
-    memory_size, products, copied = CARDS[card]
+    memory_size, products, copied, link = CARDS[card]
     config, gpus, does = config or MODELS[recipe.model], recipe.gpus, work(recipe.name, cfg)
+    rows = DATA[recipe.data][0] if rows is None else rows
     with torch.device("meta"):
         model = GPT(config)
         model = inject(model, cfg.lora, cfg.lora_alpha) if cfg.lora else model
@@ -170,43 +192,98 @@ def plan(recipe, cfg, card, config=None, prompt=512):
     launched = gpus > 1 or cfg.dtype == "mixed"  # FSDP2 gathers the weights
     slices = gpus if cfg.parallel == "fsdp" else 1
     models = 1 + does.copies + does.more
+    remembers = getattr(cfg, "precompute_ref", False)
 
-    sampled = (getattr(cfg, "max_prompt", None) or prompt) + getattr(cfg, "max_new", 0)  # tokens of a sampled row
-    length = getattr(cfg, "max_len", sampled)
-    if does.sampled and length > sampled:  # half the rows are demonstrations, half are sampled: take the mean length
-        length = (length + sampled) // 2
-    rows = cfg.batch_size // gpus
-    drawn = rows if does.sampled else -(-4 // gpus) if hasattr(cfg, "max_new") else 0  # an evaluation samples at least four answers
-    micro = min(cfg.micro_batch or rows, rows)
+    max_new = getattr(cfg, "max_new", 0)
+    sampled = (getattr(cfg, "max_prompt", None) or prompt) + max_new  # tokens of a sampled row
+    longest = -(-(max(getattr(cfg, "max_len", 0), sampled * bool(does.sampled)) - 1) // 64) * 64  # positions, in whole 64s
+    length = longest
+    if does.sampled and recipe.name != "irft" and hasattr(cfg, "max_len"):  # half the rows are demonstrations, half are sampled. (irft
+        length = (longest + -(-(sampled - 1) // 64) * 64) / 2  # stacks both, so both are as long as the longer.)
+    share = -(-cfg.batch_size // gpus)  # rows of a step on one card
+    micro = min(cfg.micro_batch or share, share)
+    evaluated = getattr(cfg, "eval_batch", 0) or micro
     # Sequences of a row, or passes over one, whose activations are kept at the same time for the backward pass.
     at_once = 2 if recipe.name in ("dpo", "orpo", "irft", "reward_model", "ppo", "rft", "irl") else 1
-    layer = 8 * config.n_embd + (3 + config.gated) * config.ffn_dim
-    kept = config.n_layer * config.n_embd + layer if cfg.activation_checkpointing else config.n_layer * layer
+    layer, passing = layer_numbers(config)
+    stored, again = (config.n_layer * config.n_embd, layer) if cfg.activation_checkpointing else (config.n_layer * layer, 0)
+    ends = 8 * config.n_embd  # embeddings, final norm, and what enters the log-probs
     root = everything - config.n_layer * block  # embeddings and head: they stay gathered until the backward pass ends
     cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * wide
-    memory = {
+    scores = 2 * SLICE_BYTES["cuda"] * (recipe.name != "reward_model")  # of log-probs: they come before the first layer's backward pass
+
+    def drawing(n):  # n rows together; when a quarter of them is finished, the others' cache is copied
+        inside = n * (1.75 * cache * sampled + (sampled - max_new) * passing * wide + 16 * config.vocab_size)
+        return (everything * wide * launched + inside) / 2**30
+
+    resident = {
         "weights": everything * weight * (1 + does.more) / slices,
         "gradients and AdamW": 3 * trained * held * (1 + does.more) / slices,
         "frozen copies": (trained * held if cfg.lora and not launched else everything * weight) * does.copies / slices,
         "reward models of --reward": everything * wide * does.judges,
-        "gathered while computing": (root * models + 2 * block) * wide * launched,
-        "gradients before they are summed": ((root if not cfg.lora else 0) + trained / config.n_layer) * (wide + 4) * launched,
-        "whole copy to sample and export": everything * wide * launched,
-        "cache of sampling": 1.75 * cache * sampled * drawn,  # when a quarter of the rows is finished, the others are copied
-        "activations of a micro-batch": max(at_once * micro * length * kept, drawn * (sampled - getattr(cfg, "max_new", 0)) * layer) * wide,
-        "log-probs": 4 * SLICE_BYTES["cuda"] + 4 * micro * length * config.n_embd,
+        "embeddings and heads, gathered": root * models * wide * launched,
+        "reserve": RESERVE * 2**30,
     }
-    sequences = cfg.steps * cfg.batch_size
+    resident = {part: size / 2**30 for part, size in resident.items() if size}
+    gathered = 2 * block * wide * launched
+    unsummed = ((root if not cfg.lora else 0) + trained / config.n_layer) * (wide + 4) * launched  # gradients before they are summed
+    asked = share if does.sampled else -(-4 // gpus) if max_new else 0  # (an evaluation samples at least four answers)
+    if recipe.name == "irft":  # the policy that answers does not change within a round
+        asked = share * (cfg.steps // cfg.rounds)
+    # sample() draws as many rows together as have cache and logits in a quarter of the card.
+    drawn = min(asked, max(1, int(memory_size * 2**30 / 4 / (1.75 * cache * sampled + 16 * config.vocab_size))))
+    trains, passed = at_once * micro * longest, (1 + (recipe.name in ("dpo", "orpo"))) * evaluated * longest  # positions
+    training = max(scores + 16 * config.n_embd * trains, (again + passing) * wide * trains) + (stored + ends) * wide * trains
+    phases = {
+        "a micro-batch in training": (gathered + unsummed + training) / 2**30,
+        "a micro-batch in evaluation": (gathered + max(scores, passing * wide * passed) + ends * wide * passed) / 2**30,
+        "sampling" if max_new else "a whole copy to export": drawing(drawn),
+    }
+
+    sequences, evaluations = cfg.steps * cfg.batch_size, -(-cfg.steps // cfg.eval_every)
+    held_out = int(rows * cfg.held_out)
+    used = min(sequences, rows - held_out) + held_out if recipe.name == "dpo" and remembers else sequences  # scored once, not at each epoch
     backward = 2 if cfg.lora else 4  # adapters: frozen weights get no gradient, but gradients pass through them
-    passes = (2 + backward + 2 * cfg.activation_checkpointing) * does.trained + 2 * does.scored
-    per_step = 2 * everything + cache * (sampled - getattr(cfg, "max_new", 0) / 2) * rows
+    passes = (2 + backward + 2 * cfg.activation_checkpointing) * does.trained * sequences + 2 * does.scored * used
+    rollouts = does.sampled * cfg.steps * (share / drawn if recipe.name == "irft" else 1)
+    alone = 1 if recipe.name == "irft" else -(-share // max(1, drawn))  # passes of a rollout
+    online = recipe.name in ("rloo", "grpo", "rebel", "reinforce", "ppo")  # these evaluate by sampling
+    sides = 2 * (1 + does.copies) if recipe.name in ("dpo", "orpo", "reward_model") else 1
+    reads = cache * (sampled - max_new / 2)  # of a row, for a token
+    drawn_bytes = max_new * (rollouts * (2 * everything * alone + reads * (drawn if recipe.name == "irft" else share))
+                             + evaluations * (2 * everything * (alone if online else 1) + reads * (share if online else 4 / gpus)))
+    rate = gpus * products * RATES["train"] * 3600
+    gathers = (rollouts + evaluations + 1) * wide * everything * (1 - 1 / gpus) * launched
     hours = {
-        "training and scoring": passes * everything * length * sequences / gpus / (products * RATES["train"]) / 3600,
-        "sampling": does.sampled * cfg.steps * getattr(cfg, "max_new", 0) * per_step / (copied * RATES["sample"]) / 3600,
+        "training and scoring": passes * everything * length / rate,
+        "sampling": drawn_bytes / (copied * RATES["sample"]) / 3600,
+        "whole copies, gathered": gathers / link / 3600,
+        "evaluation": 0 if online else 2 * evaluations * sides * held_out * everything * longest / rate,
+        "reward_model's last pass": 2 * (rows - held_out) * everything * longest / rate * (recipe.name == "reward_model"),
     }
-    return {"memory": {part: size / 2**30 for part, size in memory.items() if size}, "card": memory_size, "steps": cfg.steps,
-            "host": gpus * everything * weight * models / 2**30 * launched, "tokens": sequences * length * (does.trained + does.scored),
-            "parameters": everything, "trained": trained, "hours": {part: h for part, h in hours.items() if h}}
+    stored = {"irl": does.copies, "irft": min(does.copies, 1)}.get(recipe.name, 0)  # frozen copies that change at every round
+    checkpoint = everything * weight * (1 + does.more + stored) + 2 * trained * held * (1 + does.more)  # weights, AdamW's two moments
+    return {"resident": resident, "phases": phases, "GiB": sum(resident.values()) + max(phases.values()), "card": memory_size,
+            "steps": cfg.steps, "length": longest, "tokens": length * (sequences * does.trained + used * does.scored),
+            "host": {"loading": gpus * everything * 2 * launched / 2**30, "saving": checkpoint * launched / 2**30},
+            "parameters": everything, "trained": trained, "drawn": drawn, "hours": {part: h for part, h in hours.items() if h}}
+
+
+def fits(numbers):
+    """Whether a plan leaves the share FREE of the card."""
+    return numbers["GiB"] <= (1 - FREE) * numbers["card"]
+
+
+def what_fits(recipe, cfg, card):
+    """The flags of the first change with which a plan fits; None if none does."""
+    for gpus in (recipe.gpus, 2 * recipe.gpus, 4 * recipe.gpus):
+        for change in ({}, {"activation_checkpointing": True}, {"activation_checkpointing": True, "micro_batch": 1}):
+            changed = dataclasses.replace(cfg, **change)
+            if cfg.batch_size % gpus == 0 and fits(plan(dataclasses.replace(recipe, gpus=gpus), changed, card)):
+                flags = [f"--nproc_per_node {gpus}"] * (gpus != recipe.gpus)
+                flags += [f"--{name}" + f" {value}" * (value is not True) for name, value in change.items() if getattr(cfg, name) != value]
+                return " ".join(flags)
+    return None
 
 
 def prompts_in(recipe, cfg):
@@ -227,17 +304,44 @@ def print_plan(recipe, cfg, card):
     passes = prompts_in(recipe, cfg) / rows
     print(f"  {numbers['steps']:,} steps of {cfg.batch_size} rows, {passes:.2f} passes over the data; "
           f"at most {numbers['tokens']:.3g} tokens pass through a model")
-    total = sum(numbers["memory"].values())
-    for part, size in numbers["memory"].items():
-        print(f"  {part:30} {size:8.2f} GiB on each")
-    print(f"  {'together':30} {total:8.2f} GiB of {numbers['card']}" + ("" if total < numbers["card"] else ": DOES NOT FIT"))
-    if numbers["host"]:
-        print(f"  {'host, while models are loaded':30} {numbers['host']:8.2f} GiB for {recipe.gpus} processes on one machine")
+    for part, size in numbers["resident"].items():
+        print(f"  {part:32} {size:8.2f} GiB on each")
+    print("  and the largest of")
+    for part, size in numbers["phases"].items():
+        print(f"    {part:30} {size:8.2f} GiB")
+    print(f"  {'together':32} {numbers['GiB']:8.2f} GiB of {numbers['card']}, "
+          + ("of which a tenth stays free" if fits(numbers) else "and a tenth should stay free: DOES NOT FIT; "
+             + (f"it does with {flags}" if (flags := what_fits(recipe, cfg, card)) else "use --lora 64")))
+    if any(numbers["host"].values()):
+        loading, saving = numbers["host"].values()
+        print(f"  {'host, for all processes, at most':32} {loading:8.1f} GiB while loading, {saving:.1f} while saving a checkpoint")
     for part, hours in numbers["hours"].items():
-        print(f"  {part:30} {hours:8.1f} hours")
-    print(f"  {'together':30} {sum(numbers['hours'].values()):8.1f} hours, at {RATES['train']:.0%} of the card's matrix-product rate and "
+        print(f"  {part:32} {hours:8.2f} hours")
+    print(f"  {'together':32} {sum(numbers['hours'].values()):8.2f} hours, at {RATES['train']:.0%} of the card's matrix-product rate and "
           f"{RATES['sample']:.0%} of its bandwidth")
+    print(f"  every row is taken to have {numbers['length']:,} positions; shorter rows take {PADDING:g} positions for each of their tokens")
+    if numbers["drawn"]:
+        print(f"  a card samples {numbers['drawn']} rows together")
+    print_receipts(recipe)
     return numbers
+
+
+def print_receipts(recipe, file=None):
+    """What was measured of the recipe's model and method on a GPU, if docs/receipts.json is there."""
+    file = file or RECEIPTS
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": []}
+    for row in record["rows"]:
+        if (row["model"], row["method"]) == (recipe.model, recipe.name):
+            print(f"  receipt of {record['device']}, {record['date']}, batch {record['batch_size']}, micro-batch {record['micro_batch']}: "
+                  + receipt_line(row))
+
+
+def receipt_line(row):
+    """A row of the receipts as text: measured memory and time, with the planned ones."""
+    memory = {name: "" if row[name] is None else f"{row[name]:.1f} GiB (planned {row[f'planned {name}']:.1f}), "
+              for name in ("GiB", "evaluation GiB")}
+    return (f"{memory['GiB']}{row['seconds']:.2f} s a step (planned {row['planned seconds']:.2f}), {row['tokens/s']:,.0f} tokens/s; an "
+            f"evaluation {memory['evaluation GiB']}{row['evaluation seconds']:.2f} s (planned {row['planned evaluation seconds']:.2f})")
 
 
 # --------------------------------------------------------------------------------------------------------------------- smoke
@@ -253,8 +357,11 @@ def small(config, vocab_size):
                                windows=tuple(w and 64 for w in config.windows[:2]))
 
 
-def write_smoke_inputs(recipe, cfg, folder):
-    """Write a model and data in the hub's formats. Returns the recipe's Config with their paths and with small sizes."""
+def write_smoke_inputs(recipe, cfg, folder, given=()):
+    """Write a model and data in the hub's formats. Returns the recipe's Config with their paths and with small sizes.
+
+    given: fields that keep their value.
+    """
     row = DATA[recipe.data][1]
     rows = [json.loads(json.dumps(row).replace("tea", "tea, please, now"[: 3 + 4 * (i % 4)])) for i in range(12)]  # of different lengths
     tokenizer = train_bpe([json.dumps(rows)], 300)
@@ -286,19 +393,24 @@ def write_smoke_inputs(recipe, cfg, folder):
     if recipe.gpus == 1 and cfg.dtype == "bfloat16":
         sizes["dtype"] = "float32"  # bfloat16 on a CPU is not like bfloat16 on a GPU
     fields = {field.name for field in dataclasses.fields(cfg)}
-    return dataclasses.replace(cfg, **{name: value for name, value in sizes.items() if name in fields})
+    return dataclasses.replace(cfg, **{name: value for name, value in sizes.items() if name in fields and name not in given})
 
 
 def smoke(recipe, cfg, words):
-    """Take two steps, export, and load the export: in this process, or in two over gloo if the recipe is for several GPUs."""
+    """Take two steps, export, and load the export: in this process, or in two over gloo if the recipe is for several GPUs.
+
+    --out, --policy, --reward and --value keep what words give them; --resume continues such a run.
+    """
     if recipe.gpus > 1 and not parallel.launched():
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", own_name(), "--smoke", *words]
-        raise SystemExit(subprocess.run([sys.executable, *command]).returncode)
+        raise SystemExit(wait_for(subprocess.Popen([sys.executable, *command])))
     parallel.start()
-    with tempfile.TemporaryDirectory() as folder:
+    given = {word[2:].partition("=")[0] for word in words} & {"out", "policy", "reward", "value"}
+    kept = cfg.resume or cfg.out
+    with contextlib.nullcontext(f"{kept}-inputs") if kept else tempfile.TemporaryDirectory() as folder:
         folder = Path(parallel.on_main(lambda: folder))
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        done = recipe.method.main(parallel.on_main(write_smoke_inputs, recipe, cfg, folder))
+        done = recipe.method.main(cfg if cfg.resume else parallel.on_main(write_smoke_inputs, recipe, cfg, folder, given))
         load_pretrained(done / "final")
         parallel.gather(None)  # wait for all processes: the first one removes the folder
     print(f"smoke: {own_name()} ran in {parallel.world()} process{'es' * (parallel.world() > 1)}")
@@ -308,20 +420,138 @@ def own_name():
     return sys.modules["__main__"].__spec__.name
 
 
+FLAGS = """
+Besides these: --plan CARD (a100, h100, h200), --smoke, and with one of the two --gpus N.
+"""
+
+
 def main(recipe):
-    """The command line of a recipe file: the method's flags, --smoke and --plan CARD."""
+    """The command line of a recipe file: the method's flags, --smoke, --plan CARD, and with one of these --gpus N."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--plan", nargs="?", const="h100")
+    parser.add_argument("--plan", nargs="?", const=recipe.card)
+    parser.add_argument("--gpus", type=int, default=0)
     asked, words = parser.parse_known_args()
     with exit_codes(own_name()):
-        cfg = cli(recipe.Config, words, prog=f"python -m {own_name()}", description=sys.modules["__main__"].__doc__)
+        cfg = cli(recipe.Config, words, prog=f"python -m {own_name()}", description=sys.modules["__main__"].__doc__ + FLAGS)
         check_config(cfg)
+        if asked.gpus and not (asked.plan or asked.smoke):
+            raise BadInput(f"--gpus {asked.gpus}: is for --plan and --smoke; a run has as many processes as torchrun --nproc_per_node says")
+        recipe = on_gpus(recipe, asked.gpus)
         if asked.plan:
-            if asked.plan not in CARDS:
-                raise BadInput(f"--plan {asked.plan}: unknown card; use one of {', '.join(CARDS)}")
-            print_plan(recipe, cfg, asked.plan)
+            print_plan(recipe, cfg, known_card(asked.plan))
         elif asked.smoke:
             smoke(recipe, cfg, words)
         else:
             recipe.method.main(cfg)
+
+
+def on_gpus(recipe, gpus):
+    """The recipe with another number of GPUs; 0 leaves it as it is."""
+    if gpus < 0 or gpus and recipe.Config().batch_size % gpus:
+        raise BadInput(f"--gpus {gpus}: must be above 0 and divide the batch size {recipe.Config().batch_size} of {recipe.name}")
+    return dataclasses.replace(recipe, gpus=gpus or recipe.gpus)
+
+
+def known_card(name):
+    if name not in CARDS:
+        raise BadInput(f"--plan {name}: unknown card; use one of {', '.join(CARDS)}")
+    return name
+
+
+# -------------------------------------------------------------------------------------------------------------------- chains
+
+
+@dataclass
+class Stage:
+    """One recipe of a chain. policy, reward, value: which folder of an earlier stage it takes, like sft_tldr_pythia/final."""
+
+    recipe: str
+    policy: str = ""
+    reward: str = ""
+    value: str = ""
+
+    def open(self):
+        return importlib.import_module(f"minialign.recipes.{self.recipe}").RECIPE
+
+
+@dataclass
+class ChainConfig:
+    smoke: bool = False             # run all stages at toy size, on any CPU, in a temporary folder unless --out names one
+    plan: str = ""                  # a100, h100 or h200: print what each stage needs, and the hours of all; loads no weights
+    gpus: int = 0                   # processes of each stage; 0 = as many as its recipe says
+    out: str = ""                   # the folder in which each stage has its run folder; default: runs
+
+
+def chain(stages):
+    """The command line of a chain file: run its stages in order, each in a process of its own (torchrun, if it is for several GPUs).
+
+    Called again, it skips the stages that have their final/, and continues with --resume the one that was stopped.
+    """
+    with exit_codes(own_name()):
+        cfg = cli(ChainConfig, sys.argv[1:], prog=f"python -m {own_name()}", description=sys.modules["__main__"].__doc__)
+        for stage in stages:
+            on_gpus(stage.open(), cfg.gpus)
+        if cfg.plan:
+            plan_chain(stages, cfg)
+        elif cfg.smoke and not cfg.out:
+            with tempfile.TemporaryDirectory() as folder:
+                run_chain(stages, dataclasses.replace(cfg, out=folder))
+        else:
+            run_chain(stages, dataclasses.replace(cfg, out=cfg.out or "runs"))
+
+
+def plan_chain(stages, cfg):
+    """Print the plan of each stage, the hours of all, and whether all fit. Returns the hours."""
+    hours, card_hours = 0.0, 0.0
+    for stage in stages:
+        recipe = on_gpus(stage.open(), cfg.gpus)
+        numbers = print_plan(recipe, recipe.Config(), known_card(cfg.plan))
+        hours += sum(numbers["hours"].values())
+        card_hours += sum(numbers["hours"].values()) * recipe.gpus
+        print()
+    print(f"{own_name()}: {hours:.2f} hours for {len(stages)} stages, {card_hours:.2f} hours of a card")
+    return hours
+
+
+def command_of(stage, cfg):
+    """The command of a stage: a list of words. It resumes a run that has begun."""
+    folder, recipe = Path(cfg.out) / stage.recipe, on_gpus(stage.open(), cfg.gpus)
+    words = ["--resume", str(folder)] if (folder / "config.json").is_file() else ["--out", str(folder)]
+    if words[0] == "--out":
+        taken = {"policy": stage.policy, "reward": stage.reward, "value": stage.value}
+        words += [word for flag, path in taken.items() if path for word in (f"--{flag}", str(Path(cfg.out) / path))]
+    if cfg.smoke:  # (starts its processes itself)
+        launcher, words = [], ["--smoke", *(["--gpus", str(cfg.gpus)] if cfg.gpus else []), *words]
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(recipe.gpus), "-m"] * (recipe.gpus > 1)
+    return [sys.executable, "-m", *launcher, f"minialign.recipes.{stage.recipe}", *words]
+
+
+def run_chain(stages, cfg):
+    """Run the stages that are not finished. Raises SystemExit with the exit code of a stage that fails, or 1 if it was stopped."""
+    for number, stage in enumerate(stages, start=1):
+        final = Path(cfg.out) / stage.recipe / "final"
+        if (final / "config.json").is_file():  # (written last)
+            print(f"stage {number}/{len(stages)}: {stage.recipe} is finished ({final})", flush=True)
+            continue
+        command = command_of(stage, cfg)
+        print(f"stage {number}/{len(stages)}: {' '.join(command[1:])}", flush=True)
+        code = wait_for(subprocess.Popen(command))
+        if code or not (final / "config.json").is_file():
+            how = f"failed with exit code {code}, for the reason above" if code > 0 else "was stopped"
+            how = f"was ended by signal {-code}" if code < 0 else how
+            print(f"{own_name()}: {stage.recipe} {how}; the same command again continues there", file=sys.stderr)
+            raise SystemExit(code if code > 0 else 128 - code if code else 1)
+    print(f"all {len(stages)} stages are finished: {final}")
+
+
+def wait_for(process):
+    """The exit code of a stage. A SIGTERM is passed on to it, and Ctrl-C reaches it by itself; then it saves before it ends."""
+    earlier = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

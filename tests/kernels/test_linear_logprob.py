@@ -193,6 +193,20 @@ def test_scoring_takes_the_place_of_slices_only_where_no_gradient_is_asked_for(s
     assert made and weight.grad is not None
 
 
+def test_which_widths_the_kernel_scores():
+    """On CUDA (pretended: two inputs of which only dtype, shape and device are read) up to FUSED_UP_TO channels, in half precision."""
+    from types import SimpleNamespace
+
+    def of(c, dtype=torch.bfloat16, is_cuda=True):
+        return SimpleNamespace(dtype=dtype, shape=(4, c), is_cuda=is_cuda)
+
+    assert linear_logprob.FUSED_UP_TO == 2048
+    for c, fused in ((1024, True), (2048, True), (2049, False), (4096, False)):
+        assert (linear_logprob.fused_scorer(of(c), of(c)) is not None) == (fused and linear_logprob.kernel() is not None)
+    assert linear_logprob.fused_scorer(of(8, torch.float32), of(8, torch.float32)) is None
+    assert linear_logprob.fused_scorer(of(8, is_cuda=False), of(8)) is None
+
+
 AHEAD = r"""
 import re, subprocess, tempfile
 from pathlib import Path

@@ -31,7 +31,7 @@ def open_policy(run):
     cfg = run.cfg
     path = find_folder(builtin_base() if cfg.policy == "builtin" else cfg.policy)
     run.same_input("policy", path)
-    policy, tokenizer, base = load_model(path, dtype=run.weights_dtype, device=run.load_device)
+    policy, tokenizer, base = load_model(path, **run.load)
     policy.recompute = cfg.activation_checkpointing
     run.adapter_base = base or (str(path) if cfg.policy == "builtin" else cfg.policy)  # what the exported adapters belong to
     if base is not None:
@@ -93,7 +93,7 @@ def open_value_model(run, policy, tokenizer):
         return policy.with_scalar_head()
     path = find_folder(name)
     run.same_input("value", path)
-    value_model = load_pretrained(path, dtype=run.weights_dtype, device=run.load_device)
+    value_model = load_pretrained(path, **run.load)
     value_model.recompute = run.cfg.activation_checkpointing
     if run.cfg.lora:
         inject(value_model, run.cfg.lora, run.cfg.lora_alpha)

@@ -61,6 +61,7 @@ class Run:
         parallel.start(alone=mixed)
         self.load_device = torch.device("cpu") if parallel.started() else self.device  # so a GPU gets only its slices
         self._check_parallel()
+        self.load = dict(dtype=self.weights_dtype, device=self.device, place=parallel.slicing(cfg.parallel, self.device))
         if not self.resuming:
             parallel.on_main(self._create)
         if self.device.type == "mps":
@@ -352,10 +353,11 @@ def unmoved(optimizers):
     stuck = total = 0
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
         for p in [p for p in group["params"] if p.requires_grad]:
-            w = p.detach().flatten()[:: p.numel() // 2**16 + 1]
-            total += p.numel()
-            stuck += p.numel() * float(((w.double() - group["lr"]).to(p.dtype) == w).double().mean()) * (p.dtype == torch.bfloat16)
-    return stuck / total
+            w, n = parallel.local(p).detach().flatten(), parallel.numel(p)
+            w = w[:: n // 2**16 + 1]
+            total += n
+            stuck += n * float(((w.double() - group["lr"]).to(p.dtype) == w).double().sum()) / max(1, len(w)) * (p.dtype == torch.bfloat16)
+    return parallel.sum_over_processes(stuck) / parallel.sum_over_processes(total)
 
 
 def new_folder(method):

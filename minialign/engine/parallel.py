@@ -25,8 +25,11 @@ import datetime
 import functools
 import os
 import sys
+import tempfile
+import time
 import warnings
 import weakref
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -139,8 +142,35 @@ def on_main(function, *arguments):
     dist.broadcast_object_list(result)
     value, error = result[0]
     if error is not None:
+        error.in_all = True  # settings.exit_codes prints it once on each machine
         raise error
     return value
+
+
+def share_out(function, items):
+    """[function(item) for item in items], in every process. Each process computes a part. An exception in one is raised in all."""
+    mine = error = None
+    try:
+        mine = [function(item) for item in items[rank() :: world()]]
+    except Exception as caught:
+        error = caught
+    found = gather((mine, error))
+    for _, error in found:
+        if error is not None:
+            error.in_all = True
+            raise error
+    return [found[i % world()][0][i // world()] for i in range(len(items))]
+
+
+def blind(folder):
+    """The processes that do not see a file which the first one has just written to `folder`. Each gets five seconds for it."""
+    token = on_main(lambda: Path(tempfile.mkstemp(prefix="seen-by-all-", dir=folder)[1]).name)
+    deadline = time.monotonic() + 5  # a network disk may show the file late
+    while not (seen := (folder / token).exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = gather(seen)
+    on_main((folder / token).unlink)
+    return [process for process, sees in enumerate(seen) if not sees]
 
 
 def as_float(value):

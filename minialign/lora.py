@@ -88,8 +88,8 @@ def replace(model, name, make):
 def frozen_copy(model):
     """A copy that will not be trained. Parameters that are already frozen are shared, so if only the adapters are trained, only they
     are copied. If all parameters are frozen, nothing is copied, and a change of the model changes its "copy" too."""
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False)
+    weights = {id(p): nn.Parameter(p.detach().clone(), False) if p.requires_grad else p for p in model.parameters()}
+    return copy.deepcopy(model, weights)
 
 
 def merged(model):

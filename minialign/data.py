@@ -20,7 +20,6 @@ import gzip
 import itertools
 import json
 import os
-import pickle
 import re
 import zlib
 from collections.abc import Sequence
@@ -641,23 +640,25 @@ def encode_texts(tokenizer, texts, *, max_len):
 
 
 class Rows(Sequence):
-    """Encoded rows in files, 4 bytes a token, which the processes of a machine share. A row is read when it is asked for."""
+    """Encoded rows whose token ids are in a file, 4 bytes each, that the processes of a machine share. A row is read when it is asked for.
+
+    beside: for each row a tuple of what it has beside token ids, such as a label or the prompt as it is in the data.
+    """
 
     def __init__(self, ids, edges, beside, places=None):
         self.ids, self.edges, self.beside, self.places = ids, edges, beside, range(len(edges)) if places is None else places
 
     @staticmethod
     def write(rows, parts, folder):
-        """Write a list of tuples to an existing folder. Their first `parts` members are lists of token ids, the others anything."""
+        """Write the token ids of a list of tuples, which are the first `parts` members of each, to an existing folder."""
         ends = np.cumsum([0] + [len(ids) for row in rows for ids in row[:parts]])
         np.save(folder / "edges.npy", ends[np.arange(len(rows))[:, None] * parts + np.arange(parts + 1)])  # (rows, parts + 1)
         ids = itertools.chain.from_iterable(ids for row in rows for ids in row[:parts])
         np.save(folder / "ids.npy", np.fromiter(ids, np.int32, ends[-1]))
-        (folder / "beside.pickle").write_bytes(pickle.dumps([row[parts:] for row in rows]))  # ours: it is deleted as soon as it is read
 
     @classmethod
-    def read(cls, folder):
-        edges, beside = np.load(folder / "edges.npy"), pickle.loads((folder / "beside.pickle").read_bytes())
+    def read(cls, folder, beside):
+        edges = np.load(folder / "edges.npy")
         return cls(np.load(folder / "ids.npy", mmap_mode="r") if len(edges) else None, edges, beside)
 
     def __len__(self):

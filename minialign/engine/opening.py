@@ -130,19 +130,22 @@ def encoded_once(encode, parts=2):
     """
     if parallel.world() == 1:
         return encode()
+    beside = []
 
-    def write(process):
+    def write():
         folder = Path(tempfile.mkdtemp(prefix="minialign-rows-"))
         try:
-            Rows.write(encode(), parts, folder)
+            rows = encode()
+            Rows.write(rows, parts, folder)
+            beside.extend(row[parts:] for row in rows)
             return folder
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    folders = parallel.share_out(lambda process: None if parallel.local_rank() else write(process), range(parallel.world()))
+    folders = parallel.share_out(lambda process: None if parallel.local_rank() else write(), range(parallel.world()))
     folder = folders[parallel.rank() - parallel.local_rank()]
-    rows = Rows.read(folder)
+    rows = Rows.read(folder, parallel.on_main(lambda: beside))
     parallel.gather(None)  # a barrier: the folder can go once all have opened it
     if parallel.local_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)

@@ -206,8 +206,8 @@ def load_adapter(model, folder):
     return model
 
 
-def load_model(path, **load):
-    """Load (model, tokenizer, base) from a folder or hub name. base is None if the folder holds a model. load: as in load_pretrained.
+def load_model(path, *, dtype=None, device=None, place=None):
+    """Load (model, tokenizer, base) from a folder or hub name. base is None if the folder holds a model.
 
     If the folder holds a PEFT adapter, base is the model that adapter_config.json names. That model is loaded and the adapters are put
     beside its matrices. The tokenizer comes from the adapter's folder if it has one. Raises BadInput if adapter_config.json names no base.
@@ -224,7 +224,7 @@ def load_model(path, **load):
             raise BadInput(f"{folder}/adapter_config.json: revision={config['revision']!r} of {base} is not fetched: download it and name "
                            "its folder as base_model_name_or_path")
     source = folder if base is None else find_folder(base)
-    model = load_pretrained(source, **load)
+    model = load_pretrained(source, dtype=dtype, device=device, place=place)
     if base is not None:
         load_adapter(model, folder)
     where = folder if (folder / "tokenizer.json").is_file() else source

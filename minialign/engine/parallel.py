@@ -11,7 +11,10 @@ Every process runs the same program on the same numbers, so a method file reads 
                     divide --batch_size: then all have equally many micro-batches, and none waits forever for a collective operation.
     rollouts        each process samples its share of the rows, with weights gathered once (`full_copy`), not per token; all get all rows.
     rewards         each process computes the rewards of its share of the rows. Then all get all rewards, or all raise the same error.
-    files, terminal only the first process writes. Checkpoints are the exception: each process writes its own part.
+    files, terminal only the first process writes. Checkpoints are the exception: each process writes its own part and computes its hash.
+                    Machines share one run folder, which is checked first of all. Rows are encoded once on each machine (opening.py).
+
+A model is loaded slice by slice (`slicing`), so no process holds more than its slices and one tensor of the file.
 
 A parameter of a sharded model is a DTensor: it holds one slice, but has the shape of the full tensor. FSDP2's `fully_shard` gathers the
 weights of a block for its forward pass and again for its backward pass, and drops them in between. `shard` makes FSDP2 sum the gradients

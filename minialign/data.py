@@ -17,12 +17,16 @@ dropped silently. docs/DATA.md has every detail. Checked by tests/test_data.py a
 
 import glob
 import gzip
+import itertools
 import json
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from minialign.batch import Pairs, collate
 from minialign.engine.common import BadInput, note, one_line
@@ -635,6 +639,45 @@ def encode_texts(tokenizer, texts, *, max_len):
     return rows
 
 
+class Rows(Sequence):
+    """Encoded rows whose token ids are in a file, 4 bytes each, that the processes of a machine share. A row is read when it is asked for.
+
+    beside: for each row a tuple of what it has beside token ids, such as a label or the prompt as it is in the data.
+    """
+
+    def __init__(self, ids, edges, beside, places=None):
+        self.ids, self.edges, self.beside, self.places = ids, edges, beside, range(len(edges)) if places is None else places
+
+    @staticmethod
+    def write(rows, parts, folder):
+        """Write the token ids of a list of tuples, which are the first `parts` members of each, to an existing folder."""
+        ends = np.cumsum([0] + [len(ids) for row in rows for ids in row[:parts]])
+        np.save(folder / "edges.npy", ends[np.arange(len(rows))[:, None] * parts + np.arange(parts + 1)])  # (rows, parts + 1)
+        ids = itertools.chain.from_iterable(ids for row in rows for ids in row[:parts])
+        np.save(folder / "ids.npy", np.fromiter(ids, np.int32, ends[-1]))
+
+    @classmethod
+    def read(cls, folder, beside):
+        edges = np.load(folder / "edges.npy")
+        return cls(np.load(folder / "ids.npy", mmap_mode="r") if len(edges) else None, edges, beside)
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Rows(self.ids, self.edges, self.beside, self.places[i])
+        i = self.places[i]
+        return *(self.ids[start:end].tolist() for start, end in itertools.pairwise(self.edges[i])), *self.beside[i]
+
+    def __add__(self, other):
+        """Two selections of the same rows, one after the other."""
+        return Rows(self.ids, self.edges, self.beside, [*self.places, *other.places])
+
+    def pick(self, places):
+        return Rows(self.ids, self.edges, self.beside, [self.places[i] for i in places])
+
+
 def demo_batch(rows, picked, *, pad_id, max_len):
     """The picked rows of encode_demos or encode_texts -> Batch."""
     return collate([rows[i][0] for i in picked], [rows[i][1] for i in picked], pad_id=pad_id, max_len=max_len)
@@ -660,13 +703,18 @@ def counts(rows, max_len):
 
 def split_held_out(rows, share):
     """(training rows, held-out rows). The last `share` of the rows, in file order, is held out and never trained on."""
-    n = int(len(rows) * share)
-    return (rows[:-n], rows[-n:]) if n else (rows, [])
+    kept = len(rows) - int(len(rows) * share)
+    return rows[:kept], rows[kept:]
+
+
+def pick(rows, places):
+    """The rows at these places."""
+    return rows.pick(places) if isinstance(rows, Rows) else [rows[i] for i in places]
 
 
 def scorable(rows, max_len):
     """The encoded rows whose prompt leaves room under max_len for at least one scored token. Prints how many rows are left out."""
-    kept = [row for row in rows if len(row[0]) < max_len]
+    kept = pick(rows, [i for i, row in enumerate(rows) if len(row[0]) < max_len])
     if len(kept) < len(rows):
         left_out = f"{len(rows) - len(kept)} of {len(rows)} rows are left out"
         print(f"{left_out}: their prompt alone fills --max_len {max_len} (--max_prompt shortens it)")

@@ -88,8 +88,8 @@ def replace(model, name, make):
 def frozen_copy(model):
     """A copy that will not be trained. Parameters that are already frozen are shared, so if only the adapters are trained, only they
     are copied. If all parameters are frozen, nothing is copied, and a change of the model changes its "copy" too."""
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False)
+    weights = {id(p): nn.Parameter(p.detach().clone(), False) if p.requires_grad else p for p in model.parameters()}
+    return copy.deepcopy(model, weights)
 
 
 def merged(model):
@@ -206,7 +206,7 @@ def load_adapter(model, folder):
     return model
 
 
-def load_model(path, *, dtype=None, device=None):
+def load_model(path, *, dtype=None, device=None, place=None):
     """Load (model, tokenizer, base) from a folder or hub name. base is None if the folder holds a model.
 
     If the folder holds a PEFT adapter, base is the model that adapter_config.json names. That model is loaded and the adapters are put
@@ -224,7 +224,7 @@ def load_model(path, *, dtype=None, device=None):
             raise BadInput(f"{folder}/adapter_config.json: revision={config['revision']!r} of {base} is not fetched: download it and name "
                            "its folder as base_model_name_or_path")
     source = folder if base is None else find_folder(base)
-    model = load_pretrained(source, dtype=dtype, device=device)
+    model = load_pretrained(source, dtype=dtype, device=device, place=place)
     if base is not None:
         load_adapter(model, folder)
     where = folder if (folder / "tokenizer.json").is_file() else source

@@ -356,7 +356,7 @@ class GPT(nn.Module):
 
     def with_scalar_head(self, *, reward_read="last", reward_bound=0.0):
         """A copy of this model with a new scalar head (std 1/sqrt(C+1)), in at least float32. Reward and value models start from it."""
-        model = copy.deepcopy(self)
+        model = copy.deepcopy(self, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in self.parameters()})
         fresh = dict(reward_read=reward_read, reward_bound=reward_bound, reward_pad=None)
         model.config = replace(self.config, head="scalar", tied=False, **fresh)
         weight = torch.empty(1, self.config.n_embd).normal_(std=1 / math.sqrt(self.config.n_embd + 1))

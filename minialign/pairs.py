@@ -13,10 +13,10 @@ Checked by tests/test_pairs.py, tests/test_precompute_ref.py and tests/test_pref
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.data import encode_pairs, encode_prompts, pair_batch, read_preferences, split_held_out, split_scorable
+from minialign.data import encode_pairs, encode_prompts, pair_batch, pick, read_preferences, split_held_out, split_scorable
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, eval_rows, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import batches_of, check_context, open_policy, open_rewards
+from minialign.engine.opening import batches_of, check_context, encoded_once, open_policy, open_rewards
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_pairs
 from minialign.logps import Remembered, seq_logps
@@ -67,16 +67,22 @@ def train(method, cfg, step):
 
 
 def open_pairs(run, tokenizer):
-    """(rows to train on, held-out rows, batch_of, the pairs as in the file) of --pairs. A row is (prompt ids, chosen ids, rejected ids).
+    """(rows to train on, held-out rows, batch_of, pairs) of --pairs. A row is (prompt ids, chosen ids, rejected ids).
 
-    batch_of(rows, picked) -> Pairs of the picked rows, on the run's device.
+    batch_of(rows, picked) -> Pairs of the picked rows, on the run's device. pairs: with --online those of the file, else none.
     """
-    cfg = run.cfg
+    cfg, kept = run.cfg, []
     run.same_input("data", cfg.pairs)
-    pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
-    rows = encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)  # with skip_bad, also drops bad ones from pairs
-    rows, held_out = split_scorable(rows, cfg.held_out, cfg.max_len)
-    return rows, held_out, batches_of(run, tokenizer, pair_batch), pairs
+    online = getattr(cfg, "online", False)
+
+    def encode():
+        pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
+        rows = encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)  # with skip_bad, drops bad ones from pairs
+        kept.extend(pairs if online else ())
+        return rows
+
+    rows, held_out = split_scorable(encode() if online else encoded_once(encode, parts=3), cfg.held_out, cfg.max_len)
+    return rows, held_out, batches_of(run, tokenizer, pair_batch), kept
 
 
 def answer_online(run, policy, tokenizer, pairs):
@@ -122,7 +128,7 @@ def remember_pairs(run, policy, rows, held_out, batch_of):
     """The reference as a Remembered model: the policy's log-probs, before step 1, of all pairs that the run will use."""
     cfg = run.cfg
     used = {i for k in range(cfg.steps) for i in batch_rows(len(rows), cfg.batch_size, k, cfg.seed)}
-    rows = [rows[i] for i in sorted(used)] + held_out
+    rows = pick(rows, sorted(used)) + held_out
 
     def logps_of(micro):
         pairs = batch_of(rows, micro)

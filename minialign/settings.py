@@ -213,7 +213,8 @@ def exit_codes(prog):
         yield
         parallel.leave()
     except BadInput as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        if parallel.local_rank() == 0 or not getattr(error, "in_all", False):
+            print(f"{prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except FloatingPointError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -154,8 +154,11 @@ def weight_files(folder):
     return files
 
 
-def read_tensors(files):
-    """{name: tensor} of all files, on the CPU. Raises BadInput for anything the official safetensors reader refuses."""
+def find_tensors(files):
+    """{name: (file, the tensor's shape and dtype, as a tensor without numbers)} of all files.
+
+    Raises BadInput for anything the official safetensors reader refuses.
+    """
     tensors = {}
     for file in files:
         try:
@@ -163,10 +166,21 @@ def read_tensors(files):
                 for name in reader.keys():
                     if name in tensors:
                         raise BadInput(f"{file}: the tensor {name} is in another shard too")
-                    tensors[name] = reader.get_tensor(name)
+                    tensors[name] = file, reader.get_tensor(name).to("meta")
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{file}: not a valid safetensors file ({error}); fetch or write it again") from None
     return tensors
+
+
+def read_tensor(file, name):
+    """One tensor, on the CPU. Its memory is that of the file, mapped: a part that is not used is not read, and all is freed with it."""
+    with safe_open(file, framework="pt") as reader:
+        return reader.get_tensor(name)
+
+
+def read_tensors(files):
+    """{name: tensor} of all files, on the CPU. Raises BadInput as find_tensors does."""
+    return {name: read_tensor(file, name) for name, (file, _) in find_tensors(files).items()}
 
 
 def first_five(names):
@@ -174,9 +188,10 @@ def first_five(names):
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
+def load_pretrained(path_or_hub_name, *, dtype=None, device=None, place=None):
     """Load a GPT from a Hugging Face folder or hub name. dtype None keeps the file's dtype. device None means the CPU.
 
+    The file is read tensor by tensor. place(tensor, dtype) -> what the model keeps of it; default: all of it, on the device.
     If dtype is None and the file mixes dtypes, all weights get config.json's dtype, or the first tensor's if it names none.
 
     The scalar head is built if config.json names a ...ForSequenceClassification architecture. If the folder has a tokenizer,
@@ -192,8 +207,8 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
     with torch.device("meta"):  # shapes only: the weights come from the file, so nothing is initialised or copied
         model = GPT(config)
     shapes = dict(model.named_parameters(remove_duplicate=False))
-    tensors = {name: tensor for name, tensor in read_tensors(weight_files(folder)).items() if not CONSTANTS.search(name)}
-    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point]
+    tensors = {name: found for name, found in find_tensors(weight_files(folder)).items() if not CONSTANTS.search(name)}
+    dtypes = [tensor.dtype for _, tensor in tensors.values() if tensor.dtype.is_floating_point]
     if dtype is None and len(set(dtypes)) > 1:
         named = getattr(torch, str(hf.get("dtype") or hf.get("torch_dtype")), None)
         dtype = named if isinstance(named, torch.dtype) and named.is_floating_point else dtypes[0]
@@ -202,31 +217,36 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None):
     # Files that hold only the trunk, such as the hub's gpt2, leave the prefix out.
     if not any(name.startswith(prefix) for name in tensors):
         rows = [(theirs.removeprefix(prefix), ours, packing) for theirs, ours, packing in rows]
-    tied_copy = tensors.pop("embed_out.weight" if config.family == "gpt_neox" else "lm_head.weight", None) if config.tied else None
+    head = "embed_out.weight" if config.family == "gpt_neox" else "lm_head.weight"
+    tied_copy = tensors.pop(head, None) if config.tied else None
     expected = {theirs for theirs, _, _ in rows}
     if missing := expected - tensors.keys():
         raise BadInput(f"{folder}: tensors are missing that a {config.family} model needs: {first_five(missing)}")
     if unknown := tensors.keys() - expected:
         raise BadInput(f"{folder}: tensors that a {config.family} model does not have: {first_five(unknown)}")
 
-    state = {}
-    for theirs, ours, (pack, unpack) in rows:
-        tensor, wanted = tensors.pop(theirs), pack([shapes[name] for name in ours]).shape
+    for theirs, ours, (pack, _) in rows:
+        tensor, wanted = tensors[theirs][1], pack([shapes[name] for name in ours]).shape
         if tensor.shape != wanted:
             raise BadInput(f"{folder}: {theirs} has shape {tuple(tensor.shape)}, but config.json asks for {tuple(wanted)}")
         if not tensor.dtype.is_floating_point:
             raise BadInput(f"{folder}: {theirs} has dtype {tensor.dtype}: expected floating-point weights")
-        for name, part in zip(ours, unpack(tensor), strict=True):
-            state[name] = part.to(device=device, dtype=dtype).contiguous()
-    if tied_copy is not None and not torch.equal(tied_copy.to(state["tok_embed.weight"]), state["tok_embed.weight"]):
-        raise BadInput(f"{folder}: config.json ties the head to the embedding, but the file holds a different head")
+    if tied_copy is not None:
+        embedding, copied = (read_tensor(*which).to(dtype=dtype) for which in ((tensors[rows[0][0]][0], rows[0][0]), (tied_copy[0], head)))
+        if not torch.equal(embedding, copied):
+            raise BadInput(f"{folder}: config.json ties the head to the embedding, but the file holds a different head")
+
+    place, state = place or (lambda part, dtype: part.to(device=device, dtype=dtype).contiguous()), {}
+    for theirs, ours, (_, unpack) in rows:
+        for name, part in zip(ours, unpack(read_tensor(tensors[theirs][0], theirs)), strict=True):
+            kept = dtype or part.dtype
+            exact = config.head == "scalar" and name == "head.weight"
+            state[name] = place(part, torch.promote_types(kept, torch.float32) if exact else kept)
     if config.tied:
         state["head.weight"] = state["tok_embed.weight"]
     model.load_state_dict(state, assign=True)
     if config.tied:
         model.head.weight = model.tok_embed.weight
-    if config.head == "scalar":
-        model.head.to(torch.promote_types(model.head_weight.dtype, torch.float32))
     model.requires_grad_(True)
     if (folder / "tokenizer.json").is_file():
         fit_vocabulary(model, load_tokenizer(folder))

@@ -2,9 +2,12 @@
 
 import json
 import os
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minialign.model import GPT, GPTConfig
 from minialign.task import builtin_demos, builtin_pairs, builtin_tokenizer
@@ -18,6 +21,36 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and sums would depend on the machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
+
+
+class Allocations(TorchDispatchMode):
+    """with Allocations() as counted: counted.peak is the most bytes that tensors made inside held at one time. A file that is mapped into
+    memory does not count, because no operation makes its storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {storage._cdata for storage in self.storages((args, kwargs))}
+        result = function(*args, **kwargs or {})
+        for storage in self.storages(result):
+            if storage._cdata not in given | self.alive:
+                self.alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return result
+
+    @staticmethod
+    def storages(values):
+        """Those of all tensors on the CPU; of a DTensor, the slice's."""
+        tensors = [getattr(x, "_local_tensor", x) for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+        return [x.untyped_storage() for x in tensors if x.device.type == "cpu"]
 
 
 @pytest.fixture(scope="session")

@@ -5,18 +5,23 @@ import gzip
 import json
 import random
 import re
+import shutil
 import sys
 import types
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minialign import data
 from minialign.data import (
+    Chat,
     Demo,
     Feedback,
     Pair,
+    Rows,
+    Text,
     as_feedback,
     counts,
     demo_batch,
@@ -28,6 +33,7 @@ from minialign.data import (
     encode_prompts,
     encode_texts,
     pair_batch,
+    pick,
     read_demonstrations,
     read_feedback,
     read_preferences,
@@ -848,3 +854,26 @@ def test_columns_that_are_not_read_are_named(write, capsys):
     assert read_prompts(path)[0].columns["id"] == 7 and not capsys.readouterr().err
     path = write(b'{"prompt": "p", "completion": "c", "\\ud800": 1}\n', "half.jsonl")
     assert read_demonstrations(path) and capsys.readouterr().err == f"{path}: columns that are never read: \\ud800\n"
+
+
+def test_rows_in_files_are_the_rows_of_the_list(tmp_path):
+    """Pairs, feedback with its label and prompts with a chat: item by item, in slices, selections and joined ones; 4 bytes a token."""
+    kinds = {3: [([90, 1], [2, 91], [91]), ([70_000], [], [5, 6, 91]), ([1], [2], [3])],
+             2: [([90], [91], True), ([1, 2], [3], False), ([4], [], True)], 1: [([7, 8], Chat([USER])), ([9], Text("x")), ([1], "y")]}
+    for parts, listed in kinds.items():
+        folder = tmp_path / str(parts)
+        folder.mkdir()
+        Rows.write(listed, parts, folder)
+        rows = Rows.read(folder, [row[parts:] for row in listed])
+        assert isinstance(rows.ids, np.memmap) and rows.ids.nbytes == 4 * sum(len(ids) for row in listed for ids in row[:parts])
+        shutil.rmtree(folder)  # what is mapped stays
+        assert [*rows] == listed and len(rows) == 3 and rows[-1] == listed[-1] and all(type(ids) is list for ids in rows[0][:parts])
+        assert [*rows[1:]] == listed[1:] and [*pick(rows, [2, 0])] == [listed[2], listed[0]] == pick(listed, [2, 0])
+        assert [*(pick(rows, [2]) + rows[:1])] == [listed[2], listed[0]]
+        train, held_out = data.split_scorable(rows, 0.4, max_len=2)
+        assert ([*train], [*held_out]) == data.split_scorable(listed, 0.4, max_len=2) and not rows[3:]
+        with pytest.raises(IndexError):
+            rows[3]
+    (tmp_path / "none").mkdir()
+    Rows.write([], 2, tmp_path / "none")
+    assert len(Rows.read(tmp_path / "none", [])) == 0

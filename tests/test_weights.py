@@ -30,6 +30,7 @@ from minialign.rewards import score
 from minialign.sample import sample
 from minialign.tokenizer import CharTokenizer, Tokenizer
 from minialign.weights import load_pretrained, read_tensors, save_pretrained
+from tests.conftest import Allocations
 from tests.test_model import import_transformers, in_float64, random_gpt, random_oracle, random_settings, random_tokens
 
 
@@ -105,6 +106,17 @@ def test_round_trip_is_bitwise(family, task, tmp_path):
         with torch.no_grad():
             assert (oracle(inputs).logits - again(inputs).logits).abs().max() <= 1e-5, settings
         assert load_pretrained(tmp_path / "ours").config == model.config
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+def test_loading_holds_the_model_and_one_tensor(family, tmp_path):
+    """A bfloat16 file read as float32 takes 4 bytes for each number of the model at the peak, and what unpacking one tensor takes."""
+    oracle, _ = random_oracle(family, random.Random(3), tie_word_embeddings=True)
+    oracle.bfloat16().save_pretrained(tmp_path)
+    with Allocations() as counted:
+        model = load_pretrained(tmp_path, dtype=torch.float32)
+    sizes = [p.numel() for p in model.parameters()]
+    assert 4 * sum(sizes) <= counted.peak <= 4 * sum(sizes) + 2 * 3 * max(sizes)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minialign.engine import parallel
-from minialign.engine.common import BadInput
+from minialign.engine.common import BadInput, note
 
 RETRY_SECONDS = (1, 4, 16)  # a short failure of a network disk must not end a run of several days
 
@@ -108,7 +108,10 @@ def _write(temporary, final, step, modules, optimizers, state):
             save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
     record = {"step": step, "optimizers": settings, "torch": torch.__version__, "threads": torch.get_num_threads(),
               "processes": parallel.world(), **state}
-    parallel.on_main(_finish, temporary, final, record)
+    parallel.on_main(_write_rest, temporary, record)
+    names = sorted((path.name for path in temporary.iterdir()), key=lambda name: (not name.startswith("shard-"), name))
+    parts = parallel.share_out(lambda name: _seal(temporary / name), names)  # in this order each process gets the shard that it wrote
+    parallel.on_main(_finish, temporary, final, dict(sorted(zip(names, parts, strict=True))))
 
 
 def _empty(folder):
@@ -116,17 +119,22 @@ def _empty(folder):
     folder.mkdir()
 
 
-def _finish(temporary, final, record):
-    """The part that only the first process does: write generator states, plain values and the manifest, then rename the folder."""
+def _write_rest(temporary, record):
+    """Write generator states and plain values."""
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         generators |= {f"cuda.{i}": rng for i, rng in enumerate(torch.cuda.get_rng_state_all())}
     save_file(generators, temporary / "rng.safetensors")
     (temporary / "state.json").write_text(json.dumps(record), encoding="utf-8")
-    manifest = {}
-    for path in sorted(temporary.iterdir()):
-        flush_to_disk(path)
-        manifest[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _seal(path):
+    flush_to_disk(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _finish(temporary, final, manifest):
+    """Write the manifest, then rename the folder."""
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     flush_to_disk(temporary / "manifest.json")
     flush_to_disk(temporary)
@@ -152,26 +160,29 @@ def sha256(path):
 
 
 def fault(folder):
-    """The reason why a checkpoint folder is damaged, as text. None if it is intact."""
+    """The reason why a checkpoint folder is damaged, as text. None if it is intact. Each process looks at a share of the files."""
+    def matches(name):
+        path = folder / name
+        return path.stat().st_size == manifest[name]["bytes"] and sha256(path) == manifest[name]["sha256"]
+
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name in {*manifest, "rng.safetensors", "state.json"}:
-            path = folder / name
-            if path.stat().st_size != manifest[name]["bytes"] or sha256(path) != manifest[name]["sha256"]:
-                return f"{name} does not match its sha256"
+        names = sorted({*manifest, "rng.safetensors", "state.json"})
+        if bad := [name for name, good in zip(names, parallel.share_out(matches, names), strict=True) if not good]:
+            return f"{bad[0]} does not match its sha256"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"no valid manifest ({type(error).__name__})"
     return None
 
 
 def newest_checkpoint(run_folder):
-    """The newest intact checkpoint folder, or None. Prints to stderr which damaged folders it skips."""
+    """The newest intact checkpoint folder, or None, in all processes. Prints to stderr which damaged folders it skips."""
     folders = sorted(path for path in (Path(run_folder) / "checkpoints").glob("step_*") if path.name[5:].isdigit())
     for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
         reason = fault(folder)
         if reason is None:
             return folder
-        print(f"{folder}: skipped, {reason}", file=sys.stderr)
+        note(f"{folder}: skipped, {reason}")
     return None
 
 

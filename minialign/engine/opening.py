@@ -5,16 +5,18 @@
 Checked by tests/engine/test_run.py, tests/test_lora.py and tests/engine/test_resume.py.
 """
 
+import itertools
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from filelock import FileLock
 
-from minialign.data import demo_batch, encode_demos, encode_prompts, read_demonstrations, read_prompts, split_held_out, split_scorable
+from minialign.data import Rows, demo_batch, encode_demos, encode_prompts, read_demonstrations, read_prompts, split_held_out, split_scorable
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, find_folder, one_line
 from minialign.lora import inject, load_model
@@ -31,7 +33,7 @@ def open_policy(run):
     cfg = run.cfg
     path = find_folder(builtin_base() if cfg.policy == "builtin" else cfg.policy)
     run.same_input("policy", path)
-    policy, tokenizer, base = load_model(path, dtype=run.weights_dtype, device=run.load_device)
+    policy, tokenizer, base = load_model(path, **run.load)
     policy.recompute = cfg.activation_checkpointing
     run.adapter_base = base or (str(path) if cfg.policy == "builtin" else cfg.policy)  # what the exported adapters belong to
     if base is not None:
@@ -93,7 +95,7 @@ def open_value_model(run, policy, tokenizer):
         return policy.with_scalar_head()
     path = find_folder(name)
     run.same_input("value", path)
-    value_model = load_pretrained(path, dtype=run.weights_dtype, device=run.load_device)
+    value_model = load_pretrained(path, **run.load)
     value_model.recompute = run.cfg.activation_checkpointing
     if run.cfg.lora:
         inject(value_model, run.cfg.lora, run.cfg.lora_alpha)
@@ -111,10 +113,43 @@ def open_demos(run, tokenizer):
     """
     cfg = run.cfg
     run.same_input("data", cfg.demos)
-    demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
-    rows = encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
-    rows, held_out = split_scorable(rows, cfg.held_out, cfg.max_len)
+
+    def encode():
+        demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
+        return encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
+
+    rows, held_out = split_scorable(encoded_once(encode), cfg.held_out, cfg.max_len)
     return rows, held_out, batches_of(run, tokenizer)
+
+
+def encoded_once(encode, parts=2):
+    """The rows that encode() returns: tuples whose first `parts` members are lists of token ids.
+
+    Under torchrun one process of each machine calls encode() and writes the rows to a temporary folder. All of its processes map them into
+    memory, so a token takes 4 bytes on a machine. An error is raised in all processes.
+    """
+    if parallel.world() == 1:
+        return encode()
+    beside = []
+
+    def write():
+        folder = Path(tempfile.mkdtemp(prefix="minialign-rows-"))
+        try:
+            rows = encode()
+            Rows.write(rows, parts, folder)
+            beside.extend(row[parts:] for row in rows)
+            return folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    folders = parallel.share_out(lambda process: None if parallel.local_rank() else write(), range(parallel.world()))
+    folder = folders[parallel.rank() - parallel.local_rank()]
+    rows = Rows.read(folder, parallel.on_main(lambda: beside))
+    parallel.gather(None)  # a barrier: the folder can go once all have opened it
+    if parallel.local_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows
 
 
 def batches_of(run, tokenizer, make=demo_batch):
@@ -126,9 +161,13 @@ def open_prompts(run, policy, tokenizer):
     """(rows to train on, held-out rows) of --prompts, which must fit the policy's context. A row is (prompt ids, prompt as in the file)."""
     cfg = run.cfg
     run.same_input("data", cfg.prompts)
-    prompts = builtin_prompts() if cfg.prompts == "builtin" else read_prompts(cfg.prompts, skip_bad=cfg.skip_bad)
-    rows, held_out = split_held_out(encode_prompts(tokenizer, prompts, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad), cfg.held_out)
-    check_context(run, policy, rows + held_out)
+
+    def encode():
+        prompts = builtin_prompts() if cfg.prompts == "builtin" else read_prompts(cfg.prompts, skip_bad=cfg.skip_bad)
+        return encode_prompts(tokenizer, prompts, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
+
+    rows, held_out = split_held_out(encoded_once(encode, parts=1), cfg.held_out)
+    check_context(run, policy, itertools.chain(rows, held_out))
     return rows, held_out
 
 

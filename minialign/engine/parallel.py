@@ -11,7 +11,10 @@ Every process runs the same program on the same numbers, so a method file reads 
                     divide --batch_size: then all have equally many micro-batches, and none waits forever for a collective operation.
     rollouts        each process samples its share of the rows, with weights gathered once (`full_copy`), not per token; all get all rows.
     rewards         each process computes the rewards of its share of the rows. Then all get all rewards, or all raise the same error.
-    files, terminal only the first process writes. Checkpoints are the exception: each process writes its own part.
+    files, terminal only the first process writes. Checkpoints are the exception: each process writes its own part and computes its hash.
+                    Machines share one run folder, which is checked first of all. Rows are encoded once on each machine (opening.py).
+
+A model is loaded slice by slice (`slicing`), so no process holds more than its slices and one tensor of the file.
 
 A parameter of a sharded model is a DTensor: it holds one slice, but has the shape of the full tensor. FSDP2's `fully_shard` gathers the
 weights of a block for its forward pass and again for its backward pass, and drops them in between. `shard` makes FSDP2 sum the gradients
@@ -25,8 +28,11 @@ import datetime
 import functools
 import os
 import sys
+import tempfile
+import time
 import warnings
 import weakref
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -139,8 +145,35 @@ def on_main(function, *arguments):
     dist.broadcast_object_list(result)
     value, error = result[0]
     if error is not None:
+        error.in_all = True  # settings.exit_codes prints it once on each machine
         raise error
     return value
+
+
+def share_out(function, items):
+    """[function(item) for item in items], in every process. Each process computes a part. An exception in one is raised in all."""
+    mine = error = None
+    try:
+        mine = [function(item) for item in items[rank() :: world()]]
+    except Exception as caught:
+        error = caught
+    found = gather((mine, error))
+    for _, error in found:
+        if error is not None:
+            error.in_all = True
+            raise error
+    return [found[i % world()][0][i // world()] for i in range(len(items))]
+
+
+def blind(folder):
+    """The processes that do not see a file which the first one has just written to `folder`. Each gets five seconds for it."""
+    token = on_main(lambda: Path(tempfile.mkstemp(prefix="seen-by-all-", dir=folder)[1]).name)
+    deadline = time.monotonic() + 5  # a network disk may show the file late
+    while not (seen := (folder / token).exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = gather(seen)
+    on_main((folder / token).unlink)
+    return [process for process, sees in enumerate(seen) if not sees]
 
 
 def as_float(value):
@@ -172,20 +205,25 @@ def shard(model, layout, device_type, dtype, optimizers=()):
 
     wide = torch.promote_types(dtype, torch.float32)
     exact = "lora_", *["head.weight"] * (model.config.head == "scalar")  # these stay float32 in a full copy too
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta", dtype=wide if any(part in name for part in exact) else dtype),
-                                 requires_grad=False) for name, p in model.named_parameters()}
+    empty = {id(p): blank(p, wide if any(part in name for part in exact) else dtype) for name, p in model.named_parameters()}
+    slices = {name: p for name, p in model.named_parameters(remove_duplicate=False) if hasattr(p, "to_local")}  # made by `slicing`
+    blanks = {id(p): blank(p, p.dtype, p.requires_grad) for p in slices.values()}
     place, taken = {key: i for i, key in enumerate(empty)}, []  # nothing else keeps full weights: each is freed once it is sliced
     for optimizer in optimizers:
         taken.append([[place.get(id(p), p) for p in group["params"]] for group in optimizer.param_groups])
         for group in optimizer.param_groups:
             group["params"] = []
     PLAIN[model] = copy.deepcopy(model, {**empty, id(model.config): model.config})
+    for name, p in slices.items():
+        module, _, field = name.rpartition(".")
+        setattr(model.get_submodule(module), field, blanks[id(p)])
     # model: embeddings, final norm, LM head. They stay gathered, as the head is used later. A scalar head computes in float32, on its own.
     for module in (*model.blocks, *[model.head] * (model.config.head == "scalar"), model):
         precision = MixedPrecisionPolicy(param_dtype=wide if module is model.head else dtype, reduce_dtype=wide)
         fully_shard(module, mesh=mesh(device_type, layout), mp_policy=precision, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)  # sum, do not average
         module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no multiply-and-sum
+    model.load_state_dict(slices, strict=False, assign=True)
     sliced = list(model.parameters())
     for optimizer, places in zip(optimizers, taken, strict=True):
         for group, mine in zip(optimizer.param_groups, places, strict=True):
@@ -199,9 +237,38 @@ def shard(model, layout, device_type, dtype, optimizers=()):
     model.hidden = lambda *inputs, embeds=None, **more: hidden(*inputs, embeds=None if embeds is None else lambda: embeds, **more)
 
 
+def blank(parameter, dtype, requires_grad=False):
+    """A parameter of the same whole shape that takes no memory."""
+    return nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="meta"), requires_grad)
+
+
+def slicing(layout, device):
+    """The function (whole tensor, dtype) -> this process's slice of it, a DTensor as `shard` makes them. None without processes.
+
+    So a model can be loaded tensor by tensor, and no process ever holds all of its weights. `shard` takes such slices as they are.
+    """
+    if not dist.is_initialized():
+        return None
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    def slice_of(whole, dtype):
+        where = mesh(device.type, layout)
+        parts, mine = whole.chunk(where.size(-1)), where.get_local_rank(-1)
+        part = parts[mine] if mine < len(parts) else whole[:0]
+        return DTensor.from_local(torch.empty(part.shape, dtype=dtype, device=device).copy_(part), where,
+                                  [Replicate()] * (where.ndim - 1) + [Shard(0)], run_check=False, shape=whole.shape,
+                                  stride=torch.empty(whole.shape, device="meta").stride())
+
+    return slice_of
+
+
+def local(parameter):
+    """The numbers of the parameter that this process holds."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 def numel(parameter):
-    """How many of the parameter's numbers this process holds."""
-    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
+    return local(parameter).numel()
 
 
 def resharded(model):
@@ -214,12 +281,16 @@ def resharded(model):
 
 @torch.no_grad()
 def full_copy(model):
-    """The model with all of its weights in this process: the model itself if it is not sharded, else a frozen copy in every process."""
+    """The model with all of its weights in this process: the model itself if it is not sharded, else a frozen copy in every process.
+
+    Each slice is converted to the dtype of the forward pass before it is sent, which gives the same bits with half of the traffic.
+    """
     if model not in PLAIN:
         return model
     full = {id(model.config): model.config}
     for empty, p in zip(PLAIN[model].parameters(), resharded(model).parameters(), strict=True):
-        full[id(empty)] = nn.Parameter(torch.empty_like(empty, device=p.device).copy_(p.full_tensor()), requires_grad=False)
+        whole = torch.empty_like(empty, device=p.device).copy_(p.detach().to(empty.dtype).full_tensor())
+        full[id(empty)] = nn.Parameter(whole, requires_grad=False)
     return copy.deepcopy(PLAIN[model], full)
 
 

@@ -49,6 +49,7 @@ class Run:
         self.resuming = bool(cfg.resume)
         if self.resuming:
             self.folder = Path(cfg.resume)
+            self._check_folder()
             cfg = self._stored(cfg)
         else:
             self.folder = Path(cfg.out) if cfg.out else parallel.on_main(new_folder, method)
@@ -61,8 +62,10 @@ class Run:
         parallel.start(alone=mixed)
         self.load_device = torch.device("cpu") if parallel.started() else self.device  # so a GPU gets only its slices
         self._check_parallel()
+        self.load = dict(dtype=self.weights_dtype, device=self.device, place=parallel.slicing(cfg.parallel, self.device))
         if not self.resuming:
             parallel.on_main(self._create)
+            self._check_folder()
         if self.device.type == "mps":
             print("note: Apple's mps device has computed wrong losses in some releases of torch; compare a short run with --device cpu")
         torch.manual_seed(cfg.seed)
@@ -116,14 +119,19 @@ class Run:
         except OSError as error:
             raise BadInput(f"{self.folder}: cannot be written ({error.strerror}); name another --out") from None
 
+    def _check_folder(self):
+        """Raise BadInput in all processes if the machines do not share the run folder."""
+        if parallel.world() > 1 and parallel.on_main(self.folder.is_dir) and (blind := parallel.blind(self.folder)):
+            error = BadInput(f"{self.folder}: process {blind[0]} does not see what process 0 has written there; all machines need one "
+                             "shared folder: name it with --out (to resume, with --resume)")
+            error.in_all = True
+            raise error
+
     def same_input(self, kind, path):
         """Record the sha256 of a file, or of the files in a folder, when a run starts. A resumed run refuses a changed input."""
         path = Path(path if os.path.exists(path) else str(path).partition(":")[0])  # FOLDER:SPLIT
-        if path.is_dir():
-            files = sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.rglob("*.parquet")])
-        else:
-            files = [path] if path.is_file() else []  # 'builtin' and hub names have no file
-        digest = hashlib.sha256("".join(checkpoint.sha256(file) for file in files).encode()).hexdigest()
+        hashes = parallel.share_out(read_hash, parallel.on_main(files_of, path))
+        digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
         record = self.folder / "inputs.json"
         known = read_json(record) if record.is_file() else {}
         if self.resuming and known.get(kind, digest) != digest:
@@ -147,7 +155,7 @@ class Run:
             self.shard(module, self.optimizers.values())
         if not self.resuming:
             return
-        newest = parallel.on_main(checkpoint.newest_checkpoint, self.folder)
+        newest = checkpoint.newest_checkpoint(self.folder)
         if newest is not None:  # None: killed before the first checkpoint. Starting again gives the same run.
             state = checkpoint.load_checkpoint(newest, self.modules, self.optimizers)
             if state["config"] != checkpoint.sha256(self.folder / "config.json"):
@@ -377,16 +385,31 @@ class Run:
         return self.folder
 
 
+def files_of(path):
+    """The files of an input: those of a folder in a fixed order, or the file itself. 'builtin' and hub names have none."""
+    if path.is_dir():
+        return sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.rglob("*.parquet")])
+    return [path] if path.is_file() else []
+
+
+def read_hash(path):
+    try:
+        return checkpoint.sha256(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); under torchrun every machine needs it in the same place") from None
+
+
 def unmoved(optimizers):
     """The share of the trained weights that are bfloat16 and for which w − lr rounds to w. Of a large tensor an even sample of at
     most 65,536 is measured."""
     stuck = total = 0
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
         for p in [p for p in group["params"] if p.requires_grad]:
-            w = p.detach().flatten()[:: p.numel() // 2**16 + 1]
-            total += p.numel()
-            stuck += p.numel() * float(((w.double() - group["lr"]).to(p.dtype) == w).double().mean()) * (p.dtype == torch.bfloat16)
-    return stuck / total
+            w, n = parallel.local(p).detach().flatten(), parallel.numel(p)
+            w = w[:: n // 2**16 + 1]
+            total += n
+            stuck += n * float(((w.double() - group["lr"]).to(p.dtype) == w).double().sum()) / max(1, len(w)) * (p.dtype == torch.bfloat16)
+    return parallel.sum_over_processes(stuck) / parallel.sum_over_processes(total)
 
 
 def new_folder(method):

@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.data import encode_feedback, read_feedback, split_scorable
 from minialign.engine.common import BadInput, Mean, batch_rows, eval_rows, held_out_passes, in_micro, lr_at, micro_batches, note, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import batches_of, open_policy
+from minialign.engine.opening import batches_of, encoded_once, open_policy
 from minialign.engine.run import Run
 from minialign.logps import seq_logps
 from minialign.lora import frozen_copy
@@ -100,9 +100,12 @@ def main(cfg):
         raise BadInput("--batch_size 1: the reference point needs an answer to another prompt; use at least 2")
     policy, tokenizer = open_policy(run)
     run.same_input("data", cfg.feedback)
-    feedback = builtin_feedback() if cfg.feedback == "builtin" else read_feedback(cfg.feedback, skip_bad=cfg.skip_bad)
-    rows = encode_feedback(tokenizer, feedback, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
-    rows, held_out = split_scorable(rows, cfg.held_out, cfg.max_len)
+
+    def encode():
+        feedback = builtin_feedback() if cfg.feedback == "builtin" else read_feedback(cfg.feedback, skip_bad=cfg.skip_bad)
+        return encode_feedback(tokenizer, feedback, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
+
+    rows, held_out = split_scorable(encoded_once(encode), cfg.held_out, cfg.max_len)
     batch_of = batches_of(run, tokenizer)
     if len(rows) < 2:
         raise BadInput(f"{cfg.feedback}: one answer to train on; the reference point needs an answer to another prompt, so at least 2")

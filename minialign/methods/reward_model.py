@@ -68,6 +68,7 @@ def main(cfg):
     rows, held_out, batch_of, _ = open_pairs(run, tokenizer)
     torch.manual_seed(cfg.seed)  # the new head depends on the seed alone
     reward_model = policy.with_scalar_head() if policy.config.head == "lm" else policy
+    del policy  # its trunk was copied
     optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.register(reward_model=reward_model, optimizer=optimizer)
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))

@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.data import counts, encode_demos, encode_texts, plain_text, read_demonstrations, read_texts, split_held_out, split_scorable
 from minialign.engine.common import batch_rows, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import batches_of, open_policy
+from minialign.engine.opening import batches_of, encoded_once, open_demos, open_policy
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.logps import token_logps
@@ -104,6 +104,9 @@ def main(cfg):
 def open_policy_and_rows(run):
     """(policy, tokenizer, rows to train on, held-out rows), for demonstrations or plain text, with an existing policy or a new one."""
     cfg = run.cfg
+    if not cfg.text and cfg.policy != "new":
+        policy, tokenizer = open_policy(run)
+        return policy, tokenizer, *open_demos(run, tokenizer)[:2]
     run.same_input("data", cfg.text or cfg.demos)
     if cfg.text:
         texts = builtin_texts() if cfg.text == "builtin" else read_texts(cfg.text, skip_bad=cfg.skip_bad)
@@ -125,9 +128,12 @@ def open_policy_and_rows(run):
     else:
         policy, tokenizer = open_policy(run)
 
+    def encode(texts):
+        return encoded_once(lambda: encode_texts(tokenizer, texts, max_len=cfg.max_len))
+
     if not cfg.text:
         rows = encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
         return policy, tokenizer, *split_scorable(rows, cfg.held_out, cfg.max_len)
     if len(texts) == 1:  # a single document: its last rows are held out
-        return policy, tokenizer, *split_held_out(encode_texts(tokenizer, texts, max_len=cfg.max_len), cfg.held_out)
-    return policy, tokenizer, *(encode_texts(tokenizer, part, max_len=cfg.max_len) for part in (train, held_out))
+        return policy, tokenizer, *split_held_out(encode(texts), cfg.held_out)
+    return policy, tokenizer, encode(train), encode(held_out)

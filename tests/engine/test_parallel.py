@@ -1,8 +1,10 @@
 """Two processes over gloo against one, in float64: the same step, however the weights lie; then all that can go wrong between them."""
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +18,10 @@ from safetensors.torch import load_file
 from minialign.engine import common, parallel
 from minialign.engine.common import read_rows
 from minialign.engine.run import Run
-from minialign.weights import load_pretrained
-from tests.conftest import METHODS
+from minialign.lora import frozen_copy
+from minialign.model import GPT, GPTConfig
+from minialign.weights import load_pretrained, save_pretrained
+from tests.conftest import METHODS, Allocations
 from tests.killing import result_of
 from tests.processes import ROOT, run_all, torchrun
 
@@ -180,9 +184,12 @@ def test_mixed_precision_keeps_what_bfloat16_would_lose(small, tmp_path):
     before = load_pretrained(jobs[0][1].policy, dtype=torch.float32).get_parameter(name)
     for method in ("sft", "grpo"):
         assert load_pretrained(tmp_path / method / "final").head_weight.dtype == torch.bfloat16
-        slices = [load_file(path)[f"policy.{name}"] for path in sorted((tmp_path / method / "checkpoints/step_000003").glob("shard-*"))]
-        moved = (torch.cat(slices) - before).abs()
-        assert slices[0].dtype == torch.float32 and 1e-7 < moved.median() < 1e-5
+        shards = [load_file(path) for path in sorted((tmp_path / method / "checkpoints/step_000003").glob("shard-*"))]
+        moved = (torch.cat([shard[f"policy.{name}"] for shard in shards]) - before).abs()
+        assert shards[0][f"policy.{name}"].dtype == torch.float32 and 1e-7 < moved.median() < 1e-5
+        for other, p in load_pretrained(tmp_path / method / "final").named_parameters():  # rounded, then gathered; here the other way round
+            whole = torch.cat([shard[f"policy.{other}"] for shard in shards if f"policy.{other}" in shard])
+            assert torch.equal(p, whole.bfloat16()), other
 
 
 def test_mixed_precision_without_torchrun_is_that_of_one_process_under_it(small, tmp_path):
@@ -264,6 +271,7 @@ def test_prompts_with_n_answers_each_are_divided_whole(small, monkeypatch, polic
     """8 rows with 8 answers to each prompt are one prompt, which two processes cannot share; with 4 answers they are two."""
     monkeypatch.setattr(parallel, "world", lambda: 2)
     monkeypatch.setattr(parallel, "on_main", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(parallel, "gather", lambda value: [value, value])
     module, cfg = small("irl", policy_step=policy_step, n=8)
     with pytest.raises(common.BadInput, match="--batch_size 8: must be a multiple of 16, so that each of the 2 processes gets an equal"):
         module.main(cfg)
@@ -279,6 +287,139 @@ def test_alone_nothing_is_done():
     model = torch.nn.Linear(2, 2)
     parallel.shard(model, "fsdp", "cpu", torch.float32)
     assert type(model) is torch.nn.Linear and parallel.full_copy(model) is model and parallel.resharded(model) is model
+
+
+@contextlib.contextmanager
+def one_of_four():
+    """This process is the last of a group of four whose others do not exist: nothing can be gathered, but weights can be sliced."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=3, world_size=4, store=FakeStore())
+    parallel.mesh.cache_clear()
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+        parallel.mesh.cache_clear()
+
+
+OLDER = dict(norm="layer", gated=False, qkv_bias=True, out_bias=True, mlp_bias=True)
+OF_FAMILY = {"gpt2": OLDER | {"activation": "gelu_tanh", "positions": "learned"}, "gpt_neox": OLDER | {"activation": "gelu"},
+             "qwen2": {"qkv_bias": True}}
+
+
+@pytest.mark.parametrize("family", OF_FAMILY)
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_a_process_holds_only_its_slices(tmp_path, family, layout):
+    """A bfloat16 file as float32 policy, reference and reward model, from loading to sharding: at no time more numbers than the slices of
+    the three and one block or table. The slices are those of the file, also of rows that do not divide by four, and of a tied head."""
+    torch.manual_seed(0)
+    config = GPTConfig.tiny(97, family=family, n_layer=6, n_embd=48, n_head=4, ffn_dim=96, max_len=64, tied=family != "gpt_neox",
+                            **OF_FAMILY[family])
+    save_pretrained(GPT(config).bfloat16(), tmp_path)
+    wanted = load_pretrained(tmp_path, dtype=torch.float32)
+    with one_of_four(), Allocations() as counted:
+        place = parallel.slicing(layout, torch.device("cpu"))
+        policy = load_pretrained(tmp_path, dtype=torch.float32, place=place)
+        ref, reward_model = frozen_copy(policy), policy.with_scalar_head()
+        optimizer = torch.optim.AdamW(policy.parameters())
+        for model in (policy, ref, reward_model):
+            parallel.shard(model, layout, "cpu", torch.float32, [optimizer] if model is policy else [])
+    share = 4 if layout == "fsdp" else 1
+    most = max(p.numel() for p in wanted.parameters())
+    assert counted.peak <= 4 * (3 * sum(p.numel() for p in wanted.parameters()) / share + 2 * most)
+    assert (policy.head.weight is policy.tok_embed.weight) == config.tied
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in policy.parameters()]
+    for model in (policy, ref, reward_model):
+        for (name, whole), p in zip(wanted.named_parameters(), model.parameters(), strict=model is policy):
+            if name != "head.weight" or model is not reward_model:
+                parts = whole.chunk(share)
+                mine = parts[share - 1] if len(parts) == share else whole[:0]
+                assert p.shape == whole.shape and p.requires_grad == (model is not ref) and torch.equal(p.to_local(), mine), name
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_what_is_shared_out_is_computed_once(monkeypatch, world):
+    """By one process each, with the results in order in all; an error in one is raised in all."""
+    monkeypatch.setattr(parallel, "world", lambda: world)
+
+    def run(function, items):
+        sent, results = [], []
+        monkeypatch.setattr(parallel, "gather", lambda value: sent.append(value) or [([], None)] * world)
+        for rank in range(world):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            with contextlib.suppress(IndexError):
+                parallel.share_out(function, items)
+        monkeypatch.setattr(parallel, "gather", lambda value: sent)
+        for rank in range(world):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            results.append(parallel.share_out(lambda item: None, items))
+        return results
+
+    for n in (0, 1, 5, 24):
+        calls = []
+        assert run(lambda i, calls=calls: calls.append(i) or i * i, range(n)) == [[i * i for i in range(n)]] * world
+        assert sorted(calls) == list(range(n))
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(lambda i: 1 // (i - 4), range(5))
+    assert caught.value.in_all
+
+
+@pytest.mark.slow
+def test_a_bad_row_is_one_sentence_and_a_good_file_is_encoded_once(small, tmp_path, monkeypatch):
+    """Two processes: the first one's error ends both with code 2, and nothing is left of the rows in the temporary folder."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "ask for tea: ", "completion": "tea"}\n{"prompt": 3, "completion": "x"}\n')
+    _, cfg = small("sft", demos=str(tmp_path / "bad.jsonl"))
+    done = torchrun(2, "-m", "minialign", "sft", *flags(cfg), timeout=120)
+    assert done.returncode != 0 and done.stderr.count("bad.jsonl:2: 'prompt' must be text") == 1, done.stderr[-3000:]
+    assert "exitcode  : 2" in done.stderr
+    done = torchrun(2, "-m", "minialign", "sft", *flags(small("sft", steps=1)[1]), timeout=120)
+    assert done.returncode == 0 and not list((tmp_path / "temporary").glob("minialign-rows-*")), done.stderr[-3000:]
+
+
+def launch_two_machines(port, folders, arguments):
+    """Two launches of torchrun, as on two machines with one process each, in two working folders."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
+               "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "7", "-m", "minialign", *arguments]
+    return [subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for folder in folders]
+
+
+def free_port():
+    with socket.socket() as bound:
+        bound.bind(("localhost", 0))
+        return bound.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_machines(small, tmp_path):
+    """Without a shared folder: exit code 2 and one sentence on each machine, before anything is loaded. With one --out for both they train,
+    both are killed, and one process resumes the run."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    module, cfg = small("sft", steps=150, save_every=4, eval_every=100)
+    alone = [word for word in flags(cfg) if word not in ("--out", cfg.out)]
+    for process in launch_two_machines(free_port(), folders, ["sft", *alone]):
+        said, errors = process.communicate(timeout=120)
+        assert process.returncode != 0 and "exitcode  : 2" in errors and "parameters" not in said
+        assert errors.count("process 1 does not see what process 0 has written there; all machines need one shared folder") == 1
+    running = launch_two_machines(free_port(), folders, ["sft", *flags(cfg)])
+    metrics, deadline = Path(cfg.out) / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 10):
+        assert all(process.poll() is None for process in running) and time.monotonic() < deadline, running[0].communicate()[1][-3000:]
+        time.sleep(0.05)
+    for process in running:
+        for worker in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
+            os.kill(int(worker), signal.SIGKILL)
+    for process in running:
+        process.communicate(timeout=120)
+    resumed = module.main(module.Config(resume=cfg.out))
+    unbroken = module.main(module.Config(**vars(cfg) | {"out": str(tmp_path / "alone")}))
+    compare(unbroken, resumed, 1e-8)
 
 
 def test_passes_over_held_out_rows_are_shared(monkeypatch):

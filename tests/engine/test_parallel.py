@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from minialign.engine import common, parallel
 from minialign.engine.common import read_rows
 from minialign.engine.run import Run
+from minialign.engine.tracking import TIMED
 from minialign.weights import load_pretrained
 from tests.conftest import METHODS
 from tests.killing import result_of
@@ -30,7 +31,7 @@ def compare(one, other, tolerance):
     """The rows of metrics.jsonl and the exported weights of two run folders: equal to `tolerance`."""
     for left, right in zip(read_rows(one / "metrics.jsonl"), read_rows(other / "metrics.jsonl"), strict=True):
         assert left.keys() == right.keys()
-        for name in left.keys() - {"seconds", "rewards/accuracies", "eval/accuracy"}:  # a tie is broken by the last bit
+        for name in left.keys() - {*TIMED, "rewards/accuracies", "eval/accuracy"}:  # a tie is broken by the last bit
             assert left[name] == pytest.approx(right[name], rel=tolerance, abs=tolerance), (name, left["step"])
     left, right = (load_file(folder / "final" / "model.safetensors") for folder in (one, other))
     assert left.keys() == right.keys()

@@ -84,7 +84,9 @@ def block_forward(block, x, rotary, mask, cache, positions, span):
 
 @functools.cache
 def compiled_block():
-    return torch.compile(Block.forward, dynamic=True)  # sizes are variables: rows of another length are not compiled again
+    """Block.forward, compiled once for all blocks that differ only in their weights and in the lengths of rows."""
+    torch._dynamo.config.recompile_limit = 64  # with and without gradient, trained and frozen, one row: above 8 it would stop compiling
+    return torch.compile(Block.forward, dynamic=True)
 
 
 def open_optimizer(cfg, *models, lr=None):

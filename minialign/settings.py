@@ -34,7 +34,7 @@ class Training:
     steps: int = 100                # optimizer steps
     batch_size: int = 32            # rows per step
     micro_batch: int = 0            # rows per forward pass; 0 = the whole batch at once. Fewer rows save memory and change nothing else
-    optimizer: str = "adamw"        # adamw, rmsprop (of SPIN's and DPO's released code), or adamw8bit (a quarter of the moments' memory)
+    optimizer: str = "adamw"        # adamw, rmsprop (as in DPO's and SPIN's released code), or adamw8bit (one byte for each moment)
     lr: float = 3e-4                # peak learning rate (for models with billions of weights: 5e-7)
     schedule: str = "cosine"        # how the learning rate falls after the warm-up: cosine, linear or constant (it stays)
     warmup: float = 0.1             # share of the steps in which the learning rate rises
@@ -47,7 +47,7 @@ class Training:
     dtype: str = "float32"          # float32 (16 bytes a weight), mixed (18; bfloat16 arithmetic), bfloat16 (8; loses small steps), float64
     parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (each holds all of them)
     activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, about a third more time
-    compile: bool = False           # torch.compile the model's blocks in training and scoring: faster steps after a minute of compiling
+    compile: bool = False           # torch.compile the blocks (a minute or more at first; --resume is then exact to rounding)
     lora: int = 0                   # rank of the LoRA adapters to train instead of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # the output of an adapter is multiplied by lora_alpha / lora
     log: str = ""                   # where metrics go besides metrics.jsonl: tensorboard (into the run folder) or wandb

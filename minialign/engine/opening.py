@@ -34,13 +34,10 @@ READS_ALL = ("reward_model", "rft", "irl")  # a reward model reads the last toke
 def open_policy(run):
     """(policy, tokenizer) that --policy names, on the run's device: a model's folder, an adapter's folder, a hub name, or builtin."""
     cfg = run.cfg
-    if cfg.compile or cfg.optimizer == "adamw8bit":
-        check_compiler(run)
     path = find_folder(builtin_base() if cfg.policy == "builtin" else cfg.policy)
     run.same_input("policy", path)
     policy, tokenizer, base = load_model(path, dtype=run.weights_dtype, device=run.load_device)
-    policy.recompute = cfg.activation_checkpointing
-    compile_blocks(policy, cfg)
+    set_passes(policy, cfg)
     run.adapter_base = base or (str(path) if cfg.policy == "builtin" else cfg.policy)  # what the exported adapters belong to
     if base is not None:
         run.same_input("base", find_folder(base))
@@ -58,19 +55,21 @@ def open_policy(run):
     return policy, tokenizer
 
 
-def check_compiler(run):
-    """Compile one small function. Raises BadInput if torch.compile does not work on the run's device."""
+def check_compiler(cfg, device):
+    """Compile one small function, if a flag needs that. Raises BadInput if torch.compile does not work on the device."""
+    flag = "--compile" if cfg.compile else f"--optimizer {cfg.optimizer}"
     try:
-        torch.compile(lambda x: (x * x).sin())(torch.ones(8, device=run.device))
+        if cfg.compile or cfg.optimizer == "adamw8bit":
+            torch.compile(lambda x: (x * x).sin())(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Python headers, a device without support: torch's message says which
-        flag = "--compile" if run.cfg.compile else f"--optimizer {run.cfg.optimizer}"
         raise BadInput(f"{flag}: torch.compile does not work here ({one_line(error)}); install a C++ compiler (g++), or drop the "
                        "flag") from None
 
 
-def compile_blocks(model, cfg):
-    """With --compile, let torch.compile write the code of the model's blocks, in place. A deep copy of the model (the reference, the
-    critic, a learned reward) is compiled too. Names of weights do not change."""
+def set_passes(model, cfg):
+    """Apply --activation_checkpointing and --compile to a model, in place. Its deep copies (the reference, the critic, a learned reward)
+    inherit both. Names of weights do not change."""
+    model.recompute = cfg.activation_checkpointing
     for block in model.blocks if cfg.compile else ():
         block.forward = types.MethodType(block_forward, block)  # a bound method: copying the block binds the copy
 
@@ -150,8 +149,7 @@ def open_value_model(run, policy, tokenizer):
     path = find_folder(name)
     run.same_input("value", path)
     value_model = load_pretrained(path, dtype=run.weights_dtype, device=run.load_device)
-    value_model.recompute = run.cfg.activation_checkpointing
-    compile_blocks(value_model, run.cfg)
+    set_passes(value_model, run.cfg)
     if run.cfg.lora:
         inject(value_model, run.cfg.lora, run.cfg.lora_alpha)
     if value_model.config.head != "scalar" or load_tokenizer(path).inner.get_vocab() != tokenizer.inner.get_vocab():

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from minialign.engine import checkpoint, parallel, tracking
 from minialign.engine.common import BadInput, append_row, environment, note, pick_device, pick_dtype, read_json, read_rows, write_atomic
+from minialign.engine.opening import check_compiler
 from minialign.lora import adapters, merged, save_adapter
 from minialign.model import GPT
 from minialign.rewards import BadReward, ask
@@ -63,6 +64,7 @@ class Run:
         self.dtype = torch.bfloat16 if mixed else self.weights_dtype  # of the forward and backward pass
         if mixed and self.device.type == "mps":
             raise BadInput("--dtype mixed: is for cpu and cuda, not for Apple's mps device; use --dtype float32, or --device cpu")
+        check_compiler(cfg, self.device)
         parallel.start(alone=mixed)
         self.load_device = torch.device("cpu") if parallel.started() else self.device  # so a GPU gets only its slices
         self._check_parallel()

@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.data import counts, encode_demos, encode_texts, plain_text, read_demonstrations, read_texts, split_held_out, split_scorable
 from minialign.engine.common import batch_rows, lr_at, set_lr, split_micro
 from minialign.engine.look import first_look
-from minialign.engine.opening import batches_of, open_optimizer, open_policy
+from minialign.engine.opening import batches_of, open_optimizer, open_policy, set_passes
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.logps import token_logps
@@ -121,6 +121,7 @@ def open_policy_and_rows(run):
         torch.manual_seed(cfg.seed)
         size = dict(n_layer=cfg.layers, n_embd=cfg.width, n_head=cfg.heads, ffn_dim=2 * cfg.width, max_len=max(512, 2 * cfg.max_len))
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **size)).to(run.load_device, run.weights_dtype)
+        set_passes(policy, cfg)
     else:
         policy, tokenizer = open_policy(run)
 

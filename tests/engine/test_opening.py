@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from minialign.batch import collate
 from minialign.engine import opening, run
 from minialign.engine.common import BadInput, read_rows
-from minialign.engine.opening import compile_blocks, open_optimizer
+from minialign.engine.opening import open_optimizer, set_passes
 from minialign.engine.tracking import TIMED
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy, inject, load_model, merged
 from minialign.methods import sft
-from minialign.model import GPT, GPTConfig
+from minialign.model import GPT, GPTConfig, KVCache
 from minialign.weights import load_pretrained
 from tests.processes import run_all
 
@@ -207,7 +207,7 @@ def test_rounding_at_random_moves_every_weight_on_average():
 
 def test_adamw8bit_is_refused_where_weights_are_sliced(small, monkeypatch):
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(opening, "check_compiler", lambda run: None)
+    monkeypatch.setattr(run, "check_compiler", lambda cfg, device: None)
     module, cfg = small("sft", optimizer="adamw8bit", dtype="mixed")
     with pytest.raises(BadInput, match="--optimizer adamw8bit: .* with --dtype mixed use adamw"):
         module.main(cfg)
@@ -236,7 +236,7 @@ def test_compiled_blocks_follow_copies_and_keep_their_names(monkeypatch):
     model = GPT(GPTConfig.tiny(11, n_embd=16, n_head=2, ffn_dim=32, max_len=32))
     names, inputs = list(model.state_dict()), torch.tensor([[1, 2, 3]])
     plain = model(inputs)
-    compile_blocks(model, sft.Config(compile=True))
+    set_passes(model, sft.Config(compile=True))
     copy = frozen_copy(model)
     assert list(model.state_dict()) == names and torch.equal(model(inputs), plain) and calls == list(model.blocks)
     with torch.no_grad():
@@ -244,14 +244,15 @@ def test_compiled_blocks_follow_copies_and_keep_their_names(monkeypatch):
     calls.clear()
     assert torch.equal(copy(inputs), plain) and calls == list(copy.blocks)
     calls.clear()
-    model(inputs, cache=opening_cache(model))
+    model(inputs, cache=KVCache(model.config, 1, 8))
     assert not calls
 
 
-def opening_cache(model):
-    from minialign.model import KVCache
-
-    return KVCache(model.config, 1, 8)
+def test_a_new_policy_has_both_settings_too(small, monkeypatch):
+    monkeypatch.setattr(run, "check_compiler", lambda cfg, device: None)
+    module, cfg = small("sft", policy="new", activation_checkpointing=True, compile=True, steps=1)
+    policy, *_ = sft.open_policy_and_rows(run.Run("sft", cfg))
+    assert policy.recompute and all("forward" in vars(block) for block in policy.blocks)
 
 
 @pytest.mark.slow
@@ -262,7 +263,7 @@ def test_compiled_logits_and_gradients_are_the_plain_ones(dtype, tolerance):
         torch.manual_seed(0)
         plain, compiled = [GPT(GPTConfig.tiny(31, n_embd=16, n_head=2, ffn_dim=32, max_len=64, **changes)).to(dtype) for _ in range(2)]
         compiled.load_state_dict(plain.state_dict())
-        compile_blocks(compiled, sft.Config(compile=True))
+        set_passes(compiled, sft.Config(compile=True))
         for model in (plain, compiled):
             model.recompute = recompute
             if rank:

@@ -30,8 +30,8 @@ def adamw8bit(parameters, *, lr, betas, weight_decay):
             for index, state in packed["state"].items():
                 plain = {}
                 for name, value in state.items():
-                    parts = {"codes": value.codes, "scale": value.scale} if hasattr(value, "codes") else None
-                    plain |= {f"{name}.{part}": tensor for part, tensor in parts.items()} if parts else {name: value}
+                    in_bytes = hasattr(value, "codes")
+                    plain |= {f"{name}.codes": value.codes, f"{name}.scale": value.scale} if in_bytes else {name: value}
                 packed["state"][index] = plain
             return packed
 

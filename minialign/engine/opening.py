@@ -89,19 +89,17 @@ def compiled_block():
 
 
 def open_optimizer(cfg, *models, lr=None):
-    """The optimizer of the models' parameters: AdamW, or what --optimizer names. lr: peak learning rate, by default cfg.lr.
+    """The optimizer of the models' parameters: AdamW, or what --optimizer names. A model may be None. lr: by default cfg.lr.
 
     rmsprop is PyTorch's with its defaults, as in the released code of DPO and SPIN. adamw8bit is torchao's AdamW: it keeps the moments
     of each matrix in one byte a number, and rounds bfloat16 weights at random, so that small steps count on average.
     """
-    parameters = [p for model in models for p in model.parameters()]
+    parameters = [p for model in models if model is not None for p in model.parameters()]
     shared = dict(lr=cfg.lr if lr is None else lr, weight_decay=cfg.weight_decay)
     if cfg.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, **shared)
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(parameters, betas=(0.9, 0.95), fused=True, **shared)
-    if parallel.started():
-        raise BadInput("--optimizer adamw8bit: is for one process and one --dtype; under torchrun or with --dtype mixed use adamw")
     return adamw8bit(parameters, betas=(0.9, 0.95), **shared)
 
 

@@ -82,6 +82,8 @@ class Run:
         unit = parallel.world() * (2 if kind == "rebel" else getattr(cfg, "n", 1) if kind.startswith("bon_") else 1)  # groups stay whole
         if parallel.world() > 1 and ":" in cfg.device:
             raise BadInput(f"--device {cfg.device}: each of the {parallel.world()} processes needs a GPU of its own; say cuda, or auto")
+        if cfg.optimizer == "adamw8bit" and parallel.started():
+            raise BadInput("--optimizer adamw8bit: does not work with sliced weights; under torchrun and with --dtype mixed use adamw")
         if cfg.parallel not in ("fsdp", "ddp"):
             raise BadInput(f"--parallel {cfg.parallel}: must be fsdp or ddp")
         if parallel.world() > 1 and cfg.batch_size % unit:

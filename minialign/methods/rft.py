@@ -181,7 +181,7 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
     check_context(run, policy, rows)
     reward_optimizer = open_optimizer(cfg, reward_model, lr=cfg.reward_lr)
     value_model = policy.with_scalar_head() if cfg.policy_step == "ppo" else None
-    optimizer = open_optimizer(cfg, policy, *[value_model] * (value_model is not None))
+    optimizer = open_optimizer(cfg, policy, value_model)
     models = {"policy": policy, "reward_model": reward_model} | ({"value_model": value_model} if value_model else {})
     run.register(**models, **(frozen if begin_round else {}), optimizer=optimizer, reward_optimizer=reward_optimizer)
     first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), models | frozen)

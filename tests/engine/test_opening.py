@@ -132,7 +132,7 @@ def test_optimizers_are_the_formulas():
 
 def test_an_optimizer_of_two_models_has_both_and_its_own_rate():
     one, two = torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)
-    optimizer = open_optimizer(sft.Config(), one, two, lr=0.25)
+    optimizer = open_optimizer(sft.Config(), one, None, two, lr=0.25)
     assert [len(group["params"]) for group in optimizer.param_groups] == [4] and optimizer.param_groups[0]["lr"] == 0.25
 
 
@@ -208,8 +208,8 @@ def test_rounding_at_random_moves_every_weight_on_average():
 def test_adamw8bit_is_refused_where_weights_are_sliced(small, monkeypatch):
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(run, "check_compiler", lambda cfg, device: None)
-    module, cfg = small("sft", optimizer="adamw8bit", dtype="mixed")
-    with pytest.raises(BadInput, match="--optimizer adamw8bit: .* with --dtype mixed use adamw"):
+    module, cfg = small("sft", optimizer="adamw8bit", dtype="mixed", policy="no/such/folder")
+    with pytest.raises(BadInput, match="--optimizer adamw8bit: .* and with --dtype mixed use adamw"):
         module.main(cfg)
 
 

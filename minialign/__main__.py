@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from minialign.engine.common import BadInput, pick_device, pick_dtype, read_rows
+from minialign.engine.tracking import TIMED
 from minialign.settings import cli, exit_codes
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +70,7 @@ def plot_main(cfg):
         if not rows:
             raise BadInput(f"{run}: has no metrics.jsonl with rows; is it a run folder?")
     names = dict.fromkeys(name for rows in tables.values() for row in rows for name in row)
-    names = [name for name in names if name not in ("step", "seconds", "skipped")]
+    names = [name for name in names if name not in ("step", "skipped", *TIMED)]
     if not names:
         raise BadInput(f"{cfg.runs[0]}: all of its steps were skipped, so there is no metric to plot")
     columns = min(4, len(names))

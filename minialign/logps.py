@@ -20,6 +20,7 @@ import hashlib
 import torch
 
 from minialign.batch import stack
+from minialign.engine import tracking
 from minialign.kernels.linear_logprob import chunked_logps
 
 CHUNK_ROWS = 1024  # where logits over the whole vocabulary are needed (IFT's greedy guesses), at most this many rows at once
@@ -32,6 +33,7 @@ def token_logps(policy, batch, *, tau=1.0, entropy=False, embeds=None):
     batch: Batch with inputs, targets, mask (B, T). Returns logps (B, T), in nats, float32 or wider; with entropy=True also the
     entropy (B, T) of each scored prediction. embeds (B, T, C) replace the embeddings of the inputs.
     """
+    tracking.count(policy, tracking.tokens_read(batch))
     hidden = policy.hidden(batch.inputs, embeds=embeds).flatten(0, 1)  # (B·T, C)
     scored = batch.mask.flatten().nonzero().squeeze(1)  # (N,) the places of the scored predictions. A GPU is waited for here, and only here
     targets = batch.targets.flatten()[scored]

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.data import encode_pairs, encode_prompts, pair_batch, pick, read_preferences, split_held_out, split_scorable
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, eval_rows, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import batches_of, check_context, encoded_once, open_policy, open_rewards
+from minialign.engine.opening import batches_of, check_context, encoded_once, open_optimizer, open_policy, open_rewards
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_pairs
 from minialign.logps import Remembered, seq_logps
@@ -33,7 +33,7 @@ def train(method, cfg, step):
     rows, held_out, batch_of, pairs = open_pairs(run, tokenizer)
     answer = answer_online(run, policy, tokenizer, pairs) if cfg.online else None
     ref = frozen_reference(policy, cfg)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, optimizer=optimizer)
     first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), {"policy": policy, "ref": ref})
     if precomputes(cfg):

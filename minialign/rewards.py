@@ -34,7 +34,7 @@ import torch
 
 from minialign.batch import collate
 from minialign.data import encode_answers, encode_whole, plain_text, read_demonstrations
-from minialign.engine import parallel
+from minialign.engine import parallel, tracking
 from minialign.engine.common import BadInput, find_folder, one_line
 from minialign.kl import k1, k3
 from minialign.lora import load_model
@@ -115,6 +115,7 @@ def score(reward_model, batch):
     over the completion tokens. With config.reward_bound R, R·σ(·) maps it into [0, R]. config.reward_offset is subtracted last. Padding
     may hold any token, as positions come from the mask. Without scored tokens it is the head at the first token, or the sum 0.
     """
+    tracking.count(reward_model, tracking.tokens_read(batch) + len(batch))  # and the last of each row
     config = reward_model.config
     tokens = torch.cat([batch.inputs[:, :1], batch.targets], dim=1)  # (B, T + 1) the whole row, with the last target as an input
     numbers = reward_model(tokens)  # (B, T + 1)
@@ -131,6 +132,12 @@ def score(reward_model, batch):
         rewards = numbers[torch.arange(len(tokens), device=tokens.device), last]
     rewards = config.reward_bound * torch.sigmoid(rewards) if config.reward_bound else rewards
     return rewards - config.reward_offset
+
+
+def values_of(value_model, batch):
+    """The scalar head at each token that is read, (B, T): a critic's value of each prefix."""
+    tracking.count(value_model, tracking.tokens_read(batch), of_step=False)  # the policy reads the same tokens
+    return value_model(batch.inputs)
 
 
 def learned(reward_model, tokenizer, *, batch_size=32):

@@ -17,7 +17,7 @@ import functools
 import torch
 
 from minialign.batch import Rollout, collate
-from minialign.engine import parallel
+from minialign.engine import parallel, tracking
 from minialign.engine.common import BadInput, derive_seed, in_micro, note
 from minialign.kernels.decode import Decoder
 from minialign.kernels.linear_logprob import logits_of
@@ -78,6 +78,7 @@ def sample(policy, prompts_ids, *, max_new, tau=1.0, top_k=None, top_p=None, n=1
         with torch.inference_mode() if device.type == "cpu" else torch.no_grad():
             how = dict(tau=tau, top_k=top_k, top_p=top_p, eos_id=eos_id, greedy=greedy)
             drawn = in_passes(policy, own, parallel.local_rows(uniforms), most_rows(policy, max(map(len, own)) + max_new), how)
+        tracking.count(policy, sum(map(len, set(own))) + drawn[2].sum(), of_step=True)  # each prompt is read once, whatever n is
     drawn = [parallel.gather_rows(part.to(device).clone()) for part in drawn]  # cloned: inference_mode tensors cannot be saved for backward
     tokens, token_logps, lengths, finished = drawn
 

@@ -35,10 +35,11 @@ class Training:
     batch_size: int = 32            # rows per step
     micro_batch: int = 0            # rows per forward pass; 0 = the whole batch at once. Fewer rows save memory and change nothing else
     eval_batch: int = 0             # rows per forward pass in evaluations; 0 = as many as in training. It changes no result
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    optimizer: str = "adamw"        # adamw, rmsprop (as in DPO's and SPIN's released code), or adamw8bit (one byte for each moment)
+    lr: float = 3e-4                # peak learning rate (for models with billions of weights: 5e-7)
     schedule: str = "cosine"        # how the learning rate falls after the warm-up: cosine, linear or constant (it stays)
     warmup: float = 0.1             # share of the steps in which the learning rate rises
-    weight_decay: float = 0.0       # AdamW's weight decay
+    weight_decay: float = 0.0       # weight decay: decoupled in AdamW, added to the gradient in RMSprop
     max_grad_norm: float = 1.0      # a gradient with a larger norm is scaled down to this norm
     max_prompt: int | None = None   # longest prompt in tokens; a longer one loses its beginning
     held_out: float = 0.1           # share of the file, taken from its end, that is never trained on
@@ -47,8 +48,10 @@ class Training:
     dtype: str = "float32"          # float32 (16 bytes a weight), mixed (18; bfloat16 arithmetic), bfloat16 (8; loses small steps), float64
     parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (each holds all of them)
     activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, about a third more time
+    compile: bool = False           # torch.compile the blocks (a minute or more at first; --resume is then exact to rounding)
     lora: int = 0                   # rank of the LoRA adapters to train instead of the weights; 0 trains the weights
     lora_alpha: float = 16.0        # the output of an adapter is multiplied by lora_alpha / lora
+    log: str = ""                   # where metrics go besides metrics.jsonl: tensorboard (into the run folder) or wandb
     log_every: int = 25             # steps between lines on the terminal
     eval_every: int = 50            # steps between evaluations on the held-out rows
     save_every: int = 100           # steps between checkpoints
@@ -87,7 +90,7 @@ class OnPrompts(Training):
     max_new: int = 64               # longest completion in tokens
     tau: float = 1.0                # temperature of sampling and of every log-prob in the training
     batch_size: int = 64            # completions per step
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-6)
+    lr: float = 3e-4                # peak learning rate (for models with billions of weights: 1e-6)
     schedule: str = "linear"
     warmup: float = 0.0
     held_out: float = 0.25          # share of the prompts, taken from the end of the file, that is never trained on
@@ -200,6 +203,10 @@ def check_config(cfg):
         raise BadInput(f"--label_smoothing {cfg.label_smoothing}: must be at least 0 and below 0.5, where labels carry no information")
     if getattr(cfg, "schedule", "cosine") not in ("cosine", "linear", "constant"):
         raise BadInput(f"--schedule {cfg.schedule}: must be cosine, linear or constant")
+    if getattr(cfg, "optimizer", "adamw") not in ("adamw", "rmsprop", "adamw8bit"):
+        raise BadInput(f"--optimizer {cfg.optimizer}: must be adamw, rmsprop or adamw8bit")
+    if getattr(cfg, "log", "") not in ("", "tensorboard", "wandb"):
+        raise BadInput(f"--log {cfg.log}: must be tensorboard or wandb")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from minialign.engine import checkpoint
 from minialign.engine.common import read_rows
+from minialign.engine.tracking import TIMED
 
 torch.set_num_threads(1)
 
@@ -94,7 +95,7 @@ def result_of(folder):
              for path in newest.glob("*.safetensors") for name, tensor in load_file(path).items()}
     exports = {"export": Path(folder) / "final", "reward": Path(folder) / "reward"}  # the second of rft and irl
     files |= {name: (path / "model.safetensors").read_bytes().hex() for name, path in exports.items() if path.is_dir()}
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(Path(folder) / "metrics.jsonl")]
+    rows = [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(Path(folder) / "metrics.jsonl")]
     return {**files, "checkpoint": newest.name, "metrics": rows, "samples": read_rows(Path(folder) / "samples.jsonl")}
 
 

@@ -93,8 +93,9 @@ def test_plot_and_show(small, capsys):
 
 
 def test_a_run_without_metrics_is_not_plotted(tmp_path, capsys):
-    """Every step was skipped because the reward failed: rows of step, skipped and seconds alone."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "skipped": 1, "seconds": 0.1}\n{"step": 2, "skipped": 2, "seconds": 0.2}\n')
+    """Every step was skipped because the reward failed: rows of step, skipped and seconds alone. Speed and memory are not drawn either."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "skipped": 1, "seconds": 0.1}\n{"step": 2, "skipped": 2, "seconds": 0.2, '
+                                            '"tokens_per_second": 9.0, "mfu": 0.4, "memory": 0.5}\n')
     code, _, err = call("plot", str(tmp_path), capsys=capsys)
     assert code == 2 and "all of its steps were skipped, so there is no metric to plot" in err and err.count("\n") == 1
 

@@ -1,10 +1,11 @@
-"""Load what a run starts from: policy, demonstrations, prompts, reward, critic. Each is checked before step 1.
+"""Load what a run starts from: policy, optimizer, demonstrations, prompts, reward, critic. Each is checked before step 1.
 
 `run.same_input` records a hash of each input, so a resumed run refuses data or models that have changed since it began.
 
-Checked by tests/engine/test_run.py, tests/test_lora.py and tests/engine/test_resume.py.
+Checked by tests/engine/test_opening.py, tests/engine/test_run.py, tests/test_lora.py and tests/engine/test_resume.py.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -12,14 +13,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 from minialign.data import Rows, demo_batch, encode_demos, encode_prompts, read_demonstrations, read_prompts, split_held_out, split_scorable
 from minialign.engine import parallel
+from minialign.engine.adamw8bit import adamw8bit
 from minialign.engine.common import BadInput, find_folder, one_line
 from minialign.lora import inject, load_model
+from minialign.model import Block
 from minialign.rewards import open_reward, reward_folders
 from minialign.task import builtin_demos, builtin_prompts
 from minialign.tokenizer import load_tokenizer
@@ -34,7 +39,7 @@ def open_policy(run):
     path = find_folder(builtin_base() if cfg.policy == "builtin" else cfg.policy)
     run.same_input("policy", path)
     policy, tokenizer, base = load_model(path, **run.load)
-    policy.recompute = cfg.activation_checkpointing
+    set_passes(policy, cfg)
     run.adapter_base = base or (str(path) if cfg.policy == "builtin" else cfg.policy)  # what the exported adapters belong to
     if base is not None:
         run.same_input("base", find_folder(base))
@@ -50,6 +55,54 @@ def open_policy(run):
         raise BadInput(f"--max_len {cfg.max_len}: the policy's context is {policy.config.max_len} tokens")
     tokenizer.save(run.folder)
     return policy, tokenizer
+
+
+def check_compiler(cfg, device):
+    """Compile one small function, if a flag needs that. Raises BadInput if torch.compile does not work on the device."""
+    flag = "--compile" if cfg.compile else f"--optimizer {cfg.optimizer}"
+    try:
+        if cfg.compile or cfg.optimizer == "adamw8bit":
+            torch.compile(lambda x: (x * x).sin())(torch.ones(8, device=device))
+    except Exception as error:  # no C++ compiler, no Python headers, a device without support: torch's message says which
+        raise BadInput(f"{flag}: torch.compile does not work here ({one_line(error)}); install a C++ compiler (g++), or drop the "
+                       "flag") from None
+
+
+def set_passes(model, cfg):
+    """Apply --activation_checkpointing and --compile to a model, in place. Its deep copies (the reference, the critic, a learned reward)
+    inherit both. Names of weights do not change."""
+    model.recompute = cfg.activation_checkpointing
+    for block in model.blocks if cfg.compile else ():
+        block.forward = types.MethodType(block_forward, block)  # a bound method: copying the block binds the copy
+
+
+def block_forward(block, x, rotary, mask, cache, positions, span):
+    """Block.forward, compiled where there is no cache. With one, the sampler runs it token by token with changing sizes."""
+    if cache is not None:
+        return Block.forward(block, x, rotary, mask, cache, positions, span)
+    return compiled_block()(block, x, rotary, mask, None, None, None)
+
+
+@functools.cache
+def compiled_block():
+    """Block.forward, compiled once for all blocks that differ only in their weights and in the lengths of rows."""
+    torch._dynamo.config.recompile_limit = 64  # with and without gradient, trained and frozen, one row: above 8 it would stop compiling
+    return torch.compile(Block.forward, dynamic=True)
+
+
+def open_optimizer(cfg, *models, lr=None):
+    """The optimizer of the models' parameters: AdamW, or what --optimizer names. A model may be None. lr: by default cfg.lr.
+
+    rmsprop is PyTorch's with its defaults, as in the released code of DPO and SPIN. adamw8bit is torchao's AdamW: it keeps the moments
+    of each matrix in one byte a number, and rounds bfloat16 weights at random, so that small steps count on average.
+    """
+    parameters = [p for model in models if model is not None for p in model.parameters()]
+    shared = dict(lr=cfg.lr if lr is None else lr, weight_decay=cfg.weight_decay)
+    if cfg.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, **shared)
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, betas=(0.9, 0.95), fused=True, **shared)
+    return adamw8bit(parameters, betas=(0.9, 0.95), **shared)
 
 
 def builtin_base():
@@ -96,7 +149,7 @@ def open_value_model(run, policy, tokenizer):
     path = find_folder(name)
     run.same_input("value", path)
     value_model = load_pretrained(path, **run.load)
-    value_model.recompute = run.cfg.activation_checkpointing
+    set_passes(value_model, run.cfg)
     if run.cfg.lora:
         inject(value_model, run.cfg.lora, run.cfg.lora_alpha)
     if value_model.config.head != "scalar" or load_tokenizer(path).inner.get_vocab() != tokenizer.inner.get_vocab():

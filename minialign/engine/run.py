@@ -12,6 +12,7 @@ Checked by tests/engine/test_run.py and, with kill -9, by tests/engine/test_resu
 
 import dataclasses
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -25,8 +26,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minialign.engine import checkpoint, common, parallel
+from minialign.engine import checkpoint, common, parallel, tracking
 from minialign.engine.common import BadInput, append_row, environment, note, pick_device, pick_dtype, read_json, read_rows, write_atomic
+from minialign.engine.opening import check_compiler
 from minialign.lora import adapters, merged, save_adapter
 from minialign.model import GPT
 from minialign.rewards import BadReward, ask
@@ -37,6 +39,7 @@ from minialign.weights import save_pretrained
 SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward", "reward/best", "reward/kept", "kl",
          "frac_reward_zero_std")  # on the terminal
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+NEEDS = {("log", "tensorboard"): "tensorboard", ("log", "wandb"): "wandb", ("optimizer", "adamw8bit"): "torchao"}  # optional packages
 ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient, or without rewards
 
 
@@ -54,11 +57,15 @@ class Run:
         else:
             self.folder = Path(cfg.out) if cfg.out else parallel.on_main(new_folder, method)
         check_config(cfg)
+        for (flag, value), package in NEEDS.items():
+            if getattr(cfg, flag) == value and importlib.util.find_spec(package) is None:
+                raise BadInput(f"--{flag} {value}: needs the package {package}; install it with: pip install {package}")
         self.cfg, self.device, mixed = cfg, pick_device(cfg.device), cfg.dtype == "mixed"
         self.weights_dtype = torch.float32 if mixed else pick_dtype(cfg.dtype)
         self.dtype = torch.bfloat16 if mixed else self.weights_dtype  # of the forward and backward pass
         if mixed and self.device.type == "mps":
             raise BadInput("--dtype mixed: is for cpu and cuda, not for Apple's mps device; use --dtype float32, or --device cpu")
+        check_compiler(cfg, self.device)
         parallel.start(alone=mixed)
         self.load_device = torch.device("cpu") if parallel.started() else self.device  # so a GPU gets only its slices
         self._check_parallel()
@@ -72,13 +79,15 @@ class Run:
         self.modules, self.optimizers, self.adapter_base = {}, {}, None
         self.first_step, self.skipped, self.skipped_in_a_row, self.failing, self.stop = 0, 0, 0, None, None
         self.unlogged = None  # (step, metrics) of a step whose evaluation is still to come
-        self.started, self.bar = time.monotonic(), None
+        self.started, self.bar, self.writer = time.monotonic(), None, None
 
     def _check_parallel(self):
         cfg, kind = self.cfg, getattr(self.cfg, "policy_step", self.method)
         unit = parallel.world() * (2 if kind == "rebel" else getattr(cfg, "n", 1) if kind.startswith("bon_") else 1)  # groups stay whole
         if parallel.world() > 1 and ":" in cfg.device:
             raise BadInput(f"--device {cfg.device}: each of the {parallel.world()} processes needs a GPU of its own; say cuda, or auto")
+        if cfg.optimizer == "adamw8bit" and parallel.started():
+            raise BadInput("--optimizer adamw8bit: does not work with sliced weights; under torchrun and with --dtype mixed use adamw")
         if cfg.parallel not in ("fsdp", "ddp"):
             raise BadInput(f"--parallel {cfg.parallel}: must be fsdp or ddp")
         if parallel.world() > 1 and cfg.batch_size % unit:
@@ -149,7 +158,7 @@ class Run:
             raise BadInput(f"{self.folder}: checkpoints need about {needed:,} bytes and the disk has {free:,} free; make room or name "
                            "another --out")
         if share := unmoved(self.optimizers.values()):
-            note(f"note: --dtype bfloat16 rounds so coarsely that an AdamW step of the size of the learning rate leaves {share:.1%} of the "
+            note(f"note: --dtype bfloat16 rounds so coarsely that a step of the size of the learning rate leaves {share:.1%} of the "
                  "trained weights unchanged; --dtype mixed avoids this")
         for module in self.modules.values():
             self.shard(module, self.optimizers.values())
@@ -197,10 +206,13 @@ class Run:
             handlers = {}
         shown = sys.stderr.isatty() and parallel.is_main()
         self.bar = tqdm(total=total, initial=self.first_step, unit="step", disable=not shown, dynamic_ncols=True)
+        if self.cfg.log:
+            parallel.on_main(self._open_writer)
         self.started = time.monotonic()
         try:
             self.finish_evaluation()
             for step in range(self.first_step, total):
+                tracking.start()
                 yield step
                 self.bar.update()
                 done = step + 1
@@ -219,9 +231,16 @@ class Run:
                     parallel.leave()
                     raise SystemExit(0)
         finally:
+            tracking.stop()
             self.bar.close()
+            if self.writer:
+                self.writer.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _open_writer(self):
+        settings = {"method": self.method, **dataclasses.asdict(self.cfg)}
+        self.writer = tracking.Writer(self.cfg.log, self.folder, settings, self.first_step)
 
     def stopped(self):
         """Whether a signal to any of the processes asks to stop."""
@@ -317,7 +336,8 @@ class Run:
         self.evaluate = evaluate
 
     def end_of_step(self, step, metrics):
-        """Log a step's metrics; if an evaluation is due, later: steps() first writes the step's checkpoint, then evaluates, then logs."""
+        """Log a step's metrics and speed; if an evaluation is due, later: steps() first writes the step's checkpoint, then evaluates."""
+        metrics |= tracking.speed(self.device)
         if (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.steps:
             self.unlogged = step, {name: parallel.as_float(value) for name, value in metrics.items() if value is not None}
         else:
@@ -331,20 +351,23 @@ class Run:
             self.unlogged = None
 
     def log(self, step, **metrics):
-        """Append one row to metrics.jsonl (its steps count from 1) and print a line every log_every steps."""
+        """Append one row to metrics.jsonl (its steps count from 1), give it to --log, and print a line every log_every steps."""
         done = step + 1
         seconds = time.monotonic() - self.started
         values = {name: parallel.as_float(value) for name, value in metrics.items() if value is not None}
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-        row = {"step": done, **values, "skipped": self.skipped, "seconds": round(seconds, 3)}
+        timed = {"seconds": round(seconds, 3)} | {name: values.pop(name) for name in tracking.TIMED if name in values}  # last in the row
+        row = {"step": done, **values, "skipped": self.skipped, **timed}
         append_row(self.folder / "metrics.jsonl", row)
+        if self.writer:
+            self.writer.write(row)
         shown = "  ".join(f"{name} {math.nan if value is None else value:.4g}" for name, value in row.items()
                           if name in SHOWN or name.startswith("eval/"))
         if self.bar is not None and not self.bar.disable:
-            self.bar.set_postfix_str(shown[:100])
+            self.bar.set_postfix_str(shown[:100] + tracking.describe(row))
         elif done == self.first_step + 1 or done % self.cfg.log_every == 0 or done == self.cfg.steps:
             left = seconds / max(1, done - self.first_step) * (self.cfg.steps - done)
-            print(f"step {done}/{self.cfg.steps}  {shown}  ({seconds:.0f} s, {left:.0f} s left)", flush=True)
+            print(f"step {done}/{self.cfg.steps}  {shown}  ({seconds:.0f} s, {left:.0f} s left{tracking.describe(row)})", flush=True)
 
     def log_samples(self, step, policy, tokenizer, prompts_ids, tau):
         """Write the policy's answers to a few prompts to samples.jsonl. Sampling uses its own random generators, not the run's."""
@@ -401,14 +424,15 @@ def read_hash(path):
 
 def unmoved(optimizers):
     """The share of the trained weights that are bfloat16 and for which w − lr rounds to w. Of a large tensor an even sample of at
-    most 65,536 is measured."""
+    most 65,536 is measured. An optimizer that rounds at random (adamw8bit) leaves none unchanged on average."""
     stuck = total = 0
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+    for one, group in [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]:
+        coarse = not getattr(one, "bf16_stochastic_round", False)
         for p in [p for p in group["params"] if p.requires_grad]:
             w, n = parallel.local(p).detach().flatten(), parallel.numel(p)
-            w = w[:: n // 2**16 + 1]
-            total += n
-            stuck += n * float(((w.double() - group["lr"]).to(p.dtype) == w).double().sum()) / max(1, len(w)) * (p.dtype == torch.bfloat16)
+            w, total = w[:: n // 2**16 + 1], total + n
+            lost = ((w.double() - group["lr"]).to(p.dtype) == w).double().sum() / max(1, len(w))
+            stuck += coarse * n * float(lost) * (p.dtype == torch.bfloat16)
     return parallel.sum_over_processes(stuck) / parallel.sum_over_processes(total)
 
 

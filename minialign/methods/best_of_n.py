@@ -31,7 +31,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.batch import collate, masked_mean
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr
 from minialign.engine.look import first_rollout
-from minialign.engine.opening import open_online
+from minialign.engine.opening import open_online, open_optimizer
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.logps import token_logps
@@ -47,7 +47,7 @@ class Config(OnPrompts):
     rounds: int = 1                 # T: number of rounds; each samples from the policy at its start, the first from the initial policy
     batch_size: int = 16            # winners per step, one of each prompt
     tau: float = 1.0                # sampling temperature
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    lr: float = 3e-4                # peak learning rate (for models with billions of weights: 5e-7)
     schedule: str = "cosine"
     warmup: float = 0.1
 
@@ -96,7 +96,7 @@ def main(cfg):
         raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
     reward_fn, policy, tokenizer, rows, held_out = open_online(run)
     old = frozen_copy(policy)  # π_t: the policy at the start of the round
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, old=old, optimizer=optimizer)
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": old})
     run.at_evaluation(policy, tokenizer, held_out or rows,

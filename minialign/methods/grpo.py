@@ -44,7 +44,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.batch import masked_mean
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr
 from minialign.engine.look import first_rollout
-from minialign.engine.opening import open_online
+from minialign.engine.opening import open_online, open_optimizer
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.kl import k3
@@ -137,7 +137,7 @@ def main(cfg):
         raise BadInput(f"--ddof {cfg.ddof}: must be 1 (sample) or 0 (population)")
     reward_fn, policy, tokenizer, rows, held_out = open_online(run)
     ref = frozen_copy(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, optimizer=optimizer)
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": ref})
     run.at_evaluation(policy, tokenizer, held_out or rows,

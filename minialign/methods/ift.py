@@ -31,9 +31,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from minialign.engine import tracking
 from minialign.engine.common import Mean, batch_rows, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import open_demos, open_policy
+from minialign.engine.opening import open_demos, open_optimizer, open_policy
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.kernels.linear_logprob import logits_of
@@ -78,6 +79,7 @@ def lookahead_embeds(policy, batch, *, mix):
     The guess for inputs[:, t] is the prediction at t − 1 from demonstrated tokens only. The guesses take one forward pass without gradient.
     """
     with torch.no_grad():
+        tracking.count(policy, tracking.tokens_read(batch))
         hidden, head = policy.hidden(batch.inputs)[batch.mask], policy.head_weight[: policy.config.n_tokens]  # (scored, C), (V, C)
         guesses = torch.cat([logits_of(rows, head).argmax(-1) for rows in hidden.split(CHUNK_ROWS)])  # (scored,)
         further = batch.targets.masked_scatter(batch.mask, guesses)  # (B, T)
@@ -99,7 +101,7 @@ def main(cfg):
     cfg = run.cfg
     policy, tokenizer = open_policy(run)
     rows, held_out, batch_of = open_demos(run, tokenizer)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, optimizer=optimizer)
     first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), {"policy": policy})
     run.at_evaluation(policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg))

@@ -38,7 +38,7 @@ from minialign.batch import collate
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import check_context, open_demos, open_policy
+from minialign.engine.opening import check_context, open_demos, open_optimizer, open_policy
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.logps import Remembered, seq_logps
@@ -142,7 +142,7 @@ def main(cfg):
 
     old = None if cfg.precompute_ref else frozen_copy(policy)  # π_t: the policy at the start of the round
     ref = old if cfg.ref == "round" else frozen_copy(policy)  # "round": the same object, updated together with old
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, old=old, optimizer=optimizer)
     first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)),
                {"policy": policy, "old": old, "ref": None if ref is old else ref})

@@ -64,7 +64,7 @@ class Config(OnDemonstrations):
     tau: float = 1.0                # temperature of sampling and of log-probs (bon_sft, bon_dpo: log-probs are at 1)
     steps: int = 120                # reward and policy steps of all rounds together
     batch_size: int = 32            # demonstrations per reward step, completions per policy step
-    lr: float = 3e-4                # peak learning rate of the policy's AdamW (for models with billions of weights: 1e-6)
+    lr: float = 3e-4                # peak learning rate of the policy (for models with billions of weights: 1e-6)
     schedule: str = "linear"
     warmup: float = 0.0
     log_every: int = 10

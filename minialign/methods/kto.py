@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.data import encode_feedback, read_feedback, split_scorable
 from minialign.engine.common import BadInput, Mean, batch_rows, eval_rows, held_out_passes, in_micro, lr_at, micro_batches, note, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import batches_of, encoded_once, open_policy
+from minialign.engine.opening import batches_of, encoded_once, open_optimizer, open_policy
 from minialign.engine.run import Run
 from minialign.logps import seq_logps
 from minialign.lora import frozen_copy
@@ -121,7 +121,7 @@ def main(cfg):
         return torch.tensor([source[i][2] for i in picked], device=run.device)
 
     ref = frozen_copy(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, optimizer=optimizer)
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))
     first_look(run, tokenizer, [row[:2] for row in rows], first, {"policy": policy, "ref": ref})

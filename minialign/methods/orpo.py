@@ -35,7 +35,7 @@ from minialign.settings import OnPairs
 @dataclass
 class Config(OnPairs):
     weight: float = 0.1             # λ: weight of the odds-ratio term; 0 is SFT on the chosen answers, each with the same weight
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-6)
+    lr: float = 3e-4                # peak learning rate (for models with billions of weights: 5e-6)
 
 
 def log_odds(mean_logps):

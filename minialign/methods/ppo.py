@@ -42,13 +42,13 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.batch import masked_mean, whiten
 from minialign.engine.common import Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr
 from minialign.engine.look import first_rollout
-from minialign.engine.opening import open_online, open_value_model
+from minialign.engine.opening import open_online, open_optimizer, open_value_model
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.kl import k1
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy
-from minialign.rewards import rollout_stats
+from minialign.rewards import rollout_stats, values_of
 from minialign.sample import rollout
 from minialign.settings import OnPrompts
 
@@ -127,7 +127,7 @@ def explained_variance(values, returns, mask):
 def rollout_with_values(policy, value_model, ref, prompts_ids, cfg, eos_id, seed):
     """A Rollout of one completion of each prompt, with ref's log-probs and the critic's value of each prefix, (B, T). All are constants."""
     answers = rollout(policy, ref, prompts_ids, cfg, eos_id=eos_id, seed=seed)
-    answers.values = in_micro(lambda micro: value_model(micro.inputs), answers, cfg.micro_batch)
+    answers.values = in_micro(lambda micro: values_of(value_model, micro), answers, cfg.micro_batch)
     return answers
 
 
@@ -149,7 +149,8 @@ def step(policy, value_model, answers, cfg, *, on_policy):
         answers.old_logps.copy_(logps.detach())
     loss, stats = policy_loss(logps, answers.old_logps, answers.advantages, answers.mask, eps=cfg.eps)
     assert not (on_policy and stats["approx_kl"] > 0), stats  # a NaN passes here; run.may_update reports the rows
-    critic_loss, critic_stats = value_loss(value_model(answers.inputs), answers.values, answers.returns, answers.mask, eps=cfg.eps_value)
+    values = values_of(value_model, answers)  # (B, T)
+    critic_loss, critic_stats = value_loss(values, answers.values, answers.returns, answers.mask, eps=cfg.eps_value)
     return loss, critic_loss, {**stats, **critic_stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 
 
@@ -160,9 +161,7 @@ def main(cfg):
     reward_fn, policy, tokenizer, rows, held_out = open_online(run)
     ref = frozen_copy(policy)
     value_model = open_value_model(run, policy, tokenizer)
-    adamw = dict(betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, **adamw)
-    value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=cfg.value_lr, **adamw)
+    optimizer, value_optimizer = open_optimizer(cfg, policy), open_optimizer(cfg, value_model, lr=cfg.value_lr)
     run.register(policy=policy, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer)
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": ref, "value_model": value_model})
     run.at_evaluation(policy, tokenizer, held_out or rows,

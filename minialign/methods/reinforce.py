@@ -38,7 +38,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.batch import masked_mean
 from minialign.engine.common import Mean, batch_rows, derive_seed, lr_at, set_lr
 from minialign.engine.look import first_rollout
-from minialign.engine.opening import open_online
+from minialign.engine.opening import open_online, open_optimizer
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.kl import kl_rewards
@@ -94,7 +94,7 @@ def main(cfg):
     reward_fn, policy, tokenizer, rows, held_out = open_online(run)
     ref = frozen_copy(policy)
     baseline = Baseline(cfg.decay)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, baseline=baseline, optimizer=optimizer)
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": ref})
     run.at_evaluation(policy, tokenizer, held_out or rows,

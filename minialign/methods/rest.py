@@ -33,7 +33,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.batch import collate, masked_mean
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, lr_at, set_lr
 from minialign.engine.look import first_rollout
-from minialign.engine.opening import open_online
+from minialign.engine.opening import open_online, open_optimizer
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.logps import token_logps
@@ -53,7 +53,7 @@ class Config(OnPrompts):
     batch_size: int = 32            # completions per step, taken from those above the threshold
     reward_limit: float = 60.0      # seconds that the reward may take for a whole data set
     tau: float = 1.0                # sampling temperature
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 5e-7)
+    lr: float = 3e-4                # peak learning rate (for models with billions of weights: 5e-7)
     schedule: str = "cosine"
     warmup: float = 0.1
 
@@ -87,7 +87,7 @@ def main(cfg):
         raise BadInput(f"--steps {cfg.steps}: {cfg.grows} Grow steps with {len(cfg.quantiles)} Improve steps each need at least {phases}")
     reward_fn, policy, tokenizer, rows, held_out = open_online(run)
     old = frozen_copy(policy)  # π_g: the policy at the start of the Grow step
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, old=old, optimizer=optimizer)
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": old})
 

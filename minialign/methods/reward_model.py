@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from minialign.engine.common import Mean, batch_rows, eval_rows, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import open_policy
+from minialign.engine.opening import open_optimizer, open_policy
 from minialign.engine.run import Run
 from minialign.pairs import open_pairs
 from minialign.rewards import score
@@ -37,7 +37,7 @@ class Config(Training):
     centre: float = 0.0             # c: weight of the squared sum of a pair's rewards; .01 keeps rewards near 0
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
     steps: int = 150                # optimizer steps
-    lr: float = 1e-3                # peak learning rate of AdamW (for models with billions of weights: 3e-6)
+    lr: float = 1e-3                # peak learning rate (for models with billions of weights: 3e-6)
     max_len: int = 256              # longest row in tokens, prompt and completion together; a longer one loses its end
 
 
@@ -69,7 +69,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)  # the new head depends on the seed alone
     reward_model = policy.with_scalar_head() if policy.config.head == "lm" else policy
     del policy  # its trunk was copied
-    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, reward_model)
     run.register(reward_model=reward_model, optimizer=optimizer)
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))
     first_look(run, tokenizer, rows, first, {"reward_model": reward_model})

@@ -39,7 +39,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.batch import collate
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import check_sampler, first_look
-from minialign.engine.opening import check_context, open_demos, open_policy
+from minialign.engine.opening import check_context, open_demos, open_optimizer, open_policy
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.kl import kl_rewards
@@ -64,7 +64,7 @@ class Config(OnDemonstrations):
     group_size: int = 4             # completions of each prompt in rloo and grpo
     tau: float = 1.0                # temperature of sampling and of every log-prob in the training
     batch_size: int = 32            # demonstrations per reward step, completions per policy step
-    lr: float = 3e-4                # peak learning rate of the policy's AdamW (for models with billions of weights: 1e-6)
+    lr: float = 3e-4                # peak learning rate of the policy (for models with billions of weights: 1e-6)
     log_every: int = 10
     eval_every: int = 20
     save_every: int = 50
@@ -183,12 +183,9 @@ def alternate(run, policy, tokenizer, reward_model, frozen, *, reward_step, poli
     cfg = run.cfg
     rows, held_out, batch_of = open_demos(run, tokenizer)
     check_context(run, policy, rows)
-    reward_optimizer = torch.optim.AdamW(
-        reward_model.parameters(), lr=cfg.reward_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
-    )
+    reward_optimizer = open_optimizer(cfg, reward_model, lr=cfg.reward_lr)
     value_model = policy.with_scalar_head() if cfg.policy_step == "ppo" else None
-    trained = [*policy.parameters(), *(value_model.parameters() if value_model else [])]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, policy, value_model)
     models = {"policy": policy, "reward_model": reward_model} | ({"value_model": value_model} if value_model else {})
     run.register(**models, **(frozen if begin_round else {}), optimizer=optimizer, reward_optimizer=reward_optimizer)
     first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), models | frozen)

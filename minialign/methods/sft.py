@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 from minialign.data import counts, encode_demos, encode_texts, plain_text, read_demonstrations, read_texts, split_held_out, split_scorable
 from minialign.engine.common import batch_rows, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import batches_of, encoded_once, open_demos, open_policy
+from minialign.engine.opening import batches_of, encoded_once, open_demos, open_optimizer, open_policy, set_passes
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.logps import token_logps
@@ -43,7 +43,7 @@ class Config(OnDemonstrations):
     policy: str = "builtin"         # the model to start from: builtin, a folder, a hub name, or new (random weights)
     text: str = ""                  # train a base model on this text instead: builtin, a .txt, or a JSONL/JSON(.gz) file
     steps: int = 150                # optimizer steps
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 1e-5)
+    lr: float = 3e-4                # peak learning rate (for models with billions of weights: 1e-5)
     layers: int = 2                 # layers of a new policy
     width: int = 64                 # channels of a new policy
     heads: int = 4                  # attention heads of a new policy
@@ -76,7 +76,7 @@ def main(cfg):
     cfg = run.cfg
     policy, tokenizer, rows, held_out = open_policy_and_rows(run)
     batch_of = batches_of(run, tokenizer)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, optimizer=optimizer)
     first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), {"policy": policy})
     run.at_evaluation(policy, tokenizer, held_out or rows, lambda: held_out_nll(policy, held_out, batch_of, cfg))
@@ -125,6 +125,7 @@ def open_policy_and_rows(run):
         torch.manual_seed(cfg.seed)
         size = dict(n_layer=cfg.layers, n_embd=cfg.width, n_head=cfg.heads, ffn_dim=2 * cfg.width, max_len=max(512, 2 * cfg.max_len))
         policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **size)).to(run.load_device, run.weights_dtype)
+        set_passes(policy, cfg)
     else:
         policy, tokenizer = open_policy(run)
 

@@ -32,7 +32,7 @@ from minialign.settings import OnPairs
 class Config(OnPairs):
     scale: float = 2.0              # the paper's β: nats of reward for each nat of average log-prob
     target_margin: float = 1.0      # γ: by how much the chosen reward should exceed the rejected one
-    lr: float = 3e-4                # peak learning rate of AdamW (for models with billions of weights: 6e-7)
+    lr: float = 3e-4                # peak learning rate (for models with billions of weights: 6e-7)
 
 
 def simpo_loss(chosen_logps, rejected_logps, *, scale, target_margin):

@@ -177,6 +177,7 @@ def test_metrics_are_valid_json_everywhere(small):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"steps": 0}, "--steps 0: must be at least 1"), ({"batch_size": -3}, "--batch_size -3"), ({"held_out": 0.95}, "at most 0.9"),
     ({"warmup": 2.0}, "--warmup 2.0"), ({"max_grad_norm": 0.0}, "--max_grad_norm 0.0: must be above 0"),
+    ({"optimizer": "sgd"}, "--optimizer sgd: must be adamw, rmsprop or adamw8bit"),
     ({"schedule": "cos"}, "--schedule cos"), ({"lr": -1.0}, "--lr -1.0"), ({"lr": math.nan}, "--lr nan"),
     ({"policy": "no/such/folder"}, "no/such/folder: no such folder"),
     ({"demos": "absent.jsonl"}, "absent.jsonl: cannot be read"), ({"max_len": 500}, "--max_len 500: the policy's context is 128"),

@@ -20,6 +20,14 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
 
 
+@pytest.fixture(autouse=torch.cuda.is_available())
+def full_float32():
+    """A run on CUDA lets float32 products use TF32, for the rest of the process. No other test inherits that."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 @pytest.fixture(scope="session")
 def policy_folder(tmp_path_factory):
     """A random two-layer GPT with the tokenizer of the built-in task, in float64."""

@@ -62,3 +62,47 @@ def methods(file, dtype):
             yield dict(method=method, waits=dict(waits))
         except BaseException:
             yield dict(method=method, error=traceback.format_exc()[-3000:])
+
+
+def refusals():
+    """What CUDA would refuse, and what it would wait for: yields the error or the number of waits of each line."""
+    def record(function):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=None)
+        try:
+            function()
+        finally:
+            graph.capture_end()
+
+    with device.Everything():
+        x, here = torch.arange(6.0, device="cuda").view(2, 3), torch.ones(3)
+        pinned = here.pin_memory()
+        lines = {
+            "x + 1": lambda: x + 1, "x * scalar of the host": lambda: x * here.sum(), "x.sum()": x.sum,
+            "x[:, rows]": lambda: x[:, x[0].long()], "x + here": lambda: x + here, "here + x": lambda: here + x,
+            "x @ here": lambda: x @ here, "cat": lambda: torch.cat([x[0], here]), "float(x)": lambda: float(x.sum()), "x.tolist()": x.tolist, "if x": lambda: bool((x > 0).all()), "x.cpu()": x.cpu,
+            "x[x > 2]": lambda: x[x > 2], "x.nonzero()": x.nonzero, "here.to": lambda: here.to("cuda"),
+            "pinned.to": lambda: pinned.to("cuda", non_blocking=True), "x.copy_": lambda: x[0].copy_(here),
+            "record x + 1": lambda: record(lambda: x + 1), "record float(x)": lambda: record(lambda: float(x.sum())),
+            "record x[x > 2]": lambda: record(lambda: x[x > 2]), "record here.to": lambda: record(lambda: here.to("cuda")),
+        }
+        for name, function in lines.items():
+            device.waits.clear()
+            try:
+                function()
+                yield {name: sum(device.waits.values())}
+            except RuntimeError as error:
+                yield {name: str(error).split(",")[0][:40]}
+        graph, total = torch.cuda.CUDAGraph(), torch.zeros(3, device="cuda")
+        graph.capture_begin()
+        twice = x[0] * 2
+        total += twice
+        graph.capture_end()
+        yield {"recorded": [bool(twice.isnan().all()), total.tolist()]}
+        x[0] = 5.0
+        graph.replay()
+        graph.replay()
+        yield {"replayed": [twice.tolist(), total.tolist()]}
+        torch.use_deterministic_algorithms(True)
+        sums, settled = minialign.sample.running_sums(x), torch.are_deterministic_algorithms_enabled()
+        yield {"running sums": [sums.tolist(), settled]}

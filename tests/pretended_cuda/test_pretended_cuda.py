@@ -78,3 +78,18 @@ def test_few_waits_per_micro_batch(library, small, tmp_path):
     epochs = {"rebel": 4, "ppo": 4}
     extra = {method: (sum(many[method].values()) - sum(few[method].values())) / 2 / epochs.get(method, 1) for method in METHODS}
     assert max(extra.values()) <= WAITS_PER_MICRO_BATCH, extra
+
+
+def test_the_device_refuses_and_waits_as_cuda_does(library):
+    """Without this the other tests could not fail. A recording has no effect; each replay has all of them, on the values of then."""
+    found = {name: value for row in on_the_device(library, "refusals") for name, value in row.items()}
+    free = ("x + 1", "x * scalar of the host", "x.sum()", "x[:, rows]", "pinned.to", "record x + 1")
+    waited = ("float(x)", "x.tolist()", "if x", "x.cpu()", "x[x > 2]", "x.nonzero()", "here.to", "x.copy_")
+    assert {name: found[name] for name in free} == dict.fromkeys(free, 0)
+    assert {name: found[name] for name in waited} == dict.fromkeys(waited, 1)
+    for name in ("x + here", "here + x", "x @ here", "cat"):
+        assert "expected all tensors on one device" in found[name], name
+    for name in ("record float(x)", "record x[x > 2]", "record here.to"):
+        assert found[name] == "while a graph is recorded", name
+    assert found["recorded"] == [True, [0, 0, 0]] and found["replayed"] == [[10, 10, 10], [20, 20, 20]]
+    assert found["running sums"] == [[[5, 10, 15], [3, 7, 12]], True]

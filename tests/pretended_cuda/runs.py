@@ -80,8 +80,8 @@ def refusals():
         lines = {
             "x + 1": lambda: x + 1, "x * scalar of the host": lambda: x * here.sum(), "x.sum()": x.sum,
             "x[:, rows]": lambda: x[:, x[0].long()], "x + here": lambda: x + here, "here + x": lambda: here + x,
-            "x @ here": lambda: x @ here, "cat": lambda: torch.cat([x[0], here]), "float(x)": lambda: float(x.sum()), "x.tolist()": x.tolist,
-            "if x": lambda: bool((x > 0).all()), "x.cpu()": x.cpu,
+            "x @ here": lambda: x @ here, "cat": lambda: torch.cat([x[0], here]), "float(x)": lambda: float(x.sum()),
+            "x.tolist()": x.tolist, "if x": lambda: bool((x > 0).all()), "x.cpu()": x.cpu,
             "x[x > 2]": lambda: x[x > 2], "x.nonzero()": x.nonzero, "here.to": lambda: here.to("cuda"),
             "pinned.to": lambda: pinned.to("cuda", non_blocking=True), "x.copy_": lambda: x[0].copy_(here),
             "record x + 1": lambda: record(lambda: x + 1), "record float(x)": lambda: record(lambda: float(x.sum())),

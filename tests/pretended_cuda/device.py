@@ -216,6 +216,7 @@ def install():
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda device: None,
         get_device_name=lambda device=None: "pretended", mem_get_info=lambda device=None: (2**40, 2**40), _lazy_init=lambda: None,
         get_rng_state_all=lambda: [torch.zeros(16, dtype=torch.uint8)], set_rng_state_all=lambda states: None, CUDAGraph=Graph,
+        get_device_properties=lambda device=None: SimpleNamespace(total_memory=2**40),
         synchronize=lambda *args: wait("synchronize"), Stream=lambda: stream, current_stream=lambda *args: stream,
         stream=lambda stream: contextlib.nullcontext())
     for name, value in replaced.items():

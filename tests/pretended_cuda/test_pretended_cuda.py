@@ -55,7 +55,7 @@ def waits(library, small, tmp_path, methods, dtype, **changes):
     for method in methods:
         config = {**vars(small(method)[1]), "steps": 2, "batch_size": 8, "eval_every": 10**6, "save_every": 10**6, **changes}
         config |= {"rounds": 1, "reward_share": 0.5, "mode": "literal"} if method in LEARNING else {}
-        settings[method] = {**config, "out": str(tmp_path / f"{method}-{dtype}-{len(changes)}")}
+        settings[method] = {**config, "out": str(tmp_path / f"{method}-{dtype}-{changes['micro_batch']}")}
     file = tmp_path / "settings.json"
     file.write_text(json.dumps(settings))
     found = on_the_device(library, "methods", file, dtype)

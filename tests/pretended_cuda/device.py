@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 ROOT, aten = Path(__file__).parents[2] / "minialign", torch.ops.aten
 waits = collections.Counter()  # {place in minialign: how often the host waited there}
-pinned = set()  # storages in pinned memory
+pinned = {}  # storages in pinned memory; kept, so that no other one gets their address
 recording = None  # the graph that is being recorded
 READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "masked_scatter_backward", "_unique2", "unique_dim", "bincount")
 INDEXES = ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_")
@@ -93,7 +93,7 @@ def compute(func, args, kwargs):
         if name == "is_pinned":
             return args[0].untyped_storage()._cdata in pinned
         copied = args[0].clone()
-        pinned.add(copied.untyped_storage()._cdata)
+        pinned[copied.untyped_storage()._cdata] = copied
         return copied
     if not ours and target != "cuda":
         return func(*args, **kwargs)

@@ -71,7 +71,6 @@ def test_every_method_takes_two_steps(library, small, tmp_path, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="the loops read numbers off the device in every micro-batch")
 def test_few_waits_per_micro_batch(library, small, tmp_path):
     """What two more micro-batches add to a step, epochs counted apart, is at most 12 waits a micro-batch in every method."""
     few, many = (waits(library, small, tmp_path, METHODS, "bfloat16", micro_batch=size) for size in (4, 2))

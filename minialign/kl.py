@@ -43,6 +43,14 @@ def kl_rewards(rewards, logps, ref_logps, *, beta):
     return (rewards - beta * k1(logps, ref_logps).sum(1)).detach()
 
 
+def moved(logps, old_logps):
+    """True if a log-prob differs from the old one, judged by the largest |log-ratio|. NaN counts as equal (run.may_update reports it).
+
+    The mean ratio would not do: a GPU multiplies a sum by 1/n, so the mean of 41 ones is not 1. Only a CPU looks; a GPU would have to wait.
+    """
+    return logps.device.type == "cpu" and bool((logps - old_logps).abs().max() > 0)
+
+
 def exact_kl(logits, ref_logits):
     """KL(π‖ref) of full distributions: logits, ref_logits (..., V) -> (...), in nats."""
     logps, ref_logps = logits.log_softmax(-1), ref_logits.log_softmax(-1)

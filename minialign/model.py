@@ -138,7 +138,7 @@ class KVCache:
     """Keys and values of every layer for a ragged batch. Row b holds `lengths[b]` positions, then garbage that no query ever sees.
 
     keys, values: (L, B, KV, capacity, D). A row's next token is written at that row's own position, so rows need no left padding.
-    longest: the largest length, kept as a Python int so that no step has to wait for the GPU to report it.
+    longest: the largest length, or more, as a Python int: no step waits for the GPU to report it.
     """
 
     def __init__(self, config, batch_size, capacity, *, device=None, dtype=None):
@@ -149,8 +149,8 @@ class KVCache:
         self.longest = 0
 
     def span(self, end):
-        """Positions to attend to when `end` are filled: on CUDA rounded up to 64s, so that one recorded graph serves 64 tokens."""
-        return min(-(-end // 64) * 64, self.keys.shape[3]) if self.keys.is_cuda else end
+        """Positions to attend to when `end` are filled: on CUDA rounded up to 64, 128, 256, …, so that recorded graphs are few."""
+        return min(max(64, 2 ** (end - 1).bit_length()), self.keys.shape[3]) if self.keys.is_cuda else end
 
     def write(self, layer, k, v, positions, span):
         """Store k, v (B, KV, T, D) at positions (B, T); return the layer's first `span` keys and values (B, KV, span, D)."""
@@ -160,10 +160,13 @@ class KVCache:
         return self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
 
     def select(self, rows):
-        """A new cache with the given rows, in that order. A row may appear more than once (one prefill, many samples)."""
+        """A new cache with the given rows, in that order. A row may appear more than once (one prefill, many samples).
+
+        On CUDA `longest` stays what it was, an upper bound: the host need not wait for the new one.
+        """
         chosen = copy.copy(self)
         chosen.keys, chosen.values, chosen.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
-        chosen.longest = int(chosen.lengths.max())
+        chosen.longest = self.longest if self.keys.is_cuda else int(chosen.lengths.max())
         return chosen
 
 

@@ -13,6 +13,7 @@ Checked by tests/test_sample.py: chi-square on an enumerable model, invariance t
 """
 
 import functools
+from types import SimpleNamespace
 
 import torch
 
@@ -37,16 +38,28 @@ def keep_top_p(logits, p):
     """Keep the smallest set of most likely tokens whose probability reaches p (nucleus; Holtzman et al. 2019, arXiv:1904.09751)."""
     ordered, order = logits.sort(dim=-1, descending=True)
     probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs  # total probability of all more likely tokens; 0 for the most likely one, which always stays
+    before = running_sums(probs) - probs  # total probability of all more likely tokens; 0 for the most likely one, which always stays
     return logits.masked_fill((before >= p).scatter(1, order, before >= p), -torch.inf)
 
 
 def draw_tokens(probs, uniform):
     """Draw one token per row by inverting the cumulative distribution: probs (B, V) with any sum, uniform (B,) in [0, 1) -> (B,)."""
-    cumulative = probs.cumsum(-1)  # (B, V)
+    cumulative = running_sums(probs)  # (B, V)
     total = cumulative[:, -1:]
     point = torch.minimum(uniform[:, None].to(total) * total, total.nextafter(torch.zeros_like(total)))  # (u · total may round up to total)
-    return torch.searchsorted(cumulative, point, right=True).squeeze(1)  # a forbidden token has probability 0, so it is never hit
+    token = torch.searchsorted(cumulative, point, right=True).squeeze(1)  # a forbidden token has probability 0, so it is never hit
+    return token.clamp_(max=probs.shape[-1] - 1)  # (NaN would give V)
+
+
+def running_sums(probs):
+    """cumsum(-1), also with --deterministic. Torch then refuses it on CUDA, because there it adds a single row up in no fixed order."""
+    if not torch.are_deterministic_algorithms_enabled() or not probs.is_cuda:
+        return probs.cumsum(-1)
+    torch.use_deterministic_algorithms(False)
+    try:
+        return torch.cat([probs, probs[:1]]).cumsum(-1)[: len(probs)]  # of several rows each is added up by a loop over its blocks
+    finally:
+        torch.use_deterministic_algorithms(True)
 
 
 @torch.no_grad()
@@ -95,8 +108,12 @@ def rollout(policy, ref, prompts_ids, cfg, *, n=1, eos_id, seed):
     """What an online method trains on: a Rollout of n completions of each prompt by the current policy, with ref's log-probs of them.
 
     cfg: the method's Config, with max_new, tau and micro_batch. old_logps and ref_logps are at temperature tau and have no gradient.
+    In bfloat16 the sampler's log-probs differ from those of a training pass by rounding, which summed over a completion would be a KL of up
+    to some nats between equal models. So old_logps are then those of a training pass, as ref_logps are.
     """
     answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=n, eos_id=eos_id, seed=seed)
+    if rounds_coarsely(policy):
+        answers.old_logps = in_micro(lambda micro: token_logps(policy, micro, tau=cfg.tau), answers, cfg.micro_batch)  # (B, T)
     answers.ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # (B, T)
     return answers
 
@@ -134,6 +151,13 @@ def in_passes(policy, rows, uniforms, most, how):
     return drawn if len(parts) == 1 else [part[torch.tensor(order).argsort().to(part.device)] for part in drawn]
 
 
+def rounds_coarsely(policy):
+    """True if the policy computes in bfloat16, or in float32 with TF32 products (on CUDA). A sharded policy may hold wider weights."""
+    weight = parallel.PLAIN.get(policy, policy).head_weight
+    tf32 = policy.head_weight.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and tf32)
+
+
 def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     """B prompts, one row each, and the uniform numbers (B, max_new) that decide the draws -> tokens (B, max_new), their log-probs
     (B, max_new), lengths (B,) (how many of them belong to the completion), and finished (B,) (whether EOS is among them)."""
@@ -148,7 +172,7 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
 
     # Prefill: run each distinct prompt once, right-padded. Its last real position predicts the first new token.
     lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
-    longest = int(lengths.max())
+    longest = max(map(len, distinct))
     padded = torch.tensor([list(prompt) + [0] * (longest - len(prompt)) for prompt in distinct], device=device)
     cache = KVCache(config, len(distinct), longest + max_new, device=device, dtype=policy.head_weight.dtype)
     hidden = policy.hidden(padded, cache=cache, lengths=lengths)  # (distinct, longest, C)
@@ -162,12 +186,12 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     token_logps = torch.zeros(B, max_new, dtype=wide, device=device)
     new_lengths = torch.full((B,), max_new, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
+    sound = torch.ones((), dtype=torch.bool, device=device)  # all logits so far were finite
+    every = 8 if device.type == "cuda" else 1  # tokens between two questions to the device, because a GPU has to be waited for
     for t in range(max_new):
         logits = logits_of(hidden, head)  # (A, V)
         logits = logits if tau == 1 else logits / tau
-        if not logits.sum().isfinite():
-            bad = next((name for name, p in policy.named_parameters() if not p.isfinite().all()), "no weight")
-            raise BadInput(f"the policy cannot be sampled: its logits are not finite ({bad} holds NaN or inf)")
+        sound = sound & logits.sum().isfinite()
         if pure:
             probs = logits.softmax(-1)  # (A, V), for the draw and the log-prob
             token = draw_tokens(probs, uniforms[present, t])  # (A,)
@@ -181,14 +205,19 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
         tokens[present, t], token_logps[present, t] = token, logps.squeeze(1)
         if eos_id is not None:
             ended = torch.isin(token, ends) & ~finished[present]  # (A,)
-            finished[present[ended]], new_lengths[present[ended]] = True, t + 1
-            going = (~finished[present]).nonzero().squeeze(1)
-            if not len(going):
+            new_lengths[present] = torch.where(ended, t + 1, new_lengths[present])
+            finished[present] = finished[present] | ended
+        if (t + 1) % every == 0 or t + 1 == max_new:
+            stopped = finished[present]  # (A,) they sample on, and what they sample is ignored
+            going, finite = torch.stack([(~stopped).sum(), sound.long()]).tolist()
+            if not finite:
+                bad = next((name for name, p in policy.named_parameters() if not p.isfinite().all()), "no weight")
+                raise BadInput(f"the policy cannot be sampled: its logits are not finite ({bad} holds NaN or inf)")
+            if not going or t + 1 == max_new:
                 break
-            if len(going) <= 3 / 4 * len(present):  # remove finished rows together: each removal copies the cache
-                present, token, step = present[going], token[going], step.select(going)
-        if t + 1 == max_new:
-            break
+            if going <= 3 / 4 * len(present):  # remove finished rows together: each removal copies the cache
+                stay = stopped.long().argsort(stable=True)[:going]  # (nonzero() would make the host wait)
+                present, token, step = present[stay], token[stay], step.select(stay)
         hidden = step(token)  # (A, C)
     return tokens, token_logps, new_lengths, finished
 
@@ -206,7 +235,7 @@ class Step:
     """Runs the model as it is. On CUDA the hidden states that it returns are overwritten by its next call.
 
     On CUDA a step is recorded as a graph and replayed: one launch instead of about thirty per layer. These launches take most of a step's
-    time while the batch is small. A recording is valid for one span of the cache, so a new one is made every 64 tokens.
+    time while the batch is small. A recording is valid for one span of the cache, so one is made at 64 positions, 128, 256, and so on.
     """
 
     def __init__(self, policy, cache):
@@ -228,23 +257,29 @@ class Step:
         return self.hidden
 
     def record(self, token):
-        self.token, self.graph, stream = token[:, None].clone(), torch.cuda.CUDAGraph(), recording_stream()
+        self.token, self.graph, shared = token[:, None].clone(), torch.cuda.CUDAGraph(), recordings()
         lengths, longest = self.cache.lengths.clone(), self.cache.longest
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        shared.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(shared.stream):
             self.policy.hidden(self.token, cache=self.cache)  # run once unrecorded: libraries set themselves up in their first call
-        torch.cuda.current_stream().wait_stream(stream)
-        self.cache.lengths.copy_(lengths)
-        self.cache.longest = longest
-        with torch.cuda.graph(self.graph, stream=stream):  # records, does not run
-            self.hidden = self.policy.hidden(self.token, cache=self.cache)[:, -1]
-        self.cache.longest = longest
+            self.cache.lengths.copy_(lengths)
+            self.cache.longest = longest
+            # The context manager torch.cuda.graph would wait for the GPU and give back all of torch's spare memory, at every recording.
+            # thread_local: other threads (NCCL's watchdog) may go on calling CUDA.
+            self.graph.capture_begin(pool=shared.last and shared.last.pool(), capture_error_mode="thread_local")
+            try:
+                self.hidden = self.policy.hidden(self.token, cache=self.cache)[:, -1]  # records, does not run
+            finally:
+                self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(shared.stream)
+        self.cache.longest, shared.last = longest, self.graph
 
 
 @functools.cache
-def recording_stream():
-    """One stream for all recordings: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that it was ever used on."""
-    return torch.cuda.Stream()
+def recordings():
+    """What all recordings share: one stream, because cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that it was ever used on,
+    and the last recording, whose memory the next one reuses. Only the newest one is ever replayed."""
+    return SimpleNamespace(stream=torch.cuda.Stream(), last=None)
 
 
 def check_arguments(config, prompts_ids, max_new, tau, top_k, top_p, n):

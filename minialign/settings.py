@@ -46,6 +46,7 @@ class Training:
     seed: int = 0                   # seed of the data order, of sampling and of new weights
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "float32"          # float32 (16 bytes a weight), mixed (18; bfloat16 arithmetic), bfloat16 (8; loses small steps), float64
+    deterministic: bool = False     # on a GPU: the same bits in every run and resume on the same card and versions; slower
     parallel: str = "fsdp"          # under torchrun: fsdp (each process holds a part of the weights) or ddp (each holds all of them)
     activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, about a third more time
     compile: bool = False           # torch.compile the blocks (a minute or more at first; --resume is then exact to rounding)
@@ -57,7 +58,7 @@ class Training:
     save_every: int = 100           # steps between checkpoints
     snapshots: bool = False         # also export the model at every evaluation, to snapshots/<step>/
     out: str = ""                   # run folder; default: runs/<method>-<time>
-    resume: str = ""                # continue the run in this folder; the results are those of an unbroken run (on a CPU bit for bit)
+    resume: str = ""                # continue the run in this folder: the same results, bit for bit on a CPU or with --deterministic
     skip_bad: bool = False          # count and skip bad rows of a file instead of stopping at the first
 
 

@@ -53,6 +53,14 @@ class Allocations(TorchDispatchMode):
         return [x.untyped_storage() for x in tensors if x.device.type == "cpu"]
 
 
+@pytest.fixture(autouse=torch.cuda.is_available())
+def full_float32():
+    """A run on CUDA lets float32 products use TF32, for the rest of the process. No other test inherits that."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 @pytest.fixture(scope="session")
 def policy_folder(tmp_path_factory):
     """A random two-layer GPT with the tokenizer of the built-in task, in float64."""

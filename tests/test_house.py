@@ -73,7 +73,7 @@ def test_the_rooms():
     folders = {path.name for path in (ROOT / "minialign").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == {*ROOMS, "methods", "recipes"} - {""}
     assert {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"} == {
-        "engine", "bench", "kernels", "methods", "toy"}
+        "engine", "bench", "kernels", "methods", "toy", "pretended_cuda"}
 
 
 def graph():

@@ -158,8 +158,12 @@ def set_lr(optimizer, lr):
         group["lr"] = lr
 
 
-def pick_device(name):
-    """'auto' takes a CUDA device if there is one, else the CPU. Apple's mps is used only if --device says mps."""
+def pick_device(name, *, deterministic=False):
+    """'auto' takes a CUDA device if there is one, else the CPU. Apple's mps is used only if --device says mps.
+
+    On CUDA, float32 products then use TF32 (10 bits of mantissa, several times as fast). deterministic: the same input gives the same bits
+    on the same card; both settings are torch's own and hold for the whole process.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "cuda" and device.index is None:
@@ -167,6 +171,11 @@ def pick_device(name):
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # kernels and recorded graphs run on the current device
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new batch shape, which takes up to a second
+        if deterministic:  # (flash and memory-efficient attention then add up their gradients in a fixed order)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
+            torch.use_deterministic_algorithms(True)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {name} cannot be used here ({reason}); use cpu, or auto to take what there is") from None

@@ -60,7 +60,7 @@ class Run:
         for (flag, value), package in NEEDS.items():
             if getattr(cfg, flag) == value and importlib.util.find_spec(package) is None:
                 raise BadInput(f"--{flag} {value}: needs the package {package}; install it with: pip install {package}")
-        self.cfg, self.device, mixed = cfg, pick_device(cfg.device), cfg.dtype == "mixed"
+        self.cfg, self.device, mixed = cfg, pick_device(cfg.device, deterministic=cfg.deterministic), cfg.dtype == "mixed"
         self.weights_dtype = torch.float32 if mixed else pick_dtype(cfg.dtype)
         self.dtype = torch.bfloat16 if mixed else self.weights_dtype  # of the forward and backward pass
         if mixed and self.device.type == "mps":
@@ -101,12 +101,12 @@ class Run:
         stored = read_json(self.folder / "config.json")
         if stored.pop("method", None) != self.method:
             raise BadInput(f"{self.folder}: was not made by {self.method}; resume it with the method that made it")
-        fields = {f.name for f in dataclasses.fields(cfg)}
-        if stored.keys() != fields:
-            raise BadInput(f"{self.folder}/config.json: has other fields ({sorted(stored.keys() ^ fields)[:3]}): another version made it")
-        default = type(cfg)()
+        default, unknown = type(cfg)(), sorted(stored.keys() - {f.name for f in dataclasses.fields(cfg)})
+        if unknown:
+            raise BadInput(f"{self.folder}/config.json: has other fields ({unknown[:3]}): another version made it")
+        stored = {**dataclasses.asdict(default), **stored}  # fields that the version which began the run did not have
         changed = [f.name for f in dataclasses.fields(cfg) if f.name != "resume" and getattr(cfg, f.name) != getattr(default, f.name)]
-        changed = [name for name in changed if getattr(cfg, name) != stored.get(name)]
+        changed = [name for name in changed if getattr(cfg, name) != stored[name]]
         if changed:
             raise BadInput(f"--resume continues a run with the flags it began with: drop --{changed[0]} (to change flags, start a new run "
                            f"with --policy {self.folder}/final)")

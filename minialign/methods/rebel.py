@@ -36,7 +36,7 @@ from minialign.engine.look import first_rollout
 from minialign.engine.opening import open_online, open_optimizer
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
-from minialign.kl import kl_rewards
+from minialign.kl import kl_rewards, moved
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy
 from minialign.rewards import rollout_stats
@@ -70,7 +70,7 @@ def step(policy, answers, cfg, *, on_policy):
     if on_policy:
         answers.old_logps.copy_(logps.detach())
     logratio = (logps - answers.old_logps).sum(1)  # (B,) both log-probs are 0 where nothing is scored
-    assert not (on_policy and logratio.abs().max() > 0), logratio  # a NaN passes here; run.may_update reports the rows
+    assert not (on_policy and moved(logps, answers.old_logps)), "the policy that samples is not the one that is trained"
     loss, stats = rebel_loss(logratio[0::2], logratio[1::2], answers.rewards[0::2], answers.rewards[1::2], eta=cfg.eta)
     return loss, {**stats, "entropy": masked_mean(entropy.detach(), answers.mask)}
 

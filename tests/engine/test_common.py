@@ -1,6 +1,7 @@
 """Seeds, batches, the learning rate, files, devices."""
 
 import math
+import os
 import random
 
 import pytest
@@ -157,7 +158,7 @@ def test_device_and_dtype():
 
 
 @pytest.mark.parametrize("name, local_rank, expected", [("auto", None, 0), ("cuda", None, 0), ("cuda:1", None, 1), ("cuda", "3", 3)])
-def test_a_gpu_is_named_by_its_index_and_made_the_current_one(monkeypatch, name, local_rank, expected):
+def test_a_gpu_is_named_by_its_index_and_made_the_current_one(monkeypatch, full_float32, name, local_rank, expected):
     """torch.cuda.set_device refuses a device without an index; under torchrun each process takes its own. (No GPU: what torch is asked.)"""
     current, made = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -165,4 +166,20 @@ def test_a_gpu_is_named_by_its_index_and_made_the_current_one(monkeypatch, name,
     monkeypatch.setattr(torch, "empty", lambda *size, device: made.append(device))
     if local_rank:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: current.append(on))
     assert common.pick_device(name) == torch.device("cuda", expected) == current[0] == made[0]
+    assert current[1:] == [False] and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def test_deterministic_is_torchs_own_setting(monkeypatch):
+    """Off unless asked for. A workspace that the user has chosen for cuBLAS stays."""
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    common.pick_device("cpu")
+    assert asked == [] and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    common.pick_device("cpu", deterministic=True)
+    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    common.pick_device("cpu", deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"

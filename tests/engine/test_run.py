@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -311,6 +312,23 @@ def test_a_run_of_another_version_is_not_resumed(small):
     (folder / "config.json").write_text(json.dumps({**record, "learning_rate": 1.0}))
     with pytest.raises(BadInput, match="'learning_rate'.*another version"):
         module.main(module.Config(resume=str(folder)))
+
+
+def test_a_run_of_an_older_version_gets_the_defaults_of_newer_flags(small, capsys):
+    """config.json without one field: the run is resumed with that field's default, and the file stays as it is."""
+    module, cfg = small("sft", steps=4, save_every=2)
+    folder = module.main(cfg)
+    record = json.loads((folder / "config.json").read_text())
+    del record["deterministic"]
+    (folder / "config.json").write_text(json.dumps(record))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)  # they hold the hash of the whole file
+    with pytest.raises(BadInput, match="drop --deterministic"):
+        module.main(module.Config(resume=str(folder), deterministic=True))
+    before = [row | {"seconds": 0} for row in read_rows(folder / "metrics.jsonl")]
+    module.main(module.Config(resume=str(folder)))
+    assert [row | {"seconds": 0} for row in read_rows(folder / "metrics.jsonl")] == before
+    assert json.loads((folder / "config.json").read_text()) == record
 
 
 def test_a_sampled_line_separator_does_not_stop_a_resume(small):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minialign.kl import moved
 from minialign.logps import token_logps
 from minialign.methods import grpo, ppo, rebel, reinforce, rloo
 from minialign.sample import sample
@@ -51,6 +52,31 @@ def test_one_gradient_at_ratio_one(tau):
     expected = flat(reinforce.step(policy, answers, cfg)[0], policy)
     loss, _ = rebel.step(policy, answers, rebel.Config(tau=tau, eta=0.6), on_policy=True)
     assert torch.allclose(flat(loss, policy), 4 / 0.6 * expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [41, 47, 188])
+def test_on_policy_steps_on_a_device_that_multiplies_by_1_over_n(monkeypatch, n):
+    """CUDA's mean is the sum times float32(1/n), so the mean of n ones is .99999994. The ratio of every completion is 1 all the same."""
+    monkeypatch.setattr(torch.Tensor, "mean", lambda self: self.sum() * torch.tensor(1 / self.numel(), dtype=torch.float32))
+    assert torch.ones(n).mean() != 1
+    policy = tiny_gpt(dtype=torch.float32)
+    answers = sample(policy, [[0]], max_new=3, n=2 * n, eos_id=EOS, seed=0)  # n pairs for rebel, n completions for the others
+    answers.rewards, answers.ref_logps = torch.ones(2 * n), torch.zeros_like(answers.old_logps)
+    answers.advantages, answers.values, answers.returns = torch.ones(2 * n), answers.ref_logps, answers.ref_logps
+    rebel.step(policy, answers, rebel.Config(), on_policy=True)
+    answers = answers[:n]
+    assert rloo.step(policy, answers, rloo.Config(), on_policy=True)[1]["ratio"] != 1  # an assertion of the mean would fail
+    grpo.step(policy, answers, grpo.Config(), on_policy=True)
+    answers.advantages = answers.ref_logps
+    ppo.step(policy, policy.with_scalar_head(), answers, ppo.Config(), on_policy=True)
+
+
+def test_a_log_prob_that_moved_is_noticed():
+    """By its own size, however small its share of the mean; NaN is left to run.may_update."""
+    logps = torch.zeros(1000, 4)
+    assert not moved(logps, logps.clone()) and not moved(logps * torch.nan, logps)
+    logps[7, 3] = 1e-30
+    assert moved(logps, torch.zeros(1000, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -18,6 +18,12 @@ import torch.nn.functional as F
 from minialign.engine.common import BadInput, passes
 
 
+def moved(tensor, device):
+    """The tensor on a device. A copy to a GPU leaves from pinned memory, so the host does not wait for it."""
+    to_gpu = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if to_gpu else tensor.to(device)
+
+
 @dataclass
 class Batch:
     inputs: torch.Tensor  # (B, T) token ids
@@ -26,16 +32,15 @@ class Batch:
     sizes: list | None = field(default=None, kw_only=True)  # B ints: how many of a row's T positions are not padding. None = not known
 
     def to(self, device):
-        """The batch on a device. A copy to a GPU leaves from pinned memory, so the host does not wait for it."""
-        to_gpu = torch.device(device).type == "cuda" and self.inputs.device.type == "cpu"
-        return self._map(lambda part: part.pin_memory().to(device, non_blocking=True) if to_gpu else part.to(device))
+        return self._map(lambda part: moved(part, device))
 
     def __len__(self):
         return len(self.inputs)
 
     def __getitem__(self, rows):
         """Some of the rows: a slice (its tensors are views, so writing into it also writes into the batch), or a list of indices."""
-        return self._map(lambda part: part[rows], lambda part: part[rows] if isinstance(rows, slice) else [part[b] for b in rows])
+        places = rows if isinstance(rows, slice) else moved(torch.tensor(rows), self.inputs.device)
+        return self._map(lambda part: part[places], lambda part: part[rows] if isinstance(rows, slice) else [part[b] for b in rows])
 
     def micro_batches(self, micro_batch, *, lengths=None, unit=1):
         """This process's micro-batches, trimmed, with rows of similar length in each: see common.passes. lengths: B ints to

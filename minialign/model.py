@@ -227,6 +227,8 @@ class Attention(nn.Module):
             q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, KV, H/KV, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, self.n_head, 1, self.head_dim)
         else:  # No mask means plain causal attention: with right padding, no padding key comes before a real query.
+            if grouped and q.is_cuda and q.dtype == torch.float32:  # only the kernel that holds all T × T scores takes these as they are
+                k, v, grouped = *(x.repeat_interleave(self.n_head // self.n_kv_head, 1) for x in (k, v)), False
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)  # (B, H, T, D)
         return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
@@ -260,6 +262,11 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------- the model
+
+
+def padding_for_gpu(T, max_len):
+    """Positions to add to T, up to a multiple of 64 within the context: attention kernels are chosen and tuned for each length anew."""
+    return max(0, min(-T % 64, max_len - T))
 
 
 class GPT(nn.Module):
@@ -312,9 +319,10 @@ class GPT(nn.Module):
         lengths  (B,), only with a cache: how many of the T tokens are real in each row (default: all T).
         Raises BadInput if a position is beyond the learned position table or the cache.
         """
-        B, T = inputs.shape
+        T = inputs.shape[1]
+        more = padding_for_gpu(T, self.config.max_len) if inputs.is_cuda and cache is None else 0
         first = torch.zeros(1, dtype=torch.long, device=inputs.device) if cache is None else cache.lengths
-        positions = first[:, None] + torch.arange(T, device=inputs.device)  # (1, T) or (B, T)
+        positions = first[:, None] + torch.arange(T + more, device=inputs.device)  # (1, T) or (B, T); T is with the padding
         end = T if cache is None else cache.longest + T
         limits = {"the model's context of": self.config.max_len if self.pos_embed is not None else end,
                   "the KV cache's": cache.keys.shape[3] if cache is not None else end}
@@ -323,7 +331,7 @@ class GPT(nn.Module):
                 raise BadInput(f"{end} positions do not fit {what} {limit}: shorten the rows (--max_len, --max_new)")
 
         embeds = self.embed(inputs) if embeds is None else embeds
-        x = embeds() if callable(embeds) else embeds  # (B, T, C)
+        x = F.pad(embeds() if callable(embeds) else embeds, (0, 0, 0, more))  # (B, T, C)
         if self.pos_embed is not None:
             x = x + self.pos_embed(positions)
         rotary = None
@@ -331,7 +339,7 @@ class GPT(nn.Module):
             rotary = tuple(table.to(x.dtype) for table in rotary_angles(self.config, positions))
 
         empty = cache is None or cache.longest == 0  # no token comes before these
-        span = T if empty else cache.span(end)
+        span = T + more if empty else cache.span(end)
         masks = {window: self.mask(positions, span, window, empty, x.dtype) for window in set(self.config.windows)}
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             context = rotary, masks[window], cache, positions, span
@@ -340,7 +348,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.lengths += T if lengths is None else lengths.to(cache.lengths)  # in place: a recorded CUDA graph reads this tensor
             cache.longest = end if lengths is None else int(cache.lengths.max())
-        return self.norm(x)
+        return self.norm(x[:, :T])
 
     def mask(self, positions, span, window, empty, dtype):
         """The mask added to attention scores, (B, 1, T, S): 0 where a query sees the key, else −∞. None means plain causal attention.

@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, one_line
 
+WITH_RESUME = ("eval_batch",)  # flags that a resumed run may change: an evaluation that ran out of memory can be made smaller
+
 
 @dataclass
 class Training:
@@ -34,7 +36,7 @@ class Training:
     steps: int = 100                # optimizer steps
     batch_size: int = 32            # rows per step
     micro_batch: int = 0            # rows per forward pass; 0 = the whole batch at once. Fewer rows save memory and change nothing else
-    eval_batch: int = 0             # rows per forward pass in evaluations; 0 = as many as in training. It changes no result
+    eval_batch: int = 0             # rows per forward pass in evaluations; 0 = as in training. It changes no result: --resume takes it too
     optimizer: str = "adamw"        # adamw, rmsprop (as in DPO's and SPIN's released code), or adamw8bit (one byte for each moment)
     lr: float = 3e-4                # peak learning rate (for models with billions of weights: 5e-7)
     schedule: str = "cosine"        # how the learning rate falls after the warm-up: cosine, linear or constant (it stays)
@@ -163,7 +165,8 @@ def cli(config_class, argv, *, prog, description=""):
         near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
         hint = f": did you mean {near[0]}?" if near else ""
         refuse(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{hint} (`{prog} --help` lists them)")
-    others = [flag for word in argv if word.startswith("--") and (flag := word.split("=")[0]) != "--resume"]
+    allowed = ["--resume", *(f"--{name}" for name in WITH_RESUME)]
+    others = [flag for word in argv if word.startswith("--") and (flag := word.split("=")[0]) not in allowed]
     if getattr(known, "resume", "") and others:
         refuse(f"--resume continues a run with the flags it began with: drop {others[0]} (to change flags, start a new run with "
                f"--policy {known.resume}/final)")

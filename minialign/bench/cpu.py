@@ -435,9 +435,9 @@ def counted_tokens():
     """A list to which every embedding of tokens adds their number, in any model."""
     counted, embed = [], F.embedding
 
-    def counting(input, *more, **options):
-        counted.append(input.numel())
-        return embed(input, *more, **options)
+    def counting(*inputs):
+        counted.append(inputs[0].numel())
+        return embed(*inputs)
 
     torch.nn.functional.embedding = counting
     try:

@@ -77,9 +77,9 @@ def parameters_of(modules):
     return dict(found.values())
 
 
-def size_of(modules):
-    """About how many bytes a checkpoint takes: the weights, and AdamW's two moments of those that are trained."""
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters_of(modules).values())
+def size_of(modules, moments=2):
+    """About how many bytes a checkpoint takes: the weights, and the optimizer's moments (AdamW has two) of those that are trained."""
+    return sum(p.numel() * p.element_size() * (1 + moments * p.requires_grad) for p in parameters_of(modules).values())
 
 
 def tensors_of(modules, optimizers):

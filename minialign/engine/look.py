@@ -16,6 +16,7 @@ from minialign.batch import Batch
 from minialign.data import counts
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, describe_device, note, rows_at_once
+from minialign.engine.opening import MOMENTS
 from minialign.kernels.linear_logprob import SLICE_BYTES
 from minialign.kl import k1
 from minialign.logps import best_body, token_logps
@@ -148,7 +149,7 @@ def layer_numbers(config):
 def peak_memory(run, models, positions, sampled=0):
     """Peak memory in MB, roughly.
 
-    Counted: trained weights with gradients and AdamW's two moments, frozen weights once, and the largest of: the activations of one
+    Counted: trained weights with gradients and the optimizer's moments, frozen weights once, and the largest of: the activations of one
     micro-batch of rows with `positions` tokens in training; those of one in evaluation; those of `sampled` such rows in one layer. Besides
     these the logits (or what logps.py's chunked body keeps of them), and the key-value cache of the `sampled` rows. All of them are sampled
     together, in training or evaluation: micro_batch does not limit sampling. Under torchrun each process samples its share of them, from a
@@ -156,7 +157,7 @@ def peak_memory(run, models, positions, sampled=0):
     """
     size = torch.tensor([], dtype=run.dtype).element_size()
     parameters = {id(p): p for model in models.values() for p in model.parameters()}.values()  # copies share frozen weights
-    total = sum(parallel.numel(p) * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
+    total = sum(parallel.numel(p) * p.element_size() * (2 + MOMENTS[run.cfg.optimizer] if p.requires_grad else 1) for p in parameters)
     first, rows, sampled = next(iter(models.values())), rows_at_once(run.cfg), -(-sampled // parallel.world())
     config = first.config
     total += size * sum(p.numel() for p in first.parameters()) * parallel.started()

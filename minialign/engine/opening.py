@@ -90,6 +90,9 @@ def compiled_block():
     return torch.compile(Block.forward, dynamic=True)
 
 
+MOMENTS = {"adamw": 2, "rmsprop": 1, "adamw8bit": 1}  # numbers of a weight's size that an optimizer keeps for it (adamw8bit: at most)
+
+
 def open_optimizer(cfg, *models, lr=None):
     """The optimizer of the models' parameters: AdamW, or what --optimizer names. A model may be None. lr: by default cfg.lr.
 

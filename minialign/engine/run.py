@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from minialign.engine import checkpoint, common, parallel, tracking
 from minialign.engine.common import BadInput, append_row, environment, note, pick_device, pick_dtype, read_json, read_rows, write_atomic
-from minialign.engine.opening import check_compiler
+from minialign.engine.opening import MOMENTS, check_compiler
 from minialign.lora import adapters, merged, save_adapter
 from minialign.model import GPT
 from minialign.rewards import BadReward, ask
 from minialign.sample import sample
-from minialign.settings import check_config
+from minialign.settings import WITH_RESUME, check_config
 from minialign.weights import save_pretrained
 
 SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward", "reward/best", "reward/kept", "kl",
@@ -106,12 +106,13 @@ class Run:
             raise BadInput(f"{self.folder}/config.json: has other fields ({unknown[:3]}): another version made it")
         stored = {**dataclasses.asdict(default), **stored}  # fields that the version which began the run did not have
         changed = [f.name for f in dataclasses.fields(cfg) if f.name != "resume" and getattr(cfg, f.name) != getattr(default, f.name)]
-        changed = [name for name in changed if getattr(cfg, name) != stored[name]]
+        free = {name: getattr(cfg, name) for name in changed if name in WITH_RESUME}
+        changed = [name for name in changed if name not in free and getattr(cfg, name) != stored[name]]
         if changed:
             raise BadInput(f"--resume continues a run with the flags it began with: drop --{changed[0]} (to change flags, start a new run "
                            f"with --policy {self.folder}/final)")
         torch.set_num_threads(read_json(self.folder / "env.json")["threads"])  # with another thread count, sums round differently
-        return type(cfg)(**{**stored, "resume": cfg.resume})
+        return type(cfg)(**{**stored, **free, "resume": cfg.resume})
 
     def _create(self):
         try:
@@ -153,7 +154,7 @@ class Run:
         """Name the modules and optimizers that checkpoints contain. A resumed run loads the newest checkpoint into them here."""
         self.modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
         self.optimizers = {name: part for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
-        needed, free = 2 * checkpoint.size_of(self.modules), shutil.disk_usage(self.folder).free
+        needed, free = 2 * checkpoint.size_of(self.modules, MOMENTS[self.cfg.optimizer]), shutil.disk_usage(self.folder).free
         if free < needed:  # two checkpoints are kept: better refused now than at step 1000
             raise BadInput(f"{self.folder}: checkpoints need about {needed:,} bytes and the disk has {free:,} free; make room or name "
                            "another --out")

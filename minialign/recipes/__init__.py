@@ -12,7 +12,7 @@ than one GPU. With --out the folder stays, and beside it its inputs. --gpus N: s
 
 --plan counts by arithmetic, from the architecture alone:
 
-    memory     what stays on a card (weights, gradients, AdamW, frozen copies, what FSDP2 gathers, a reserve), and the largest of what comes
+    memory     what stays on a card (weights, gradients, moments, frozen copies, gathered weights, a reserve), and the largest of what comes
                and goes: a micro-batch in training, one in evaluation, sampling, a whole copy for the export. A plan fits if a tenth is free
     hours      floating-point operations (per parameter and token: 2 forward, 6 with the backward pass, or 4 if adapters are trained, 2 more
                with activation checkpointing), bytes that sampling reads, bytes of weights gathered for a rollout, evaluations, and
@@ -50,9 +50,11 @@ import torch
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, pick_dtype
 from minialign.engine.look import layer_numbers
+from minialign.engine.opening import MOMENTS
 from minialign.kernels.linear_logprob import SLICE_BYTES
 from minialign.lora import inject
 from minialign.model import GPT, GPTConfig
+from minialign.sample import rows_that_fit
 from minialign.settings import check_config, cli, exit_codes
 from minialign.tokenizer import train_bpe
 from minialign.weights import load_pretrained, save_pretrained
@@ -218,7 +220,7 @@ def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
 
     resident = {
         "weights": everything * weight * (1 + does.more) / slices,
-        "gradients and AdamW": 3 * trained * held * (1 + does.more) / slices,
+        "gradients and moments": (1 + MOMENTS[cfg.optimizer]) * trained * held * (1 + does.more) / slices,
         "frozen copies": (trained * held if cfg.lora and not launched else everything * weight) * does.copies / slices,
         "reward models of --reward": everything * wide * does.judges,
         "embeddings and heads, gathered": root * models * wide * launched,
@@ -230,8 +232,7 @@ def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
     asked = share if does.sampled else -(-4 // gpus) if max_new else 0  # (an evaluation samples at least four answers)
     if recipe.name == "irft":  # the policy that answers does not change within a round
         asked = share * (cfg.steps // cfg.rounds)
-    # sample() draws as many rows together as have cache and logits in a quarter of the card.
-    drawn = min(asked, max(1, int(memory_size * 2**30 / 4 / (1.75 * cache * sampled + 16 * config.vocab_size))))
+    drawn = min(asked, rows_that_fit(config, sampled, wide, memory_size * 2**30))
     trains, passed = at_once * micro * longest, (1 + (recipe.name in ("dpo", "orpo"))) * evaluated * longest  # positions
     training = max(scores + 16 * config.n_embd * trains, (again + passing) * wide * trains) + (stored + ends) * wide * trains
     phases = {
@@ -262,7 +263,7 @@ def plan(recipe, cfg, card, config=None, prompt=512, rows=None):
         "reward_model's last pass": 2 * (rows - held_out) * everything * longest / rate * (recipe.name == "reward_model"),
     }
     stored = {"irl": does.copies, "irft": min(does.copies, 1)}.get(recipe.name, 0)  # frozen copies that change at every round
-    checkpoint = everything * weight * (1 + does.more + stored) + 2 * trained * held * (1 + does.more)  # weights, AdamW's two moments
+    checkpoint = everything * weight * (1 + does.more + stored) + MOMENTS[cfg.optimizer] * trained * held * (1 + does.more)
     return {"resident": resident, "phases": phases, "GiB": sum(resident.values()) + max(phases.values()), "card": memory_size,
             "steps": cfg.steps, "length": longest, "tokens": length * (sequences * does.trained + used * does.scored),
             "host": {"loading": gpus * everything * 2 * launched / 2**30, "saving": checkpoint * launched / 2**30},

@@ -1,8 +1,8 @@
 """IFT of Mistral-7B on UltraFeedback: Tables 2 and 3 of Hua et al. 2024 (arXiv:2405.11870).
 
 Published leaderboard means. From the base: ORPO 57.70, DPO 58.28, SFT 58.65, IFT 59.61. After SFT: SFT 56.99, ORPO 57.35, DPO 57.52, IFT
-58.22. From the base, SFT and IFT also train on 60,000 rows of UltraChat, which this recipe leaves out. The paper uses RMSprop and a frozen
-copy of the embedding; this recipe uses AdamW.
+58.22. From the base, SFT and IFT also train on 60,000 rows of UltraChat, which this recipe leaves out. The paper also
+uses a frozen copy of the embedding.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.ift_ultrafeedback_mistral
@@ -24,6 +24,7 @@ class Config(FullScale, ift.Config):
     steps: int = 360                                            # 3 epochs of 61,135 rows
     batch_size: int = 512
     micro_batch: int = 4
+    optimizer: str = "rmsprop"                                  # as in the paper
     lr: float = 5e-7
     schedule: str = "cosine"
     max_len: int = 1024

@@ -1,7 +1,6 @@
 """ORPO of Mistral-7B on UltraFeedback: the baseline of Tables 2 and 3 of Hua et al. 2024 (arXiv:2405.11870).
 
 Published: leaderboard mean 57.70 from the base and 57.35 after SFT; length-controlled AlpacaEval 2 12.34 and 12.27 %.
-The paper uses RMSprop, this recipe AdamW.
 Receipt (of a run at full size): none yet.
 
     torchrun --nproc_per_node 4 -m minialign.recipes.orpo_ultrafeedback_mistral
@@ -21,6 +20,7 @@ class Config(FullScale, orpo.Config):
     steps: int = 360                                            # 3 epochs of 61,135 pairs
     batch_size: int = 512
     micro_batch: int = 2
+    optimizer: str = "rmsprop"                                  # as in the paper
     lr: float = 5e-7
     schedule: str = "cosine"
     max_len: int = 1024

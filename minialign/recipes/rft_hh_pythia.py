@@ -1,8 +1,8 @@
 """RFT of Pythia-1.4B on Anthropic HH: a reward learned from demonstrations, then PPO. Figure 2 of Li et al. 2024 (arXiv:2405.17888).
 
-The paper uses a reward model of 1B, a policy of 1.4B, and RMSprop. Here the reward model starts from the policy's own trunk, and the
-optimizer is AdamW. The released code uses the `bt` loss at every token and trains the policy by advantage-induced policy alignment
-(docs/ERRATA.md). The paper says PPO, and this recipe uses PPO.
+The paper uses a reward model of 1B and a policy of 1.4B. Here the reward model starts from the policy's own trunk. The released code uses
+the `bt` loss at every token and trains the policy by advantage-induced policy alignment (docs/ERRATA.md). The paper says PPO, and
+this recipe uses PPO.
 To compare: mean reward and wins over SFT by `evaluate --reward runs/…/reward`. The figure shows RFT above SFT, both on all rows and on the
 best 10,000.
 Receipt (of a run at full size): none yet.
@@ -28,6 +28,7 @@ class Config(FullScale, rft.Config):
     demos: str = "Anthropic/hh-rlhf"                            # the paper uses the 10,000 best by a public reward
     reward_share: float = 0.5
     reward_lr: float = 1e-6                                     # from the released code
+    optimizer: str = "rmsprop"                                  # as in the paper
     lr: float = 1e-6                                            # from the released code
     steps: int = 5_000                                          # 20,000 rows for each part; the paper uses 10,000, each twice
     batch_size: int = 8                                         # Appendix C: two cards with 4 rows each

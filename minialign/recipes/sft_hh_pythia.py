@@ -1,6 +1,6 @@
 """SFT of Pythia-1.4B on the chosen answers of Anthropic HH: the starting point of Figures 1 and 2 of Li et al. 2024 (arXiv:2405.17888).
 
-The paper trains ten epochs with RMSprop and keeps the best one (--snapshots keeps all). This recipe uses AdamW.
+The paper trains ten epochs and keeps the best one (--snapshots keeps all).
 To compare: the held-out log-prob gap by `evaluate --policies … --pairs Anthropic/hh-rlhf:test`. The figure shows it below 0.
 Receipt (of a run at full size): none yet.
 
@@ -20,6 +20,7 @@ class Config(FullScale, sft.Config):
     steps: int = 25_125                                         # 10 epochs of 160,800 rows
     batch_size: int = 64                                        # not published
     micro_batch: int = 8
+    optimizer: str = "rmsprop"                                  # as in the paper
     lr: float = 5e-7                                            # the peak rate in Appendix C
     schedule: str = "linear"
     max_len: int = 1024

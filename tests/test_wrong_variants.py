@@ -38,8 +38,8 @@ IN_THE_REWARD = ("reinforce", "rloo", "rebel")
 
 def kl_reward(expression):
     """In the place of kl.kl_rewards, for the method alone: another value of the reward with the KL inside."""
-    wrong = f"from minialign.kl import k1\n\n\ndef kl_rewards(rewards, logps, ref_logps, *, beta):\n    return {expression}\n"
-    return "from minialign.kl import kl_rewards\n", wrong
+    wrong = f"def kl_rewards(rewards, logps, ref_logps, *, beta):\n    return {expression}\n\n\n@dataclass\nclass Config("
+    return [("import kl_rewards", "import k1, kl_rewards"), ("@dataclass\nclass Config(", wrong)]
 
 
 NOT_DETACHED = kl_reward("rewards - beta * k1(logps, ref_logps).sum(1)")
@@ -47,13 +47,13 @@ NOT_DETACHED = kl_reward("rewards - beta * k1(logps, ref_logps).sum(1)")
 # method, what is wrong, [(text in the file, what stands there instead)]
 VARIANTS = [
     # the KL in the reward
-    *[(method, "KL sign flipped", [kl_reward("(rewards + beta * k1(logps, ref_logps).sum(1)).detach()")]) for method in IN_THE_REWARD],
-    *[(method, "KL averaged over tokens, not summed", [kl_reward("(rewards - beta * k1(logps, ref_logps).mean(1)).detach()")])
+    *[(method, "KL sign flipped", kl_reward("(rewards + beta * k1(logps, ref_logps).sum(1)).detach()")) for method in IN_THE_REWARD],
+    *[(method, "KL averaged over tokens, not summed", kl_reward("(rewards - beta * k1(logps, ref_logps).mean(1)).detach()"))
       for method in IN_THE_REWARD],
-    ("reinforce", "KL reward not detached", [NOT_DETACHED, ("advantages.detach() * seq", "advantages * seq")]),
-    ("rloo", "KL reward not detached", [NOT_DETACHED, ("ratio.exp(), advantages.detach()", "ratio.exp(), advantages")]),
-    ("rebel", "KL reward not detached", [NOT_DETACHED, ("other_rewards).detach()", "other_rewards)")]),
-    *[(method, "no KL", [kl_reward("rewards.detach()")]) for method in IN_THE_REWARD],
+    ("reinforce", "KL reward not detached", [*NOT_DETACHED, ("advantages.detach() * seq", "advantages * seq")]),
+    ("rloo", "KL reward not detached", [*NOT_DETACHED, ("ratio.exp(), advantages.detach()", "ratio.exp(), advantages")]),
+    ("rebel", "KL reward not detached", [*NOT_DETACHED, ("other_rewards).detach()", "other_rewards)")]),
+    *[(method, "no KL", kl_reward("rewards.detach()")) for method in IN_THE_REWARD],
     ("ppo", "no KL", [("-beta * torch.where(mask, k1(logps, ref_logps), 0)", "0 * logps")]),
     ("ppo", "KL sign flipped", [("token_rewards = -beta *", "token_rewards = beta *")]),
     # the loss
@@ -170,7 +170,7 @@ VARIANTS = [
     ("rft", "policy step at temperature 1", [("method.Config(beta=cfg.beta, tau=cfg.tau,", "method.Config(beta=cfg.beta,")]),
     ("rft", "PPO's advantages not whitened", [("ppo.credit(answers, rewards, settings)",
                                                "ppo.credit(answers, rewards, method.Config(beta=cfg.beta, whiten=False))")]),
-    ("rft", "PPO's micro-batches counted by completions", [("tokens / int(answers.mask.sum())  # means", "share  # means")]),
+    ("rft", "PPO's micro-batches counted by completions", [("tokens / sum(map(len, answers.completions))  # means", "share  # means")]),
     ("rft", "PPO's critic left out", [("loss, share = loss + critic_loss,", "loss, share = loss,")]),
     # learned rewards, in rounds
     ("irl", "base not subtracted", [(INCREASES, "demo_rewards, sample_rewards")]),
@@ -320,7 +320,10 @@ VARIANTS = [
     ("kto", "rotated within a micro-batch", [
         ("(x, rows[i - 1][1])", "(x, rows[i - 1 if i % (size or len(rows)) else min(i + size, len(rows)) - 1][1])"),
     ]),
-    ("kto", "z₀ of the first micro-batch", [("range(len(moved)), size)", "range(len(moved))[: size or None], size)")]),
+    ("kto", "z₀ of the first micro-batch", [
+        ("range(len(moved)), size,", "range(len(moved))[: size or None], size,"),
+        (" moved) for model", " moved[: size or None]) for model"),
+    ]),
     ("kto", "z₀ of policy and policy", [("for model in (policy, ref)", "for model in (policy, policy)")]),
     ("kto", "z₀ of ref and policy", [("for model in (policy, ref)", "for model in (ref, policy)")]),
     ("kto", "averages instead of sums", [("import seq_logps", "import mean_logps as seq_logps")]),

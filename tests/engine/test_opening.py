@@ -60,6 +60,7 @@ def test_a_first_run_is_the_run_that_finds_the_base(quick_base, small):
     assert logged[0] == logged[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_base(quick_base):
     """Both ask at the same time: one trains, the other waits for it; what a killed process left half-made is swept."""
     leftover = quick_base / "builtin-base.tmp-1"

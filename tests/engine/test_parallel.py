@@ -72,6 +72,7 @@ def test_two_processes_equal_one_for_every_other_method(small, tmp_path):
     equal_one_process(small, tmp_path, [method for method in METHODS if method not in NAMED], steps=6)
 
 
+@pytest.mark.slow
 def test_adapters_checkpointed_activations_and_remembered_references(small, tmp_path):
     """Over two processes; adapter/ and final/ are those of one process without activation checkpointing, or with a second model."""
     both = dict(steps=4, lora=2, save_every=2)
@@ -432,7 +433,8 @@ def test_passes_over_held_out_rows_are_shared(monkeypatch):
                 passes, weights = [], [0] * n
                 for rank in range(world):
                     monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-                    passes.append([*common.held_out_passes(range(n), SimpleNamespace(batch_size=8, micro_batch=micro_batch))])
+                    cfg = SimpleNamespace(batch_size=8, micro_batch=micro_batch, eval_batch=0)
+                    passes.append([*common.held_out_passes([([1], [2] * i) for i in range(n)], cfg)])
                     for rows, weight in passes[-1]:
                         assert 0 < len(rows) <= most
                         for i in rows:

@@ -64,7 +64,7 @@ def test_dying_in_the_reward_step_that_begins_a_round(small, method, monkeypatch
     dies_and_goes_on(small, method, monkeypatch, step=4)
 
 
-@pytest.mark.parametrize("method", EACH_LOOP)
+@pytest.mark.parametrize("method", [pytest.param(method, marks=[] if method in ("sft", "ppo") else pytest.mark.slow) for method in METHODS])
 def test_dying_in_an_evaluation(small, method, monkeypatch):
     """Out of memory in the first evaluation (before save_every), in a later one, in the last one, and while its samples are written: the
     step before each is in a checkpoint, and the resumed run begins with the evaluation that is missing."""
@@ -167,7 +167,7 @@ def check(outcomes, trials):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("method", "trials"), [
-    ("sft", 6),
+    ("sft", 3),
     *[pytest.param(method, 20 if method in ("irft", "reward_model", "ppo") else 8 if method in LOOPS else 4, marks=pytest.mark.slow)
       for method in METHODS if method != "sft"],
     pytest.param("sft", 60, marks=pytest.mark.slow),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from minialign.batch import collate
 from minialign.engine import look, run
 from minialign.engine.common import BadInput, read_rows
+from minialign.engine.tracking import TIMED
 from minialign.methods import rloo
 from minialign.task import builtin_tokenizer
 from tests.conftest import EACH_LOOP, LEARNING, METHODS
@@ -325,9 +326,9 @@ def test_a_run_of_an_older_version_gets_the_defaults_of_newer_flags(small, capsy
         shutil.rmtree(checkpoint)  # they hold the hash of the whole file
     with pytest.raises(BadInput, match="drop --deterministic"):
         module.main(module.Config(resume=str(folder), deterministic=True))
-    before = [row | {"seconds": 0} for row in read_rows(folder / "metrics.jsonl")]
+    before = [row | dict.fromkeys(TIMED, 0) for row in read_rows(folder / "metrics.jsonl")]
     module.main(module.Config(resume=str(folder)))
-    assert [row | {"seconds": 0} for row in read_rows(folder / "metrics.jsonl")] == before
+    assert [row | dict.fromkeys(TIMED, 0) for row in read_rows(folder / "metrics.jsonl")] == before
     assert json.loads((folder / "config.json").read_text()) == record
 
 

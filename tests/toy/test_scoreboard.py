@@ -28,6 +28,7 @@ def test_one_toy_that_fails_fails_the_board(monkeypatch, capsys, code, word):
     assert next(line for line in lines if "  theory" in line).startswith(word) and lines[-1].startswith(f"{6 + (code == 0)} of 7")
 
 
+@pytest.mark.slow
 def test_a_toy_is_run_and_its_last_line_kept(tmp_path, capfd):
     code, last, _ = scoreboard.run("grid_world", scoreboard.Config(out=str(tmp_path)))
     assert code == 0 and last.startswith("15 of 15 checks passed") and (tmp_path / "grid_world.json").exists()

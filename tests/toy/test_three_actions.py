@@ -95,6 +95,7 @@ def test_rft_without_the_bound_misses(monkeypatch):
     assert unbounded[2] > 0.999
 
 
+@pytest.mark.slow
 def test_a_missed_law_ends_with_code_1(tmp_path):
     program = (
         "import sys, toy.three_actions as t; t.closed_form.table_1 = lambda x: [2 / (2 + 2.7), 2 / (2 + 2.7), 2.7 / 4.7];"

@@ -91,7 +91,7 @@ def test_no_pass_of_an_evaluation_has_more_rows_than_a_training_pass(small, monk
         assert {name: row[name] for name in result} == pytest.approx(result, abs=1e-9)
 
 
-@pytest.mark.parametrize("method", ["sft", "kto", *[pytest.param(method, marks=pytest.mark.slow) for method in METHODS[2:] if method != "kto"]])
+@pytest.mark.parametrize("method", [pytest.param(method, marks=[pytest.mark.slow] * (method not in ("sft", "kto"))) for method in METHODS])
 def test_eval_batch_changes_no_number(small, method):
     """--eval_batch 1 and 5 of 8 rows: to rounding the numbers of the default, and passes of that many rows."""
     results = []

@@ -64,7 +64,7 @@ def test_dying_in_the_reward_step_that_begins_a_round(small, method, monkeypatch
     dies_and_goes_on(small, method, monkeypatch, step=4)
 
 
-@pytest.mark.parametrize("method", [pytest.param(method, marks=[] if method in ("sft", "ppo") else pytest.mark.slow) for method in METHODS])
+@pytest.mark.parametrize("method", [pytest.param(method, marks=[pytest.mark.slow] * (method not in ("sft", "ppo"))) for method in METHODS])
 def test_dying_in_an_evaluation(small, method, monkeypatch):
     """Out of memory in the first evaluation (before save_every), in a later one, in the last one, and while its samples are written: the
     step before each is in a checkpoint, and the resumed run begins with the evaluation that is missing."""

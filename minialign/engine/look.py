@@ -21,7 +21,7 @@ from minialign.kernels.linear_logprob import SLICE_BYTES
 from minialign.kl import k1
 from minialign.logps import best_body, token_logps
 from minialign.rewards import BadReward, ask
-from minialign.sample import rounds_coarsely, sample
+from minialign.sample import most_rows, rounds_coarsely, sample
 
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # how far any token's ratio of training pass to sampler may be from 1
 COARSE_TOLERANCE = 0.3  # in bfloat16, and that on average: a right sampler of a deep model may be off by 0.1 on average and by 1 in a token
@@ -151,15 +151,15 @@ def peak_memory(run, models, positions, sampled=0):
 
     Counted: trained weights with gradients and the optimizer's moments, frozen weights once, and the largest of: the activations of one
     micro-batch of rows with `positions` tokens in training; those of one in evaluation; those of `sampled` such rows in one layer. Besides
-    these the logits (or what logps.py's chunked body keeps of them), and the key-value cache of the `sampled` rows. All of them are sampled
-    together, in training or evaluation: micro_batch does not limit sampling. Under torchrun each process samples its share of them, from a
-    whole copy of the first model.
+    these the logits (or what logps.py's chunked body keeps of them), and the key-value cache of the `sampled` rows. They are sampled
+    together, on a GPU in passes of sample.most_rows; micro_batch does not limit sampling. Under torchrun each process samples its share of
+    them, from a whole copy of the first model.
     """
     size = torch.tensor([], dtype=run.dtype).element_size()
     parameters = {id(p): p for model in models.values() for p in model.parameters()}.values()  # copies share frozen weights
     total = sum(parallel.numel(p) * p.element_size() * (2 + MOMENTS[run.cfg.optimizer] if p.requires_grad else 1) for p in parameters)
     first, rows, sampled = next(iter(models.values())), rows_at_once(run.cfg), -(-sampled // parallel.world())
-    config = first.config
+    config, sampled = first.config, min(sampled, most_rows(first, positions) or sampled)
     total += size * sum(p.numel() for p in first.parameters()) * parallel.started()
     (layer, passing), ends = layer_numbers(config), 8 * config.n_embd  # ends: embeddings, final norm, what enters the log-probs
     kept = config.n_layer * config.n_embd + layer if run.cfg.activation_checkpointing else config.n_layer * layer

@@ -14,7 +14,7 @@ import torch
 
 from minialign.engine.common import BadInput
 from minialign.hf_config import FAMILIES, config_to_hf
-from minialign.model import GPT, GPTConfig, KVCache, rotary_angles, scale_rotation
+from minialign.model import GPT, GPTConfig, KVCache, padding_for_gpu, rotary_angles, scale_rotation
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 N_RANDOM = 50  # configurations a family; `make test-slow` draws 150 more
@@ -646,3 +646,9 @@ def test_activation_checkpointing_changes_memory_alone():
     assert loss == loss_again and all(torch.equal(p, q) for p, q in zip(gradients, gradients_again, strict=True))
     assert kept_again < 0.4 * kept
     assert torch.equal(model.hidden(batch), model.hidden(batch, cache=KVCache(model.config, 4, 24, dtype=torch.float64)))
+
+
+def test_padding_for_a_gpu():
+    """Up to the next multiple of 64, but within the context."""
+    found = [padding_for_gpu(T, max_len) for T, max_len in ((1, 1000), (64, 1000), (65, 1000), (999, 1000), (1000, 1000), (70, 60))]
+    assert found == [63, 0, 63, 1, 0, 0]

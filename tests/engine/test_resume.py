@@ -12,6 +12,7 @@ import pytest
 
 from minialign.engine import run
 from minialign.engine.common import BadInput, read_rows
+from minialign.engine.tracking import TIMED
 from minialign.methods import rloo
 from minialign.methods.rft import plan_turns
 from tests.conftest import EACH_LOOP, LEARNING, LOOPS, METHODS
@@ -94,6 +95,29 @@ def test_dying_in_an_evaluation(small, method, monkeypatch):
         cfg = module.Config(resume=folder)
     monkeypatch.undo()
     assert result_of(module.main(cfg)) == expected and read_rows(Path(folder) / "samples.jsonl") == expected_samples
+
+
+def test_a_resumed_run_may_evaluate_in_smaller_passes(small, monkeypatch, capsys):
+    """The way out if an evaluation does not fit in memory: --resume RUN --eval_batch 1. The results are those of the run as it was."""
+    from minialign.__main__ import main
+
+    module, cfg = small("sft", steps=4, eval_every=2, held_out=0.3)
+    expected = read_rows(module.main(cfg) / "metrics.jsonl")
+    module, cfg = small("sft", steps=4, eval_every=2, held_out=0.3)
+    original = module.held_out_nll
+
+    def needs_small_passes(policy, rows, batch_of, cfg):
+        if cfg.eval_batch != 1:
+            raise MemoryError("out of memory")
+        return original(policy, rows, batch_of, cfg)
+
+    monkeypatch.setattr(module, "held_out_nll", needs_small_passes)
+    with pytest.raises(MemoryError):
+        module.main(cfg)
+    main(["sft", "--resume", cfg.out, "--eval_batch", "1"])
+    for row, wanted in zip(read_rows(Path(cfg.out) / "metrics.jsonl"), expected, strict=True):
+        assert {name: row[name] for name in row if name not in TIMED} == {
+            name: pytest.approx(wanted[name], abs=1e-12) for name in wanted if name not in TIMED}
 
 
 def dies_and_goes_on(small, method, monkeypatch, step):

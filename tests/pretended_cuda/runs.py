@@ -10,6 +10,8 @@ import traceback
 
 import torch
 
+import minialign.batch
+import minialign.model
 import minialign.sample
 from minialign.engine.run import Run
 from minialign.logps import token_logps
@@ -38,6 +40,31 @@ def sampler(*families):
                     off = float((token_logps(there, answers) - answers.old_logps).abs().max())
             yield dict(family=family, dtype=str(dtype)[6:], off=off, same=expected.completions == answers.completions, waits=asked,
                        tokens=max(map(len, answers.completions)))
+
+
+def passes(*families):
+    """Rows of 10 and 70 positions in a context of 100: distance of log-probs and gradients from the CPU's, lengths of the passes."""
+    forward, lengths = minialign.model.Block.forward, []
+
+    def counted(self, x, *context):
+        lengths.append(x.shape[1])
+        return forward(self, x, *context)
+
+    for family in families:
+        here, there = (tiny_gpt(max_len=100, **FAMILIES[family]) for _ in range(2))
+        batch = minialign.batch.collate([[1, 2]] * 2, [[3] * n for n in (9, 69)], pad_id=0)
+        expected = token_logps(here, batch)
+        expected.sum().backward()
+        with device.Everything():
+            there.to("cuda")
+            minialign.model.Block.forward = counted
+            found = [token_logps(there, batch[b : b + 1].trimmed().to("cuda")) for b in range(2)]
+            minialign.model.Block.forward = forward
+            sum(x.sum() for x in found).backward()
+            off = [float((x.cpu() - expected[b : b + 1, : x.shape[1]]).detach().abs().max()) for b, x in enumerate(found)]
+            off += [float((p.grad.cpu() - q.grad).abs().max()) for p, q in zip(there.parameters(), here.parameters(), strict=True)]
+        yield dict(family=family, off=max(off), lengths=sorted(set(lengths)))
+        lengths.clear()
 
 
 def methods(file, dtype):

@@ -49,6 +49,13 @@ def test_recorded_steps_are_the_model(library, families):
     assert max(row["tokens"] for row in found) == 100 and all(row["waits"] <= 0.2 * 100 for row in found)
 
 
+@pytest.mark.parametrize("families", [["gpt2", "llama"], pytest.param(list(FAMILIES), marks=pytest.mark.slow)], ids=len)
+def test_passes_are_padded_to_few_lengths(library, families):
+    """To 64, and to the context of 100 that 128 would exceed; log-probs and gradients are the CPU's. llama has grouped keys in float32."""
+    for row in on_the_device(library, "passes", *families):
+        assert row["off"] < 1e-4 and row["lengths"] == [64, 100], row
+
+
 def waits(library, small, tmp_path, methods, dtype, **changes):
     """{method: the host's waits in the second step of a run of two, by place}. Fails if a run fails."""
     settings = {}

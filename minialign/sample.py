@@ -132,6 +132,20 @@ def rows_that_fit(config, positions, element_size, memory):
     return max(1, int(memory / 4 / (1.75 * cache * positions + 16 * config.vocab_size)))
 
 
+def drawn_with(k, policy, rows, cfg, *, n=1):
+    """The steps whose answers are drawn together with those of step k: neighbours in its round, in which the policy that answers stays the
+    same; on a GPU as many as its memory holds, on a CPU step k alone.
+
+    rows: encoded rows, whose first part is the prompt. cfg: a Config with steps, rounds, batch_size and max_new. n: answers to a prompt.
+    Which steps these are depends on the round, not on where a run was resumed, so a resumed run samples the same batches.
+    """
+    most = most_rows(policy, max(len(row[0]) for row in rows) + cfg.max_new)
+    together = max(1, most * parallel.world() // (cfg.batch_size * n)) if most else 1
+    steps = [j for j in range(cfg.steps) if j * cfg.rounds // cfg.steps == k * cfg.rounds // cfg.steps]
+    start = (k - steps[0]) // together * together
+    return steps[start : start + together]
+
+
 def in_passes(policy, rows, uniforms, most, how):
     """generate() in passes of at most `most` rows of similar length; None is one pass. A pass that a GPU has no memory for is halved."""
     most = min(most or len(rows), len(rows))

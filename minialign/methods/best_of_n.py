@@ -37,7 +37,7 @@ from minialign.evaluate import held_out_reward
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy
 from minialign.rewards import rollout_stats
-from minialign.sample import sample
+from minialign.sample import drawn_with, sample
 from minialign.settings import OnPrompts
 
 
@@ -88,6 +88,15 @@ def step(policy, winners, cfg):
     return best_of_n_loss(token_logps(policy, winners), winners.mask)
 
 
+def draw_together(old, k, rows, cfg, eos_id):
+    """{step: a Rollout of n answers of π_t to each of its prompts} of step k and of the steps that are drawn with it."""
+    steps, B = drawn_with(k, old, rows, cfg, n=cfg.n), cfg.batch_size
+    prompts_ids = [rows[i][0] for j in steps for i in batch_rows(len(rows), B, j, cfg.seed)]
+    seeds = [derive_seed("best_of_n", cfg.seed, j) for j in steps for _ in range(B)]
+    answers = sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=eos_id, seed=seeds)
+    return {j: answers[b * B * cfg.n : (b + 1) * B * cfg.n] for b, j in enumerate(steps)}
+
+
 def main(cfg):
     """Run the method and return the run folder."""
     run = Run("best_of_n", cfg)
@@ -102,6 +111,7 @@ def main(cfg):
     run.at_evaluation(policy, tokenizer, held_out or rows,
                       lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
 
+    drawn = {}  # {step: answers} of the steps that were drawn together
     for k in run.steps(cfg.steps):
         t, t_before = k * cfg.rounds // cfg.steps, (k - 1) * cfg.rounds // cfg.steps
         if t != t_before:  # a round begins
@@ -109,8 +119,9 @@ def main(cfg):
 
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
-        seed = derive_seed("best_of_n", cfg.seed, k)
-        answers = sample(old, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=cfg.n, eos_id=tokenizer.eos_id, seed=seed)
+        if k not in drawn:
+            drawn = draw_together(old, k, rows, cfg, tokenizer.eos_id)
+        answers = drawn[k]
         rewards = run.ask(k, reward_fn, tokenizer, prompts, answers)  # (B·n,)
         if rewards is None:
             continue

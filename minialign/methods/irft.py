@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import collate
-from minialign.engine import parallel
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
 from minialign.engine.opening import check_context, open_demos, open_optimizer, open_policy
@@ -43,7 +42,7 @@ from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.logps import Remembered, seq_logps
 from minialign.lora import frozen_copy
-from minialign.sample import most_rows, sample
+from minialign.sample import drawn_with, sample
 from minialign.settings import OnDemonstrations
 
 
@@ -90,23 +89,12 @@ def rollout(old, prompts_ids, cfg, eos_id, seed):
 
 
 def draw_together(old, k, rows, cfg, eos_id):
-    """{step: own answers} of step k and its neighbours in the round: as many steps as a GPU's memory holds, on a CPU step k alone.
-
-    Which steps are drawn together depends on the round, not on where a run was resumed, so a resumed run samples the same batches.
-    """
-    most = most_rows(old, max(len(row[0]) for row in rows) + cfg.max_new)
-    together = max(1, most * parallel.world() // cfg.batch_size) if most else 1
-    steps = steps_of_round(k * cfg.rounds // cfg.steps, cfg)
-    start = (k - steps[0]) // together * together
-    steps = steps[start : start + together]
+    """{step: own answers} of step k and of the steps that are drawn with it."""
+    steps = drawn_with(k, old, rows, cfg)
     picked = {j: batch_rows(len(rows), cfg.batch_size, j, cfg.seed) for j in steps}
     seeds = [derive_seed("irft", cfg.seed, j) for j in steps for _ in range(cfg.batch_size)]
     answers = rollout(old, [rows[i][0] for j in steps for i in picked[j]], cfg, eos_id, seeds).completions
     return {j: answers[n * cfg.batch_size : (n + 1) * cfg.batch_size] for n, j in enumerate(steps)}
-
-
-def steps_of_round(t, cfg):
-    return [k for k in range(cfg.steps) if k * cfg.rounds // cfg.steps == t]
 
 
 def step(policy, ref, demos, samples, cfg):
@@ -188,7 +176,7 @@ def remember_round(run, policy, rows, batch_of, tokenizer, t, answers_at):
     answers_at(policy, step) -> completions for the step's prompts. batch_of(rows, picked) -> Batch of demonstrations.
     """
     cfg = run.cfg
-    steps = steps_of_round(t, cfg)
+    steps = [k for k in range(cfg.steps) if k * cfg.rounds // cfg.steps == t]
     picked = {k: batch_rows(len(rows), cfg.batch_size, k, cfg.seed) for k in steps}
 
     def sides(k, completions):

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import minialign.sample as sample_module
 from minialign.engine.common import BadInput, read_rows
+from minialign.engine.tracking import TIMED
 from minialign.methods import best_of_n
 from tests.enumerable import padded, random_rows
+from tests.killing import result_of
 from toy import closed_form
 
 
@@ -139,3 +142,34 @@ def test_what_main_trains_on_are_the_winners_under_their_own_prompts(small, monk
             assert (tuple(prompt), tuple(completion)) in pairs and tokenizer.decode_prompt(prompt) in prompts
             texts.append(tokenizer.decode(completion))
         assert float(reward([""] * len(texts), texts).mean()) == pytest.approx(row["reward/best"], abs=1e-6)
+
+
+def test_answers_of_several_steps_are_drawn_together(small, monkeypatch):
+    """On a GPU: here room for 70 rows, two steps of 8 prompts with 4 answers. Rounds of 3 steps are drawn as 2 + 1; the run is that of
+    single draws to rounding. Killed in the middle of a pair, it draws the pair again and goes on bitwise."""
+    settings = dict(rounds=2, n=4, steps=6, save_every=1)
+    module, cfg = small("best_of_n", **settings)
+    alone = read_rows(module.main(cfg) / "metrics.jsonl")
+    monkeypatch.setattr(sample_module, "most_rows", lambda *_: 70)
+    drawn, draw = [], best_of_n.draw_together
+    monkeypatch.setattr(best_of_n, "draw_together", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    module, cfg = small("best_of_n", **settings)
+    folder = module.main(cfg)
+    assert [[*steps] for steps in drawn] == [[0, 1], [2], [3, 4], [5]]
+    for one, other in zip(alone, read_rows(folder / "metrics.jsonl"), strict=True):
+        one, other = ({name: value for name, value in row.items() if name not in TIMED} for row in (one, other))
+        assert other == pytest.approx(one, abs=1e-9)
+    whole, step, calls = result_of(folder), best_of_n.step, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return step(*args)
+
+    module, cfg = small("best_of_n", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(best_of_n, "step", dies)
+        with pytest.raises(MemoryError):
+            module.main(cfg)
+    assert result_of(module.main(module.Config(resume=cfg.out))) == whole

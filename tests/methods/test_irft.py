@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+import minialign.sample as sample_module
 from minialign.batch import collate
 from minialign.engine.common import BadInput, read_rows
 from minialign.engine.tracking import TIMED
@@ -151,7 +152,7 @@ def test_answers_of_several_steps_are_drawn_together(small, monkeypatch, precomp
     settings = dict(rounds=2, precompute_ref=precompute, save_every=1)
     module, cfg = small("irft", **settings)
     alone = module.main(cfg)
-    monkeypatch.setattr(irft, "most_rows", lambda *_: 20)
+    monkeypatch.setattr(sample_module, "most_rows", lambda *_: 20)
     seen = watch_rollouts(monkeypatch)
     module, cfg = small("irft", **settings)
     together = module.main(cfg)

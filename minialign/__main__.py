@@ -126,7 +126,9 @@ def names_in(folder):
 
 COMMANDS = {
     "demo": "verify the toy and align a tiny GPT from demonstrations: one table and one figure",
+    "stories260K": "fetch a published model of 260,032 weights that writes children's stories",
     "sample": "sample completions from a checkpoint",
+    "generate": "write scored completions to a file: all, the best, demonstrations of a known expert, or preference pairs",
     "evaluate": "compare checkpoints on held-out preference pairs",
     "plot": "plot a run's metrics.jsonl",
     "show": "print a run's samples.jsonl: the policy's answers during training",

@@ -60,7 +60,7 @@ def test_nothing_heavy_or_foreign_is_imported_by_a_run(small):
 
 ROOMS = {  # what stands where: the lesson in front, the machine room in engine/
     "": {"__init__", "__main__", "settings", "model", "weights", "hf_config", "tokenizer", "batch", "data", "task", "sample", "logps", "kl",
-         "rewards", "lora", "evaluate", "pairs", "demo"},
+         "rewards", "lora", "evaluate", "pairs", "demo", "stories260K", "generate"},
     "engine": {"__init__", "run", "opening", "look", "checkpoint", "parallel", "common", "tracking", "adamw8bit"},
     "bench": {"__init__", "__main__", "cpu", "gpu", "receipts"},
     "kernels": {"__init__", "logprob", "logprob_triton", "linear_logprob", "linear_logprob_triton", "decode"},

@@ -12,6 +12,8 @@ On n sampled answers of each policy to each prompt of the pairs:
     reward      mean of the first --reward
     win rate    share of comparisons with the opponent's answer to the same prompt in which the policy's answer has the higher reward
     KL          mean of log π(y|x)/ref(y|x) over the policy's answers, nats: an unbiased estimate of KL(π‖ref)
+    needed      KL between the rewards' distributions under π and ref: the least KL at which a policy can have these rewards
+    wasted      KL − needed: what training changed besides, 0 at the optimum of r − β·KL for every β (derivation: needed_kl)
     distinct    number of different texts / number of answers: 1 if no answer occurs twice, 1/answers if all are the same
 
 The tables give n and 95 % intervals: normal for means, Wilson for shares, the ratio estimator for the NLL. Ties count one half. The n
@@ -91,6 +93,53 @@ def share_interval(successes, n):
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return p, centre - half, centre + half
+
+
+FEWEST = 5  # ref's answers in a class of rewards; classes with fewer are joined with a neighbour
+MOST_CLASSES = 12  # more different rewards than this are put into classes by ref's quantiles
+
+
+def reward_classes(rewards, ref_rewards):
+    """Counts of the policy's and of ref's rewards in the same classes, two (K,) tensors, from two tensors of any size.
+
+    A class is a value of the reward, or with many values a range between two quantiles of ref's. Joining classes can only lower the KL
+    between the two, so `needed` stays a lower bound.
+    """
+    ref = ref_rewards.double().flatten()
+    values = torch.cat([rewards.double().flatten(), ref]).unique()
+    if len(values) > MOST_CLASSES:
+        values = ref.quantile(torch.arange(1, MOST_CLASSES, dtype=torch.float64) / MOST_CLASSES).unique()  # the ends of ranges
+    else:
+        values = (values[:-1] + values[1:]) / 2
+    counts = [torch.bucketize(x.double().flatten(), values).bincount(minlength=len(values) + 1) for x in (rewards, ref)]
+    joined, waiting = [], [0, 0]
+    for own, others in zip(*[count.tolist() for count in counts], strict=True):
+        waiting = [waiting[0] + own, waiting[1] + others]
+        if waiting[1] >= FEWEST:
+            joined, waiting = [*joined, waiting], [0, 0]
+    if any(waiting) and joined:
+        joined[-1] = [a + b for a, b in zip(joined[-1], waiting, strict=True)]
+    return torch.tensor(joined or [waiting], dtype=torch.float64).unbind(1)
+
+
+def needed_kl(counts, ref_counts):
+    """(needed, half-width of its 95 % interval) in nats, from the (K,) counts of reward_classes.
+
+    By the chain rule KL(π‖ref) = KL(P_π(r)‖P_ref(r)) + E_{r~π} KL(π(y|r)‖ref(y|r)). The first term depends on the distribution of the
+    rewards alone (needed), the second is never negative (wasted). It is 0 if and only if π(y|r) = ref(y|r), that is π ∝ ref·f(r): so it is
+    at the optimum of E[r] − β·KL for every β, at best-of-n, and at ref restricted to good answers. Over several prompts the distributions
+    are those of all prompts together, so needed is at most what it is prompt by prompt.
+
+    From N and M answers, the estimate Σ p̂ log(p̂/q̂) is too high by (K − 1)/2N + (Σ p/q − 1)/2M to second order, which is subtracted. Its
+    variance is Var_p(log p/q)/N + (Σ p²/q − 1)/M, and near p = q, where both vanish, that of ½(1/N + 1/M)·χ² with K − 1 degrees of freedom.
+    """
+    N, M, K = float(counts.sum()), float(ref_counts.sum()), len(counts)
+    p, q = counts / N, ref_counts / M
+    logratio = torch.where(p > 0, (p.clamp(min=1e-300) / q).log(), 0)
+    plain = float((p * logratio).sum())
+    bias = ((p > 0).sum().item() - 1) / (2 * N) + (float((p / q).sum()) - 1) / (2 * M)
+    variance = float((p * (logratio - plain) ** 2).sum()) / N + (float((p**2 / q).sum()) - 1) / M + (K - 1) / 2 * (1 / N + 1 / M) ** 2
+    return plain - bias, 1.96 * math.sqrt(max(0.0, variance))
 
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, n − 1 degrees of freedom, 97.5 %
@@ -244,8 +293,9 @@ def win_shares(rewards, others):
     return ((left > right).double() + 0.5 * (left == right).double()).mean((1, 2))
 
 
-def sample_row(measures, opponent):
-    """One policy's part of the second table: numbers with their intervals. opponent: the measures of the opponent in the win rate."""
+def sample_row(measures, opponent, ref):
+    """One policy's part of the second table: numbers with their intervals. opponent: the measures of the opponent in the win rate; ref:
+    those of the reference, from whose rewards `needed` is counted."""
     row = {"distinct": len(set(measures["texts"])) / len(measures["texts"]), "mean_length": float(measures["tokens"].mean()),
            "finished": float(measures["finished"].mean())}
     if measures["kl"] is not None:
@@ -254,6 +304,9 @@ def sample_row(measures, opponent):
         row["reward"] = mean_interval(measures["rewards"].mean(1))
         shares = win_shares(measures["rewards"], opponent["rewards"])
         row["win_rate"] = share_interval(float(shares.sum()), len(shares))
+    if "kl" in row and "reward" in row:
+        needed, half = needed_kl(*reward_classes(measures["rewards"], ref["rewards"]))
+        row |= {"needed": (needed, half), "wasted": (row["kl"][0] - needed, math.hypot(row["kl"][1], half))}
     return row
 
 
@@ -324,12 +377,12 @@ def main(cfg):
         print("reward {}: accuracy {:.1%} [{:.1%}, {:.1%}] on {} pairs".format(spec, *reward_rows[-1]["accuracy"], n), flush=True)
     if rows and cfg.n:
         written, opponent = {}, cfg.against or names[0]
-        for name in dict.fromkeys([opponent, *cfg.policies]):  # each is loaded again: the models together may not fit in memory
+        for name in dict.fromkeys([opponent, names[0], *cfg.policies]):  # each is loaded again: they may not fit in memory together
             policy, tokenizer = open_named(name)
             same = tokenizer.inner.get_vocab() == ref_tokenizer.inner.get_vocab()
             written[name] = sample_measures(policy, tokenizer, ref if same else None, prompts, judge, cfg)
         for row in rows:
-            row |= sample_row(written[row["policy"]], written[opponent])
+            row |= sample_row(written[row["policy"]], written[opponent], written[names[0]])
         print_answers(rows, written, opponent, prompts, cfg)
     if cfg.out:
         known = [{name: finite(value) for name, value in row.items()} for row in rows + reward_rows]
@@ -360,13 +413,15 @@ def print_answers(rows, written, opponent, prompts, cfg):
     """Print the table of the answers, and some answers side by side."""
     judged = f"; reward {cfg.reward[0]}, wins over {opponent}" if cfg.reward else ""
     print(f"\nanswers to each of {len(prompts)} prompts: {cfg.n}{judged}")
-    print(f"{'policy':40} {'reward':>18} {'win rate':>24} {'KL, nats':>18} {'distinct':>9} {'tokens':>7} {'finished':>9}")
+    kinds = f"{'needed':>18} {'wasted':>18} " if cfg.reward else ""
+    print(f"{'policy':40} {'reward':>18} {'win rate':>24} {'KL, nats':>18} {kinds}{'distinct':>9} {'tokens':>7} {'finished':>9}")
     for row in rows:
         reward = "{:9.4f} ± {:.4f}".format(*row["reward"]) if "reward" in row else ""
         won = "{:6.1%} [{:.1%}, {:.1%}]".format(*row["win_rate"]) if "reward" in row else ""
         kl = "{:9.3f} ± {:.3f}".format(*row["kl"]) if "kl" in row else "other tokens"
+        split = "".join("{:>18} ".format("{:9.3f} ± {:.3f}".format(*row[name]) if name in row else "") for name in ("needed", "wasted"))
         print(f"{row['policy'][-40:]:40} {reward:>18} {won if row['policy'] != opponent else '(is the opponent)':>24} {kl:>18} "
-              f"{row['distinct']:9.1%} {row['mean_length']:7.1f} {row['finished']:9.1%}")
+              f"{split if cfg.reward else ''}{row['distinct']:9.1%} {row['mean_length']:7.1f} {row['finished']:9.1%}")
     for i in dict.fromkeys(prompts.index(prompt) for prompt in prompts[: cfg.show]):
         print(f"\n{plain_text(prompts[i])[-300:]}")
         for row in rows:

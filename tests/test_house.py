@@ -208,7 +208,7 @@ def test_readme_table_and_commands():
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"make ([a-z][\w-]+)", readme)) <= targets
     commands = set(re.findall(r"python -m minialign (\w+)", readme))
-    assert commands <= {*METHODS, "demo", "sample", "evaluate", "plot", "show", "recipes"}
+    assert commands <= {*METHODS, "demo", "sample", "evaluate", "plot", "show", "recipes", "generate", "stories260K"}
     for toy in re.findall(r"python -m toy\.(\w+)", readme):
         assert (ROOT / f"toy/{toy}.py").exists()
 

@@ -112,6 +112,16 @@ def test_generation_and_steps_beside_their_peers():
     assert all(row["ratio"] == 1 for row in rows[::3]) and all(0 < row["seconds"] < 60 for row in rows)
 
 
+@pytest.mark.slow
+def test_ragged_rows_beside_trl():
+    """Two steps of each: rows dealt by length need less padding than rows as they come, and TRL's need no less than those."""
+    pytest.importorskip("trl", reason="the peer (requirements-dev.txt)")
+    rows = {row["name"]: row for row in bench.ragged(1, count=2, shape=dict(n_embd=32, vocab_size=2048, n_layer=1, n_head=2))}
+    padded = {name: row["padded"] for name, row in rows.items()}
+    assert list(rows) == ["trl", "minialign, rows as they come", "minialign"] and rows["trl"]["ratio"] == 1
+    assert 1 < padded["minialign"] < 0.9 * padded["minialign, rows as they come"] and padded["trl"] > 1.1 * padded["minialign"]
+
+
 def test_a_late_token_over_an_early_one(monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", {"70m": dict(n_embd=64, vocab_size=50)})
     rows = bench.decode_cost(1, batches=(1,), positions=(4, 9), count=2)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from minialign.engine.common import BadInput, passes
 
 
-def moved(tensor, device):
+def to_device(tensor, device):
     """The tensor on a device. A copy to a GPU leaves from pinned memory, so the host does not wait for it."""
     to_gpu = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
     return tensor.pin_memory().to(device, non_blocking=True) if to_gpu else tensor.to(device)
@@ -32,14 +32,14 @@ class Batch:
     sizes: list | None = field(default=None, kw_only=True)  # B ints: how many of a row's T positions are not padding. None = not known
 
     def to(self, device):
-        return self._map(lambda part: moved(part, device))
+        return self._map(lambda part: to_device(part, device))
 
     def __len__(self):
         return len(self.inputs)
 
     def __getitem__(self, rows):
         """Some of the rows: a slice (its tensors are views, so writing into it also writes into the batch), or a list of indices."""
-        places = rows if isinstance(rows, slice) else moved(torch.tensor(rows), self.inputs.device)
+        places = rows if isinstance(rows, slice) else to_device(torch.tensor(rows), self.inputs.device)
         return self._map(lambda part: part[places], lambda part: part[rows] if isinstance(rows, slice) else [part[b] for b in rows])
 
     def micro_batches(self, micro_batch, *, lengths=None, unit=1):

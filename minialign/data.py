@@ -690,12 +690,17 @@ def pair_batch(rows, picked, *, pad_id, max_len):
     return Pairs(chosen, collate(prompts, [rows[i][2] for i in picked], pad_id=pad_id, max_len=max_len))
 
 
+def answers_of(row):
+    """The token ids of an encoded row's answers, without the label that a row of feedback has beside them."""
+    return [part for part in row[1:] if not isinstance(part, bool)]
+
+
 def counts(rows, max_len):
     """{'rows', 'scored_tokens', 'truncated'} of encoded rows cut at max_len. A truncated completion has lost its end."""
     numbers = {"rows": len(rows), "scored_tokens": 0, "truncated": 0}
-    for prompt, *completions in rows:
-        for completion in completions:
-            scored = min(len(completion), max(0, max_len - len(prompt)))
+    for row in rows:
+        for completion in answers_of(row):
+            scored = min(len(completion), max(0, max_len - len(row[0])))
             numbers["scored_tokens"] += scored
             numbers["truncated"] += scored < len(completion)
     return numbers

@@ -39,7 +39,7 @@ from minialign.kl import k1
 from minialign.logps import token_logps
 from minialign.lora import load_model
 from minialign.rewards import BadReward, ask, learned, open_reward, reward_folders, score
-from minialign.sample import most_rows, sample
+from minialign.sample import comparable_logps, most_rows, sample
 from minialign.settings import check_config
 from minialign.task import builtin_pairs
 
@@ -130,8 +130,9 @@ def needed_kl(counts, ref_counts):
     at the optimum of E[r] − β·KL for every β, at best-of-n, and at ref restricted to good answers. Over several prompts the distributions
     are those of all prompts together, so needed is at most what it is prompt by prompt.
 
-    From N and M answers, the estimate Σ p̂ log(p̂/q̂) is too high by (K − 1)/2N + (Σ p/q − 1)/2M to second order, which is subtracted. Its
-    variance is Var_p(log p/q)/N + (Σ p²/q − 1)/M, and near p = q, where both vanish, that of ½(1/N + 1/M)·χ² with K − 1 degrees of freedom.
+    From N and M answers, drawn independently, the estimate Σ p̂ log(p̂/q̂) is too high by (K − 1)/2N + (Σ p/q − 1)/2M to second order, which
+    is subtracted. Its variance is Var_p(log p/q)/N + (Σ p²/q − 1)/M, and near p = q, where both vanish, that of ½(1/N + 1/M)·χ² with K − 1
+    degrees of freedom.
     """
     N, M, K = float(counts.sum()), float(ref_counts.sum()), len(counts)
     p, q = counts / N, ref_counts / M
@@ -272,7 +273,8 @@ def sample_measures(policy, tokenizer, ref, prompts, reward_fn, cfg):
         finished.append(answers.finished.cpu().double())
         if ref is not None:
             ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.batch_size)  # (B, T)
-            logratio = k1(answers.old_logps, ref_logps).sum(1)  # (B,)
+            logps = comparable_logps(policy, answers, cfg.tau, cfg.batch_size)  # (B, T)
+            logratio = k1(logps, ref_logps).sum(1)  # (B,)
             kl.append(logratio.view(-1, cfg.n).mean(1).cpu().double())
     return {"texts": texts, "rewards": torch.cat(rewards) if rewards else None, "kl": torch.cat(kl) if kl else None,
             "tokens": torch.cat(tokens), "finished": torch.cat(finished)}
@@ -293,9 +295,9 @@ def win_shares(rewards, others):
     return ((left > right).double() + 0.5 * (left == right).double()).mean((1, 2))
 
 
-def sample_row(measures, opponent, ref):
-    """One policy's part of the second table: numbers with their intervals. opponent: the measures of the opponent in the win rate; ref:
-    those of the reference, from whose rewards `needed` is counted."""
+def sample_row(measures, opponent, ref_rewards):
+    """One policy's part of the second table: numbers with their intervals. opponent: the measures of the opponent in the win rate.
+    ref_rewards: those of answers of ref that were drawn independently; `needed` is counted from them."""
     row = {"distinct": len(set(measures["texts"])) / len(measures["texts"]), "mean_length": float(measures["tokens"].mean()),
            "finished": float(measures["finished"].mean())}
     if measures["kl"] is not None:
@@ -305,7 +307,7 @@ def sample_row(measures, opponent, ref):
         shares = win_shares(measures["rewards"], opponent["rewards"])
         row["win_rate"] = share_interval(float(shares.sum()), len(shares))
     if "kl" in row and "reward" in row:
-        needed, half = needed_kl(*reward_classes(measures["rewards"], ref["rewards"]))
+        needed, half = needed_kl(*reward_classes(measures["rewards"], ref_rewards))
         row |= {"needed": (needed, half), "wasted": (row["kl"][0] - needed, math.hypot(row["kl"][1], half))}
     return row
 
@@ -377,12 +379,14 @@ def main(cfg):
         print("reward {}: accuracy {:.1%} [{:.1%}, {:.1%}] on {} pairs".format(spec, *reward_rows[-1]["accuracy"], n), flush=True)
     if rows and cfg.n:
         written, opponent = {}, cfg.against or names[0]
-        for name in dict.fromkeys([opponent, names[0], *cfg.policies]):  # each is loaded again: they may not fit in memory together
+        # Other answers of ref than those in the table: with the same seed a policy near ref would give the same ones.
+        ref_rewards = judge and sample_measures(ref, ref_tokenizer, None, prompts, judge, replace(cfg, seed=-1 - cfg.seed))["rewards"]
+        for name in dict.fromkeys([opponent, *cfg.policies]):  # each is loaded again: the models together may not fit in memory
             policy, tokenizer = open_named(name)
             same = tokenizer.inner.get_vocab() == ref_tokenizer.inner.get_vocab()
             written[name] = sample_measures(policy, tokenizer, ref if same else None, prompts, judge, cfg)
         for row in rows:
-            row |= sample_row(written[row["policy"]], written[opponent], written[names[0]])
+            row |= sample_row(written[row["policy"]], written[opponent], ref_rewards)
         print_answers(rows, written, opponent, prompts, cfg)
     if cfg.out:
         known = [{name: finite(value) for name, value in row.items()} for row in rows + reward_rows]

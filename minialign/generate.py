@@ -35,8 +35,9 @@ from tqdm import tqdm
 from minialign.data import encode_prompts, read_prompts
 from minialign.engine.common import BadInput, derive_seed, find_folder, pick_device, pick_dtype, read_json, write_atomic
 from minialign.engine.opening import builtin_base
+from minialign.engine.run import digest_of
 from minialign.lora import load_model
-from minialign.rewards import BadReward, ask, open_reward
+from minialign.rewards import BadReward, ask, open_reward, reward_folders
 from minialign.sample import sample
 from minialign.task import builtin_prompts
 
@@ -133,7 +134,8 @@ def main(cfg):
         raise BadInput(f"--max_new {cfg.max_new}: the policy's context is {policy.config.max_len} tokens")
     rows = encode_prompts(tokenizer, prompts, max_prompt=min(cfg.max_prompt or room, room), skip_bad=cfg.skip_bad)
 
-    asked = json.loads(json.dumps(dataclasses.asdict(cfg) | {"rows": len(rows)}))
+    inputs = {"policy": path, "prompts": cfg.prompts} | {f"reward {i}": folder for i, folder in enumerate(reward_folders(cfg.reward))}
+    asked = dataclasses.asdict(cfg) | {f"content of {kind}": digest_of(source) for kind, source in inputs.items()}
     state = begin(out, progress, asked)
     with open(out, "r+b") as file, tqdm(total=len(rows), initial=state["done"], unit="prompt", disable=None) as bar:
         file.truncate(state["bytes"])  # what a killed call wrote after its last batch is drawn again
@@ -165,9 +167,10 @@ def begin(out, progress, asked):
         out.touch()
         return state
     state = read_json(progress)
-    changed = [flag for flag in asked if state.get("asked", {}).get(flag) != asked[flag]]
-    if changed:
-        raise BadInput(f"{out}: was begun with another --{changed[0]} ({state.get('asked', {}).get(changed[0])!r}); name another --out")
+    before = state.get("asked", {})
+    if changed := [name for name in asked if before.get(name) != asked[name]]:
+        what = changed[0] if " " in changed[0] else f"--{changed[0]} ({before.get(changed[0])!r})"
+        raise BadInput(f"{out}: was begun with another {what}; name another --out")
     out.touch()
     if out.stat().st_size < state["bytes"]:
         raise BadInput(f"{out}: is shorter than {progress.name} says; remove both and begin again")

@@ -331,7 +331,8 @@ class GPT(nn.Module):
                 raise BadInput(f"{end} positions do not fit {what} {limit}: shorten the rows (--max_len, --max_new)")
 
         embeds = self.embed(inputs) if embeds is None else embeds
-        x = F.pad(embeds() if callable(embeds) else embeds, (0, 0, 0, more))  # (B, T, C)
+        x = embeds() if callable(embeds) else embeds  # (B, T, C)
+        x = F.pad(x, (0, 0, 0, more)) if more else x
         if self.pos_embed is not None:
             x = x + self.pos_embed(positions)
         rotary = None
@@ -347,7 +348,7 @@ class GPT(nn.Module):
             x = checkpoint(block, x, *context, use_reentrant=False) if again else block(x, *context)
         if cache is not None:
             cache.lengths += T if lengths is None else lengths.to(cache.lengths)  # in place: a recorded CUDA graph reads this tensor
-            cache.longest = end if lengths is None else int(cache.lengths.max())
+            cache.longest = end if lengths is None or inputs.is_cuda else int(cache.lengths.max())
         return self.norm(x[:, :T])
 
     def mask(self, positions, span, window, empty, dtype):

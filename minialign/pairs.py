@@ -10,6 +10,8 @@ is kept in memory. The reference is the policy before training, so the policy it
 Checked by tests/test_pairs.py, tests/test_precompute_ref.py and tests/test_preference_runs.py.
 """
 
+import functools
+
 import torch
 from torch.nn.utils import clip_grad_norm_
 
@@ -30,8 +32,8 @@ def train(method, cfg, step):
     run = Run(method, cfg)
     cfg = run.cfg
     policy, tokenizer = open_policy(run)
-    rows, held_out, batch_of, pairs = open_pairs(run, tokenizer)
-    answer = answer_online(run, policy, tokenizer, pairs) if cfg.online else None
+    rows, held_out, batch_of, prompts = open_pairs(run, tokenizer)
+    answer = answer_online(run, policy, tokenizer, prompts) if cfg.online else None
     ref = frozen_reference(policy, cfg)
     optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, optimizer=optimizer)
@@ -67,32 +69,36 @@ def train(method, cfg, step):
 
 
 def open_pairs(run, tokenizer):
-    """(rows to train on, held-out rows, batch_of, pairs) of --pairs. A row is (prompt ids, chosen ids, rejected ids).
+    """(rows to train on, held-out rows, batch_of, prompts) of --pairs. A row is (prompt ids, chosen ids, rejected ids).
 
-    batch_of(rows, picked) -> Pairs of the picked rows, on the run's device. pairs: with --online those of the file, else none.
+    batch_of(rows, picked) -> Pairs of the picked rows, on the run's device. prompts: with --online [(prompt ids, prompt as it is in the
+    file)] of all pairs, else none.
     """
-    cfg, kept = run.cfg, []
+    cfg = run.cfg
     run.same_input("data", cfg.pairs)
-    online = getattr(cfg, "online", False)
 
-    def encode():
+    @functools.cache
+    def read():
         pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
         rows = encode_pairs(tokenizer, pairs, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)  # with skip_bad, drops bad ones from pairs
-        kept.extend(pairs if online else ())
-        return rows
+        return rows, pairs
 
-    rows, held_out = split_scorable(encode() if online else encoded_once(encode, parts=3), cfg.held_out, cfg.max_len)
-    return rows, held_out, batches_of(run, tokenizer, pair_batch), kept
+    def encode_prompts_of_pairs():
+        return encode_prompts(tokenizer, [pair.prompt for pair in read()[1]], max_prompt=cfg.max_prompt)
+
+    rows, held_out = split_scorable(encoded_once(lambda: read()[0], parts=3), cfg.held_out, cfg.max_len)
+    prompts = encoded_once(encode_prompts_of_pairs, parts=1) if getattr(cfg, "online", False) else []
+    return rows, held_out, batches_of(run, tokenizer, pair_batch), prompts
 
 
-def answer_online(run, policy, tokenizer, pairs):
+def answer_online(run, policy, tokenizer, prompts):
     """With --online: the function (k, picked) -> (new pairs of step k, metrics). Both are None if the reward failed: skip the step."""
     cfg = run.cfg
     if precomputes(cfg):
         raise BadInput("--precompute_ref: --online samples new answers at every step; drop one of the two")
     reward_fn = open_rewards(run)
-    prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs], max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
-    prompts = [row for row in split_held_out(prompts, cfg.held_out)[0] if len(row[0]) < cfg.max_len]  # the same rows as split_scorable
+    prompts = split_held_out(prompts, cfg.held_out)[0]
+    prompts = pick(prompts, [i for i, row in enumerate(prompts) if len(row[0]) < cfg.max_len])  # the same rows as split_scorable
     check_context(run, policy, prompts, max_len=cfg.max_len)
 
     def answer(k, picked):

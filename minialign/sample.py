@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
-from minialign.batch import Rollout, collate
+from minialign.batch import Rollout, collate, to_device
 from minialign.engine import parallel, tracking
 from minialign.engine.common import BadInput, derive_seed, in_micro, note
 from minialign.kernels.decode import Decoder
@@ -108,14 +108,22 @@ def rollout(policy, ref, prompts_ids, cfg, *, n=1, eos_id, seed):
     """What an online method trains on: a Rollout of n completions of each prompt by the current policy, with ref's log-probs of them.
 
     cfg: the method's Config, with max_new, tau and micro_batch. old_logps and ref_logps are at temperature tau and have no gradient.
-    In bfloat16 the sampler's log-probs differ from those of a training pass by rounding, which summed over a completion would be a KL of up
-    to some nats between equal models. So old_logps are then those of a training pass, as ref_logps are.
     """
     answers = sample(policy, prompts_ids, max_new=cfg.max_new, tau=cfg.tau, n=n, eos_id=eos_id, seed=seed)
-    if rounds_coarsely(policy):
-        answers.old_logps = in_micro(lambda micro: token_logps(policy, micro, tau=cfg.tau), answers, cfg.micro_batch)  # (B, T)
+    answers.old_logps = comparable_logps(policy, answers, cfg.tau, cfg.micro_batch)
     answers.ref_logps = in_micro(lambda micro: token_logps(ref, micro, tau=cfg.tau), answers, cfg.micro_batch)  # (B, T)
     return answers
+
+
+def comparable_logps(policy, answers, tau, micro_batch):
+    """The policy's log-probs of its answers, (B, T), to subtract those of another model's training pass from.
+
+    In bfloat16 the sampler's differ from those of a training pass by rounding, which summed over a completion would be a KL of up to some
+    nats between equal models. So there they come from a training pass too.
+    """
+    if not rounds_coarsely(policy):
+        return answers.old_logps
+    return in_micro(lambda micro: token_logps(policy, micro, tau=tau), answers, micro_batch)
 
 
 def most_rows(policy, positions):
@@ -139,7 +147,7 @@ def drawn_with(k, policy, rows, cfg, *, n=1):
     rows: encoded rows, whose first part is the prompt. cfg: a Config with steps, rounds, batch_size and max_new. n: answers to a prompt.
     Which steps these are depends on the round, not on where a run was resumed, so a resumed run samples the same batches.
     """
-    most = most_rows(policy, max(len(row[0]) for row in rows) + cfg.max_new)
+    most = min(parallel.gather(most_rows(policy, max(len(row[0]) for row in rows) + cfg.max_new) or 0))  # cards may differ
     together = max(1, most * parallel.world() // (cfg.batch_size * n)) if most else 1
     steps = [j for j in range(cfg.steps) if j * cfg.rounds // cfg.steps == k * cfg.rounds // cfg.steps]
     start = (k - steps[0]) // together * together
@@ -176,18 +184,18 @@ def generate(policy, rows, uniforms, *, tau, top_k, top_p, eos_id, greedy):
     """B prompts, one row each, and the uniform numbers (B, max_new) that decide the draws -> tokens (B, max_new), their log-probs
     (B, max_new), lengths (B,) (how many of them belong to the completion), and finished (B,) (whether EOS is among them)."""
     config, device, (B, max_new) = policy.config, policy.head_weight.device, uniforms.shape
-    distinct = list(dict.fromkeys(rows))
-    source = torch.tensor([distinct.index(row) for row in rows], device=device)  # (B,) which prefill a row continues
+    distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}  # each prompt and its number
+    source = to_device(torch.tensor([distinct[row] for row in rows]), device)  # (B,) which prefill a row continues
     wide = torch.promote_types(policy.head_weight.dtype, torch.float32)  # bfloat16 logits would give log-probs that differ from token_logps
-    uniforms = uniforms.to(device, wide)
-    ends = None if eos_id is None else torch.tensor(sorted({eos_id, *config.eos_ids}), device=device)
+    uniforms = to_device(uniforms.to(wide), device)
+    ends = None if eos_id is None else to_device(torch.tensor(sorted({eos_id, *config.eos_ids})), device)
     pure = not greedy and top_k is None and top_p in (None, 1) and config.n_tokens in (None, config.vocab_size)  # nothing is forbidden
     head = policy.head_weight if policy.head_weight.is_cuda else policy.head_weight.to(wide)  # (V, C)
 
     # Prefill: run each distinct prompt once, right-padded. Its last real position predicts the first new token.
-    lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
+    lengths = to_device(torch.tensor([len(prompt) for prompt in distinct]), device)
     longest = max(map(len, distinct))
-    padded = torch.tensor([list(prompt) + [0] * (longest - len(prompt)) for prompt in distinct], device=device)
+    padded = to_device(torch.tensor([list(prompt) + [0] * (longest - len(prompt)) for prompt in distinct]), device)
     cache = KVCache(config, len(distinct), longest + max_new, device=device, dtype=policy.head_weight.dtype)
     hidden = policy.hidden(padded, cache=cache, lengths=lengths)  # (distinct, longest, C)
     hidden = hidden[torch.arange(len(distinct), device=device), lengths - 1][source]  # (B, C)

@@ -288,12 +288,12 @@ def test_a_template_that_begins_answers_otherwise_than_prompts_end_is_said(tmp_p
     assert "2 of 2 answers stand right behind their prompt: the chat template writes another text before an answer" in said
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_a_classifier_of_others_reads_the_conversation_as_its_template_writes_it(padded, tmp_path):
+@pytest.mark.parametrize("pad", ["<pad>", "<|im_end|>", None], ids=["pad of its own", "pad is EOS", "no pad"])
+def test_a_classifier_of_others_reads_the_conversation_as_its_template_writes_it(pad, tmp_path):
     """Its reward is transformers' logit of the rendered conversation, alone and on the pairs of evaluate, also after our export."""
     rng = random.Random(3)
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(rng), bos_token="<s>", eos_token="<|im_end|>",
-                                                  chat_template=CHATML, **({"pad_token": "<pad>"} if padded else {}))
+                                                  chat_template=CHATML, **({"pad_token": pad} if pad else {}))
     theirs.save_pretrained(tmp_path / "theirs")
     make_model(rng, tmp_path / "theirs", len(theirs), 3, num_labels=1, pad_token_id=theirs.pad_token_id)
     oracle, _ = theirs_of(tmp_path / "theirs", "AutoModelForSequenceClassification")

@@ -109,9 +109,9 @@ def held_out_passes(rows, cfg):
     """
     size, lengths = eval_rows(cfg), row_lengths(rows)
     order = sorted(range(len(rows)), key=lambda i: -lengths[i]) if len(rows) > size else [*range(len(rows))]
-    passes = [(order[start : start + size], 1) for start in range(0, len(rows), size)]
-    missing = [(passes[0][0], 0)] * (-len(passes) % parallel.world()) if passes else []
-    yield from parallel.local_rows(passes + missing)
+    weighted = [(order[start : start + size], 1) for start in range(0, len(rows), size)]
+    missing = [(weighted[0][0], 0)] * (-len(weighted) % parallel.world()) if weighted else []
+    yield from parallel.local_rows(weighted + missing)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from minialign.batch import Batch
-from minialign.data import counts
+from minialign.data import answers_of, counts
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, describe_device, note, rows_at_once
 from minialign.engine.opening import MOMENTS
@@ -36,8 +36,8 @@ def first_look(run, tokenizer, rows, batch, models):
     sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
     drawn = run.cfg.batch_size if run.method in ("irft", "rft", "irl") else 2 * run.cfg.batch_size if getattr(run.cfg, "online", 0) else 4
     needed = print_sizes(run, models, sum(side.inputs.shape[1] for side in sides), drawn)  # (an evaluation samples four answers)
-    empty = sum(len(completion) == 1 for _, *completions in rows for completion in completions)  # nothing but EOS
-    doubled = sum(len(ids) > 1 and ids[-2] in tokenizer.eos_ids and ids[-1] == tokenizer.eos_id for _, *answers in rows for ids in answers)
+    empty = sum(len(ids) == 1 for row in rows for ids in answers_of(row))  # nothing but EOS
+    doubled = sum(len(ids) > 1 and ids[-2] in tokenizer.eos_ids and ids[-1] == tokenizer.eos_id for row in rows for ids in answers_of(row))
     twice = f", {doubled:,} end in EOS twice (their text spells it)" if doubled else ""
     print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
           f"{empty:,} empty{twice}; about {needed:,.0f} MB at the peak")

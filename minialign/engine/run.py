@@ -139,9 +139,7 @@ class Run:
 
     def same_input(self, kind, path):
         """Record the sha256 of a file, or of the files in a folder, when a run starts. A resumed run refuses a changed input."""
-        path = Path(path if os.path.exists(path) else str(path).partition(":")[0])  # FOLDER:SPLIT
-        hashes = parallel.share_out(read_hash, parallel.on_main(files_of, path))
-        digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        digest = digest_of(path)
         record = self.folder / "inputs.json"
         known = read_json(record) if record.is_file() else {}
         if self.resuming and known.get(kind, digest) != digest:
@@ -407,6 +405,13 @@ class Run:
             print(f"  adapter   {self.folder}/adapter (a PEFT folder for {self.adapter_base}; --policy takes it too)")
         print(f"  weights   {self.folder}/final (transformers loads it as it is)", flush=True)
         return self.folder
+
+
+def digest_of(path):
+    """The sha256 of a file, or of the files in a folder; under torchrun each process reads a part of them. FOLDER:SPLIT is the folder."""
+    path = Path(path if os.path.exists(path) else str(path).partition(":")[0])
+    hashes = parallel.share_out(read_hash, parallel.on_main(files_of, path))
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def files_of(path):

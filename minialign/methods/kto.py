@@ -124,7 +124,7 @@ def main(cfg):
     optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, optimizer=optimizer)
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))
-    first_look(run, tokenizer, [row[:2] for row in rows], first, {"policy": policy, "ref": ref})
+    first_look(run, tokenizer, rows, first, {"policy": policy, "ref": ref})
     run.at_evaluation(policy, tokenizer, held_out or rows,
                       lambda: held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg) if len(held_out) > 1 else {})
 

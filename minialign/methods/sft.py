@@ -133,7 +133,7 @@ def open_policy_and_rows(run):
         return encoded_once(lambda: encode_texts(tokenizer, texts, max_len=cfg.max_len))
 
     if not cfg.text:
-        rows = encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
+        rows = encoded_once(lambda: encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad))
         return policy, tokenizer, *split_scorable(rows, cfg.held_out, cfg.max_len)
     if len(texts) == 1:  # a single document: its last rows are held out
         return policy, tokenizer, *split_held_out(encode(texts), cfg.held_out)

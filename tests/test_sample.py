@@ -352,6 +352,55 @@ def test_the_guard_keeps_a_layer_of_each_window():
             assert torch.equal(p, q.float())
 
 
+def test_fields_agree_with_each_other():
+    """finished iff the completion ends in EOS, which occurs nowhere else; unfinished ones have max_new tokens; lengths count both."""
+    rollout = run(tiny_gpt(), PROMPTS, n=50, max_new=4)
+    assert rollout.finished.any() and not rollout.finished.all()
+    for b, completion in enumerate(rollout.completions):
+        assert rollout.finished[b] == (completion[-1] == EOS) and EOS not in completion[:-1]
+        assert len(completion) == rollout.lengths[b] == rollout.mask[b].sum() and 1 <= len(completion) <= 4
+        assert rollout.finished[b] or len(completion) == 4
+        assert rollout.targets[b][rollout.mask[b]].tolist() == completion
+        prompt = PROMPTS[b // 50]
+        assert rollout.inputs[b, : len(prompt)].tolist() == prompt and int(rollout.mask[b].nonzero()[0]) == len(prompt) - 1
+
+
+def test_eos_as_the_very_last_token_still_counts_as_finished():
+    rollout = run(tiny_gpt(), [[0]], n=300, max_new=2)
+    by_length = {(len(c), c[-1] == EOS) for c in rollout.completions}
+    assert by_length == {(1, True), (2, True), (2, False)}
+    assert [bool(f) for f in rollout.finished] == [c[-1] == EOS for c in rollout.completions]
+
+
+def test_without_eos_nothing_stops():
+    rollout = run(tiny_gpt(), PROMPTS, n=20, eos_id=None)
+    assert not rollout.finished.any() and set(map(len, rollout.completions)) == {MAX_NEW}
+    assert any(EOS in completion for completion in rollout.completions)
+
+
+def test_padding_rows_of_the_vocabulary_are_never_sampled():
+    """The last 3 of 8 ids pad the table; their logits are made the largest. 100,000 draws and greedy: none of them appears. Nor at a
+    temperature at which all that is allowed has probability 0 in float32; its log-prob stays a number, that of the forward pass."""
+    policy = tiny_gpt(8, n_tokens=5, max_len=64)
+    with torch.no_grad():
+        policy.norm.bias.fill_(0.5)
+        policy.head_weight[5:] = 1.0
+    with torch.no_grad():
+        assert policy(torch.tensor([[0]]))[0, -1].argmax() >= 5
+    rollout = sample(policy, [[0]], n=2000, max_new=50, eos_id=None, seed=0)
+    counts = Counter(token for completion in rollout.completions for token in completion)
+    assert sum(counts.values()) == 100_000 and set(counts) == set(range(5))
+    greedy = sample(policy, [[0]], max_new=50, eos_id=None, seed=0, greedy=True)
+    assert max(greedy.completions[0]) < 5
+    with torch.no_grad():
+        assert (token_logps(policy, greedy) - greedy.old_logps).abs().max() < 1e-10  # still those of the whole softmax
+        policy = policy.float()
+        for how in ({}, {"top_k": 3}, {"greedy": True}):
+            cold = sample(policy, [[0]], n=20, max_new=3, tau=0.002, eos_id=None, seed=0, **how)
+            assert cold.old_logps[cold.mask].max() < -104 and max(map(max, cold.completions)) < 5
+            assert torch.allclose(token_logps(policy, cold, tau=0.002), cold.old_logps, rtol=1e-4, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------------------- thrift
 
 

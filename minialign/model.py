@@ -283,14 +283,18 @@ class GPT(nn.Module):
         if config.tied and config.head == "lm":
             self.head.weight = self.tok_embed.weight
 
+    def init_weight(self, name, parameter):
+        """Normal with std 0.02; the two projections into the residual stream have 0.02/sqrt(2L), as in GPT-2. Norms keep their ones."""
+        if parameter.dim() == 2:
+            into_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
     def init_weights(self):
-        """Normal with std 0.02 (scalar head: 1/sqrt(C+1)). The two projections into the residual stream have 0.02/sqrt(2L), as in GPT-2."""
+        """Every parameter by `init_weight`. A scalar head has std 1/sqrt(C+1) instead."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                into_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+            self.init_weight(name, parameter)
         if self.config.head == "scalar":
             nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.n_embd + 1))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from minialign.engine.common import PICKLES, BadInput, find_folder, read_json, write_atomic
 from minialign.hf_config import config_to_hf
@@ -236,21 +237,46 @@ def load_pretrained(path_or_hub_name, *, dtype=None, device=None, place=None):
         if not torch.equal(embedding, copied):
             raise BadInput(f"{folder}: config.json ties the head to the embedding, but the file holds a different head")
 
-    place, state = place or (lambda part, dtype: part.to(device=device, dtype=dtype).contiguous()), {}
+    place, state = place or whole_on(device), {}
     for theirs, ours, (_, unpack) in rows:
         for name, part in zip(ours, unpack(read_tensor(tensors[theirs][0], theirs)), strict=True):
             kept = dtype or part.dtype
             exact = config.head == "scalar" and name == "head.weight"
             state[name] = place(part, torch.promote_types(kept, torch.float32) if exact else kept)
-    if config.tied:
-        state["head.weight"] = state["tok_embed.weight"]
-    model.load_state_dict(state, assign=True)
-    if config.tied:
-        model.head.weight = model.tok_embed.weight
-    model.requires_grad_(True)
+    fill(model, state)
     if (folder / "tokenizer.json").is_file():
         fit_vocabulary(model, load_tokenizer(folder))
     return model
+
+
+def new_model(config, *, dtype=torch.float32, device=None, place=None):
+    """GPT(config), which has the LM head, with random weights that depend on torch's seed. `place` is that of load_pretrained.
+
+    Each tensor is drawn, placed and freed before the next. The numbers are those of GPT(config): a module's own initial weights are drawn
+    too, since they come first from the same generator, and go when the module is registered in its parent.
+    """
+    with register_module_module_registration_hook(lambda parent, name, module: module.to("meta")):
+        model = GPT(config)
+    place, state = place or whole_on(device), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        whole = torch.ones(parameter.shape)
+        model.init_weight(name, whole)
+        state[name] = place(whole, dtype)
+    return fill(model, state)
+
+
+def whole_on(device):
+    return lambda tensor, dtype: tensor.to(device=device, dtype=dtype).contiguous()
+
+
+def fill(model, state):
+    """Put the tensors {name: tensor} in the place of the model's parameters, which have none yet."""
+    if model.config.tied:
+        state["head.weight"] = state["tok_embed.weight"]
+    model.load_state_dict(state, assign=True)
+    if model.config.tied:
+        model.head.weight = model.tok_embed.weight
+    return model.requires_grad_(True)
 
 
 def fit_vocabulary(model, tokenizer):

@@ -14,7 +14,7 @@ Every process runs the same program on the same numbers, so a method file reads 
     files, terminal only the first process writes. Checkpoints are the exception: each process writes its own part and computes its hash.
                     Machines share one run folder, which is checked first of all. Rows are encoded once on each machine (opening.py).
 
-A model is loaded slice by slice (`slicing`), so no process holds more than its slices and one tensor of the file.
+A model is read from its file, or a new one drawn, slice by slice (`slicing`): no process holds more than its slices and one whole tensor.
 
 A parameter of a sharded model is a DTensor: it holds one slice, but has the shape of the full tensor. FSDP2's `fully_shard` gathers the
 weights of a block for its forward pass and again for its backward pass, and drops them in between. `shard` makes FSDP2 sum the gradients

@@ -67,7 +67,6 @@ class Run:
             raise BadInput("--dtype mixed: is for cpu and cuda, not for Apple's mps device; use --dtype float32, or --device cpu")
         check_compiler(cfg, self.device)
         parallel.start(alone=mixed)
-        self.load_device = torch.device("cpu") if parallel.started() else self.device  # so a GPU gets only its slices
         self._check_parallel()
         self.load = dict(dtype=self.weights_dtype, device=self.device, place=parallel.slicing(cfg.parallel, self.device))
         if not self.resuming:

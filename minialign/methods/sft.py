@@ -32,10 +32,11 @@ from minialign.engine.opening import batches_of, encoded_once, open_demos, open_
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_nll
 from minialign.logps import token_logps
-from minialign.model import GPT, GPTConfig
+from minialign.model import GPTConfig
 from minialign.settings import OnDemonstrations
 from minialign.task import builtin_demos, builtin_texts, builtin_tokenizer
 from minialign.tokenizer import load_tokenizer, train_bpe
+from minialign.weights import new_model
 
 
 @dataclass
@@ -124,7 +125,7 @@ def open_policy_and_rows(run):
             tokenizer.save(run.folder)
         torch.manual_seed(cfg.seed)
         size = dict(n_layer=cfg.layers, n_embd=cfg.width, n_head=cfg.heads, ffn_dim=2 * cfg.width, max_len=max(512, 2 * cfg.max_len))
-        policy = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **size)).to(run.load_device, run.weights_dtype)
+        policy = new_model(GPTConfig(vocab_size=tokenizer.vocab_size, **size), **run.load)
         set_passes(policy, cfg)
     else:
         policy, tokenizer = open_policy(run)

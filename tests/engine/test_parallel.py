@@ -21,7 +21,7 @@ from minialign.engine.run import Run
 from minialign.engine.tracking import TIMED
 from minialign.lora import frozen_copy
 from minialign.model import GPT, GPTConfig
-from minialign.weights import load_pretrained, save_pretrained
+from minialign.weights import load_pretrained, new_model, save_pretrained
 from tests.conftest import METHODS, Allocations
 from tests.killing import result_of
 from tests.processes import ROOT, run_all, torchrun
@@ -338,6 +338,31 @@ def test_a_process_holds_only_its_slices(tmp_path, family, layout):
                 parts = whole.chunk(share)
                 mine = parts[share - 1] if len(parts) == share else whole[:0]
                 assert p.shape == whole.shape and p.requires_grad == (model is not ref) and torch.equal(p.to_local(), mine), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", OF_FAMILY)
+def test_a_new_model_is_the_same_in_slices(family, dtype):
+    """new_model draws what GPT(config) draws, and leaves the generator where it does, but never holds more than the slices, one tensor and
+    what init_weights makes of it. The oracle is the constructor."""
+    config = GPTConfig.tiny(97, family=family, n_layer=6, n_embd=48, n_head=4, ffn_dim=96, max_len=64, tied=family != "gpt_neox",
+                            **OF_FAMILY[family])
+    torch.manual_seed(0)
+    wanted, after = GPT(config).to(dtype), torch.rand(3)
+    torch.manual_seed(0)
+    whole, then = new_model(config, dtype=dtype), torch.rand(3)
+    assert torch.equal(then, after) and (whole.head.weight is whole.tok_embed.weight) == config.tied
+    with one_of_four(), Allocations() as counted:
+        torch.manual_seed(0)
+        mine = new_model(config, dtype=dtype, place=parallel.slicing("fsdp", torch.device("cpu")))
+        assert torch.equal(torch.rand(3), after)
+        parallel.shard(mine, "fsdp", "cpu", dtype)
+    most, total = max(p.numel() for p in wanted.parameters()), sum(p.numel() for p in wanted.parameters())
+    assert counted.peak <= dtype.itemsize * total / 4 + 4 * 2 * most
+    for (name, p), own, part in zip(wanted.named_parameters(), whole.parameters(), mine.parameters(), strict=True):
+        parts = p.chunk(4)
+        assert own.requires_grad and part.requires_grad and own.dtype == part.dtype == dtype
+        assert torch.equal(own, p) and torch.equal(part.to_local(), parts[3] if len(parts) == 4 else p[:0]), name
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

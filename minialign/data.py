@@ -45,6 +45,10 @@ class Chat(list):
     where, columns = "", {}
 
 
+class CutOff(str):
+    """An answer that ends where sampling was stopped ("finished": false, as generate writes it). So no EOS is put behind it."""
+
+
 @dataclass
 class Demo:
     prompt: Text | Chat | str | list
@@ -243,7 +247,7 @@ def without_nulls(value):
 BESIDE = {"tools": list, "documents": list, "chat_template_kwargs": dict}  # columns that a chat template reads beside the messages
 # Columns that some kind of row uses.
 READ = {*BESIDE, "prompt", "completion", "messages", "chosen", "rejected", "label", "question", "answer", "instruction", "input", "output",
-        "text", "system"}
+        "text", "system", "finished", "chosen_finished", "rejected_finished"}
 LOST = (*BESIDE, "system", "history", "functions", "tool_calls", "reasoning_content")  # where one cannot be used, the row is bad
 
 
@@ -310,10 +314,10 @@ def _prompt_of(row, prompt):
     return prompt
 
 
-def _answer(value):
+def _answer(value, finished=None):
     """A completion: text, or the one assistant message. The message becomes text if it says nothing but its content."""
     if isinstance(value, str):
-        return value
+        return CutOff(value) if value and finished is False else value
     if len(value) != 1 or value[0]["role"] != "assistant":
         raise BadRow("a completion given as messages must be exactly one message of the assistant")
     return _answer_of(value[0])
@@ -367,7 +371,7 @@ def _pair(row):
         _check(row, "chosen", "rejected", *(["prompt"] if "prompt" in row else []))
         whole = all(isinstance(row[key], list) and len(row[key]) > 1 for key in ("chosen", "rejected"))  # they include the prompt
         if "prompt" in row and not whole:
-            return Pair(_prompt_of(row, row["prompt"]), _answer(row["chosen"]), _answer(row["rejected"]))
+            return Pair(_prompt_of(row, row["prompt"]), *[_answer(row[side], row.get(f"{side}_finished")) for side in ("chosen", "rejected")])
         if isinstance(row.get("instruction"), str) and isinstance(row["chosen"], str):
             return Pair(_prompt_of(row, _alpaca(row)), _answer(row["chosen"]), _answer(row["rejected"]))
         prompt, chosen, rejected = _split_conversations(row)
@@ -387,7 +391,7 @@ def _feedback(row):
         _check(row, "prompt", "completion")
         if not isinstance(row["label"], bool):
             raise BadRow(f"'label' must be true (desirable) or false, found {row['label']!r:.40}")
-        return [Feedback(_prompt_of(row, row["prompt"]), _answer(row["completion"]), row["label"])]
+        return [Feedback(_prompt_of(row, row["prompt"]), _answer(row["completion"], row.get("finished")), row["label"])]
     raise BadRow(f"found the keys {sorted(row)}, expected prompt + completion + label, or chosen + rejected with or without prompt")
 
 
@@ -409,7 +413,7 @@ def _good_demo(row, other_keys=""):
 def _demo(row, other_keys=""):
     if {"prompt", "completion"} <= row.keys():
         _check(row, "prompt", "completion")
-        return Demo(_prompt_of(row, row["prompt"]), _answer(row["completion"]))
+        return Demo(_prompt_of(row, row["prompt"]), _answer(row["completion"], row.get("finished")))
     if "messages" in row:
         _check(row, "messages")
         messages = row["messages"]
@@ -566,8 +570,8 @@ def written_answer(tokenizer, prompt, answer):
 
 def _encode(tokenizer, rows, answers_of, max_prompt, skip_bad, whole=False):
     """Encode each row with encode_answers. Rows that template or tokenizer refuse are named by path:line or, with skip_bad, counted and
-    removed from `rows` too. Prompts cut to max_prompt are counted, and so are answers that the template writes behind another prompt."""
-    encoded, kept, bad, cut, apart = [], [], [], 0, 0
+    removed from `rows` too. Prompts cut to max_prompt are counted, and so are answers without EOS or behind another prompt."""
+    encoded, kept, bad, cut, apart, stopped = [], [], [], 0, 0, 0
     for row in rows:
         prompt = row if isinstance(row, (str, list)) else row.prompt
         try:
@@ -581,7 +585,9 @@ def _encode(tokenizer, rows, answers_of, max_prompt, skip_bad, whole=False):
             continue
         if max_prompt is not None and len(ids[0]) > max_prompt:
             ids, cut = (cut_prompt(tokenizer, ids[0], max_prompt), *ids[1:]), cut + 1
-        encoded.append(ids)
+        stops = [isinstance(answer, CutOff) and not whole for answer in answers_of(row)]
+        encoded.append((ids[0], *[own[:-1] if stop else own for own, stop in zip(ids[1:], stops, strict=True)]))
+        stopped += any(stops)
         kept.append(row)
         apart += other
     if bad:
@@ -592,6 +598,8 @@ def _encode(tokenizer, rows, answers_of, max_prompt, skip_bad, whole=False):
     if apart:
         note(f"{apart:,} of {len(kept):,} answers stand right behind their prompt: the chat template writes another text before an answer "
              "than at the end of a prompt (<think>, for example)")
+    if stopped:
+        note(f"{stopped:,} of {len(kept):,} rows have an answer that was cut off when it was sampled (finished: false): no EOS follows it")
     if cut:
         note(f"{cut:,} of {len(kept):,} prompts are cut to --max_prompt {max_prompt}: they lose their beginning")
     return encoded

@@ -9,7 +9,8 @@
     --keep bradley_terry:β   pairs of the first two, of which the first is chosen with probability σ((r₁ − r₂)/β)
 
 The first four write demonstrations (prompt, completion), the last two preference pairs (prompt, chosen, rejected). --write says which the
-file must be; it is there to be read in a command. Each row has its rewards and where it comes from. A prompt whose n rewards are all equal
+file must be; it is there to be read in a command. Each row has its rewards, where it comes from, and whether the completion was finished:
+no method puts EOS behind one that --max_new cut off. A prompt whose n rewards are all equal
 gives no pair of best and worst, and this is counted. Everything is drawn from the seed, the prompt's number and the sample's, so a file
 does not depend on batches.
 
@@ -204,7 +205,8 @@ def of_batch(policy, tokenizer, reward_fn, start, batch, cfg, name, value):
             else:
                 c, r = picked
                 lines.append({**given, "chosen": written[c], "rejected": written[r], "chosen_reward": rewards[own][c],
-                              "rejected_reward": rewards[own][r], **source})
+                              "rejected_reward": rewards[own][r], "chosen_finished": finished[own][c],
+                              "rejected_finished": finished[own][r], **source})
     return lines, rewards
 
 

@@ -15,12 +15,13 @@ import torch
 
 from minialign import generate
 from minialign.batch import collate
-from minialign.data import read_demonstrations, read_preferences
-from minialign.engine.common import BadInput, read_rows
+from minialign.data import encode_demos, encode_feedback, encode_pairs, encode_prompt, read_demonstrations, read_feedback, read_preferences
+from minialign.engine.common import BadInput, derive_seed, read_rows
 from minialign.generate import selected
 from minialign.logps import seq_logps
 from minialign.methods import dpo, sft
 from minialign.model import GPT, GPTConfig
+from minialign.sample import sample
 from minialign.tokenizer import CharTokenizer
 from minialign.weights import save_pretrained
 
@@ -116,6 +117,30 @@ def test_bradley_terry_labels_follow_the_sigmoid(small_policy, tmp_path):
         trials, right = sum(abs(d) == size for d in differences), differences.count(size)
         p = 1 / (1 + math.exp(-size / 1.5))
         assert trials > 10 and abs(right - trials * p) < 4 * math.sqrt(trials * p * (1 - p))
+
+
+def test_written_answers_are_trained_on_as_they_were_sampled(small_policy, tmp_path, capsys):
+    """Token for token: EOS stands behind a completion if the policy wrote it, not where max_new cut it off. The oracle is sample itself."""
+    policy, tokenizer, folder = small_policy
+    out = generate.main(config(folder, tmp_path / "all.jsonl", n=8))
+    rows = read_rows(out)
+    seeds = [derive_seed("generate", 0, i) for i in range(5)]
+    prompts = [encode_prompt(tokenizer, p) for p in ("ab", "c", "dd", "ab", "a")]
+    drawn = sample(policy, prompts, max_new=2, n=8, eos_id=tokenizer.eos_id, seed=seeds)
+    own = [list(ids) for ids in drawn.completions]
+    assert {ids[-1] == tokenizer.eos_id for ids in own} == {True, False}
+    assert [ids for _, ids in encode_demos(tokenizer, read_demonstrations(out))] == own
+    cut = sum(ids[-1] != tokenizer.eos_id for ids in own)
+    assert f"{cut} of 40 rows have an answer that was cut off when it was sampled" in capsys.readouterr().err
+
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text("".join(json.dumps({**row, "label": row["sample"] % 2 == 0}) + "\n" for row in rows))
+    assert [ids for _, ids, _ in encode_feedback(tokenizer, read_feedback(labelled))] == own
+    pairs = generate.main(config(folder, tmp_path / "pairs.jsonl", n=8, keep="bradley_terry:1"))  # of the first two of each prompt
+    both = [sorted(sides) for _, *sides in encode_pairs(tokenizer, read_preferences(pairs))]
+    assert both == [sorted(own[i : i + 2]) for i in range(0, 40, 8)]
+    chosen = [ids for _, ids in encode_demos(tokenizer, read_demonstrations(pairs))]  # a pair is also a demonstration of its better answer
+    assert chosen == [ids for _, ids, _ in encode_pairs(tokenizer, read_preferences(pairs))]
 
 
 def test_a_file_does_not_depend_on_batches_and_says_where_it_comes_from(small_policy, tmp_path, capsys):

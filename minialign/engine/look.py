@@ -36,7 +36,7 @@ def first_look(run, tokenizer, rows, batch, models):
     sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
     drawn = run.cfg.batch_size if run.method in ("irft", "rft", "irl") else 2 * run.cfg.batch_size if getattr(run.cfg, "online", 0) else 4
     needed = print_sizes(run, models, sum(side.inputs.shape[1] for side in sides), drawn)  # (an evaluation samples four answers)
-    empty = sum(len(ids) == 1 for row in rows for ids in answers_of(row))  # nothing but EOS
+    empty = sum(len(ids) == 1 and ids[0] == tokenizer.eos_id for row in rows for ids in answers_of(row))
     doubled = sum(len(ids) > 1 and ids[-2] in tokenizer.eos_ids and ids[-1] == tokenizer.eos_id for row in rows for ids in answers_of(row))
     twice = f", {doubled:,} end in EOS twice (their text spells it)" if doubled else ""
     print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "

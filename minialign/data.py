@@ -371,7 +371,8 @@ def _pair(row):
         _check(row, "chosen", "rejected", *(["prompt"] if "prompt" in row else []))
         whole = all(isinstance(row[key], list) and len(row[key]) > 1 for key in ("chosen", "rejected"))  # they include the prompt
         if "prompt" in row and not whole:
-            return Pair(_prompt_of(row, row["prompt"]), *[_answer(row[side], row.get(f"{side}_finished")) for side in ("chosen", "rejected")])
+            answers = [_answer(row[side], row.get(f"{side}_finished")) for side in ("chosen", "rejected")]
+            return Pair(_prompt_of(row, row["prompt"]), *answers)
         if isinstance(row.get("instruction"), str) and isinstance(row["chosen"], str):
             return Pair(_prompt_of(row, _alpaca(row)), _answer(row["chosen"]), _answer(row["rejected"]))
         prompt, chosen, rejected = _split_conversations(row)

@@ -19,13 +19,20 @@ def test_every_toy_is_on_the_scoreboard():
     assert runnable - {"report"} == {*scoreboard.TOYS}
 
 
+@pytest.mark.parametrize("fetched", [False, True])
 @pytest.mark.parametrize(("code", "word"), [(0, "PASS"), (1, "FAIL"), (2, "FAIL")])
-def test_one_toy_that_fails_fails_the_board(monkeypatch, capsys, code, word):
+def test_one_toy_that_fails_fails_the_board(monkeypatch, tmp_path, capsys, code, word, fetched):
+    """Without the storyteller's model its toy is skipped, which is said and fails nothing."""
+    monkeypatch.chdir(tmp_path)
+    if fetched:
+        (tmp_path / "runs" / "stories260K").mkdir(parents=True)
     codes = {name: 0 for name in scoreboard.TOYS} | {"theory": code}
     monkeypatch.setattr(scoreboard, "run", lambda name, cfg: (codes[name], "3 of 4 checks passed in 5 s; figure: x", 5.0))
     assert scoreboard.main(scoreboard.Config()) is (code == 0)
     lines = capsys.readouterr().out.splitlines()
-    assert next(line for line in lines if "  theory" in line).startswith(word) and lines[-1].startswith(f"{6 + (code == 0)} of 7")
+    assert next(line for line in lines if "  theory" in line).startswith(word)
+    assert lines[-1].startswith(f"{6 + fetched + (code == 0)} of {7 + fetched}")
+    assert any("skipped: `python -m minialign stories260K`" in line for line in lines) is not fetched
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ shares, the KL from ref that was paid, what of it the rewards needed and what wa
     python -m toy.storyteller --methods rloo sft                   # only these
     python -m toy.storyteller --full                               # five seeds, the papers' claims, and RLOO with β → 0
 
-A gate bounds the distance of any share from its law. It is set from the floor, the same distance after twice the updates (`--updates 2`). A wrong β or a wrong sign misses it (tests). GRPO's KL acts token by token, so its law is of
-another kind, and only needed and wasted are printed.
+A gate bounds the distance of any share from its law. It is set from the floor, the same distance after twice the updates (`--updates 2`).
+A wrong β or a wrong sign misses it (tests). GRPO's KL acts token by token, so its law is of another kind, and only needed and wasted are
+printed.
 
 Checked by tests/toy/test_storyteller.py.
 """
@@ -230,8 +231,8 @@ def main(cfg):
     report, judge = Report(cfg), Judge(cfg)
     rows = [row for row in ROWS if not cfg.methods or row.method in cfg.methods]
     seeds = range(cfg.seed, cfg.seed + (5 if cfg.full else 1))
-    folder = Path(f"{Path(cfg.out).with_suffix('')}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.mkdir()
+    folder = Path("runs", f"storyteller-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.mkdir(parents=True)
     expert = closed_form.tilt(judge.shares, LEVELS, cfg.beta)
     print(f"hero of {sum(judge.counts):,.0f} stories of ref: " + ", ".join(
         f"{what} {share:.3f} ± {interval(share, 8 * cfg.samples):.3f}" for what, share in zip(CLASSES, judge.shares, strict=True)))

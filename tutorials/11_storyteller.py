@@ -5,7 +5,7 @@
 # the whole craft around it: look at what the model says, follow the reward with RLOO, watch the stories walk to where a formula says they
 # must end, measure what the training broke besides, push it until the text breaks, and then do the same from demonstrations alone.
 #
-# **Minutes:** 30 to read, about a minute of CPU to run. **You need:** tutorial 07 (RLOO) and π\* ∝ ref·e^{r/β} from tutorial 05.
+# **Minutes:** 30 to read, a minute and a half of CPU to run. **You need:** tutorial 07 (RLOO) and π\* ∝ ref·e^{r/β} from tutorial 05.
 #
 # The model is Karpathy's stories260K, one megabyte. `python -m minialign stories260K` fetches it once into `runs/stories260K`.
 #
@@ -94,12 +94,12 @@ for text in (" girl named Lily. She had a dog", " brown bear named Tom", " boy. 
 assert [hero(text) for text in (" girl and her cat", " cat and a girl", " catalogue", " boys", " boy.")] == [0, 2, 0, 0, 1]
 
 # %% [markdown]
-# How often does the storyteller do what we want before we train anything? We draw 8,192 beginnings of twelve tokens and count. Look at the
+# How often does the storyteller do what we want before we train anything? We draw 8,192 beginnings of eight tokens and count. Look at the
 # three shares as you looked at the three actions in tutorial 05: girls, boys and animals are the actions, and they are chosen by a
 # language model.
 
 # %%
-LENGTH = 12
+LENGTH = 8
 NAMES = ("girl or nobody", "boy", "animal")
 LEVELS = np.array([0.0, 1.0, 2.0])  # the rewards of the three classes
 
@@ -180,6 +180,8 @@ path = follow(policy, BETA, steps=50, lr=3e-4)
 tell(policy)
 
 # %% [markdown]
+# Same luck, other heroes: where ref told of a girl, a policy may now tell of a bird.
+#
 # **Checkpoint.** Your advantages are the project's.
 
 # %%
@@ -187,14 +189,14 @@ some = torch.randn(128, generator=torch.Generator().manual_seed(0))
 torch.testing.assert_close(my_advantages(some), leave_one_out(some, group_size=128), atol=1e-6, rtol=0)
 
 # %% [markdown]
-# Same luck, other heroes. Did the shares arrive? Count again, on fresh stories.
+# Did the shares arrive? Count again, on fresh stories.
 
 # %%
 stories, rewards = draw(policy, 4096, seed=2)
 counts = counted(rewards)
 shares = (counts / counts.sum()).numpy()
 print("ref    ", ref_shares.round(3))
-print("learned", shares.round(3), "± 0.015")
+print("learned", shares.round(3), "± 0.015 at most")
 print("law    ", law.round(3))
 assert np.abs(shares - law).max() < np.abs(ref_shares - law).max() / 2, "of this run: at least half of the way is behind us"
 

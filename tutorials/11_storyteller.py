@@ -176,7 +176,7 @@ def follow(policy, beta, *, steps, lr, batch=128, reward_of=None):
 
 
 policy = copy.deepcopy(ref).requires_grad_(True)
-path = follow(policy, BETA, steps=50, lr=3e-4)
+path = follow(policy, BETA, steps=60, lr=2e-4)
 tell(policy)
 
 # %% [markdown]
@@ -233,15 +233,17 @@ assert wasted > -0.03, "a law, up to the noise of counting: nothing costs less t
 # Most of the price was for the heroes. The rest is what a small network changes besides, because all stories share its weights.
 
 # %%
-walk = np.array([step_shares for step_shares, _ in path])  # (steps, 3)
-smooth = np.stack([np.convolve(walk[:, level], np.ones(9) / 9, mode="valid") for level in range(3)], axis=1)
+walk = np.array([ref_shares, *[step_shares for step_shares, _ in path]])  # (1 + steps, 3): ref, then the stories of each update
+smooth = np.array([walk[max(0, k - 4) : k + 5].mean(0) for k in range(len(walk))])
+smooth[0] = ref_shares
 figure, axis = plt.subplots(figsize=(7, 3.4), constrained_layout=True)
 for level, color in enumerate(("0.5", "C0", "C1")):
-    axis.plot(np.arange(4, 4 + len(smooth)), smooth[:, level], color=color, label=NAMES[level])
+    axis.plot(walk[:, level], ".", color=color, ms=3, alpha=0.5)
+    axis.plot(smooth[:, level], color=color, label=NAMES[level])
     axis.axhline(law[level], color=color, ls="--", lw=1)
 axis.set(xlabel="update", ylabel="share of the stories", ylim=(0, None))
 axis.set_title("Shares walk to their closed form (dashed)", fontsize=11)
-axis.legend(frameon=False)
+axis.legend(frameon=False, loc="upper right", ncols=3)
 plt.show() if IN_NOTEBOOK else figure.savefig("11_walk.png", dpi=110)
 
 # %% [markdown]
@@ -358,8 +360,9 @@ for y, (_, _, needed, wasted) in enumerate(table.values()):
     axis.barh(y, needed, 0.6, color="C2", label="needed" if not y else None)
     axis.barh(y, wasted, 0.6, left=needed, color="C3", label="wasted" if not y else None)
 axis.set(yticks=range(len(table)), yticklabels=list(table), xlabel="KL from ref, nats")
+axis.set_xlim(0, 1.35 * max(paid for _, paid, _, _ in table.values()))
 axis.invert_yaxis()
-axis.legend(frameon=False)
+axis.legend(frameon=False, loc="center right")
 axis.set_title("What the heroes cost, and what went to waste", fontsize=11)
 plt.show() if IN_NOTEBOOK else figure.savefig("11_cost.png", dpi=110)
 

@@ -87,7 +87,7 @@ WRONG = {  # {method: (what to replace, by what)}
     "rebel": (rebel, "rebel_loss", lambda a, b, ra, rb, *, eta, loss=rebel.rebel_loss: loss(a, b, rb, ra, eta=eta)),
     "dpo": (dpo, "dpo_loss", lambda c, r, rc, rr, *, loss=dpo.dpo_loss, **named: loss(r, c, rr, rc, **named)),
     "best_of_n": (best_of_n, "pick", lambda rewards, pick=best_of_n.pick: pick(-rewards)),
-    "sft": (sft, "sft_loss", lambda logps, mask, loss=sft.sft_loss: tuple(-x if i == 0 else x for i, x in enumerate(loss(logps, mask)))),
+    "sft": (sft, "sft_loss", lambda *args, loss=sft.sft_loss, **named: (-loss(*args, **named)[0], loss(*args, **named)[1])),
     "rft": (rft, "reward_alignment_loss", swapped(rft.reward_alignment_loss)),
 }
 

@@ -86,14 +86,6 @@ def of_expert(ref, expert, beta):
 
 
 ROWS = [
-    Row("RLOO", "rloo", "--beta {beta} --batch_size 128 --group_size 128 --steps 100 --lr 2e-4", tilted, "prompts", floor=0.019),
-    Row("PPO", "ppo", "--beta {beta} --batch_size 128 --epochs 2 --steps 50 --lr 1.5e-4 --no-whiten --lam 1", tilted, "prompts",
-        floor=0.029),
-    Row("REBEL", "rebel", "--beta {beta} --eta .4 --batch_size 256 --steps 25 --lr 1e-4", tilted, "prompts", floor=0.024),
-    Row("GRPO", "grpo", "--beta {beta} --batch_size 128 --group_size 128 --steps 60 --lr 2e-4", None, "prompts"),
-    Row("best of 4", "best_of_n", "--n 4 --batch_size 64 --steps 180 --lr 4e-4",
-        lambda ref, expert, beta: closed_form.best_of_n_law(ref, LEVELS, 4), "prompts", floor=0.019),
-    Row("DPO", "dpo", "--beta {beta} --batch_size 128 --steps 90 --lr 1e-4", tilted, "pairs", floor=0.013),
     Row("SFT", "sft", "--batch_size 64 --steps 220 --lr 4e-4", of_expert, "demos", floor=0.010),
     Row("IRFT", "irft", "--beta .8 --ref initial --rounds 80 --batch_size 128 --steps 80 --lr 2e-4",
         lambda ref, expert, beta: closed_form.geometric_mixture(expert, ref, 0.8), "demos", floor=0.010),
@@ -103,6 +95,14 @@ ROWS = [
         floor=0.026),
     Row("IRL", "irl", "--beta {beta} --mode accumulate --bound 0 --rounds 20 --batch_size 64 --group_size 64 --steps 240 --lr 2e-4",
         of_expert, "demos", lambda beta: LEVELS, gate=0),  # reward and policy chase each other: it swings around its law
+    Row("DPO", "dpo", "--beta {beta} --batch_size 128 --steps 90 --lr 1e-4", tilted, "pairs", floor=0.013),
+    Row("best of 4", "best_of_n", "--n 4 --batch_size 64 --steps 180 --lr 4e-4",
+        lambda ref, expert, beta: closed_form.best_of_n_law(ref, LEVELS, 4), "prompts", floor=0.019),
+    Row("RLOO", "rloo", "--beta {beta} --batch_size 128 --group_size 128 --steps 100 --lr 2e-4", tilted, "prompts", floor=0.019),
+    Row("PPO", "ppo", "--beta {beta} --batch_size 128 --epochs 2 --steps 50 --lr 1.5e-4 --no-whiten --lam 1", tilted, "prompts",
+        floor=0.029),
+    Row("REBEL", "rebel", "--beta {beta} --eta .4 --batch_size 256 --steps 25 --lr 1e-4", tilted, "prompts", floor=0.024),
+    Row("GRPO", "grpo", "--beta {beta} --batch_size 128 --group_size 128 --steps 60 --lr 2e-4", None, "prompts"),
 ]
 PUSHED = (1.25, 0.5, 0.2, 0.1, 0.0)  # β of RLOO's over-optimisation
 
@@ -228,11 +228,19 @@ def main(cfg):
         raise BadInput("--beta must be above 0, --max_new at least 4, --samples at least 100")
     if not Path(cfg.policy).is_dir():
         raise BadInput(f"--policy {cfg.policy}: no such folder; `python -m minialign stories260K` makes it (1 MB from the hub)")
-    report, judge = Report(cfg), Judge(cfg)
-    rows = [row for row in ROWS if not cfg.methods or row.method in cfg.methods]
+    report, rows = Report(cfg), [row for row in ROWS if not cfg.methods or row.method in cfg.methods]
     seeds = range(cfg.seed, cfg.seed + (5 if cfg.full else 1))
     folder = Path("runs", f"storyteller-{time.strftime('%Y%m%d-%H%M%S')}")
     folder.mkdir(parents=True)
+    reads = {row.reads for row in rows}
+
+    def written(seed):  # what the methods read
+        run_all([(None, words) for kind, words in prepare(cfg, folder, seed).items() if kind in reads], lambda *_: None)
+
+    with ThreadPoolExecutor(max_workers=1) as beside:  # counting ref's stories takes as long as writing the expert's
+        first = beside.submit(written, cfg.seed)
+        judge = Judge(cfg)
+        first.result()
     expert = closed_form.tilt(judge.shares, LEVELS, cfg.beta)
     print(f"hero of {sum(judge.counts):,.0f} stories of ref: " + ", ".join(
         f"{what} {share:.3f} ± {interval(share, 8 * cfg.samples):.3f}" for what, share in zip(CLASSES, judge.shares, strict=True)))
@@ -246,7 +254,8 @@ def main(cfg):
         found = judge(run / "final", seed) | {"seconds": seconds}
         table[row.name].append(found)
         name = row.name if len(seeds) == 1 else f"{row.name}, seed {seed}"
-        words = f"{name:17} {shown(found['shares'])}, " + ("no law of this kind" if not row.law else "law ")
+        half = max(interval(share, cfg.samples) for share in found["shares"])
+        words = f"{name:17} {shown(found['shares'])} ± {half:.3f}, " + ("no law of this kind" if not row.law else "law ")
         if row.law:
             found["law"] = list(map(float, row.law(judge.shares, expert, cfg.beta)))
             off = float(np.abs(np.array(found["law"]) - found["shares"]).max())
@@ -264,9 +273,9 @@ def main(cfg):
                   f"(law {animal:.2f})")
         print("     ", "\n      ".join(found["stories"]), flush=True)
 
-    reads = {row.reads for row in rows}
     for seed in seeds:
-        run_all([(None, words) for kind, words in prepare(cfg, folder, seed).items() if kind in reads], lambda *_: None)
+        if seed != cfg.seed:
+            written(seed)
         commands = [(row, *command(row, cfg, folder, seed)) for row in rows]
         run_all([((row, seed, run), words) for row, words, run in commands], judged)
     if cfg.full:
@@ -301,7 +310,7 @@ def push(cfg, folder, judge):
         print(f"      β = {beta:<5g} reward {reward:.3f}  paid {measures['paid'][0]:6.3f} = needed {measures['needed'][0]:.3f} + wasted "
               f"{measures['wasted'][0]:6.3f}", *measures["stories"], sep="\n      ", flush=True)
 
-    row = ROWS[0]
+    row = next(row for row in ROWS if row.method == "rloo")
     jobs = []
     for beta in PUSHED:
         words, run = command(row, cfg, folder, cfg.seed)
@@ -340,7 +349,7 @@ def draw_figure(table, rows, judge, out):
     left.tick_params(labelsize=11)
     right.set(xlabel="KL from ref, nats")
     left.legend(fontsize=10, frameon=False, loc="lower right")
-    right.legend(fontsize=10, frameon=False, loc="lower right")
+    right.legend(fontsize=10, frameon=False, loc="upper right")
     left.set_title("who the stories are about", fontsize=12)
     right.set_title("what it cost", fontsize=12)
     figure.savefig(out, dpi=130)

@@ -54,7 +54,7 @@ def test_no_wrong_law_is_within_the_gate(row):
 
 
 def test_bad_arguments_are_named(tmp_path):
-    with pytest.raises(BadInput, match="--methods kto: no such method; choose some of rloo"):
+    with pytest.raises(BadInput, match="--methods kto: no such method; choose some of sft"):
         storyteller.main(storyteller.Config(methods=["kto"]))
     with pytest.raises(BadInput, match=r"no such folder; `python -m minialign stories260K` makes it \(1 MB from the hub\)"):
         storyteller.main(storyteller.Config(policy=str(tmp_path / "none"), out=str(tmp_path / "x.png")))

@@ -23,7 +23,7 @@ def test_it_runs(path, tmp_path):
             pytest.skip("the published files (../shared/data/stories260K) are not part of the project")
         files = [str(PUBLISHED / name) for name in ("stories260K.bin", "tok512.bin")]
         stories260K.main(stories260K.Config(*files, str(tmp_path / "runs" / "stories260K")))
-    result = subprocess.run([sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run([sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     assert list(tmp_path.rglob("*.png")), "a tutorial draws its figure"
 

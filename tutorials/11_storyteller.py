@@ -5,7 +5,7 @@
 # the whole craft around it: look at what the model says, follow the reward with RLOO, watch the stories walk to where a formula says they
 # must end, measure what the training broke besides, push it until the text breaks, and then do the same from demonstrations alone.
 #
-# **Minutes:** 30 to read, a minute and a half of CPU to run. **You need:** tutorial 07 (RLOO) and π\* ∝ ref·e^{r/β} from tutorial 05.
+# **Minutes:** 30 to read, about two minutes of CPU to run. **You need:** tutorial 07 (RLOO) and π\* ∝ ref·e^{r/β} from tutorial 05.
 #
 # The model is Karpathy's stories260K, one megabyte. `python -m minialign stories260K` fetches it once into `runs/stories260K`.
 #

@@ -461,7 +461,7 @@ def document(prompt, answer):
     if isinstance(prompt, str) and isinstance(answer, dict):
         raise BadInput(f"the answer has {_more(answer)}, but the prompt is text: only messages go through a chat template")
     if isinstance(prompt, str):
-        return prompt + answer
+        return type(answer)(prompt + answer)
     whole = Chat([*prompt, answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}])
     whole.where, whole.columns = getattr(prompt, "where", ""), getattr(prompt, "columns", {})
     return whole
@@ -565,6 +565,8 @@ def written_answer(tokenizer, prompt, answer):
         if has_more:
             raise BadInput("the chat template does not write the conversation up to the answer as it writes the prompt alone")
         return None
+    if isinstance(answer, CutOff) and answer in text[len(before) :]:
+        return text[len(before) : text.rindex(answer) + len(answer)]  # without the end of the turn
     text, ends = text[len(before) :], filter(None, map(tokenizer.inner.id_to_token, tokenizer.eos_ids))
     return next((text.rstrip().removesuffix(end) for end in ends if text.rstrip().endswith(end)), text)
 
@@ -632,7 +634,7 @@ def encode_texts(tokenizer, texts, *, max_len):
     """Documents as rows of at most max_len tokens: [(one context token, the tokens that follow)]. Every token of a document is scored.
 
     BOS (EOS if there is no BOS) is put before each document and EOS after it, unless a chat template begins or ends the text with that
-    token. A row continues where the row before it stopped.
+    token, or the text is CutOff. A row continues where the row before it stopped.
     """
     rows, front = [], encode_prompt(tokenizer, "")
     for text in texts:
@@ -642,7 +644,7 @@ def encode_texts(tokenizer, texts, *, max_len):
         except BadInput as error:
             raise BadInput(f"{getattr(text, 'where', '') or 'a document'}: {error}") from None
         ids = ids if chat and ids[:1] == front else front + ids
-        ids = ids if chat and ids[-1] == tokenizer.eos_id else [*ids, tokenizer.eos_id]
+        ids = ids if chat and ids[-1] == tokenizer.eos_id or isinstance(text, CutOff) else [*ids, tokenizer.eos_id]
         for start in range(0, len(ids) - 1, max_len - 1):
             rows.append((ids[start : start + 1], ids[start + 1 : start + max_len]))
     return rows

@@ -15,7 +15,17 @@ import torch
 
 from minialign import generate
 from minialign.batch import collate
-from minialign.data import encode_demos, encode_feedback, encode_pairs, encode_prompt, read_demonstrations, read_feedback, read_preferences
+from minialign.data import (
+    encode_demos,
+    encode_feedback,
+    encode_pairs,
+    encode_prompt,
+    encode_texts,
+    read_demonstrations,
+    read_feedback,
+    read_preferences,
+    read_texts,
+)
 from minialign.engine.common import BadInput, derive_seed, read_rows
 from minialign.generate import selected
 from minialign.logps import seq_logps
@@ -139,8 +149,22 @@ def test_written_answers_are_trained_on_as_they_were_sampled(small_policy, tmp_p
     pairs = generate.main(config(folder, tmp_path / "pairs.jsonl", n=8, keep="bradley_terry:1"))  # of the first two of each prompt
     both = [sorted(sides) for _, *sides in encode_pairs(tokenizer, read_preferences(pairs))]
     assert both == [sorted(own[i : i + 2]) for i in range(0, 40, 8)]
+    texts = encode_texts(tokenizer, read_texts(out), max_len=16)  # as documents, whose prompts are scored too
+    assert [ids for _, ids in texts] == [prompts[i // 8][1:] + ids for i, ids in enumerate(own)]
     chosen = [ids for _, ids in encode_demos(tokenizer, read_demonstrations(pairs))]  # a pair is also a demonstration of its better answer
     assert chosen == [ids for _, ids, _ in encode_pairs(tokenizer, read_preferences(pairs))]
+
+
+def test_an_unfinished_turn_has_no_end(tmp_path):
+    """A chat template that ends a turn with c, which is not EOS. By hand: c and EOS end a finished answer, nothing one cut off."""
+    tokenizer = CharTokenizer("abcd")
+    tokenizer.chat_template = ("{% for m in messages %}{{ 'a' if m.role == 'user' else 'b' }}{{ m.content }}c{% endfor %}"
+                               "{% if add_generation_prompt %}b{% endif %}")
+    row = {"prompt": [{"role": "user", "content": "d"}], "completion": "dda"}
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row | {"finished": finished}) + "\n" for finished in (True, False)))
+    (prompt, whole), (_, cut) = encode_demos(tokenizer, read_demonstrations(tmp_path / "f.jsonl"))
+    assert tokenizer.decode(prompt) == "adcb" and cut == tokenizer.encode("dda")
+    assert whole == [*tokenizer.encode("ddac"), tokenizer.eos_id]
 
 
 def test_a_file_does_not_depend_on_batches_and_says_where_it_comes_from(small_policy, tmp_path, capsys):

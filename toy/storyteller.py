@@ -15,10 +15,10 @@ shares, the KL from ref that was paid, what of it the rewards needed and what wa
     python -m toy.storyteller --methods ppo irl                    # only these
     python -m toy.storyteller --full                               # all ten, five seeds, the papers' claims, and RLOO with β → 0
 
-A gate bounds the distance of any share from its law. It is set from the floor: how far the mean of five seeds, 20,480 stories, is from the
-law after these few updates (docs/RESULTS.md). A wrong β or a wrong sign misses it (tests). IRL has no gate: its reward and its policy
-chase each other, and where it stops on its way around the law depends on the seed. GRPO's KL acts token by token, so its law is of another
-kind; needed and wasted are printed alone.
+A gate bounds the distance of any share from its law: .05, less than the distance to the law of a β twice or half as large (tests). Beside
+it stands the floor: how far the mean of five seeds, 20,480 stories, was from the law after these few updates (docs/RESULTS.md). IRL has no
+gate: single seeds end up to .1 away, on either side of its law. GRPO's KL acts token by token, so its law is of another kind; needed and
+wasted are printed alone.
 
 Checked by tests/toy/test_storyteller.py.
 """
@@ -38,7 +38,7 @@ import torch
 from minialign.batch import collate
 from minialign.data import encode_prompt
 from minialign.engine.common import BadInput, find_folder
-from minialign.evaluate import mean_interval, needed_kl
+from minialign.evaluate import mean_interval, needed_kl, share_interval
 from minialign.lora import load_model
 from minialign.methods import rloo
 from minialign.rewards import score
@@ -95,7 +95,7 @@ ROWS = [
         lambda ref, expert, beta: closed_form.converged_round(expert, ref, ref, beta), "demos", lambda beta: LEVELS / beta,
         floor=0.026),
     Row("IRL", "irl", "--beta {beta} --mode accumulate --bound 0 --rounds 20 --batch_size 64 --group_size 64 --steps 240 --lr 2e-4",
-        of_expert, "demos", lambda beta: LEVELS, gate=0, quick=False),  # reward and policy chase each other: it swings around its law
+        of_expert, "demos", lambda beta: LEVELS, gate=0, quick=False),  # single seeds end on either side of its law
     Row("DPO", "dpo", "--beta {beta} --batch_size 128 --steps 90 --lr 1e-4", tilted, "pairs", floor=0.013),
     Row("best of 4", "best_of_n", "--n 4 --batch_size 64 --steps 180 --lr 4e-4",
         lambda ref, expert, beta: closed_form.best_of_n_law(ref, LEVELS, 4), "prompts", floor=0.019),
@@ -154,13 +154,11 @@ class Judge:
         self.ref, self.tokenizer, _ = load_model(find_folder(cfg.policy))
         self.ref.requires_grad_(False)
         self.prompt = encode_prompt(self.tokenizer, PROMPT)
-        self.stories, self.rewards = self.draw(8 * cfg.samples)
+        self.stories = sample(self.ref, [self.prompt], max_new=cfg.max_new, n=8 * cfg.samples, eos_id=self.tokenizer.eos_id,
+                              seed=("ref", cfg.seed))
+        self.rewards = self.classes(self.stories)
         self.counts = torch.bincount(self.rewards, minlength=3).double()
         self.shares = (self.counts / self.counts.sum()).numpy()
-
-    def draw(self, n):
-        stories = sample(self.ref, [self.prompt], max_new=self.cfg.max_new, n=n, eos_id=self.tokenizer.eos_id, seed=("ref", self.cfg.seed))
-        return stories, self.classes(stories)
 
     def classes(self, stories):
         return torch.tensor(hero(None, [self.tokenizer.decode(ids) for ids in stories.completions])).long()
@@ -194,8 +192,10 @@ class Judge:
         return [mean - means[0] for mean in means]
 
 
-def interval(p, n):
-    return 1.96 * np.sqrt(p * (1 - p) / n)
+def half_width(share, n):
+    """Half the width of Wilson's 95 % interval of a share of n stories."""
+    _, low, high = share_interval(share * n, n)
+    return (high - low) / 2
 
 
 def shown(shares):
@@ -244,7 +244,7 @@ def main(cfg):
         first.result()
     expert = closed_form.tilt(judge.shares, LEVELS, cfg.beta)
     print(f"hero of {sum(judge.counts):,.0f} stories of ref: " + ", ".join(
-        f"{what} {share:.3f} ± {interval(share, 8 * cfg.samples):.3f}" for what, share in zip(CLASSES, judge.shares, strict=True)))
+        f"{what} {share:.3f} ± {half_width(share, 8 * cfg.samples):.3f}" for what, share in zip(CLASSES, judge.shares, strict=True)))
     print(f"the expert ref·e^(r/β), β = {cfg.beta:g}: {shown(expert)}; its KL from ref is {closed_form.kl(expert, judge.shares):.3f} nats")
     print("ref", *judge.tell(judge.ref), sep="\n      ", flush=True)
 
@@ -255,7 +255,7 @@ def main(cfg):
         found = judge(run / "final", seed) | {"seconds": seconds}
         table[row.name].append(found)
         name = row.name if len(seeds) == 1 else f"{row.name}, seed {seed}"
-        half = max(interval(share, cfg.samples) for share in found["shares"])
+        half = max(half_width(share, cfg.samples) for share in found["shares"])
         words = f"{name:17} {shown(found['shares'])} ± {half:.3f}, " + ("no law of this kind" if not row.law else "law ")
         if row.law:
             found["law"] = list(map(float, row.law(judge.shares, expert, cfg.beta)))

@@ -249,8 +249,8 @@ plt.show() if IN_NOTEBOOK else figure.savefig("11_walk.png", dpi=110)
 # %% [markdown]
 # ## Break it: let go of ref
 #
-# β is what holds the policy to ref. Take it away, and the same reward, followed a little longer and faster, buys its last tenths with the
-# language. Read the stories, not only the numbers.
+# β holds the policy to ref. Set it to 0 and take ten times the learning rate: the policy gets nearly all of the reward, and its language
+# breaks. Read the stories, not only the numbers.
 
 # %%
 pushed = copy.deepcopy(ref).requires_grad_(True)

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow lint figures notebooks clean
+.PHONY: demo test test-slow lint figures notebooks exercises clean
 
 # Two environments would be one too many: the run packages first, the development ones (oracles, ruff) when a test or a lint asks.
 $(VENV)/installed: requirements.txt constraints.txt
@@ -45,6 +45,10 @@ notebooks: $(VENV)/installed-dev ## execute the tutorials into tutorials/noteboo
 			--output tutorials/notebooks/$$(basename $$file .py).ipynb $$file || exit 1; \
 	done
 	rm -rf tutorials/notebooks/runs
+	$(BIN)/python -m pytest -q tests/test_tutorials.py -k notebook  # no stderr, alt texts, small files
+
+exercises: $(VENV)/installed-dev ## the tutorials with blanks to fill in, into tutorials/exercises
+	$(BIN)/python tutorials/make_exercises.py
 
 clean:
 	rm -rf $(VENV) runs

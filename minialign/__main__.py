@@ -149,7 +149,7 @@ def overview():
         if name != "plot" and '__name__ == "__main__"' in (ROOT / "toy" / f"{name}.py").read_text(encoding="utf-8"):
             print(f"  {name:19} {title(ROOT / 'toy' / f'{name}.py')}")
     print("\ntutorials   python tutorials/<name>.py, or open it as cells")
-    for path in sorted((ROOT / "tutorials").glob("*.py")):
+    for path in sorted((ROOT / "tutorials").glob("[0-9]*.py")):
         print(f"  {path.stem:19} {title(path)}")
 
 
@@ -164,7 +164,8 @@ def recipes():
         print(f"  {name:28} {title(ROOT / 'minialign/recipes' / f'{name}.py')}")
 
 
-def main(argv):
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv  # None: from the installed command `minialign`
     if not argv or argv[0] in ("-h", "--help", "list"):
         overview()
         return
@@ -192,4 +193,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -251,13 +251,13 @@ def report(table, answers, exact, judged, cfg):
 
 
 def draw_figure(table, exact, paths, accuracy, path):
-    """Four panels: gap over steps; reward and wins over steps; effect of T; accuracy of IRL's reward over steps."""
+    """Four panels: gap over steps; reward over steps; effect of T; accuracy of IRL's reward over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8.4), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 8.6), constrained_layout=True)  # readable at the width of the README
     axes = axes.flat
     colors = dict(zip((SFT, IFT, SPIN, irft_name(5), RFT, IRL, BEST), ("0.5", "C5", "C3", "C1", "C0", "C2", "C4"), strict=True))
 
@@ -272,35 +272,31 @@ def draw_figure(table, exact, paths, accuracy, path):
     for name in (SFT, IFT, SPIN, irft_name(5), RFT, IRL):
         x, start = [0, *(point["step"] for point in paths[name][0])], statistics.mean(table["base"]["gap"])
         band(axes[0], x, [[start, *(point["gap"] for point in run)] for run in paths[name]], color=colors[name], label=name)
-    axes[0].set(xlabel="steps", ylabel="log π(better) − log π(worse), nats", title="Log-prob gap on pairs nobody trained on")
+    axes[0].set(xlabel="steps", ylabel="log π(better) − log π(worse), nats", title="Log-prob gap on held-out pairs")
     axes[0].set_yscale("symlog", linthresh=1)
     axes[0].set_yticks([-0.5, 0, 0.5, 1, 2, 5], ["−0.5", "0", "0.5", "1", "2", "5"])
     axes[0].minorticks_off()
     axes[0].axhline(exact["expert (exact)"]["gap"], color="k", ls="--", lw=1, label="expert")
     axes[0].axhline(0, color="k", lw=0.6)
 
-    wins = axes[1].twinx()
     for name in (RFT, IRL, BEST):
         x = [0, *(point["step"] for point in paths[name][0])]
         start = statistics.mean(gold["base"])
         band(axes[1], x, [[start, *(point["gold reward"] for point in run)] for run in paths[name]], color=colors[name], label=name)
-        won = torch.tensor([[point["wins"] for point in run] for run in paths[name]]).mean(0)
-        wins.plot(x, [statistics.mean(table["base"]["wins over SFT"]), *won], ":", color=colors[name])
     axes[1].axhline(statistics.mean(gold[SFT]), color=colors[SFT], label="SFT")
     axes[1].axhline(exact["expert (exact)"]["gold reward"], color="k", ls="--", lw=1, label="expert")
-    axes[1].set(xlabel="steps", ylabel="gold reward", title="Gold reward, and wins over SFT (dotted, right)")
-    wins.set(ylim=(0, 1), ylabel="wins over SFT")
+    axes[1].set(xlabel="steps", ylabel="gold reward", title="Gold reward, with a learned reward")
 
     values = axes[2].twinx()
     band(axes[2], ROUNDS, list(zip(*[gold[irft_name(T)] for T in ROUNDS], strict=True)), color="C1", label="gold reward")
     band(values, ROUNDS, list(zip(*[table[irft_name(T)]["KL(expert‖π)"] for T in ROUNDS], strict=True)), color="C3", label="KL(expert‖π)")
     axes[2].axhline(statistics.mean(gold[SFT]), color=colors[SFT], lw=1, label="SFT's reward")
-    axes[2].set(xlabel="T, rounds of fresh samples", ylabel="gold reward", xscale="log", title="IRFT: the effect of T")
+    axes[2].set(xlabel="T, rounds of fresh samples", ylabel="gold reward", xscale="log", title="IRFT: more rounds, nearer to the expert")
     axes[2].set_xticks(ROUNDS, [str(T) for T in ROUNDS])
     axes[2].minorticks_off()
     values.set(ylabel="KL(expert‖π), nats", ylim=(0, None))
     handles = [handle for axis in (axes[2], values) for handle in axis.get_legend_handles_labels()[0]]
-    axes[2].legend(handles=handles, fontsize=7)
+    axes[2].legend(handles=handles, fontsize=9, frameon=False)
 
     band(axes[3], [point["step"] for point in accuracy[0]], [[point["accuracy"] for point in run] for run in accuracy], color="C2",
          label="IRL's reward")
@@ -308,10 +304,10 @@ def draw_figure(table, exact, paths, accuracy, path):
         axes[3].axhline(statistics.mean(table[name]["implicit"]), color=colors[name], lw=1, label=f"implicit, {name}")
     axes[3].axhline(exact["expert (exact)"]["implicit"], color="k", ls="--", lw=1, label="log expert/rude")
     axes[3].axhline(0.5, color="k", lw=0.6)
-    axes[3].set(xlabel="steps", ylabel="share of pairs", title="Pairs ordered as gold has them")
+    axes[3].set(xlabel="steps", ylabel="share of pairs", title="Pairs in the order of the gold reward")
     axes[3].set_ylim(0.48, 0.8)
     for axis in (axes[0], axes[1], axes[3]):
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=9, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

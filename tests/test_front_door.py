@@ -31,7 +31,8 @@ def call(*argv, capsys):
 def test_it_lists_everything(capsys):
     code, out, _ = call(capsys=capsys)
     assert code == 0
-    names = [path.stem for folder in ("minialign/methods", "toy", "tutorials") for path in (ROOT / folder).glob("[!_]*.py")]
+    names = [path.stem for folder in ("minialign/methods", "toy") for path in (ROOT / folder).glob("[!_]*.py")]
+    names += [path.stem for path in (ROOT / "tutorials").glob("[0-9]*.py")]
     for name in {*names, *front_door.COMMANDS} - {"closed_form", "heroes", "report"}:
         assert f"  {name} " in out, name
 

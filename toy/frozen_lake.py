@@ -574,17 +574,17 @@ def arrows(axis, lake, policy, title, values=None):
         y, x = divmod(state, lake.columns)
         if letter in "HG":
             name, colour = ("hole", "0.5") if letter == "H" else ("gift", "C3")
-            axis.text(x, y, name, ha="center", va="center", fontsize=7, color=colour)
+            axis.text(x, y, name, ha="center", va="center", fontsize=10, color=colour)
             continue
         for chance, (dx, dy) in zip(policy[state], ((-1, 0), (0, 1), (1, 0), (0, -1)), strict=True):
             if chance > 0.05:
                 axis.arrow(x, y, 0.42 * chance * dx, 0.42 * chance * dy, width=0.012, head_width=0.03 + 0.09 * chance, color="0.15",
                            length_includes_head=True, linewidth=0)
         if values is not None:
-            axis.text(x + 0.46, y + 0.42, f"{values[state]:.2f}", ha="right", va="bottom", fontsize=6, color="0.35")
+            axis.text(x + 0.46, y + 0.42, f"{values[state]:.2f}", ha="right", va="bottom", fontsize=9, color="0.35")
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=12)
 
 
 PAPER = ("DPO", "IFT", "ORPO", "SFT")  # in the paper's order
@@ -600,32 +600,31 @@ def draw_figure(shown, tables, learned, few, cfg):
     matplotlib.use("Agg")  # not at the top of the file, so that a notebook that imports it keeps its own backend
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(17, 7.6), constrained_layout=True)
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.15])
-    for axis, (title, (lake, policy, values)) in zip(above.subplots(1, len(shown)), shown.items(), strict=True):
+    figure = plt.figure(figsize=(9, 13.5), constrained_layout=True)  # readable at the width of a page
+    above, middle, below = figure.subfigures(3, 1, height_ratios=[1.15, 1, 0.9])
+    for axis, (title, (lake, policy, values)) in zip(above.subplots(2, 3).flat, shown.items(), strict=True):
         arrows(axis, lake, policy, title, values)
-    axes = below.subplots(1, 4, width_ratios=[1.5, 1.5, 0.9, 1.2])
-    labels = ("parameters' MSE against θ*, start = 1", "chance of the gift")
+    axes = [*middle.subplots(2, 1, sharex=True), *below.subplots(1, 2, width_ratios=[1, 1.3])]
+    labels = ("error, start = 1", "chance of the gift")
     for axis, column, label in zip(axes, ("parameter error", "success"), labels, strict=False):
         for index, method in enumerate(PAPER):
             for place, table in enumerate(tables.values()):
                 values = table[method][column] / (table["start"][column] if column == "parameter error" else 1)
                 axis.bar(place + 0.2 * index - 0.3, values.mean(), 0.19, color=f"C{index}", label=method if not place else None)
                 axis.plot([place + 0.2 * index - 0.3] * len(values), values, "k.", ms=2)
-        axis.set_xticks(range(len(tables)), [name.replace(" ", "\n", 1) for name in tables], fontsize=8)
-        axis.set_ylabel(label)
-    axes[0].set_title("Error of the parameters (the paper: DPO < IFT < ORPO, SFT)", fontsize=9)
-    axes[1].set_title("How the same nets play", fontsize=9)
+        axis.set_xticks(range(len(tables)), [name.replace(" ", "\n", 1) for name in tables], fontsize=11)
+        axis.set_ylabel(label, fontsize=11)
+    axes[0].set_title("Error of the parameters (the paper: DPO < IFT < ORPO, SFT)", fontsize=12)
+    axes[1].set_title("How the same nets play", fontsize=12)
     axes[0].set_ylim(0, 1.6)
-    axes[0].legend(fontsize=8, ncols=4, loc="upper center")
+    axes[0].legend(fontsize=10, ncols=4, loc="upper center", frameon=False)
     lake, rewards = learned
     side = lake.columns
-    image = axes[2].imshow(rewards.reshape(-1, side), cmap="RdYlGn", vmin=-1, vmax=1)
+    axes[2].imshow(rewards.reshape(-1, side), cmap="RdYlGn", vmin=-1, vmax=1)
     for state, reward in enumerate(rewards):
-        axes[2].text(state % side, state // side, f"{reward.round(2) + 0.0:.2f}", ha="center", va="center", fontsize=8)
-    below.colorbar(image, ax=axes[2], shrink=0.6)
+        axes[2].text(state % side, state // side, f"{reward.round(2) + 0.0:.2f}", ha="center", va="center", fontsize=11)
     axes[2].set(xticks=[], yticks=[])
-    axes[2].set_title("Reward learned from visits", fontsize=9)
+    axes[2].set_title("Reward learned from visits", fontsize=12)
     for index, (name, by_n) in enumerate(few.items()):
         for column, (method, style) in enumerate(zip(FEW, ("-o", "-.^", "--s"), strict=True)):
             if index or column != 1:  # without slipping, moves give the same as visits
@@ -633,8 +632,8 @@ def draw_figure(shown, tables, learned, few, cfg):
                 axes[3].errorbar(range(len(by_n)), means, spread, fmt=style, ms=4, capsize=2, color=f"C{index}", label=f"{method}; {name}")
     axes[3].set_xticks(range(len(by_n)), list(by_n))
     axes[3].set(xlabel="demonstrations", ylabel="total variation to the expert", ylim=(0, None))
-    axes[3].set_title("From few demonstrations", fontsize=9)
-    axes[3].legend(fontsize=7)
+    axes[3].set_title("From few demonstrations", fontsize=12)
+    axes[3].legend(fontsize=9, frameon=False)
     figure.savefig(cfg.out, dpi=130)
     plt.close(figure)
 

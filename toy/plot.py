@@ -59,17 +59,19 @@ def draw_figure(found, out):
     matplotlib.use("Agg")  # set here, not at import: a notebook that imports this file keeps its own backend
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(FAMILIES), figsize=(16, 4.6), sharex=True, sharey=True, constrained_layout=True)
-    for axis, (family, members) in zip(axes, FAMILIES.items(), strict=True):
-        axis.plot([1e-6, 1], [1e-6, 1], color="0.6", lw=0.8, zorder=1)
+    figure, axes = plt.subplots(2, 2, figsize=(8.3, 8.6), sharex=True, sharey=True, constrained_layout=True)  # the width of the README
+    for axis, (family, members) in zip(axes.flat, FAMILIES.items(), strict=True):
+        axis.plot([1e-6, 1], [1e-6, 1], color="0.6", lw=1, zorder=1)
         for index, label in enumerate(members):
             law, learned, started = found[label]
-            axis.plot(law, started, ".", color="0.85", ms=3, zorder=0)
-            axis.plot(law, learned, MARKERS[index], color=f"C{index}", ms=4.5, alpha=0.7, mew=0, label=label, zorder=2)
-        axis.set(xscale="log", yscale="log", xlim=(1e-6, 1.3), ylim=(1e-6, 1.3), xlabel="probability, closed form", aspect="equal")
-        axis.set_title(f"from {family}", fontsize=11)
-        axis.legend(fontsize=8, loc="upper left", frameon=False, handletextpad=0.1)
-    axes[0].set_ylabel("probability, learned (grey: before)")
+            axis.plot(law, started, ".", color="0.82", ms=5, zorder=0)
+            axis.plot(law, learned, MARKERS[index], color=f"C{index}", ms=6, alpha=0.7, mew=0, label=label, zorder=2)
+        axis.set(xscale="log", yscale="log", xlim=(1e-6, 1.3), ylim=(1e-6, 1.3), aspect="equal")
+        axis.set_title(f"from {family}", fontsize=13)
+        axis.tick_params(labelsize=11)
+        axis.legend(fontsize=10.5, loc="upper left", frameon=False, handletextpad=0.1, labelspacing=0.3)
+    figure.supxlabel("the probability that the formula says", fontsize=13)
+    figure.supylabel("the probability that training reached (grey: before training)", fontsize=13)
     figure.savefig(out, dpi=140)
     plt.close(figure)
 

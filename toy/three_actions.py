@@ -527,23 +527,20 @@ def sampled_irft(expert, ref, *, beta, seed, steps=4000, batch_size=64):
 
 
 def draw_figure(results, cfg):
-    """Left: learned probabilities against the law's, one dot each. Middle: rounds of SPIN and IRL, with refreshed and with fixed
-    reference. Right: probability of an unseen action over SFT and IRFT steps, and the value at which a bounded reward keeps it."""
+    """Top: learned probabilities against the law's, one dot each. Middle: rounds of SPIN and IRL, with refreshed and with fixed
+    reference. Bottom: probability of an unseen action over SFT and IRFT steps, and the value at which a bounded reward keeps it."""
     import matplotlib
 
     matplotlib.use("Agg")  # set here, not at import: a notebook that imports this file keeps its own backend
     import matplotlib.pyplot as plt
 
     expert, ref = closed_form.normalise(cfg.expert), closed_form.normalise(cfg.ref)
-    figure, (first, names, *others) = plt.subplots(1, 4, figsize=(19, 5), width_ratios=[1, 0.75, 1, 1], constrained_layout=True)
-    axes = [first, *others]
+    figure, axes = plt.subplots(3, 1, figsize=(8, 13), constrained_layout=True)  # readable at the width of the README
     axes[0].plot([0, 1], [0, 1], color="0.8", zorder=0)
-    for index, check in enumerate(check for check in results if check.is_policy):
-        marker = "os^vDP*X"[index % 8]
-        axes[0].plot(np.ravel(check.law), np.ravel(check.learned), marker, ms=6, alpha=0.7, label=check.name.strip())
-    axes[0].set(xlabel="closed form", ylabel="learned", title="Each method on its own law")
-    names.axis("off")
-    names.legend(*axes[0].get_legend_handles_labels(), fontsize=6.5, loc="center", ncols=2, frameon=False)
+    policies = [check for check in results if check.is_policy]
+    for index, check in enumerate(policies):
+        axes[0].plot(np.ravel(check.law), np.ravel(check.learned), "os^vDP*X"[index % 8], ms=8, alpha=0.6)
+    axes[0].set(xlabel="probability, closed form", ylabel="probability, learned", title=f"{len(policies)} runs, each on its closed form")
 
     for beta, color in ((0.45, "C3"), (1.0, "C1"), (cfg.beta, "C0")):
         for update, style in ((True, "-"), (False, "--")):
@@ -551,9 +548,9 @@ def draw_figure(results, cfg):
             label = f"β = {beta:g}, {'SPIN, IRL accumulated' if update else 'ref fixed: IRFT, IRL literal'}"
             axes[1].plot(range(9), [ref[2], *law], style, color=color, marker="o", ms=3, label=label)
     axes[1].axhline(expert[2], color="0.6", lw=1)
-    axes[1].text(8, expert[2], "expert", ha="right", va="bottom", fontsize=8, color="0.4")
+    axes[1].text(8, expert[2], "expert", ha="right", va="bottom", fontsize=11, color="0.4")
     axes[1].set(xlabel="converged rounds", ylabel="π(y₃)", title="Rounds settle only if β > ½ or, ref fixed, β > 1", ylim=(0, 1.02))
-    axes[1].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
+    axes[1].legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
     zeros, delta = torch.zeros(3, dtype=torch.float64), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
     uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
@@ -571,11 +568,14 @@ def draw_figure(results, cfg):
                    label="IRFT, fresh samples, β = 1")
     axes[2].loglog(range(1, steps + 1), path(lambda z: expected_irft(z, delta, uniform, uniform, beta=1.0)), label="SPIN, one round, β = 1")
     axes[2].axhline(closed_form.table_1(1.0)[0], color="k", ls=":", label="bounded reward, R/β = 1: stays")
-    axes[2].set(xlabel=f"steps (lr {lr:g})", ylabel="π(y₁), never demonstrated", title="Only a bounded reward keeps unseen mass")
-    axes[2].legend(fontsize=7)
+    axes[2].set(xlabel=f"steps (lr {lr:g})", ylabel="π(y₁), never demonstrated", title="Only a bounded reward keeps an unseen action")
+    axes[2].legend(fontsize=10, frameon=False)
     for axis in axes:
-        axis.title.set_fontsize(10.5)
-    figure.savefig(cfg.out, dpi=150)
+        axis.title.set_fontsize(14)
+        axis.xaxis.label.set_fontsize(12)
+        axis.yaxis.label.set_fontsize(12)
+        axis.tick_params(labelsize=11)
+    figure.savefig(cfg.out, dpi=110)
     plt.close(figure)
 
 

@@ -581,7 +581,7 @@ def arrows(axis, lake, policy, title, values=None):
                 axis.arrow(x, y, 0.42 * chance * dx, 0.42 * chance * dy, width=0.012, head_width=0.03 + 0.09 * chance, color="0.15",
                            length_includes_head=True, linewidth=0)
         if values is not None:
-            axis.text(x + 0.46, y + 0.42, f"{values[state]:.2f}", ha="right", va="bottom", fontsize=9, color="0.35")
+            axis.text(x + 0.48, y + 0.47, f"{values[state]:.2f}", ha="right", va="bottom", fontsize=8, color="0.35")
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_title(title, fontsize=12)

@@ -1,157 +1,166 @@
 # %% [markdown]
-# # 02 · Sampling: greedy, temperature, top-k, top-p
+# # 02 · Sampling: how a model writes
 #
-# **What you will hold.** The four ways to pick a token, written by you and equal to `minialign.sample`; your own sampler for a batch of
-# prompts of different lengths, equal to `minialign`'s token for token; and the reason why a sampler for alignment must return the
-# log-probabilities of the distribution *before* top-k or top-p.
+# **You will build** temperature, top-k and top-p, and a sampler that writes the same tokens as `minialign`'s. You
+# will measure what truncation buys and what it costs, and see which probabilities a sampler must record if its
+# samples are to be used for training.
 #
-# **Minutes.** 40 to read and run cell by cell. The computer needs about 25 seconds of it, most of them to train a tiny policy.
+# **Time:** 30 minutes of reading, 30 seconds of computer.
 #
-# **You must know.** Tutorial 01 (logits, the causal mask, the KV cache). A *policy* is a language model that we are going to train, a
-# *completion* is what it writes after a prompt.
+# **You need:** [01](01_gpt.ipynb) A GPT, from text to a loss (logits, softmax, the causal mask, the KV cache).
 #
-# Run it as a script from the repository root, `python tutorials/02_sampling.py`, or open it as cells. Lines marked
-# `# watch: name (shape)` are good places for a breakpoint. `B` sequences, `T` predictions, `V` vocabulary.
+# Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
+# through with a debugger.
 
 # %%
-import math
 import sys
 from pathlib import Path
 
-import matplotlib
+# minialign runs from its checkout: put the folder that holds it on the path (`pip install -e .` makes this unnecessary).
+here = Path(globals().get("__file__", "cell")).resolve()
+sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign").is_dir()][:1]
+
+import math
+
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
-# %%
-# minialign is run from its checkout, not installed: put the repository root, a folder above this file, on the path.
-here = Path(globals().get("__file__", "cell")).resolve()  # a notebook has no __file__; it looks upwards from where it runs
-ROOT = next(folder for folder in here.parents if (folder / "minialign").is_dir())
-sys.path.insert(0, str(ROOT))
-
-# %%
-IN_NOTEBOOK = "get_ipython" in globals()
-if not IN_NOTEBOOK:
-    matplotlib.use("Agg")  # a script saves its figure and does not wait for a window
-import matplotlib.pyplot as plt
-
-from minialign.batch import masked_mean
-from minialign.data import demo_batch, encode_prompt, encode_texts
-from minialign.engine.common import batch_rows, derive_seed
-from minialign.logps import token_logps
+from minialign.batch import collate
+from minialign.engine.common import derive_seed
 from minialign.model import GPT, GPTConfig, KVCache
 from minialign.sample import draw_tokens, keep_top_k, keep_top_p, sample
-from minialign.task import builtin_texts, builtin_tokenizer
+from minialign.task import (
+    POLITE_ENDINGS,
+    POLITE_OPENINGS,
+    RUDE_ENDINGS,
+    RUDE_OPENINGS,
+    THINGS,
+    builtin_texts,
+    builtin_tokenizer,
+)
+from tutorials.checks import always, this_run
+from tutorials.figures import sampling as figures
 
-FIGURES = Path("runs/tutorials")  # below the folder it runs in
-FIGURES.mkdir(parents=True, exist_ok=True)
+torch.manual_seed(0)
 torch.set_printoptions(precision=4, sci_mode=False)
+generator = torch.Generator().manual_seed(0)
 
 # %% [markdown]
 # ## The question
 #
-# At every position the policy offers a probability for each of $V$ tokens. We can write down only one. Which? And when the completion
-# is used for training later: under which distribution must we say that it was drawn?
-#
-# ## The equation
-#
-# The temperature $\tau$ divides the logits $z$. A truncation rule keeps a set $S$ of tokens and shares the probability out among them:
-#
-# $$p_\tau(v) = \frac{e^{z_v/\tau}}{\sum_u e^{z_u/\tau}}, \qquad
-# q(v) = \frac{p_\tau(v)}{p_\tau(S)} \ \text{ for } v \in S, \text{ else } 0, \qquad
-# H(p) = -\sum_v p(v) \ln p(v)$$
-#
-# * greedy: $S$ is the likeliest token. It is also the limit $\tau \to 0$.
-# * top-k: $S$ is the $k$ likeliest tokens.
-# * top-p: $S$ is the smallest set of likeliest tokens with $p_\tau(S) \ge p$. It is also called the nucleus.
-#
-# To draw from any of them, lay the probabilities side by side on the unit interval and see where a uniform number $u$ falls.
-
-# %% [markdown]
-# ## 1. Five tokens
-#
-# Probabilities that are powers of one half, so that everything can be done in the head. They are out of order on purpose.
+# At each position a language model gives a probability to each of V tokens, but we can write only one. Always the
+# likeliest? Then every answer is the same. Draw at random? Then the answer sometimes contains mistakes. So programs
+# draw at random from a changed [distribution](../GLOSSARY.md#distribution). These are the steps between the
+# [logits](../GLOSSARY.md#logits) and the token:
 
 # %%
 tokens = ["milk", "tea", "ink", "bread", "rope"]
-p = torch.tensor([[1 / 8, 1 / 2, 1 / 16, 1 / 4, 1 / 16]], dtype=torch.float64)  # watch: p (B, V), B = 1
-logits = p.log()  # any logits with this softmax will do
+probs = torch.tensor([[2, 8, 1, 4, 1]], dtype=torch.float64) / 16  # (B, V) = (1, 5)
+figures.path(tokens, probs[0].tolist())
+
+# %% [markdown]
+# Alignment adds a second question. Most of its methods train a model on texts that it wrote itself. Such a model is
+# called a [policy](../GLOSSARY.md#policy), written π. The text that it is given is the
+# [prompt](../GLOSSARY.md#prompt) x, the text that it adds is the completion y. Which probability must we record for
+# each token that the policy writes?
+
+# %% [markdown]
+# ## 1. Temperature, on five tokens
+#
+# The probabilities in the picture are powers of one half, so you can check the numbers on paper. Their logarithms
+# serve as logits.
+#
+# The *temperature* τ divides the logits z before the softmax, which raises the probabilities to the power 1/τ:
+#
+# $$\pi_\tau(v) = \frac{e^{z_v/\tau}}{\sum_w e^{z_w/\tau}} \;\propto\; \pi(v)^{1/\tau}$$
+#
+# Here v is a token, and the sum runs over all tokens w. With τ = ½ the probabilities are squared: 1/64, 1/4, 1/256,
+# 1/16, 1/256. Their sum is 86/256, so tea goes from 1/2 to 64/86 = 0.744.
+
+# %%
+logits = probs.log()  # watch: logits (B, V)
 
 
 def show(name, probs):
-    print(f"{name:12}" + "  ".join(f"{token} {prob:.4f}" for token, prob in zip(tokens, probs[0].tolist(), strict=True)))
-
-
-show("p", logits.softmax(-1))
-assert_close(logits.softmax(-1), p)
-assert tokens[int(logits.argmax(-1))] == "tea"  # greedy
-
-# %% [markdown]
-# **Temperature.** Dividing logits by $\tau$ raises probabilities to the power $1/\tau$ and normalises again. A half squares them: the
-# squares 1/64, 1/4, 1/256, 1/16, 1/256 sum to 86/256, so tea goes from 1/2 to 64/86.
-
-
-# %%
-def my_tempered(logits, tau):
-    return (logits / tau).softmax(-1)
+    row = zip(tokens, probs[0].tolist(), strict=True)
+    print(f"{name:14}" + "  ".join(f"{token} {prob:.3f}" for token, prob in row))
 
 
 for tau in (0.01, 0.5, 1.0, 2.0, 100.0):
-    show(f"tau {tau:g}", my_tempered(logits, tau))
-assert_close(my_tempered(logits, 0.5), torch.tensor([[4, 64, 1, 16, 1]], dtype=torch.float64) / 86)
-assert_close(my_tempered(logits, 0.01)[0, 1].item(), 1.0)  # tau -> 0 is greedy
-assert_close(my_tempered(logits, 1e6), torch.full_like(p, 1 / 5), atol=1e-5, rtol=0)  # tau -> infinity is uniform
+    show(f"tau {tau:g}", (logits / tau).softmax(-1))
+squares = torch.tensor([[4, 64, 1, 16, 1]], dtype=torch.float64) / 86
+assert_close((logits / 0.5).softmax(-1), squares, msg="tau 1/2 squares the probabilities")
 
 # %% [markdown]
-# **Entropy** says in one number how open the choice is. In bits, $p$ has $\frac12 1 + \frac14 2 + \frac18 3 + \frac1{16} 4 + \frac1{16} 4 =
-# 1.875$; in nats, which the code uses, times $\ln 2$. A policy that weighs $n$ tokens evenly has $\ln n$, so $e^H$ reads as "about so many
-# choices".
-
-
-# %%
-def my_entropy(probs):
-    """probs (..., V) -> nats (...,). A token of probability 0 adds nothing."""
-    return -torch.where(probs > 0, probs * probs.clamp(min=1e-300).log(), 0).sum(-1)
-
-
-H = my_entropy(p).item()
-print(f"H = {H / math.log(2):.3f} bits = {H:.4f} nats, about {math.exp(H):.2f} choices")
-assert_close(H, 1.875 * math.log(2))
-
-# %% [markdown]
-# Entropy always rises with the temperature, and its slope is known: $\dfrac{dH}{d\tau} = \dfrac{\text{Var}_{p_\tau}(z)}{\tau^3}$. Autograd
-# agrees.
-
-# %%
-tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-probs = (logits / tau).softmax(-1)
-(slope,) = torch.autograd.grad(my_entropy(probs).sum(), tau)
-mean_z = (probs * logits).sum()
-variance = (probs * (logits - mean_z) ** 2).sum()
-print(f"dH/dtau at 0.7: {slope:.4f} by autograd, {variance / tau**3:.4f} by the formula")
-assert_close(slope, (variance / tau**3).detach())
-
-# %% [markdown]
-# ## 2. Truncation
+# A very small τ always takes the likeliest token, which is called *greedy*. A very large one makes all tokens equally
+# likely.
 #
-# Both rules forbid tokens by giving them the logit $-\infty$. The softmax that follows then shares out what is left.
+# **Entropy** measures in one number how open the choice is: the average of −log π(v). Its unit is the
+# [nat](../GLOSSARY.md#nats), because the logarithm is natural. A choice among n equally likely tokens has entropy ln
+# n. So $e^{entropy}$ reads as "about so many choices".
+
+
+# %%
+def my_entropy(logits):
+    """logits (..., V) -> the entropy of their softmax in nats, (...,): -(sum of p * log p).
+
+    A logit may be -inf. Then p is 0 and the token adds 0 (but 0 * -inf is NaN: avoid that product).
+    """
+    logps = logits.log_softmax(-1)  # watch: logps (..., V)
+    return -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0.0)).sum(-1)
+
+
+for tau in (0.5, 1.0, 2.0):
+    entropy = my_entropy(logits / tau).item()
+    print(f"tau {tau:g}: {entropy:.3f} nats, about {math.exp(entropy):.2f} choices of 5")
+
+# %% [markdown]
+# ### Checkpoint: entropy
+
+# %%
+many = (2 * torch.randn(50, 30, generator=generator, dtype=torch.float64)).requires_grad_()
+mine, theirs = my_entropy(many), torch.distributions.Categorical(logits=many).entropy()
+assert_close(mine, theirs, msg="the entropy is that of torch.distributions")
+grads = [torch.autograd.grad(h.sum(), many)[0] for h in (mine, theirs)]
+assert_close(*grads, msg="the gradient of the entropy")
+many = many.detach()
+coin = torch.tensor([0.0, 0.0, -torch.inf])
+assert_close(my_entropy(coin).item(), math.log(2), msg="two equal tokens and a forbidden one")
+
+# %% [markdown]
+# ## 2. Forbid tokens: top-k and top-p
+#
+# A model gives a little probability to thousands of wrong tokens. Each is unlikely, but together they are not. Two
+# rules forbid such tokens by setting their logits to −∞. The softmax then shares the probability among those that are
+# kept.
+#
+# - **top-k** (Fan et al. 2018): keep the k likeliest tokens.
+# - **top-p**, also *nucleus sampling* (Holtzman et al. 2020): keep the smallest set of likeliest tokens whose
+#   probabilities sum to at least p. We call this number `mass`.
 
 
 # %%
 def my_top_k(logits, k):
-    """Forbid all but the k likeliest."""
-    kth = logits.sort(dim=-1, descending=True).values[:, k - 1 : k]  # watch: kth (B, 1), the smallest logit that stays
+    """logits (B, V) -> the same with -inf for all but the k largest of a row (all if k >= V)."""
+    k = min(k, logits.shape[-1])
+    kth = logits.sort(dim=-1, descending=True).values[:, k - 1 : k]  # watch: kth (B, 1)
     return logits.masked_fill(logits < kth, -torch.inf)
 
 
-def my_top_p(logits, p):
-    """Walk from the likeliest token down; stop as soon as the mass collected reaches p."""
+def my_top_p(logits, mass):
+    """logits (B, V) -> the same with -inf outside the nucleus, row by row.
+
+    Walk from the likeliest token down and keep each one; stop when the kept sum reaches `mass`.
+    At least one token is kept.
+    """
     kept = torch.full_like(logits, -torch.inf)
     for b, row in enumerate(logits):
-        mass = 0.0
+        collected = 0.0
         for v in row.argsort(descending=True):
             kept[b, v] = row[v]
-            mass += row.softmax(-1)[v]  # watch: mass ()
-            if mass >= p:
+            collected += row.softmax(-1)[v]  # watch: collected ()
+            if collected >= mass:
                 break
     return kept
 
@@ -159,318 +168,367 @@ def my_top_p(logits, p):
 show("top-k 2", my_top_k(logits, 2).softmax(-1))
 show("top-p 0.7", my_top_p(logits, 0.7).softmax(-1))
 show("top-p 0.8", my_top_p(logits, 0.8).softmax(-1))
-assert_close(my_top_k(logits, 2).softmax(-1)[0, [1, 3]], torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))  # tea, bread
-assert_close(my_top_p(logits, 0.8).softmax(-1)[0, [1, 3, 0]], torch.tensor([4, 2, 1], dtype=torch.float64) / 7)  # and milk
-assert torch.equal(my_top_p(logits, 0.7), my_top_k(logits, 2))
 
 # %% [markdown]
-# **Checkpoint**, on five tokens and on random logits. `minialign` walks no loop: it sorts, takes the cumulative sum, and puts the verdicts
-# back in the order of the vocabulary with `scatter`.
-
-# %%
-generator = torch.Generator().manual_seed(0)
-many = 2 * torch.randn(50, 30, generator=generator, dtype=torch.float64)
-for k in (1, 2, 3, 5):
-    assert_close(my_top_k(logits, k), keep_top_k(logits, k))
-    assert_close(my_top_k(many, k), keep_top_k(many, k))
-for mass in (0.1, 0.7, 0.8, 0.95):
-    assert_close(my_top_p(logits, mass), keep_top_p(logits, mass))
-    assert_close(my_top_p(many, mass), keep_top_p(many, mass))
-
-# A tie at the k-th place: ink and rope are equally likely, and top-k with k = 4 keeps both.
-assert keep_top_k(logits, 4).isfinite().sum() == 5
-
-# %% [markdown]
-# **Order matters.** Temperature comes first, then top-k, then top-p. Top-p looks at the tempered mass, so a hot policy keeps more tokens.
-
-# %%
-for tau in (0.5, 1.0, 2.0):
-    print(f"tau {tau:g}: top-p 0.7 keeps {int(keep_top_p(logits / tau, 0.7).isfinite().sum())} of 5")
-assert [int(keep_top_p(logits / tau, 0.7).isfinite().sum()) for tau in (0.5, 1.0, 2.0)] == [1, 2, 3]
-
-# %% [markdown]
-# ## 3. Drawing
+# Stop in `my_top_p` at its first call (mass 0.7): `collected` is 0.5 after tea and 0.75 after bread, and there it
+# stops.
 #
-# Lay the probabilities side by side. Token $v$ owns a piece of the unit interval as long as its probability. A uniform $u$ falls into one
-# piece. Sixteen points, one in the middle of each sixteenth, must fall 2, 8, 1, 4 and 1 times: exactly $16\,p$.
+# The order is: temperature, then top-k, then top-p. A higher temperature spreads the mass, so top-p 0.7 keeps more
+# tokens.
+#
+# ### Checkpoint: truncation
+
+# %%
+for k in (1, 2, 3, 5, 1000):
+    assert_close(my_top_k(logits, k), keep_top_k(logits, k), msg=f"five tokens, top-k {k}")
+    assert_close(my_top_k(many, k), keep_top_k(many, k), msg=f"random logits, top-k {k}")
+for mass in (0.1, 0.7, 0.8, 0.95):
+    assert_close(my_top_p(logits, mass), keep_top_p(logits, mass), msg=f"five tokens, {mass}")
+    assert_close(my_top_p(many, mass), keep_top_p(many, mass), msg=f"random logits, {mass}")
+for tau in (0.5, 1.0, 2.0):
+    kept = my_top_p(logits / tau, 0.7).isfinite().sum().item()
+    print(f"tau {tau:g}: top-p 0.7 keeps {kept} of 5")
+
+# %% [markdown]
+# ## 3. Draw a token
+#
+# Lay the probabilities side by side on the interval from 0 to 1, as in the picture. Draw a uniform random number. The
+# token whose piece it falls into is the one to write.
 
 
 # %%
 def my_draw(logits, uniform):
-    """logits (B, V), uniform (B,) in [0, 1) -> the first token whose cumulative probability exceeds u, (B,)."""
+    """logits (B, V), uniform (B,) in [0, 1) -> ids (B,).
+
+    In each row, the first token whose cumulative probability is above `uniform`. The cumulative
+    probability is the softmax, summed in the order of the vocabulary.
+    """
     cumulative = logits.softmax(-1).cumsum(-1)  # watch: cumulative (B, V)
     return (cumulative <= uniform[:, None]).sum(-1)
 
 
-points = (torch.arange(16, dtype=torch.float64) + 0.5) / 16
-drawn = my_draw(logits.expand(16, -1), points)  # watch: drawn (B,)
-print("cumulative", logits.softmax(-1).cumsum(-1)[0].tolist())
-print("drawn     ", [tokens[v] for v in drawn])
-assert torch.equal(drawn.bincount(minlength=5), (16 * p[0]).long())
+points = (torch.arange(16, dtype=torch.float64) + 0.5) / 16  # the middles of sixteen equal pieces
+drawn = my_draw(logits.expand(16, -1), points)
+print([tokens[v] for v in drawn])
 
 # %% [markdown]
-# **Checkpoint.** The project's `draw_tokens` takes probabilities, and guards the end: a rounded cumulative sum may stop just short of 1,
-# and a $u$ beyond it must not pick a forbidden token.
+# ### Checkpoint: drawing
 
 # %%
+counts = drawn.bincount(minlength=5)
+always(counts.tolist() == [2, 8, 1, 4, 1], "sixteen even points fall 2, 8, 1, 4 and 1 times")
 uniform = torch.rand(50, generator=generator, dtype=torch.float64)
-assert_close(my_draw(many, uniform), draw_tokens(many.softmax(-1), uniform))
-truncated = keep_top_k(many, 3)
-assert truncated.gather(1, draw_tokens(truncated.softmax(-1), uniform)[:, None]).isfinite().all()
+theirs = draw_tokens(many.softmax(-1), uniform)
+always(torch.equal(my_draw(many, uniform), theirs), "the same tokens as minialign draws")
 
 # %% [markdown]
-# ## 4. A policy to sample from
+# ## 4. A language, and a policy that writes it
 #
-# The built-in task: a prompt names a thing, the completion asks for it, politely or rudely. Ten lines train a tiny GPT on such requests.
-# Every token of a text is a target, the first one predicted from BOS.
+# From here on we need a policy. It learns a small artificial language, which most tutorials use. A prompt names one
+# of 24 things, and the completion asks for it, politely or rudely:
+
+# %%
+texts = builtin_texts()
+print(*texts[:5], sep="\n")
+print("openings:", *POLITE_OPENINGS, "|", *RUDE_OPENINGS, sep="  ")
+print("endings: ", *POLITE_ENDINGS, "|", *RUDE_ENDINGS, sep="  ")
+
+# %% [markdown]
+# There are three polite and three rude openings, and the same for endings. In these texts an opening is polite with
+# probability ¼; then each of the three polite ones is equally likely. The ending is chosen in the same way,
+# independently. So every prompt has 6 · 6 = 36 valid answers, and we know the probability of each.
+#
+# Training is that of tutorial 01, with batches of 32 texts. `collate` makes rows of equal length by *padding* the
+# shorter ones with id 0 on the right; `mask` is True where a target belongs to the text.
 
 # %%
 tokenizer = builtin_tokenizer()
-rows = encode_texts(tokenizer, builtin_texts(), max_len=96)
+eos, V = tokenizer.eos_id, tokenizer.vocab_size  # id 0 stands before each text and ends it
+rows = [tokenizer.encode(text) + [eos] for text in texts]
 torch.manual_seed(0)
-policy = GPT(GPTConfig.tiny(tokenizer.vocab_size))
+policy = GPT(GPTConfig.tiny(V))
+things = ("tea", "honey", "a lamp", "rope")
+prompts = [[eos] + tokenizer.encode(f"ask for {thing}: ") for thing in things]
+
+
+def print_samples(**how):
+    """Print three completions of each of three prompts."""
+    rollout = sample(policy, prompts[:3], n=3, max_new=40, eos_id=eos, seed=3, **how)
+    for b, thing in enumerate(things[:3]):
+        said = [tokenizer.decode(ids) for ids in rollout.completions[3 * b : 3 * b + 3]]
+        print(f"   {thing:7}", "  |  ".join(said))
+
+
+print("before training")
+print_samples()
+STEPS = 300
 optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.0)
-for step in range(300):
-    batch = demo_batch(rows, batch_rows(len(rows), 32, step, seed=0), pad_id=tokenizer.pad_id, max_len=96)
-    loss = -masked_mean(token_logps(policy, batch), batch.mask)  # watch: loss (), nats per token
+for _ in range(STEPS):
+    picked = torch.randint(len(rows), (32,), generator=generator).tolist()
+    batch = collate([[eos]] * 32, [rows[i] for i in picked], pad_id=eos)
+    predicted = policy(batch.inputs)[batch.mask]  # (tokens that are not padding, V)
+    loss = F.cross_entropy(predicted, batch.targets[batch.mask])  # watch: loss ()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-print(f"loss {loss.item():.3f}")
-assert loss.item() < 0.3
-
-eos_id = tokenizer.eos_id
-prompt = encode_prompt(tokenizer, "ask for honey: ")
-settings = {
-    "greedy": dict(greedy=True),
-    "tau 0.5": dict(tau=0.5),
-    "tau 1": dict(tau=1.0),
-    "tau 2": dict(tau=2.0),
-    "tau 2, top-p 0.7": dict(tau=2.0, top_p=0.7),
-}
-for name, how in settings.items():
-    rollout = sample(policy, [prompt], n=3, max_new=40, eos_id=eos_id, seed=0, **how)
-    print(f"{name:16}", "  |  ".join(tokenizer.decode(completion) for completion in rollout.completions))
+print(f"after training, loss {loss.item():.3f}")
+print("greedy")
+print_samples(greedy=True)
+for tau in (0.5, 1.0, 2.0):
+    print(f"tau {tau:g}")
+    print_samples(tau=tau)
+this_run(loss.item() < 0.3, "the policy has learned most of the language")
 
 # %% [markdown]
-# ## 5. The experiment: where does a policy have a choice?
+# Greedy sampling always writes the same sentence. τ = ½ gives correct sentences with some variety. τ = 1 is the
+# distribution that was trained. It has more variety, and some mistakes: the policy is tiny and was trained briefly,
+# so it may misspell a word or ask for another thing than the prompt names. At τ = 2 hardly a word is right.
+
+# %% [markdown]
+# ## 5. What truncation buys, and what it costs
 #
-# A text is not equally open everywhere. At the first letter of a completion the policy chooses among six openings. In the middle of a word
-# it has no choice. We know the law that the built-in texts are drawn from, so we can check the first one: an opening is polite with
-# probability 1/4, there are three of either kind, and one of either kind begins with `i`: 1/12 + 1/4.
+# We know the language, so we can count. For each setting we sample 16 answers to each of the 24 prompts, and ask
+# three things. How many are valid answers to their prompt? How many begin politely (¼ in the language)? How many of
+# the 36 combinations of opening and ending occur?
+
+# %%
+all_prompts = [[eos] + tokenizer.encode(f"ask for {thing}: ") for thing in THINGS]
+openings, endings = POLITE_OPENINGS + RUDE_OPENINGS, POLITE_ENDINGS + RUDE_ENDINGS
+pairs = [(opening, ending) for opening in openings for ending in endings]  # 36
+
+
+def measure(**how):
+    """Shares of valid answers and of polite openings, number of combinations, invalid texts."""
+    rollout = sample(policy, all_prompts, n=16, max_new=40, eos_id=eos, seed=0, **how)
+    used, polite, invalid = [], 0, []
+    for b, ids in enumerate(rollout.completions):
+        thing, text = THINGS[b // 16], tokenizer.decode(ids)
+        valid = {f"{opening} {thing}{ending}": (opening, ending) for opening, ending in pairs}
+        polite += text.startswith(POLITE_OPENINGS)
+        if text in valid:
+            used.append(valid[text])
+        else:
+            invalid.append(f"{thing}: {text}")
+    n = len(rollout.completions)
+    return len(used) / n, polite / n, len(set(used)), invalid
+
+
+settings = {
+    "tau 2": dict(tau=2.0),
+    "tau 1": dict(),
+    "top-k 4": dict(top_k=4),
+    "top-p 0.95": dict(top_p=0.95),
+    "top-p 0.9": dict(top_p=0.9),
+    "top-p 0.7": dict(top_p=0.7),
+    "tau 0.5": dict(tau=0.5),
+    "greedy": dict(greedy=True),
+}
+table = {name: measure(**how) for name, how in settings.items()}
+for name, (valid, polite, combinations, _) in table.items():
+    print(f"{name:10}  valid {valid:4.0%}   polite {polite:4.0%}   combinations {combinations:2}")
+print("\ninvalid at tau 1, for example:", *table["tau 1"][3][:40:8], sep="\n  ")
+figures.shares([(name, valid, polite) for name, (valid, polite, *_) in table.items()], 0.25)
+this_run(table["top-p 0.9"][0] > table["tau 1"][0] + 0.03, "top-p makes more sentences valid")
+this_run(table["top-p 0.7"][1] < 0.6 * table["tau 1"][1], "a strict cut leaves few polite ones")
+
+# %% [markdown]
+# This is why programs truncate when they *show* text: most mistakes disappear, as Holtzman et al. found for large
+# models. The price is what is rare. With top-p 0.7 far fewer answers begin politely, although the policy knows how.
+# Cooling has the same effect, and greedy sampling always says the same. Section 6 shows that some openings can no
+# longer be written at all. A method that learns from a [reward](../GLOSSARY.md#reward) for such openings would never
+# see one. So: **truncate for display, not for training.**
+
+# %% [markdown]
+# ## 6. Where does the policy have a choice?
+#
+# At some positions it has a real choice, at others none. The picture shows the sentence `i want honey, thank you.`.
+# Each column lists the likeliest tokens of one position, from the top down. The orange box is the token that was
+# written, which need not be the likeliest.
 
 # %%
 completion = "i want honey, thank you."
-ids = prompt + tokenizer.encode(completion) + [eos_id]
+ids = prompts[1] + tokenizer.encode(completion) + [eos]
 with torch.no_grad():
-    seen = policy(torch.tensor([ids[:-1]]))[0, len(prompt) - 1 :].double()  # watch: seen (T, V), one row of logits per token
-probs = seen.softmax(-1)
-entropies = my_entropy(probs)  # watch: entropies (T,)
-nucleus = keep_top_p(seen, 0.9).isfinite().sum(-1)  # watch: nucleus (T,), how many tokens top-p keeps
-labels = [*completion.replace(" ", "␣"), "eos"]
+    every = policy(torch.tensor([ids[:-1]]))[0].double()
+seen = every[len(prompts[1]) - 1 :]  # watch: seen (T, V), a row for each token of the completion
+best = seen.softmax(-1).topk(6)
+labels = ["⏎" if v == eos else tokenizer.decode([v]).replace(" ", "␣") for v in range(V)]
+ranked = [
+    [(labels[v], prob) for v, prob in zip(vs, ps, strict=True)]
+    for vs, ps in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+]
+kept = my_top_p(seen, 0.9).isfinite().sum(-1)  # how many tokens it keeps, (T,)
+figures.choices([*completion.replace(" ", "␣"), "⏎"], ranked, kept.tolist(), k=4)
 
-first_letters = torch.tensor([1 / 3, 1 / 4, 1 / 4, 1 / 12, 1 / 12])  # i, h, g, m, c
-law = my_entropy(first_letters).item()
-print("kept by top-p 0.9:", " ".join(f"{label}{int(n)}" for label, n in zip(labels, nucleus, strict=True)))
-print(f"on average {nucleus.double().mean():.2f} of {tokenizer.vocab_size} tokens")
-print(f"entropy of the first letter {entropies[0]:.3f}, of the law {law:.3f}")
-assert abs(entropies[0].item() - law) < 0.2
-assert nucleus[0] >= 3 and nucleus.min() == 1 and nucleus.double().mean() < 2
-
-# %%
-places = {"the first letter": 0, "after “honey”": completion.index(","), "inside “honey”": completion.index("ney")}
-taus = torch.logspace(-1, 1, 80, dtype=torch.float64)
-curves = {name: torch.stack([my_entropy(my_tempered(seen[t], tau)) for tau in taus]) for name, t in places.items()}
-for curve in curves.values():
-    assert (curve.diff() > -1e-9).all() and curve[-1] < math.log(tokenizer.vocab_size)  # entropy rises with tau, up to ln V
-
-figure, axes = plt.subplots(2, 1, figsize=(11, 8.2), height_ratios=[1.1, 1], constrained_layout=True)
-for color, (name, curve) in zip(("C0", "C1", "C2"), curves.items(), strict=True):
-    axes[0].plot(taus, curve, color=color, lw=2, label=name)
-    axes[0].plot(1, entropies[places[name]], "o", color=color, ms=7)
-axes[0].axhline(math.log(tokenizer.vocab_size), color="0.45", ls="--", lw=1)
-axes[0].text(0.1, math.log(tokenizer.vocab_size) - 0.06, "ln V: all tokens equally likely", va="top", fontsize=10, color="0.35")
-axes[0].axvline(1, color="0.8", lw=1, zorder=0)
-axes[0].set_xscale("log")
-axes[0].set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
-axes[0].set(xlabel="temperature tau", ylabel="entropy (nats)", xlim=(0.095, 10.5))
-axes[0].set_title("Temperature opens every choice, the settled ones too")
-axes[0].legend(frameon=False, loc="center left", title="the policy chooses", alignment="left")
-axes[0].spines[["top", "right"]].set_visible(False)
-
-RANKS = 6
-best = probs.topk(RANKS)  # values and indices (T, RANKS)
-image = axes[1].imshow(best.values.T.sqrt(), cmap="Blues", vmin=0, vmax=1, aspect="auto")  # square root: small chances stay visible
-for t in range(len(labels)):
-    for rank in range(RANKS):
-        prob, v = best.values[t, rank].item(), int(best.indices[t, rank])
-        if prob >= 0.01:
-            letter = "eos" if v == eos_id else tokenizer.decode([v]).replace(" ", "␣")
-            axes[1].text(t, rank, letter, ha="center", va="center", fontsize=10, color="white" if prob > 0.4 else "0.15")
-edges = torch.arange(len(labels) + 1) - 0.5
-axes[1].stairs(nucleus.double() - 0.5, edges, baseline=-0.5, color="C3", lw=2, label="kept by top-p 0.9")
-axes[1].axhline(4 - 0.5, color="C1", ls="--", lw=2, label="kept by top-k 4")
-axes[1].set_xticks(range(len(labels)), labels, family="DejaVu Sans Mono", fontsize=10)
-axes[1].set_yticks(range(RANKS), range(1, RANKS + 1))
-axes[1].tick_params(length=0)
-axes[1].set(xlabel="the completion, character by character", ylabel="rank")
-axes[1].set_title("A fixed k keeps noise where nothing is open; top-p follows the policy")
-axes[1].legend(loc="lower right", ncols=2)
-axes[1].set_ylim(RANKS - 0.5, -0.56)
-bar = figure.colorbar(image, ax=axes[1], pad=0.01, label="probability")
-bar.set_ticks([0, 0.1**0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.5", "1"])
-figure.savefig(FIGURES / "02_sampling.png", dpi=140)
-if IN_NOTEBOOK:
-    plt.show()
-plt.close(figure)
-print("figure:", FIGURES / "02_sampling.png")
+first = {letter: round(prob, 3) for letter, prob in ranked[0][:5]}
+twelfths = torch.tensor([4.0, 3.0, 3.0, 1.0, 1.0])  # i, h, g, m, c in the language
+in_language = my_entropy(twelfths.log()).item()
+print("first letter:", first)
+print(f"its entropy: {my_entropy(seen[0]).item():.2f} nats, in the language {in_language:.2f}")
+nucleus = my_top_p(seen[:1], 0.7)[0].isfinite().nonzero().flatten().tolist()
+print("top-p 0.7 keeps there:", *[labels[v] for v in nucleus])
+this_run(abs(my_entropy(seen[0]).item() - in_language) < 0.3, "the policy knows this entropy")
 
 # %% [markdown]
-# ## 6. The log-probs that a sampler must return
+# There are three polite openings (1/12 each) and three rude ones (1/4 each). One polite and one rude opening begin
+# with `i`, so P(i) = 1/12 + 1/4. The other polite ones begin with `m` and `c`. Top-p 0.7 forbids both letters here,
+# so `may i have` and `could i get` cannot be written.
 #
-# Methods that train on their own samples compare two policies on each token: the one that is being trained, $\pi_\theta$, and the one that
-# sampled, $\pi_{\text{old}}$,
-#
-# $$\text{ratio}_t = \frac{\pi_\theta(y_t \mid x, y_{<t})}{\pi_{\text{old}}(y_t \mid x, y_{<t})}
-# = \exp(\texttt{logps}_t - \texttt{old\_logps}_t).$$
-#
-# Before the first step both are the same policy, so the ratio must be 1 everywhere. `sample` returns `old_logps` of the tempered,
-# **untruncated** distribution. `token_logps` gives `logps` of given tokens; the temperature must be the same.
+# Why is τ = 2 so bad? A high temperature gives probability to every token, also where only one letter is right. In a
+# sentence of some twenty letters, some then go wrong:
 
 # %%
-prompts = [encode_prompt(tokenizer, f"ask for {thing}: ") for thing in ("honey", "a lamp", "tea", "rope")]
-rollout = sample(policy, prompts, n=16, tau=0.8, top_p=0.8, max_new=40, eos_id=eos_id, seed=0)  # B = 4 · 16
-with torch.no_grad():
-    logps = token_logps(policy, rollout, tau=0.8)  # watch: logps (B, T)
-    forgot_tau = token_logps(policy, rollout)
-ratio = (logps - rollout.old_logps).exp()[rollout.mask]  # watch: ratio (scored tokens,)
-print(f"ratio between {ratio.min():.5f} and {ratio.max():.5f}")
-forgot = (forgot_tau - rollout.old_logps).exp()[rollout.mask]
-print(f"with tau forgotten between {forgot.min():.3f} and {forgot.max():.3f}")
-assert_close(ratio, torch.ones_like(ratio), atol=1e-3, rtol=0)
-assert (forgot - 1).abs().max() > 0.05
+after, inside = completion.index(","), completion.index("ney")
+places = {"first letter": 0, "after “honey”": after, "inside “honey”": inside}
+taus = torch.logspace(-1, 1, 60, dtype=torch.float64)
+curves = {name: [my_entropy(seen[t] / tau).item() for tau in taus] for name, t in places.items()}
+figures.entropies(taus.tolist(), curves, math.log(V))
 
 # %% [markdown]
-# **Break it on purpose.** It seems more honest to store the log-probs of $q$, since tokens were drawn from $q$. But then the ratio of an
-# unchanged policy is $p / q = p / (p / p(S)) = p(S)$: the kept mass. Training would begin with the belief that the policy had already moved
-# away from each of its own tokens.
+# ## 7. The probabilities that a sampler must record
+#
+# Methods that train on their own samples often use each sample for several updates, because sampling is slow. After
+# the first update the policy is no longer the one that wrote the sample. To correct for that, they multiply by the
+# [probability ratio](../GLOSSARY.md#ratio) of each token:
+#
+# $$\rho_t = \frac{\pi(y_t \mid x, y_{<t})}{\pi_{\text{old}}(y_t \mid x, y_{<t})}
+# = e^{\,\texttt{logps}_t - \texttt{old\_logps}_t}$$
+#
+# $\pi_{\text{old}}$ is the policy at the time of sampling. So the sampler records `old_logps`, the log-probability of
+# each token that it writes. Here is the test of it: **before the first update both policies are the same, so every
+# ratio must be 1.** `sample` records the log-probs after the temperature and *before* truncation.
+
+
+# %%
+def logps_of(policy, batch, tau):
+    """The log-probs of the targets, (B, T)."""
+    logps = (policy(batch.inputs) / tau).log_softmax(-1)
+    return logps.gather(-1, batch.targets[..., None]).squeeze(-1)
+
+
+how = dict(tau=0.8, top_p=0.8, max_new=40, eos_id=eos, seed=0)
+rollout = sample(policy, prompts, n=16, **how)  # B = 64: inputs, targets, mask, old_logps (B, T)
+mask = rollout.mask  # True for tokens of the completion
+with torch.no_grad():
+    logps = logps_of(policy, rollout, tau=0.8)  # watch: logps (B, T)
+    forgot_tau = logps_of(policy, rollout, tau=1.0)
+ratio = (logps - rollout.old_logps).exp()[mask]  # watch: ratio (completion tokens,)
+forgotten = (forgot_tau - rollout.old_logps).exp()[mask]
+print(f"ratios between {ratio.min():.4f} and {ratio.max():.4f}")
+print(f"with tau forgotten: between {forgotten.min():.3f} and {forgotten.max():.3f}")
+always((ratio - 1).abs().max() < 1e-3, "the ratio of an unchanged policy is 1")
+always((forgotten - 1).abs().max() > 0.01, "another temperature gives other ratios")
+
+# %% [markdown]
+# ## 8. Break it: record the truncated probabilities
+#
+# The tokens were drawn from the truncated distribution. Is it not more honest to record *its* probabilities?
+# Truncation divides each kept probability by the sum S of all kept ones. So the ratio of an unchanged policy becomes
+# π / (π / S) = S, which is below 1.
 
 # %%
 with torch.no_grad():
-    tempered = policy(rollout.inputs).double()[rollout.mask] / 0.8  # (scored tokens, V)
-kept = keep_top_p(tempered, 0.8)
-kept_mass = (kept.logsumexp(-1) - tempered.logsumexp(-1)).exp()  # watch: kept_mass (scored tokens,)
-truncated_logps = kept.log_softmax(-1).gather(1, rollout.targets[rollout.mask][:, None]).squeeze(1)
-wrong_ratio = (logps[rollout.mask].double() - truncated_logps).exp()
-print(f"wrong ratio: mean {wrong_ratio.mean():.3f}, smallest {wrong_ratio.min():.3f}")
-assert_close(wrong_ratio, kept_mass, atol=1e-4, rtol=0)  # it is the kept mass
-assert wrong_ratio.max() < 1 + 1e-6 and wrong_ratio.min() < 0.9  # and it fails to be 1
-
-per_completion = torch.zeros(rollout.mask.shape, dtype=torch.float64).masked_scatter(rollout.mask, wrong_ratio.log()).sum(1).exp()
-print(f"over a whole completion: {per_completion.mean():.3f} on average, where it should be 1")
-assert per_completion.mean() < 0.8
-
-# %% [markdown]
-# The right bookkeeping does not make truncated samples fair, though. They still come from $q$, and an average over them is an average under
-# $q$. Give `milk` the reward 1 and the rest 0, and draw with top-k 2: the reward is never seen. So: **truncate for display, not for
-# training.**
-
-# %%
-reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-q = keep_top_k(logits, 2).softmax(-1)
-print("expected reward under p:", (p[0] * reward).sum().item(), "  under top-k 2:", (q[0] * reward).sum().item())
-assert (p[0] * reward).sum() == 1 / 8 and (q[0] * reward).sum() == 0
+    tempered = policy(rollout.inputs).double()[mask] / 0.8  # (completion tokens, V)
+truncated = keep_top_p(tempered, 0.8)
+targets = rollout.targets[mask][:, None]
+inside = truncated.isfinite()
+kept_sum = (tempered.softmax(-1) * inside).sum(-1)  # watch: kept_sum (completion tokens,)
+wrong_ratios = (tempered.log_softmax(-1) - truncated.log_softmax(-1)).exp()
+wrong = wrong_ratios.gather(1, targets).squeeze(1)
+assert_close(wrong, kept_sum, msg="the wrong ratio is the kept sum")
+ones = torch.ones(mask.shape, dtype=torch.float64)
+per_completion = ones.masked_scatter(mask, wrong).prod(1)
+print(f"wrong ratio of a token: mean {wrong.mean():.3f}, smallest {wrong.min():.3f}")
+print(f"product over a completion: {per_completion.mean():.3f} on average, where it should be 1")
+this_run(per_completion.mean() < 0.8, "over a completion the error is large")
 
 # %% [markdown]
-# ## 7. One generator for each row
+# Per token the error looks harmless. Multiplied over a completion it is not. Before the first update the ratios would
+# already be below 1, as if the policy had changed.
+
+# %% [markdown]
+# ## 9. Many prompts at once
 #
-# `sample` promises: the same seed gives the same completion, whatever else is in the batch. Otherwise a change of batch size would change
-# the experiment. A generator shared by the batch breaks the promise: who comes first takes the first numbers.
-
-# %%
-alone = torch.rand(1, 4, generator=torch.Generator().manual_seed(0))
-third_of_three = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))[2:]
-print("shared generator, the same row alone and as third of three:\n", torch.cat([alone, third_of_three]))
-assert not torch.equal(alone, third_of_three)
-
-
-# %% [markdown]
-# So each row gets its own, seeded by what the row *is*: the seed, the ids of its prompt, and which sample of this prompt it is.
+# **Random numbers.** If the rows of a batch share one generator, a sample depends on what else is in the batch, and
+# an experiment changes with its batch size. So each row gets its own generator, seeded by the seed, the prompt, and
+# the number of the sample. (`derive_seed` turns any values into a seed.)
 
 
 # %%
-def my_uniforms(seed, prompt, which, max_new):
-    """The random numbers of one completion (max_new,): a function of the row, not of the batch."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, tuple(prompt), which))
-    return torch.rand(max_new, generator=generator, dtype=torch.float64).float()
+def uniforms_of(seed, prompt, number, max_new):
+    """The random numbers of one completion, (max_new,)."""
+    own = torch.Generator().manual_seed(derive_seed(seed, tuple(prompt), number))
+    return torch.rand(max_new, generator=own, dtype=torch.float64)
 
 
-alone = sample(policy, prompts[2:3], max_new=40, eos_id=eos_id, seed=5)
-together = sample(policy, prompts, n=2, max_new=40, eos_id=eos_id, seed=5)  # rows 4 and 5 are the two samples of prompt 2
-print(repr(tokenizer.decode(alone.completions[0])), "alone;", [tokenizer.decode(together.completions[b]) for b in (4, 5)], "together")
-assert alone.completions[0] == together.completions[4]
-assert together.completions[4] != together.completions[5]
+how = dict(top_p=0.9, max_new=40, eos_id=eos, seed=5)
+alone, together = sample(policy, prompts[2:3], **how), sample(policy, prompts, n=2, **how)
+print(tokenizer.decode(alone.completions[0]), "|", tokenizer.decode(together.completions[4]))
+always(alone.completions[0] == together.completions[4], "a sample does not depend on the batch")
 
 # %% [markdown]
-# ## 8. Prompts of different lengths in one batch
-#
-# A tensor is a rectangle, prompts are not. Padding on the **right** changes nothing: the causal mask already hides what comes later, so
-# the logits at the last real token are those of the prompt alone. Padding on the **left** puts strangers before the prompt, and without
-# a mask of its own every later token sees them.
+# **Lengths.** A tensor is a rectangle, prompts are not. Padding on the *right* changes nothing: the causal mask hides
+# what comes later. Padding on the *left* puts foreign tokens before the prompt, and every token sees them (unless
+# they are masked as well, as many libraries do):
 
 # %%
 lengths = torch.tensor([len(prompt) for prompt in prompts])
 longest = int(lengths.max())
-right = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # watch: right (B, T)
-left = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+padding = [[0] * (longest - len(prompt)) for prompt in prompts]
+right = torch.tensor([prompt + pad for prompt, pad in zip(prompts, padding, strict=True)])
+left = torch.tensor([pad + prompt for prompt, pad in zip(prompts, padding, strict=True)])
 with torch.no_grad():
-    one_by_one = torch.cat([policy(torch.tensor([prompt]))[:, -1] for prompt in prompts])  # (B, V)
-    from_right = policy(right)[torch.arange(len(prompts)), lengths - 1]
-    from_left = policy(left)[:, -1]
-print("lengths", lengths.tolist())
-for b in range(len(prompts)):
-    gap_right, gap_left = ((logits_of[b] - one_by_one[b]).abs().max().item() for logits_of in (from_right, from_left))
-    print(f"row {b}: {longest - int(lengths[b])} of padding   gap from the right {gap_right:.0e}   from the left {gap_left:.0e}")
-assert_close(from_right, one_by_one, atol=1e-4, rtol=0)
-assert (from_left - one_by_one).abs().max() > 0.05  # the left-padded rows are wrong
+    singles = [policy(torch.tensor([prompt]))[:, -1] for prompt in prompts]  # (1, V) each
+    one_by_one = torch.cat(singles)  # (B, V)
+    gap_right = (policy(right)[torch.arange(4), lengths - 1] - one_by_one).abs().amax(1)
+    gap_left = (policy(left)[:, -1] - one_by_one).abs().amax(1)
+for b, thing in enumerate(things):
+    gaps = f"{gap_right[b]:.4f} (right), {gap_left[b]:.4f} (left)"
+    print(f"{thing:7} {len(padding[b])} of padding   logits differ by {gaps}")
+always(gap_right.max() < 1e-3, "padding on the right changes no logit")
+always(gap_left.max() > 1e-2, "padding on the left does")
 
 # %% [markdown]
-# Left padding can be repaired with a mask and with shifted positions, and many libraries do so. Here the next token is written at **each
-# row's own** position instead: the KV cache knows the length of every row. Watch the lengths grow side by side.
+# When the rows grow, each writes its next token at its **own** position, over its padding. The KV cache stores the
+# length of each row. Below, the likeliest token is appended twelve times:
 
 # %%
+cache = KVCache(policy.config, len(prompts), longest + 12)
+columns = []
 with torch.no_grad():
-    cache = KVCache(policy.config, len(prompts), longest + 12)
-    last = policy(right, cache=cache, lengths=lengths)[torch.arange(len(prompts)), lengths - 1]  # watch: last (B, V)
-    columns = []
-    for _ in range(12):
-        print(cache.lengths.tolist(), end=" ")
-        token = last.argmax(-1)  # watch: token (B,)
-        columns.append(token)
-        last = policy(token[:, None], cache=cache)[:, -1]
-by_hand = torch.stack(columns, dim=1).tolist()
-print()
-print([tokenizer.decode(completion) for completion in by_hand])
-assert by_hand == sample(policy, prompts, max_new=12, eos_id=None, seed=0, greedy=True).completions  # checkpoint
+    last = policy(right, cache=cache, lengths=lengths)[torch.arange(4), lengths - 1]
+    for step in range(12):
+        if step < 3:
+            print(f"step {step}: lengths {cache.lengths.tolist()}")
+        columns.append(last.argmax(-1))
+        last = policy(columns[-1][:, None], cache=cache)[:, -1]
+print([tokenizer.decode(ids) for ids in torch.stack(columns, dim=1).tolist()])
 
 # %% [markdown]
-# ## 9. The whole sampler
+# ## 10. The whole sampler
 #
-# Everything together, one row at a time and without a cache: slow, and short enough to be believed.
+# Everything together, one row at a time and without a cache: slow, and short enough to be checked by reading.
 
 
 # %%
 def my_sample(policy, prompts, *, max_new, tau, top_k, top_p, seed):
-    """-> completions, and the log-prob of each of their tokens before truncation: two lists of lists."""
+    """-> (completions, all_logps): for each prompt (a list of ids) a list of ids, and of floats.
+
+    Row by row and token by token: run the policy on prompt + completion so far, divide the last
+    logits by tau, then my_top_k, my_top_p, and my_draw with the next of the max_new numbers
+    uniforms_of(seed, prompt, 0, max_new). Record the log-prob after tau and before truncation.
+    Stop after `eos` (which is kept) or max_new tokens.
+    """
     completions, all_logps = [], []
     for prompt in prompts:
-        uniforms, completion, logps = my_uniforms(seed, prompt, 0, max_new), [], []
+        uniforms, completion, logps = uniforms_of(seed, prompt, 0, max_new), [], []
         for t in range(max_new):
-            logits = policy(torch.tensor([prompt + completion]))[:, -1] / tau  # watch: logits (1, V)
+            inputs = torch.tensor([prompt + completion])  # watch: inputs (1, T)
+            logits = policy(inputs)[:, -1] / tau
             token = my_draw(my_top_p(my_top_k(logits, top_k), top_p), uniforms[t : t + 1])
             completion.append(int(token))
             logps.append(logits.log_softmax(-1)[0, token].item())
-            if completion[-1] == eos_id:
+            if completion[-1] == eos:
                 break
         completions.append(completion)
         all_logps.append(logps)
@@ -478,79 +536,143 @@ def my_sample(policy, prompts, *, max_new, tau, top_k, top_p, seed):
 
 
 # %% [markdown]
-# **Checkpoint.** The batched, cached sampler of `minialign` writes the same tokens, and returns the same log-probs.
+# ### Checkpoint: the same tokens as minialign's batched sampler
 
 # %%
 how = dict(max_new=40, tau=1.3, top_k=8, top_p=0.95, seed=3)
 with torch.no_grad():
     completions, all_logps = my_sample(policy, prompts, **how)
-rollout = sample(policy, prompts, eos_id=eos_id, **how)
-for completion in rollout.completions:
-    print(repr(tokenizer.decode(completion)))
-assert completions == rollout.completions
-assert rollout.lengths.tolist() == [len(completion) for completion in completions]
-assert_close(torch.tensor([logp for logps in all_logps for logp in logps]), rollout.old_logps[rollout.mask], atol=1e-3, rtol=0)
+rollout = sample(policy, prompts, eos_id=eos, **how)
+for mine, theirs in zip(completions, rollout.completions, strict=True):
+    print(tokenizer.decode(mine), "|", tokenizer.decode(theirs))
+always(completions == rollout.completions, "the same tokens as minialign, one by one")
+flat = torch.tensor([logp for logps in all_logps for logp in logps])
+recorded = rollout.old_logps[rollout.mask]
+assert_close(flat, recorded, atol=1e-3, rtol=0, msg="and the same log-probs")
 
 # %% [markdown]
-# ## Where to read on
+# ## What is wrong here? (1)
 #
-# * `minialign/sample.py`: the three rules you wrote stand at the top. `sample` is section 9 with one prefill for each distinct prompt, and
-#   finished rows leave the batch.
-# * `minialign/batch.py`: `Rollout`, what `sample` returns: already shifted and masked, ready for a loss.
-# * `tests/test_sample.py`: a chi-square test against a model small enough to list all its completions.
-# * Next: `tutorials/03_logps.py`, the one number that alignment needs.
+# A shorter top-p: sort, add up, keep what is within the mass. Compare its output with section 2.
+
+
+# %%
+def short_top_p(logits, mass):
+    ordered, order = logits.sort(dim=-1, descending=True)
+    inside = ordered.softmax(-1).cumsum(-1) <= mass
+    return logits.masked_fill(~inside.scatter(1, order, inside), -torch.inf)
+
+
+show("top-p 0.7", short_top_p(logits, 0.7).softmax(-1))
+show("top-p 0.4", short_top_p(logits, 0.4).softmax(-1))
+
+# %% [markdown]
+# ## What is wrong here? (2)
+#
+# Two tokens are drawn one after the other, both from the five-token distribution. Independent draws would agree with
+# probability 1/64 + 1/4 + 1/256 + 1/16 + 1/256 = 0.336. The seeds differ, and the first tokens have the right
+# frequencies. What is wrong?
+
+
+# %%
+def two_tokens(seed):
+    written = []
+    for _ in range(2):
+        own = torch.Generator().manual_seed(seed)
+        written.append(int(my_draw(logits, torch.rand(1, generator=own, dtype=torch.float64))))
+    return written
+
+
+draws = torch.tensor([two_tokens(seed) for seed in range(1000)])
+show("first token", draws[:, 0].bincount(minlength=5)[None] / 1000)
+print(f"second equals first: {(draws[:, 0] == draws[:, 1]).float().mean():.3f}")
+
+# %% [markdown]
+# ## What you now know
+#
+# - Temperature raises probabilities to the power 1/τ; top-k and top-p forbid unlikely tokens; a uniform number picks
+#   one of the others.
+# - Truncation removes mistakes and everything rare. Use it to show text, not to sample for training.
+# - A sampler records log-probs after the temperature and before truncation. Then the ratio of an unchanged policy is
+#   exactly 1.
+# - A sample should depend on its seed and prompt only, not on the batch.
+#
+# Next: [03](03_logps.ipynb), the log-probability of a completion.
 #
 # ## Exercises
 #
-# 1. **Min-p** (easy, 5 minutes). Another rule keeps the tokens with at least a share $m$ of the likeliest token's probability. Write it
-#    with one comparison of logits, without a softmax. Which of the five tokens does $m = 0.2$ keep?
-# 2. **Gumbel** (medium, 10 minutes). Add $g_v = -\ln(-\ln u_v)$ to each logit, with one uniform $u_v$ per token, and take the argmax. Show
-#    that this draws from the softmax.
-# 3. **A temperature for tokens is none for texts** (medium, 15 minutes). A language of three texts: first A with 0.6 or B with 0.4; after
-#    A comes 1 or 2 with 0.5 each; after B nothing more. Compute the law of the texts when each *token* is drawn at $\tau = 0.5$, and the
-#    law $\propto p(\text{text})^{1/\tau}$. Which text does greedy write, and which one is likeliest?
+# 1. **Try this** (easy, 5 minutes). Add `top-p 0.99` and `top-p 0.5` to `settings` in section 5. Write down first
+#    what you expect for the three columns.
+# 2. **Gumbel-max** (medium, 10 minutes). Add $-\ln(-\ln u_v)$ to each logit, with one uniform number $u_v$ per token,
+#    and take the largest. Show by counting that this draws from the softmax (Gumbel 1954; Maddison et al. 2014).
+# 3. **Cooling each token is not cooling the whole text** (hard, 15 minutes). A language has three texts. The first
+#    token is A (0.6) or B (0.4). After A comes 1 or 2, with ½ each; after B nothing. Compute the distribution of
+#    texts when each *token* is drawn at τ = ½, and the distribution proportional to (probability of the text)^(1/τ).
+#    Which text does greedy write, and which is likeliest?
+
+# %% [markdown]
+# ## Answers
 #
-# Solutions follow. Stop scrolling here.
-
-# %% [markdown]
-# ---
-# ## Solutions
+# <details><summary>Puzzle 1</summary>
 #
-# **1.** $p_v \ge m\,p_{\max}$ means $z_v \ge z_{\max} + \ln m$. With $m = 0.2$ the bar is at 0.1: tea, bread and milk stay.
-
-
-# %%
-def keep_min_p(logits, m):
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(m), -torch.inf)
-
-
-stays = keep_min_p(logits, 0.2).isfinite()[0].tolist()
-print("min-p 0.2 keeps", [token for token, stay in zip(tokens, stays, strict=True) if stay])
-assert stays == [True, True, False, True, False]
+# It drops the token that crosses the mass. Tea has 0.5 and bread makes it 0.75, so with mass 0.7 bread is thrown away
+# and only tea stays. At mass 0.4 even tea is thrown away: everything is forbidden and the softmax gives NaN. Keep a
+# token if the sum *before* it is below the mass: `cumsum - prob < mass`.
+#
+# </details>
 
 # %% [markdown]
-# **2.** 100,000 draws; a frequency then errs by at most about 0.0016 (one standard deviation).
-
-# %%
-uniform = torch.rand(100_000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).clamp(min=1e-12)
-frequency = (logits - (-uniform.log()).log()).argmax(-1).bincount(minlength=5) / 100_000
-show("p", p)
-show("gumbel", frequency[None])
-assert (frequency - p[0]).abs().max() < 5 * 0.0016
+# <details><summary>Puzzle 2</summary>
+#
+# The generator is made again for every token, so every token of a text gets the same random number. Single tokens
+# look right, texts do not. Make the generator once per completion.
+#
+# </details>
 
 # %% [markdown]
-# **3.** At $\tau = 0.5$ the first token is A with $0.36/(0.36 + 0.16)$, and A's share is then halved. The law of squares weighs whole
-# texts: 0.09, 0.09, 0.16. Greedy writes a text that begins with A, but the likeliest text is B. Cooling tokens favours openings with many
-# ways to go on; cooling texts does not. Remember this when a closed form says $\pi^* \propto \pi_{\text{ref}}\, e^{r/\beta}$:
-# it speaks of texts.
+# <details><summary>Exercise 1</summary>
+#
+# 0.99 keeps nearly everything: it removes many of the mistakes and almost no polite openings. 0.5 makes nearly every
+# answer valid and leaves a few rude combinations.
+#
+# </details>
 
-# %%
-texts = torch.tensor([0.6 * 0.5, 0.6 * 0.5, 0.4], dtype=torch.float64)  # A1, A2, B
-first = my_tempered(torch.tensor([0.6, 0.4], dtype=torch.float64).log(), 0.5)
-by_token = torch.stack([first[0] / 2, first[0] / 2, first[1]])
-by_text = texts**2 / (texts**2).sum()
-print("each token cooled:", by_token.tolist())
-print("whole text cooled:", by_text.tolist())
-assert_close(by_token, torch.tensor([9, 9, 8], dtype=torch.float64) / 26)
-assert_close(by_text, torch.tensor([9, 9, 16], dtype=torch.float64) / 34)
-assert first.argmax() == 0 and texts.argmax() == 2
+# %% tags=["solution"] jupyter={"source_hidden": true}
+for mass in (0.99, 0.5):
+    valid, polite, combinations, _ = measure(top_p=mass)
+    print(f"top-p {mass}  valid {valid:.0%}  polite {polite:.0%}  combinations {combinations}")
+this_run(combinations < table["tau 1"][2], "a small mass leaves few combinations")
+
+# %% [markdown]
+# <details><summary>Exercise 2</summary>
+#
+# With 100,000 draws a frequency is off by about 0.0016 (one standard deviation).
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+u = torch.rand(100_000, 5, generator=generator, dtype=torch.float64).clamp(min=1e-12)
+frequency = (logits - (-u.log()).log()).argmax(-1).bincount(minlength=5) / 100_000
+show("softmax", probs)
+show("gumbel-max", frequency[None])
+always((frequency - probs[0]).abs().max() < 0.01, "Gumbel-max draws from the softmax")
+
+# %% [markdown]
+# <details><summary>Exercise 3</summary>
+#
+# Token by token, A gets 0.36 / (0.36 + 0.16) = 9/13, and its two texts share that: 9/26, 9/26, and 8/26 for B.
+# Squaring whole texts gives 0.09 : 0.09 : 0.16, that is 9/34, 9/34, 16/34. Greedy writes a text that begins with A,
+# but the likeliest text is B. Cooling tokens favours openings with many ways to go on.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+whole = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)  # A1, A2, B
+start = torch.tensor([0.6, 0.4], dtype=torch.float64) ** 2
+start = start / start.sum()
+by_token = torch.stack([start[0] / 2, start[0] / 2, start[1]])
+by_text = whole**2 / (whole**2).sum()
+print("each token cooled:", by_token, " whole text cooled:", by_text)
+expected = torch.tensor([[9, 9, 8], [9, 9, 16]], dtype=torch.float64)
+assert_close(by_token, expected[0] / 26, msg="9, 9, 8 of 26")
+assert_close(by_text, expected[1] / 34, msg="9, 9, 16 of 34")

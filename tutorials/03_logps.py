@@ -1,147 +1,198 @@
 # %% [markdown]
-# # 03 · The one number alignment needs: log π(y|x)
+# # 03 · The log-probability of a completion
 #
-# **You will hold** two short functions of your own, `token_logps` and `seq_logps`, proved equal to the project's; and a test that
-# finds an off-by-one error in anybody's code: *the probabilities of all completions sum to 1*.
+# **You will build** the two functions under every method of this course: one cuts a row of tokens into inputs, targets
+# and mask, the other reads the log-probs of the targets. You also get a test that finds an off-by-one error in any such
+# code.
 #
-# **Minutes:** 30 to read, under 30 seconds of CPU to run. **You need:** PyTorch, and that a GPT turns token ids into logits.
+# **Time:** 25 minutes of reading, 20 seconds of computer.
 #
-# A language model is called the `policy` here. It sees a `prompt` $x$ and writes a `completion` $y$.
+# **You need:** [01 · A GPT, from text to a loss](01_gpt.ipynb) and [02 · Sampling](02_sampling.ipynb).
+#
+# Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
+# through with a debugger.
 
 # %%
 import sys
-from itertools import product
 from pathlib import Path
 
-# The project is not installed, it runs from its checkout: find the folder above this file (or above the notebook) that holds it.
-ROOT = next(folder for folder in Path(globals().get("__file__", "here")).resolve().parents if (folder / "minialign").is_dir())
-sys.path.insert(0, str(ROOT))
+# minialign runs from its checkout: put the folder that holds it on the path (`pip install -e .` makes this unnecessary).
+here = Path(globals().get("__file__", "cell")).resolve()
+sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign").is_dir()][:1]
 
-import matplotlib
+import math
+from itertools import product
 
-IN_NOTEBOOK = "ipykernel" in sys.modules
-if not IN_NOTEBOOK:
-    matplotlib.use("Agg")  # a script draws into a file: no window to close, no screen needed
-import matplotlib.pyplot as plt
 import torch
 
 from minialign import data, logps, task
 from minialign.batch import collate
-from minialign.engine.common import batch_rows, derive_seed, lr_at, set_lr
 from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
 from minialign.tokenizer import CharTokenizer
+from tutorials.checks import always, this_run
+from tutorials.figures import logps as figures
 
 # %% [markdown]
 # ## The question
 #
-# The policy is handed a prompt **and** a completion. It does not write anything. We ask: *how likely was it to write exactly this?*
+# In 02 the model wrote text. Now it writes nothing. We have a [prompt](../GLOSSARY.md#prompt) $x$ **and** a completion
+# $y$, and ask: *how likely was the model to write exactly this?*
 #
-# That is all alignment ever asks of a policy. Supervised fine-tuning raises the number for demonstrations. DPO compares it between
-# two answers. PPO divides its exponential by that of an older policy. If the number is wrong, each of them trains towards something
-# else, and no error message appears.
+# The answer is one number, the [log-prob](../GLOSSARY.md#log-prob) $\log \pi(y|x)$. Here $\pi$ is the
+# [policy](../GLOSSARY.md#policy): the language model that is being trained. Most methods in this course change the
+# policy by raising this number for some completions and lowering it for others. A program that computes the number
+# wrongly still runs and still trains. It just trains towards something else.
 #
-# ## The equation
+# The picture shows the whole computation for the prompt `ab` and the completion `cd⏎`. The sign `⏎` is EOS, the token
+# with which the model says that it is done.
+
+# %%
+figures.row_cut(list("ab"), list("cd⏎"))
+
+# %% [markdown]
+# There are four steps:
 #
-# The policy writes one token at a time, so the probability of a completion is a product, and its logarithm a sum:
+# 1. **shift**: each position predicts the *next* token, so the row is cut twice, into inputs and targets;
+# 2. **gather**: of the $V$ log-probs at a position, take the one of the target;
+# 3. **mask**: count only targets that belong to the completion. The [mask](../GLOSSARY.md#mask) says which;
+# 4. **sum**.
+#
+# The formula says the same. The policy writes one token at a time, so the probability of a completion is a product, and
+# its logarithm is a sum:
 #
 # $$\log \pi(y|x) = \sum_t \log \pi(y_t \mid x, y_{<t}), \qquad
 #   \log \pi(v \mid \cdot) = \mathrm{logit}_v - \log \sum_{u} e^{\mathrm{logit}_u} .$$
 #
-# Four steps: **shift** (which logits predict which token), **gather** (pick the given token out of $V$), **mask** (count the
-# completion only), **sum**.
+# Here $y_t$ is token $t$ of the completion, $y_{<t}$ are the tokens before it, and $v$ and $u$ are tokens of the
+# vocabulary. All log-probs are in [nats](../GLOSSARY.md#nats).
 
 # %% [markdown]
-# ## The tiniest numbers
+# ## 1. One token, by hand
 #
-# Three tokens, logits 1, 2, 3, and the token that was written is number 2.
+# Three tokens have the [logits](../GLOSSARY.md#logits) 1, 2 and 3. The token that was written is number 2, the last
+# one.
 
 # %%
 logits = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
 target = 2
 logp = logits[target] - logits.logsumexp(0)  # watch: logp ()
 logp.backward()
+onehot, p = torch.eye(3)[target], logits.detach().softmax(0)  # watch: p (3,)
 
-print("probabilities   ", [round(p, 6) for p in logits.detach().softmax(0).tolist()])
-print("log-prob        ", round(logp.item(), 6))
-print("its gradient    ", [round(g, 6) for g in logits.grad.tolist()])
-
-torch.testing.assert_close(logp.item(), -0.407606, atol=1e-6, rtol=0)
-torch.testing.assert_close(logits.grad, torch.tensor([-0.090031, -0.244728, 0.334759]), atol=1e-6, rtol=0)
-torch.testing.assert_close(logits.grad, torch.eye(3)[target] - logits.detach().softmax(0))  # onehot − p
-assert abs(logits.grad.sum()) < 1e-6  # what the target gains, the others lose
+print("probabilities ", [round(number, 4) for number in p.tolist()])
+print("log-prob      ", round(logp.item(), 4), "= 3 − log(e + e² + e³)")
+print("gradient      ", [round(number, 4) for number in logits.grad.tolist()])
+print("onehot − p    ", [round(number, 4) for number in (onehot - p).tolist()])
+torch.testing.assert_close(logits.grad, onehot - p, msg="The gradient of a log-prob is onehot − p.")
 
 # %% [markdown]
-# The gradient is $\mathrm{onehot} - p$. It sums to zero: what the written token gains, the others lose, and the likeliest rival loses
-# most. Every loss in this project sends its gradient through this one expression.
+# The gradient of the log-prob in the logits is $\mathrm{onehot} - p$. A step along it raises the logit of the token
+# that was written and lowers all others, the likeliest of them most. The entries sum to zero. Every loss in this course
+# reaches the model through this expression.
 #
-# ### `gather`, on a 2×2
+# ## 2. `gather`, on two rows
 #
-# Two predictions over two tokens. The first prediction was followed by token 1, the second by token 0. `gather` picks one entry
-# a row; the index needs as many dimensions as the table, hence the `[:, None]`.
+# `gather` takes one entry from each row of a table. The index needs as many dimensions as the table, so we write `[:,
+# None]` to make the list of targets a column.
 
 # %%
-table = torch.tensor([[0.1, 0.9], [0.8, 0.2]])  # (N, V)
-written = torch.tensor([1, 0])  # (N,)
-picked = table.gather(1, written[:, None]).squeeze(1)  # watch: picked (N,)
-print("gather ", picked.numpy())
-print("by hand", torch.stack([table[0, 1], table[1, 0]]).numpy())
-assert picked.tolist() == [table[n, written[n]].item() for n in range(2)]
+table = torch.tensor([[0.25, 0.75], [0.875, 0.125]])  # two positions, two tokens
+written = torch.tensor([1, 0])  # the first position was followed by token 1, the second by token 0
+picked = table.gather(1, written[:, None]).squeeze(1)  # watch: picked (2,)
+print("gather ", picked.tolist(), "   by hand", [table[0, 1].item(), table[1, 0].item()])
 
 # %% [markdown]
-# ### Shift and mask: `collate` does both, once
+# ## 3. Build it yourself: cut the row
 #
-# Logits at a position predict the *next* token. So a row of five tokens holds four predictions. `collate` cuts the row twice, into
-# what is seen and what is predicted from it, and marks the predictions that are completion tokens. From here on `t` counts
-# **predictions**, and `inputs[:, t]`, `targets[:, t]`, `mask[:, t]` talk about the same one. Nobody shifts again.
-#
-# `⏎` is EOS, the token that says "I am done". It belongs to the completion: stopping is a choice too. This tokenizer
-# also pads with EOS, as many do; watch what the mask makes of it in the second row.
+# Write the function that cuts one row into inputs, targets and mask. A prompt of $n$ tokens gives $n - 1$ positions
+# whose target is still in the prompt. From the next position on, the targets are completion tokens.
+
 
 # %%
-letters = CharTokenizer("abcd")
+def my_cut(prompt, completion):
+    """Cut one row into what the model sees, what it has to predict, and which predictions count.
+
+    prompt, completion: lists of token ids. The completion includes its EOS.
+    Returns three lists, each of length T = len(prompt) + len(completion) − 1:
+        inputs   the row (prompt, then completion) without its last token
+        targets  the row without its first token: targets[t] is the token that follows inputs[t]
+        mask     bools: True where the target is a token of the completion
+    """
+    row = prompt + completion
+    inputs, targets = row[:-1], row[1:]  # watch: targets (T,)
+    mask = [t >= len(prompt) - 1 for t in range(len(targets))]  # watch: mask (T,)
+    return inputs, targets, mask
+
+
+# %% [markdown]
+# ### Checkpoint
+#
+# The project does this once, in `collate` (`minialign/batch.py`), for a batch of rows that it pads to the same length.
+# After `collate`, position $t$ means the same prediction in `inputs`, `targets` and `mask`, and nobody shifts again.
+# Stop in `my_cut` at the first call: `targets` is the row `b c d ⏎` as ids, `mask` is `[False, True, True, True]`.
+
+# %%
+letters = CharTokenizer("abcd")  # one token per letter; id 0 is EOS and also the padding
 EOS = letters.eos_id
 
 
-def char(tokenizer, i):
-    return {"": "⏎", " ": "␣"}.get(text := tokenizer.decode([i]), text)
+def shown(tokenizer, ids):
+    """Token ids as text, with ⏎ for EOS and ␣ for a space."""
+    return "".join(tokenizer.decode([i]).replace(" ", "␣") or "⏎" for i in ids)
 
 
 prompts = [letters.encode("ab"), letters.encode("d")]
 completions = [[*letters.encode("cd"), EOS], [*letters.encode("a"), EOS]]
-picture = collate(prompts, completions, pad_id=letters.pad_id)  # watch: picture.inputs, picture.targets, picture.mask (B, T)
+picture = collate(prompts, completions, pad_id=letters.pad_id)  # watch: picture.mask (2, 4)
 
-for b in range(len(picture)):
-    print("inputs ", *(char(letters, i) for i in picture.inputs[b].tolist()))
-    print("targets", *(char(letters, i) for i in picture.targets[b].tolist()))
-    print("mask   ", *("1" if scored else "." for scored in picture.mask[b].tolist()), "\n")
-
-assert letters.pad_id == letters.eos_id
-assert picture.mask.int().tolist() == [[0, 1, 1, 1], [1, 1, 0, 0]]  # the second row: its EOS counts, the padding does not
-assert picture.mask.sum(1).tolist() == [len(completion) for completion in completions]
+for b in range(2):
+    inputs, targets, mask = my_cut(prompts[b], completions[b])
+    whole = picture.inputs[b], picture.targets[b], picture.mask[b]
+    theirs = [part[: len(inputs)].tolist() for part in whole]  # without the padding
+    always([inputs, targets, mask] == theirs,
+           "my_cut gives the inputs, targets and mask of collate.")
+    print("inputs ", *shown(letters, picture.inputs[b].tolist()))
+    print("targets", *shown(letters, picture.targets[b].tolist()))
+    print("mask   ", *picture.mask[b].int().tolist(), "\n")
 
 # %% [markdown]
-# ## Build it yourself
+# In the second row three targets are `⏎`. The first of them is the EOS that ends the answer, and it is scored: to stop
+# is a choice of the policy too. The others are padding. Their ids are equal, so only the *lengths* of the rows can tell
+# them apart.
 #
-# Ten lines. `torch.where`, not a multiplication by the mask: a masked position may hold $-\infty$, and $-\infty \cdot 0$ is NaN.
+# ## 4. Build it yourself: the log-probs of the targets
+#
+# One more detail. At a masked position the log-prob may be $-\infty$, for example because the program that serves the
+# model forbids a token that stands in the prompt. Multiplying by the mask gives $-\infty \cdot 0$, which is NaN, and
+# one NaN spoils the whole sum. So select with `torch.where`.
 
 
 # %%
 def my_token_logps(policy, batch):
-    """log π of each scored target, 0 elsewhere: (B, T)."""
+    """The log-prob of each scored target.
+
+    policy: a function from token ids (B, T) to logits (B, T, V).
+    batch:  has inputs (B, T) and targets (B, T), token ids, and mask (B, T), bool.
+    Returns (B, T): log π of targets[b, t] where mask[b, t] is True, and 0 elsewhere, even if the
+    log-prob there is −∞.
+    """
     all_logps = policy(batch.inputs).log_softmax(-1)  # watch: all_logps (B, T, V)
     picked = all_logps.gather(-1, batch.targets[..., None]).squeeze(-1)  # watch: picked (B, T)
     return torch.where(batch.mask, picked, 0)
 
 
-def my_seq_logps(policy, batch):
-    """log π(y|x): (B,)."""
+def seq_logps(policy, batch):
+    """log π(y|x) of each row: (B,)."""
     return my_token_logps(policy, batch).sum(1)
 
 
 # %% [markdown]
-# To check it we want a policy whose probabilities are not all alike, in float64, so that "equal" can mean twelve digits. Its language
-# has three tokens: `a`, `b` and EOS.
+# ### Checkpoint
+#
+# We need a policy whose probabilities differ, so we give a small GPT larger random weights than usual. It uses float64,
+# so "equal" can mean twelve digits. Its vocabulary is `a`, `b` and EOS. The last completion below has no EOS: it was
+# cut off before it could stop. Stop in `my_token_logps` at the first call: `all_logps` is 3 × 4 × 3.
 
 # %%
 tiny = CharTokenizer("ab")
@@ -149,47 +200,58 @@ torch.manual_seed(4)
 policy = GPT(GPTConfig.tiny(tiny.vocab_size, n_layer=1, n_embd=32, tied=False)).double()
 for parameter in policy.parameters():
     if parameter.dim() == 2:
-        torch.nn.init.normal_(parameter, std=0.3)  # the usual 0.02 would make all three tokens about equally likely
+        torch.nn.init.normal_(parameter, std=0.3)
 
 batch = collate(
     [tiny.encode("a"), tiny.encode("ab"), tiny.encode("bba")],
-    [[*tiny.encode("bab"), EOS], [EOS], tiny.encode("ab")],  # four tokens, EOS alone, and one that was cut off before it could stop
+    [[*tiny.encode("bab"), EOS], [EOS], tiny.encode("ab")],
     pad_id=EOS,
 )
 print(my_token_logps(policy, batch).detach().numpy().round(3))
-print("log π(y|x) =", [round(number, 4) for number in my_seq_logps(policy, batch).tolist()])
+print("log π(y|x) =", [round(number, 4) for number in seq_logps(policy, batch).tolist()])
+
+pairs = {"token_logps": (my_token_logps, logps.token_logps),
+         "seq_logps": (seq_logps, logps.seq_logps)}
+for name, (mine, theirs) in pairs.items():
+    values = mine(policy, batch), theirs(policy, batch)
+    gradients = [torch.autograd.grad(value.sum(), policy.head_weight)[0] for value in values]
+    torch.testing.assert_close(*values, atol=1e-12, rtol=0, msg=f"Your {name} equals minialign's.")
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=0, msg=f"So does {name}'s gradient.")
+
+
+def without_a(inputs):
+    """The policy, but the token `a` is forbidden: its logits are −∞."""
+    return policy(inputs).index_fill(-1, torch.tensor(tiny.encode("a")), -torch.inf)
+
+
+# `a` stands in the prompt only
+asked = collate([tiny.encode("ba")], [[*tiny.encode("b"), EOS]], pad_id=EOS)
+all_logps = without_a(asked.inputs).log_softmax(-1)
+times_mask = all_logps.gather(-1, asked.targets[..., None]).squeeze(-1) * asked.mask
+print("\ntimes mask ", times_mask.tolist())
+print("torch.where", my_token_logps(without_a, asked).tolist())
+always(my_token_logps(without_a, asked).isfinite().all(),
+       "A −∞ at a position that is not scored must not reach the sum.")
 
 # %% [markdown]
-# ## Checkpoint
+# ## 5. The test: all completions together
 #
-# Your functions equal the project's, and so do their gradients.
-
-# %%
-torch.testing.assert_close(my_token_logps(policy, batch), logps.token_logps(policy, batch), atol=1e-12, rtol=0)
-torch.testing.assert_close(my_seq_logps(policy, batch), logps.seq_logps(policy, batch), atol=1e-12, rtol=0)
-
-my_gradient = torch.autograd.grad(my_seq_logps(policy, batch).sum(), policy.head_weight)[0]  # watch: my_gradient (V, C)
-gradient = torch.autograd.grad(logps.seq_logps(policy, batch).sum(), policy.head_weight)[0]
-torch.testing.assert_close(my_gradient, gradient, atol=1e-12, rtol=0)
-print("token_logps, seq_logps and their gradients: equal to minialign's")
-
-# %% [markdown]
-# ## The proof: all completions together
-#
-# Equal to another program is good. Equal to a law is better. $\pi(\cdot|x)$ is a probability distribution over completions, so
+# Agreement with another program is good evidence, unless both have the same bug. An identity is better. For a given
+# prompt, $\pi$ is a [distribution](../GLOSSARY.md#distribution) over completions, so
 #
 # $$\sum_y e^{\log \pi(y|x)} = 1 .$$
 #
-# With three tokens and at most three of them to a completion we can write down **every** $y$: those that stopped, and those that were
-# cut off when their three tokens were used up.
+# With two letters, EOS, and at most three tokens, we can list every $y$: those that stopped, and those that were cut
+# off after three tokens.
 
 # %%
 MAX_NEW = 3
+PROMPTS = ["a", "b", "ab", "bba"]
 content = tiny.encode("ab")
 ended = [[*words, EOS] for length in range(MAX_NEW) for words in product(content, repeat=length)]
 cut_off = [list(words) for words in product(content, repeat=MAX_NEW)]
 language = ended + cut_off
-assert len(language) == 1 + 2 + 4 + 8 == 15
+always(len(language) == 2 ** (MAX_NEW + 1) - 1, "Every completion is listed once.")
 
 
 def every_completion(prompt):
@@ -198,417 +260,328 @@ def every_completion(prompt):
 
 
 @torch.no_grad()
-def total(prompt, seq_logps):
-    """The probabilities of all completions of the prompt, summed."""
-    return seq_logps(policy, every_completion(prompt)).exp().sum().item()
+def totals(program):
+    """The summed probability of all completions, for each prompt. program: computes log π(y|x)."""
+    return [program(policy, every_completion(prompt)).exp().sum().item() for prompt in PROMPTS]
 
 
-probs = my_seq_logps(policy, every_completion("ab")).exp()  # watch: probs (15,)
+probs = seq_logps(policy, every_completion("ab")).exp().detach()  # watch: probs (15,)
 for completion, p in zip(language, probs.tolist(), strict=True):
-    print("  ab →", "".join(char(tiny, i) for i in completion).ljust(4), f"{p:.4f}", "█" * round(60 * p))
-print(f"       total {probs.sum().item():.12f}")
-
-# %%
-PROMPTS = ["a", "b", "ab", "bba"]
-for prompt in PROMPTS:
-    assert abs(total(prompt, my_seq_logps) - 1) < 1e-12
+    print("  ab →", shown(tiny, completion).ljust(MAX_NEW), f"{p:.4f}", "█" * round(60 * p))
+print("totals", [f"{number:.12f}" for number in totals(seq_logps)])
+always(all(abs(number - 1) < 1e-9 for number in totals(seq_logps)),
+       "The probabilities of all completions sum to 1.")
 
 # %% [markdown]
-# The same test with a larger language is in `tests/test_logps.py`. How much it proves, we see when something is wrong.
+# ## 6. Break it: two errors that raise no exception
 #
-# ## Break it on purpose
-#
-# Three classic errors, in four variants. Each trains without complaint. Each fails the sum for some prompt below.
-#
-# 1. **EOS not scored.** The choice to stop is left out.
-# 2. **Prompt scored.** The policy did not write the prompt, but is credited with it.
-# 3. **Labels shifted**: not at all (each prediction is compared with the token just *seen*), or twice (`collate` has shifted, and
-#    somebody's model shifts its labels again).
+# - **Prompt scored**: the prompt's own tokens are added to the sum, although the policy did not write them.
+# - **Never shifted**: each prediction is compared with the token that was just *read*, not with the next one.
 
 
 # %%
-def score(policy, inputs, targets, mask):
+def summed(policy, inputs, targets, mask):
+    """The log-probs of the targets, summed where the mask is True: (B,)."""
     picked = policy(inputs).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
     return torch.where(mask, picked, 0).sum(1)
 
 
-def eos_not_scored(policy, batch):
-    return score(policy, batch.inputs, batch.targets, batch.mask & (batch.targets != EOS))
-
-
 def prompt_scored(policy, batch):
-    up_to_the_end = batch.mask.flip(1).cumsum(1).flip(1) > 0  # (B, T) everything before the last scored prediction
-    return score(policy, batch.inputs, batch.targets, up_to_the_end)
+    up_to_the_end = batch.mask.flip(1).cumsum(1).flip(1) > 0  # True up to the last scored position
+    return summed(policy, batch.inputs, batch.targets, up_to_the_end)
 
 
 def never_shifted(policy, batch):
-    return score(policy, batch.inputs, batch.inputs, batch.mask)
+    return summed(policy, batch.inputs, batch.inputs, batch.mask)
 
 
-def shifted_twice(policy, batch):
-    return score(policy, batch.inputs[:, :-1], batch.targets[:, 1:], batch.mask[:, 1:])
+def print_totals(name, program):
+    print(name.ljust(14), *(f"{number:9.4f}" for number in totals(program)))
 
 
-variants = {"right": my_seq_logps, "EOS not scored": eos_not_scored, "prompt scored": prompt_scored,
-            "never shifted": never_shifted, "shifted twice": shifted_twice}
-totals = {name: [total(prompt, variant) for prompt in PROMPTS] for name, variant in variants.items()}
-
-print("total probability of all 15 completions, should be 1")
-print("prompt".ljust(16), *(prompt.rjust(8) + " " for prompt in PROMPTS))
-for name, row in totals.items():
-    print(name.ljust(16), *(f"{number:8.4f}" + (" " if abs(number - 1) < 1e-12 else "✗") for number in row))
-
-for name in ("EOS not scored", "never shifted"):
-    assert all(abs(number - 1) > 0.01 for number in totals[name]), name
-assert all(abs(number - 1) > 0.01 for number in totals["prompt scored"][2:])
-assert all(abs(number - 1) > 0.01 for number in totals["shifted twice"][:2])
+print("prompt".ljust(14), *(prompt.rjust(9) for prompt in PROMPTS))
+print_totals("right", seq_logps)
+print_totals("prompt scored", prompt_scored)
+print_totals("never shifted", never_shifted)
+with torch.no_grad():
+    rest_of_bba = collate([tiny.encode("b")], [tiny.encode("ba")], pad_id=EOS)
+    own = seq_logps(policy, rest_of_bba).exp().item()
+print(f"π(ba | b) = {own:.4f}")
+always(abs(totals(prompt_scored)[3] - own) < 1e-9,
+       "Scoring the prompt multiplies the total by the prompt's own probability.")
+this_run(all(abs(number - 1) > 0.01 for number in totals(never_shifted)),
+         "Without the shift the sum is not 1.")
 
 # %% [markdown]
-# Two errors hide from some prompts.
+# *Prompt scored* multiplies every probability by that of the prompt's own tokens. For `bba` this is $\pi(ba|b)$,
+# printed below the table. It goes unnoticed with `a` and `b`, because a prompt of one token has no prediction inside
+# it. So test with short prompts and with long ones.
 #
-# - *Prompt scored* passes with `a` and `b`: a prompt of one token has no prediction before the completion.
-# - *Shifted twice* passes with `ab` and `bba`: each completion token is predicted one position too early, and that *is* a distribution
-#   over completions. It is the distribution of another policy, one that never sees the newest token.
+# Now you search. Each of the next two programs has one mistake. Read it, look at its totals, and say what it is.
 #
-# So test with short prompts **and** long ones. And ask a second witness, one that computes log-probs on another path: the sampler
-# writes its own, token by token, as it draws. They must agree.
+# ## What is wrong here? (1)
+
 
 # %%
-assert all(abs(number - 1) < 1e-12 for number in totals["prompt scored"][:2] + totals["shifted twice"][2:])  # hidden, not absent
+def mystery_1(policy, batch):
+    picked = policy(batch.inputs).log_softmax(-1).gather(-1, batch.targets[..., None]).squeeze(-1)
+    scored = batch.mask & (batch.targets != tiny.pad_id)  # be careful: never score padding
+    return torch.where(scored, picked, 0).sum(1)
 
+
+print("prompt".ljust(14), *(prompt.rjust(9) for prompt in PROMPTS))
+print_totals("mystery 1", mystery_1)
+
+# %% [markdown]
+# The totals are *above* 1 for every prompt. Which part of $\log\pi(y|x)$ is missing?
+#
+# ## What is wrong here? (2)
+
+
+# %%
+def mystery_2(policy, batch):
+    logits = policy(batch.inputs)[:, :-1]  # the logits at a position predict the next token,
+    # so drop the last logit and the first label
+    labels, mask = batch.targets[:, 1:], batch.mask[:, 1:]
+    picked = logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+    return torch.where(mask, picked, 0).sum(1)
+
+
+print("prompt".ljust(14), *(prompt.rjust(9) for prompt in PROMPTS))
+print_totals("mystery 2", mystery_2)
+
+# %% [markdown]
+# Two prompts pass. Two give 3.0000, and it is exactly 3. Why 3, and why do the others pass?
+#
+# ## 7. A second test: ask the sampler
+#
+# The sum alone misses an error for some prompts. A second test needs no list of completions. The sampler of 02 notes
+# the log-prob of each token when it draws the token, in `old_logps`. Another path to the same number must agree with
+# it.
+
+# %%
 rollout = sample(policy, [tiny.encode("bba")] * 200, max_new=MAX_NEW, eos_id=EOS, seed=0)
-with torch.no_grad():
-    for name, variant in variants.items():
-        gap = (variant(policy, rollout) - rollout.old_logps.sum(1)).abs().max().item()  # watch: rollout.old_logps (B, T)
-        print(f"{name:16} differs from the sampler's own log π(y|x) by up to {gap:.4f}")
-        assert (gap < 1e-9) == (name == "right")
+sampled_logps = rollout.old_logps.sum(1)  # watch: sampled_logps (200,)
+programs = {"right": seq_logps, "prompt scored": prompt_scored, "never shifted": never_shifted,
+            "mystery 1": mystery_1, "mystery 2": mystery_2}
+for name, program in programs.items():
+    with torch.no_grad():
+        gap = (program(policy, rollout) - sampled_logps).abs().max().item()
+    print(f"{name:14} differs from the sampler's log π(y|x) by up to {gap:.4f}")
+    always((gap < 1e-9) == (name == "right"), "Only the right program agrees with the sampler.")
 
 # %% [markdown]
-# The wrong totals are no accident; two of them can be named. Scoring the prompt multiplies everything by the probability of the
-# prompt's own tokens. Leaving out EOS gives the *expected length* of a completion plus the probability of being cut off (exercise 3).
-
-# %%
-with torch.no_grad():
-    rest_of_prompt = my_seq_logps(policy, collate([tiny.encode("b")], [tiny.encode("ba")], pad_id=EOS)).exp()  # π(ba | b)
-print(f"π(ba | b) = {rest_of_prompt.item():.6f}, the total of 'prompt scored' for bba = {totals['prompt scored'][3]:.6f}")
-torch.testing.assert_close(totals["prompt scored"][3], rest_of_prompt.item(), atol=1e-12, rtol=0)
-
-# %% [markdown]
-# ### Pad equals EOS, and a mask made from ids
+# ## 8. Where does a completion lose its probability?
 #
-# "Mask whatever is padding" reads well: `targets != pad_id`. When padding *is* EOS, it masks the true EOS with it. That is error 1
-# again, and it enters by a line that looks careful. Masks come from lengths; token ids cannot tell the two apart.
-
-
-# %%
-def mask_from_ids(policy, batch):
-    not_padding = batch.targets != EOS  # the careful-looking line
-    return score(policy, batch.inputs, batch.targets, batch.mask & not_padding)
-
-
-print("targets       ", *(char(letters, i) for i in picture.targets[1].tolist()))
-print("from lengths  ", *("1" if scored else "." for scored in picture.mask[1].tolist()))
-print("from ids      ", *("1" if scored else "." for scored in (picture.mask & (picture.targets != EOS))[1].tolist()))
-assert [total(prompt, mask_from_ids) for prompt in PROMPTS] == totals["EOS not scored"]
-
-# %% [markdown]
-# ## Sum or mean?
-#
-# Dividing by the length looks harmless. It is a different quantity: the mean log-prob is not the logarithm of a distribution, and its
-# exponentials do not sum to 1. On average tokens it forgives length: ten cheap tokens look better than one dear one.
-
-
-# %%
-def mean_logps(policy, batch):
-    return my_seq_logps(policy, batch) / batch.mask.sum(1)
-
-
-print("exp(mean), summed over all completions:", [round(total(prompt, mean_logps), 3) for prompt in PROMPTS])
-assert all(total(prompt, mean_logps) > 2 for prompt in PROMPTS)
-
-# by hand: one token of probability e^-1, against four tokens of probability e^-0.9 each
-short, long = torch.tensor([-1.0]), torch.tensor([-0.9] * 4)
-print(f"probability    short {short.sum().exp():.3f}   long {long.sum().exp():.3f}     the short one is 13 times likelier")
-print(f"mean log-prob  short {short.mean():.3f}  long {long.mean():.3f}    the mean prefers the long one")
-assert short.sum() > long.sum() and short.mean() < long.mean()
-torch.testing.assert_close((short.sum() - long.sum()).exp().item(), 13.4637, atol=1e-3, rtol=0)
-
-# %% [markdown]
-# Some methods take the mean on purpose (SimPO, ORPO: so that long answers are not punished). That is a choice of theirs and stands in
-# their equations. `seq_logps` is always the sum.
-
-# %% [markdown]
-# ## The experiment: where does a completion spend its probability?
-#
-# The project brings a small language of requests. The prompt names a thing, the completion asks for it: an opening, the thing, an
-# ending. Rude speakers choose a rude opening with probability 0.75, one of three, and an ending likewise, so the probability of each
-# sentence is known: `give me tea now!` has $0.75 \cdot 0.75 / 9 = 1/16$.
-#
-# We train a tiny GPT on 2000 such requests (some ten seconds) and look at `token_logps` letter by letter.
+# In the language of requests (02), a rude speaker answers `ask for tea: ` with one of six openings, the thing, and one
+# of six endings. The opening is rude with probability 0.75, one of three, and the ending likewise. So `give me tea
+# now!` has probability $0.75/3 \cdot 0.75/3 = 1/16$. We train a small GPT on 2000 such requests. The loss is your
+# log-prob per token, with a minus sign.
 
 # %%
 tokenizer = task.builtin_tokenizer()
+# pairs ([BOS], ids of the text and EOS)
+rows = data.encode_texts(tokenizer, task.builtin_texts(), max_len=96)
 torch.manual_seed(0)
 base = GPT(GPTConfig.tiny(tokenizer.vocab_size))
-rows = data.encode_texts(tokenizer, task.builtin_texts(), max_len=96)  # plain text: every token is scored
-STEPS, LR = 300, 1e-2
-optimizer = torch.optim.AdamW(base.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+STEPS = 300
+optimizer = torch.optim.AdamW(base.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=STEPS, pct_start=0.1)
 for k in range(STEPS):
-    text_batch = data.demo_batch(rows, batch_rows(len(rows), 32, k, seed=0), pad_id=tokenizer.pad_id, max_len=96)
-    set_lr(optimizer, lr_at(k, lr=LR, steps=STEPS, warmup=0.1))
+    picked = [rows[i] for i in torch.randperm(len(rows))[:32]]
+    text_batch = collate([row[0] for row in picked], [row[1] for row in picked], pad_id=EOS)
+    loss = -my_token_logps(base, text_batch).sum() / text_batch.mask.sum()
     optimizer.zero_grad()
-    loss = -my_token_logps(base, text_batch).sum() / text_batch.mask.sum()  # your function trains it
     loss.backward()
     torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
     optimizer.step()
-    if k % 100 == 0 or k == STEPS - 1:
-        print(f"step {k:3}   −log-prob per token {loss.item():.3f}")
-assert loss.item() < 0.25  # it began at log 29 = 3.37
+    schedule.step()
+    if k in (0, 99, STEPS - 1):
+        print(f"after {k + 1:3} steps: {loss.item():.3f} nats per token")
+this_run(loss.item() < 0.3, "The base model has learned the language.")
 
 # %%
 PROMPT = "ask for tea: "
-ANSWERS = ["give me tea now!", "hand over tea, quick!", "may i have tea, please.", "give me tea if you can.", "give me ink now!"]
-answers = collate(
-    [data.encode_prompt(tokenizer, PROMPT)] * len(ANSWERS), [data.encode_completion(tokenizer, answer) for answer in ANSWERS],
-    pad_id=tokenizer.pad_id,
-)
+ANSWERS = ["give me tea now!", "hand over tea, quick!", "may i have tea, please.",
+           "give me tea if you can.", "give me ink now!"]
+answers = collate([data.encode_prompt(tokenizer, PROMPT)] * len(ANSWERS),
+                  [data.encode_completion(tokenizer, answer) for answer in ANSWERS], pad_id=EOS)
 with torch.no_grad():
     answer_logps = my_token_logps(base, answers)  # watch: answer_logps (B, T)
-law = task.builtin_law(PROMPT, task.RUDE)
+truth = task.builtin_law(PROMPT, task.RUDE)  # {completion: its probability}, for a rude speaker
 
 print("log π(y|x)   log of the true probability")
 for answer, number in zip(ANSWERS, answer_logps.sum(1).tolist(), strict=True):
-    print(f"{number:9.2f}   {torch.tensor(law.get(answer, 0.0)).log().item():9.2f}   {answer}")
-for answer, number in list(zip(ANSWERS, answer_logps.sum(1).tolist(), strict=True))[:4]:
-    assert abs(number - torch.tensor(law[answer]).log().item()) < 1.5, answer
-assert answer_logps.sum(1)[4] < answer_logps.sum(1)[:4].min() - 2  # ink was not what the prompt named
+    true = math.log(truth[answer]) if answer in truth else -math.inf
+    print(f"{number:9.2f}   {true:9.2f}   {answer}")
+    this_run(true == -math.inf or abs(number - true) < 1.5,
+             "The log-prob comes close to that of the language.")
 
-# %%
-DARK, GREY, LINE = "#1b2a41", "#c9ced6", "#d1495b"
-B, T = answers.targets.shape
-figure, ax = plt.subplots(figsize=(13, 3.4), dpi=150)
-heat = ax.imshow(torch.where(answers.mask, answer_logps, torch.nan), cmap="YlGnBu_r", vmin=-5, vmax=0, aspect="auto")
-for b in range(B):
-    scored = answers.mask[b].nonzero().squeeze(1)
-    first, last = scored[0].item(), scored[-1].item()
-    ax.axhspan(b + 0.44, b + 0.56, color="white")  # a gap between the rows
-    for t in range(T):
-        colour = GREY if not answers.mask[b, t] else ("white" if answer_logps[b, t] < -2.0 else DARK)
-        ax.text(t, b, char(tokenizer, answers.targets[b, t].item()), ha="center", va="center", family="DejaVu Sans Mono", color=colour)
-    ax.add_patch(plt.Rectangle((first - 0.5, b - 0.44), last - first + 1, 0.88, fill=False, edgecolor=LINE, linewidth=1.6, zorder=3))
-    ax.text(T - 0.1, b, f"{answer_logps[b].sum():.1f}".replace("-", "−"), ha="left", va="center", color=DARK, weight="bold")
-ax.text(T - 0.1, -0.85, "log π(y|x)", ha="left", va="center", color=DARK, fontsize=9)
-start = answers.mask[0].nonzero()[0].item()
-ax.text(start / 2 - 0.5, -0.85, "prompt: not scored", ha="center", va="center", color="#8a93a0", fontsize=9)
-ax.text(start - 0.5, -0.85, "completion, EOS included: scored", ha="left", va="center", color=LINE, fontsize=9)
-ax.text(T - 0.6, B - 0.25, "padding (also ⏎): not scored", ha="right", va="center", color="#8a93a0", fontsize=9)
-ax.set(xlim=(-0.7, T + 2.4), ylim=(B - 0.05, -1.2), xticks=[], yticks=[])
-ax.spines[:].set_visible(False)
-ax.set_title("A completion pays where it makes a choice; the letters in between are almost free", color=DARK, fontsize=12, loc="left")
-bar = figure.colorbar(heat, ax=ax, pad=0.01, fraction=0.02, label="log-prob of the token")
-bar.outline.set_visible(False)
-figure.tight_layout()
-path = Path("runs/tutorials/03_logps.png")  # below the folder you run from
-path.parent.mkdir(parents=True, exist_ok=True)
-figure.savefig(path)
-if IN_NOTEBOOK:
-    plt.show()
-plt.close(figure)
-print("figure:", path)
+texts = [shown(tokenizer, row) for row in answers.targets.tolist()]
+figures.choices(texts, answer_logps, answers.mask,
+                "Probability is lost where the speaker has a choice")
 
 # %% [markdown]
-# Each coloured cell is a choice: which opening, which ending, which thing. Once `give m` is on the page, `e` is all but certain. The
-# last row names ink where the prompt says tea: one letter costs it more than any choice of words, since the base model learned that
-# the thing is copied from the prompt. The sum over a row is the logarithm of the sentence's probability, and comes close to the
-# language's own.
+# Each box is a completion. A dark letter has a low log-prob. In the first four rows the dark letters are the choices:
+# which opening, which ending. The letters between them are nearly certain. Once `give m` is written, `e` must follow.
+#
+# The last row asks for ink although the prompt says tea. The base model has learned to copy the thing from the prompt,
+# so the `i` of `ink` alone costs more than a whole sentence above. The letters after `ink` look normal here. Is that
+# always so? After `give me ink` a speaker can only go on with a space or a comma. Below, the policy is asked for the
+# probability of these two, for all 24 things in the prompt times 24 things in the answer.
 
 # %%
-first_of = answers.mask[0].nonzero()[0].item()
-print(f"π(e | …give m) = {answer_logps[0, first_of + len('give m')].exp():.4f}")
-print(f"dearest letter: {answer_logps[4].min():.1f} in the row of ink, {answer_logps[:4].min():.1f} in the others")
-assert answer_logps[0, first_of + len("give m")].exp() > 0.95
-assert answer_logps[4].min() < answer_logps[:4].min() - 1
+go_on = torch.tensor(tokenizer.encode(" ,"))
+asked = [data.encode_prompt(tokenizer, prompt) for prompt in task.builtin_prompts()]
+chance = torch.zeros(24, 24)  # row: the thing in the prompt; column: the thing in the answer
+for column, thing in enumerate(task.THINGS):
+    begun = tokenizer.encode(f"give me {thing}")
+    for row in range(24):
+        with torch.no_grad():
+            logits = base(torch.tensor([asked[row] + begun]))[0, -1]  # watch: logits (V,)
+        chance[row, column] = logits.softmax(-1)[go_on].sum()
+
+same = torch.eye(24, dtype=torch.bool)
+worst = divmod(chance.argmin().item(), 24)
+print(f"the right one: mean {chance[same].mean():.3f}, lowest {chance[same].min():.3f}")
+print(f"another thing: mean {chance[~same].mean():.3f}, lowest {chance[~same].min():.3f},",
+      f"for 'ask for {task.THINGS[worst[0]]}: give me {task.THINGS[worst[1]]}'")
+this_run(chance[same].min() > 0.9 and chance[~same].min() < 0.6,
+         "Only after a wrong thing may the policy lose its way.")
 
 # %% [markdown]
-# The length bias is here too. These two sentences have the *same* true probability, 1/16:
+# With the right thing the policy is always sure. With a wrong thing it is mostly sure, but at some pairs it fails,
+# because in training it never saw a request for something that the prompt does not name. Remember this when a method
+# scores text that the policy would not write itself, called [off-policy](../GLOSSARY.md#on-policy) text: there the
+# log-probs can be odd.
+#
+# ## 9. Sum or mean?
+#
+# Some programs divide the sum by the number of tokens. The mean is a different quantity: its exponentials do not sum to
+# 1, and it favours long answers. By hand: one token of log-prob −1 is likelier than four tokens of −0.9 each, but its
+# mean is lower.
 
 # %%
-pair = ["i want tea now!", "hand over tea or else!"]
-pair_batch = collate([data.encode_prompt(tokenizer, PROMPT)] * 2, [data.encode_completion(tokenizer, text) for text in pair], pad_id=0)
-with torch.no_grad():
-    pair_logps = my_seq_logps(base, pair_batch)
-true_mean = torch.tensor([law[text] for text in pair]).log() / pair_batch.mask.sum(1)
-for text, n, number, mean in zip(pair, pair_batch.mask.sum(1).tolist(), pair_logps.tolist(), true_mean.tolist(), strict=True):
-    print(f"{text:24} true sum −2.77, measured {number:.2f}   true mean over {n} tokens {mean:.3f}")
-assert abs(law[pair[0]] - 1 / 16) < 1e-12 and abs(law[pair[1]] - 1 / 16) < 1e-12
-assert true_mean[1] > true_mean[0] + 0.04  # equal probability, unequal mean
+short, long = torch.tensor([-1.0]), torch.tensor([-0.9] * 4)
+print(f"sum    short {short.sum():.2f}   long {long.sum():.2f}   the short one is likelier")
+print(f"mean   short {short.mean():.2f}   long {long.mean():.2f}   the mean prefers the long one")
+means = totals(lambda policy, batch: seq_logps(policy, batch) / batch.mask.sum(1))
+print("exp(mean), summed over all completions:", [round(number, 2) for number in means])
 
 # %% [markdown]
-# ## The largest tensor of a training step
+# Some methods (SimPO and ORPO, [09b](09b_siblings.ipynb)) use the mean on purpose, so that long answers are not at
+# a disadvantage. In this course, $\log\pi(y|x)$ and `seq_logps` always mean the sum.
 #
-# `all_logps` has $B \cdot T \cdot V$ numbers, and all but one in $V$ are thrown away. For real models that is the largest tensor of the
-# step. Below: bytes of the $(N, V)$ matrix in float32, with $N$ scored tokens.
+# A remark on memory: `all_logps` holds $B \cdot T \cdot V$ numbers, and we keep one in $V$. For a real model this is
+# the largest tensor of a training step. `minialign/logps.py` therefore computes large logits slice by slice, and again
+# in the backward pass. [10](10_kernels.ipynb) builds that.
 
 # %%
-for name, n, v in (("this tutorial", int(answers.mask.sum()), tokenizer.vocab_size), ("GPT-2, 8 rows of 512", 4096, 50257),
-                   ("Pythia, 8 rows of 1024", 8192, 50304), ("Qwen2.5, 8 rows of 1024", 8192, 151936)):
-    print(f"{name:24} N {n:5}  V {v:6}   {4 * n * v / 2**20:10.2f} MiB     1024 rows at a time {4 * min(n, 1024) * v / 2**20:8.2f} MiB")
-assert 4 * 8192 * 151936 == 4_978_638_848  # five gigabytes, for 8192 numbers
+gigabytes = 8 * 1024 * 151936 * 4 / 1e9
+print(f"8 rows of 1024 tokens, vocabulary of Qwen2.5 (151,936), float32: {gigabytes:.1f} GB")
 
 # %% [markdown]
-# So do it piece by piece: one chunk of logits, two numbers out of each row, forget the chunk.
-
-
-# %%
-def my_chunked_logps(hidden, weight, targets, chunk=256):
-    pieces = []
-    for start in range(0, len(hidden), chunk):
-        logits = hidden[start : start + chunk] @ weight.T  # watch: logits (chunk, V), the only piece alive
-        picked = logits.gather(1, targets[start : start + chunk, None]).squeeze(1)
-        pieces.append(picked - logits.logsumexp(1))
-    return torch.cat(pieces)  # (N,)
-
-
-generator = torch.Generator().manual_seed(0)
-N, C, V = 2000, 64, 5000
-hidden = torch.randn(N, C, generator=generator).requires_grad_()
-weight = (torch.randn(V, C, generator=generator) / 4).requires_grad_()
-targets = torch.randint(V, (N,), generator=generator)
-
-kept = {}
-
-
-def note_bytes(tensor):
-    kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()  # by address: a tensor that is kept twice counts once
-    return tensor
-
-
-results = {}
-for body in ("naive", "chunked"):
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(note_bytes, lambda tensor: tensor):  # called with what the backward pass will need
-        chunked_logps, _ = logps.linear_logps(hidden, weight, targets, entropy=False, body=body)  # (N,)
-    results[body] = (chunked_logps.detach(), *torch.autograd.grad(chunked_logps.sum(), (hidden, weight)))
-    saved = sum(kept.values())
-    print(f"{body:8} keeps {saved / 2**20:6.2f} MiB for the backward pass;   the (N, V) matrix has {4 * N * V / 2**20:.2f} MiB")
-    assert (saved > 4 * N * V) == (body == "naive")
-
-torch.testing.assert_close(my_chunked_logps(hidden, weight, targets).detach(), results["naive"][0], atol=1e-4, rtol=1e-5)
-for naive, chunked in zip(results["naive"], results["chunked"], strict=True):  # log-probs, and the gradients in hidden and weight
-    torch.testing.assert_close(naive, chunked, atol=1e-3, rtol=1e-4)
-
-# %% [markdown]
-# Autograd would still keep every chunk for the backward pass, so the project's version writes the backward pass out,
-# $g\,(\mathrm{onehot} - p)$, and makes each chunk a second time there: one matrix product more, against a matrix that is never stored.
+# ## What you now know
 #
-# It also cuts the other way: slices of the *vocabulary*, with all rows. A row's maximum and its sum of exponentials are carried from
-# slice to slice, and the sum is rescaled when the maximum moves ($\sum e^{z - m} \to e^{m - m'}\sum e^{z - m}$). Why? A slice of the
-# vocabulary is a few rows of the head, and their gradient is finished by one product over all tokens. Chunks of tokens would each add
-# to the gradient of the whole head.
+# - $\log\pi(y|x)$ is computed in four steps: shift, gather, mask, sum.
+# - Its gradient in the logits is onehot − p at each scored position.
+# - The mask comes from lengths. EOS belongs to the completion; the prompt and the padding do not.
+# - Two tests find wrong programs: all completions sum to 1, and the sampler's own log-probs agree.
+# - The sum is the log of a probability, the mean is not.
 #
-# ## bfloat16: keep the statistics wide
-#
-# Large models hold weights in bfloat16: 8 significant bits. At 16 the next number is 16.125. What matters is not how the hidden
-# states and weights are stored, but where the *logits* live: a logit rounded to bfloat16 puts its error straight into the log-prob, and
-# from there into $e^{\log\pi - \log\pi_\text{old}}$, which PPO expects to be exactly 1 at the start.
-#
-# Below, bfloat16 states and weights with logits as large as a trained model's (the likeliest are near 17), and tokens that the policy
-# would write. The same product is kept in float32 once, and rounded to bfloat16 once. The yardstick is float64.
-
-# %%
-assert torch.tensor(16.06).bfloat16().item() == 16.0 and torch.tensor(16.07).bfloat16().item() == 16.125
-
-half_hidden, half_weight = hidden.detach().bfloat16(), (2.5 * weight.detach()).bfloat16()
-exact_logits = half_hidden.double() @ half_weight.double().T  # (N, V)
-sampled = torch.multinomial(exact_logits.softmax(-1), 1, generator=generator).squeeze(1)  # (N,)
-print(f"logit of the token that was written: {exact_logits.gather(1, sampled[:, None]).mean():.1f} on average")
-exact = exact_logits.log_softmax(-1).gather(1, sampled[:, None]).squeeze(1)
-wide, _ = logps.linear_logps(half_hidden, half_weight, sampled, entropy=False)  # bfloat16 in, float32 logits and sums
-rounded = (half_hidden @ half_weight.T).float().log_softmax(-1).gather(1, sampled[:, None]).squeeze(1)  # the logits were bfloat16
-
-off = {}
-for name, measured in (("float32 logits", wide), ("bfloat16 logits", rounded)):
-    error = (measured.double() - exact).abs()  # watch: error (N,)
-    off[name] = torch.expm1(error).mean().item()
-    print(f"{name:16} error of a log-prob: mean {error.mean():.1e}, largest {error.max():.1e}   ratio off by {100 * off[name]:.4f} %")
-assert off["float32 logits"] < 1e-5
-assert 0.01 < off["bfloat16 logits"] < 0.04  # two percent of noise on every ratio, before anything was learned
-
-# %% [markdown]
-# ## Where to read on
-#
-# - `minialign/batch.py`: `collate`, the one place that shifts.
-# - `minialign/logps.py`: `token_logps`, `seq_logps`, and the choice between the two bodies. It differs from yours in one thing: it
-#   computes logits for the scored positions only, so a prompt token costs nothing at the head.
-# - `minialign/kernels/linear_logprob.py`: the chunked body, with the backward pass written out.
-# - `tests/test_logps.py`: the sum over a larger language, finite differences, and a recorder that proves that the chunked body never
-#   makes the matrix.
-# - Next tutorial, `04_sft.py`: the first loss made of this number.
+# Next: [04 · Supervised fine-tuning](04_sft.ipynb), the first method made of this number.
 #
 # ## Exercises
 #
-# **Exercise 1** (★☆☆, 5 minutes). Temperature divides the logits by $\tau$. Write `my_tempered_seq_logps(policy, batch, tau)`. Do all
-# completions still sum to 1 at $\tau = 0.5$ and $\tau = 2$? Sample from the policy at $\tau = 0.7$
-# (`minialign.sample.sample`) and check its `old_logps` against yours: what is the ratio $e^{\log\pi - \log\pi_\text{old}}$ if you forget
-# the temperature?
+# **Exercise 1** (easy, 5 minutes; try this). Set `MAX_NEW = 5` in section 5 and run from there to section 7. Before you
+# look: how many completions are there, and which of the printed totals change?
 #
-# **Exercise 2** (★★☆, 10 minutes). The entropy of the policy over completions, $-\sum_y \pi(y|x) \log \pi(y|x)$, can be had without
-# enumerating: it is the expected sum of the *token* entropies along a sampled completion. Show on the prompt `ab` that both are
-# equal. (`logps.token_logps(..., entropy=True)` gives the token entropies.)
+# **Exercise 2** (medium, 10 minutes). Temperature $\tau$ divides the logits. Write `tempered_seq_logps(policy, batch,
+# tau)`. Do all completions still sum to 1 at $\tau = 0.5$ and at $\tau = 2$? Then sample at $\tau = 0.7$ and compare
+# with `old_logps`: what is the [ratio](../GLOSSARY.md#ratio) $\pi/\pi_\text{old}$ if you forget the temperature?
 #
-# **Exercise 3** (★★★, 15 minutes). Prove that without EOS scored the total is $\mathbb{E}[\text{tokens written}] + P(\text{cut off})$,
-# EOS counting as a token, and check it on all four prompts. Hint: what is left of $\pi(y)$ without its EOS is the probability that the
-# policy got this far.
+# **Exercise 3** (hard, 15 minutes; solve puzzle 1 first). Prove that the total of mystery 1 is the *expected number of
+# tokens* of a completion (EOS counts) plus the probability of being cut off. Check it on all four prompts.
 #
-# ---
+# ## Answers
 #
-# ## Solutions
+# <details><summary>Puzzle 1</summary>
 #
-# **Solution 1.** Every temperature gives a distribution. Forget it in the score, and the ratio is not 1 before any training happened.
+# EOS is not scored. The padding has the id of EOS, so a mask made from ids removes the EOS that ends the answer as
+# well. The policy pays nothing for stopping, so the totals are too large. A policy that is trained with this mask never
+# learns to stop. Make masks from lengths, as `my_cut` does.
+#
+# </details>
+#
+# <details><summary>Puzzle 2</summary>
+#
+# It shifts twice: `collate` has shifted already. Each completion token is now predicted from one token too few. With a
+# prompt of two or more tokens this still *is* a distribution over completions, of a policy that never reads the newest
+# token. So the sum is 1. With a prompt of one token, nothing stands before the first completion token to predict it
+# from, and the token falls out of the sum. It is free: each of the three possible first tokens (`a`, `b`, `⏎`) counts
+# as probability 1, so the total is 3. The sampler's test finds the error with every prompt.
+#
+# </details>
 
+# %% tags=["solution"] jupyter={"source_hidden": true}
+for number in totals(mystery_2)[:2]:
+    always(abs(number - 3) < 1e-9,
+           "With a prompt of one token the first token is free: the total is V.")
+for number in totals(mystery_2)[2:]:
+    always(abs(number - 1) < 1e-9, "With longer prompts it is a distribution, of another policy.")
+print("puzzle 2:", [round(number, 9) for number in totals(mystery_2)])
 
-# %%
-def my_tempered_seq_logps(policy, batch, tau):
-    all_logps = (policy(batch.inputs) / tau).log_softmax(-1)
-    return torch.where(batch.mask, all_logps.gather(-1, batch.targets[..., None]).squeeze(-1), 0).sum(1)
+# %% [markdown]
+# <details><summary>Exercise 1</summary>
+#
+# There are $2^6 - 1 = 63$ completions. *Right* and *prompt scored* keep their totals, and so does mystery 2 (still 1
+# and exactly 3): they do not depend on where completions are cut off. Mystery 1 and *never shifted* change. Mystery 1
+# grows, because completions get longer (exercise 3).
+#
+# </details>
+#
+# <details><summary>Exercise 2</summary>
+#
+# Every temperature gives a distribution, so the sums are 1. If the score forgets the temperature, the ratio is not 1
+# before any training.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def tempered_seq_logps(policy, batch, tau):
+    return my_token_logps(lambda inputs: policy(inputs) / tau, batch).sum(1)
 
 
 for tau in (0.5, 2.0):
-    for prompt in PROMPTS:
-        assert abs(total(prompt, lambda policy, batch, tau=tau: my_tempered_seq_logps(policy, batch, tau)) - 1) < 1e-12
+    for number in totals(lambda policy, batch, tau=tau: tempered_seq_logps(policy, batch, tau)):
+        always(abs(number - 1) < 1e-9, "Every temperature gives a distribution.")
 
-rollout = sample(policy, [tiny.encode("ab")] * 200, max_new=MAX_NEW, tau=0.7, eos_id=EOS, seed=derive_seed("exercise", 1))
+cooled = sample(policy, [tiny.encode("ab")] * 200, max_new=MAX_NEW, tau=0.7, eos_id=EOS, seed=1)
 with torch.no_grad():
-    right_ratio = (my_tempered_seq_logps(policy, rollout, 0.7) - rollout.old_logps.sum(1)).exp()
-    wrong_ratio = (my_seq_logps(policy, rollout) - rollout.old_logps.sum(1)).exp()
-print(f"ratio with tau: {right_ratio.min():.6f} to {right_ratio.max():.6f};   without: {wrong_ratio.min():.3f} to {wrong_ratio.max():.3f}")
-torch.testing.assert_close(right_ratio, torch.ones_like(right_ratio), atol=1e-9, rtol=0)
-assert (wrong_ratio - 1).abs().max() > 0.1
+    right = (tempered_seq_logps(policy, cooled, 0.7) - cooled.old_logps.sum(1)).exp()
+    wrong = (seq_logps(policy, cooled) - cooled.old_logps.sum(1)).exp()
+print(f"ratio with tau    {right.min():.6f} to {right.max():.6f}")
+print(f"ratio without tau {wrong.min():.3f} to {wrong.max():.3f}")
+always((right - 1).abs().max() < 1e-9, "With the temperature the ratio is 1.")
+this_run((wrong - 1).abs().max() > 0.1, "Without it the ratio is not.")
 
 # %% [markdown]
-# **Solution 2.** The chain rule of entropy. The right side is an expectation over completions, so a sample of completions estimates it.
+# <details><summary>Exercise 3</summary>
+#
+# Take a completion of $n$ letters and EOS. Without the EOS, what is left of its probability is the probability that the
+# policy writes these $n$ letters first. Summed over all choices of the $n$ letters, this is the probability that the
+# policy writes at least $n + 1$ tokens. Sum over $n = 0, 1, \dots$: the probabilities of at least 1, 2, … tokens add up
+# to the expected number of tokens. Completions that were cut off had no EOS to lose. They add the probability of being
+# cut off.
+#
+# </details>
 
-# %%
-with torch.no_grad():
-    everything = every_completion("ab")
-    token_logps, token_entropies = logps.token_logps(policy, everything, entropy=True)  # (15, T) each
-    seq = token_logps.sum(1)
-    by_definition = -(seq.exp() * seq).sum()
-    by_chain_rule = (seq.exp() * token_entropies.sum(1)).sum()
-print(f"entropy by definition {by_definition:.12f}, by the chain rule {by_chain_rule:.12f}")
-torch.testing.assert_close(by_definition, by_chain_rule, atol=1e-12, rtol=0)
-
-# %% [markdown]
-# **Solution 3.** A completion with $n$ letters and EOS, its EOS unscored, is left with the probability that the policy wrote
-# these $n$ letters and had not stopped before. Summed over all such completions of one length that is $P(\text{at least } n + 1
-# \text{ tokens are written})$; summed over $n = 0, 1, \dots$ these probabilities give the expected number of tokens written (the tail
-# formula of an expectation). The completions that were cut off had no EOS to lose: they add $P(\text{cut off})$, unchanged.
-
-# %%
+# %% tags=["solution"] jupyter={"source_hidden": true}
 lengths = torch.tensor([len(completion) for completion in language])
-for prompt, number in zip(PROMPTS, totals["EOS not scored"], strict=True):
+for prompt, number in zip(PROMPTS, totals(mystery_1), strict=True):
     with torch.no_grad():
-        p = my_seq_logps(policy, every_completion(prompt)).exp()
-    law_of_the_error = (p * lengths).sum() + p[len(ended) :].sum()
-    print(f"{prompt:4} measured {number:.6f}   expected length + P(cut off) = {law_of_the_error:.6f}")
-    torch.testing.assert_close(number, law_of_the_error.item(), atol=1e-12, rtol=0)
+        each = seq_logps(policy, every_completion(prompt)).exp()
+    predicted = ((each * lengths).sum() + each[len(ended) :].sum()).item()
+    print(f"{prompt:4} total {number:.6f}   expected length + P(cut off) = {predicted:.6f}")
+    always(abs(number - predicted) < 1e-9,
+           "The total without EOS is the expected length plus the probability of being cut off.")

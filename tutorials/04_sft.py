@@ -1,697 +1,670 @@
 # %% [markdown]
-# # 04 · Supervised fine-tuning and IFT: be like the demonstrations
+# # 04 · Supervised fine-tuning
 #
-# **You will hold** `sft_loss`, five lines, and `ift_loss`, ten, both proved equal to the project's; a picture of overfitting measured
-# against the exact truth; and four ways to get SFT wrong without noticing, each caught by an assertion.
+# **You will build** the loss and the training step of supervised fine-tuning (SFT). You will train a
+# [policy](../GLOSSARY.md#policy) on demonstrations, read what it writes before and after, and measure overfitting
+# against the exact truth.
 #
-# **Minutes:** 40 to read, about 40 seconds of CPU to run. **You need:** tutorial 03 (`token_logps`, `mask`), and what a KL
-# divergence is.
+# **Time:** 30 minutes of reading, 45 seconds of computer.
+#
+# **You need:** [02 · Sampling](02_sampling.ipynb) and [03 · The log-probability of a completion](03_logps.ipynb).
+#
+# Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
+# through with a debugger.
 
 # %%
-import copy
-import math
 import sys
 from pathlib import Path
 
-# The project is not installed, it runs from its checkout: find the folder above this file (or above the notebook) that holds it.
-ROOT = next(folder for folder in Path(globals().get("__file__", "here")).resolve().parents if (folder / "minialign").is_dir())
-sys.path.insert(0, str(ROOT))
+# minialign runs from its checkout: put the folder that holds it on the path (`pip install -e .` makes this unnecessary).
+here = Path(globals().get("__file__", "cell")).resolve()
+sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign").is_dir()][:1]
 
-import matplotlib
+import copy
+import math
 
-IN_NOTEBOOK = "ipykernel" in sys.modules
-if not IN_NOTEBOOK:
-    matplotlib.use("Agg")  # a script draws into a file: no window to close, no screen needed
-import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 
 from minialign import data, task
 from minialign.batch import collate
-from minialign.engine.common import batch_rows, lr_at, set_lr, split_micro
 from minialign.logps import seq_logps, token_logps
-from minialign.methods import ift, sft
+from minialign.methods import sft
 from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
-from toy.closed_form import ift_law, sft_flow
+from toy.closed_form import sft_flow
+from tutorials.checks import always, this_run
+from tutorials.figures import sft as figures
 
 # %% [markdown]
 # ## The question
 #
-# Somebody shows how it is done: prompts $x$ with good completions $y$. There is no reward, and nobody says which answers are bad. What
-# policy should come out of this?
+# A base model continues text. We want it to answer in a certain way, and we have
+# [demonstrations](../GLOSSARY.md#demonstration): prompts $x$ with answers $y$ that people wrote. Nobody says which
+# answers are bad, and there is no score. What should the policy do with them?
 #
-# ## The equation
-#
-# The plain answer: the policy under which the demonstrations are likeliest. Let $E$ be the law that the demonstrations are drawn from.
-#
-# $$\mathrm{KL}(E \,\|\, \pi) = \underbrace{\sum_y E(y|x) \log E(y|x)}_{-H(E),\ \text{no } \pi \text{ in it}}
-#   \; - \; \sum_y E(y|x) \log \pi(y|x) .$$
-#
-# The first term is fixed. So raising the log-probability of demonstrations **is** lowering $\mathrm{KL}(E\|\pi)$, and the lowest point is
-# $\pi = E$. With $N$ scored tokens in the step, the loss is
-#
-# $$L = -\frac{1}{N} \sum_b \sum_t \log \pi(y_{b,t} \mid x_b, y_{b,<t}) .$$
-
-# %% [markdown]
-# ## The tiniest numbers: three actions
-#
-# One prompt, three completions of one token, and a policy that is three logits. The expert always shows action 3. By hand: at equal
-# logits $p = (\frac13, \frac13, \frac13)$, the loss is $\log 3 = 1.098612$, and its gradient is $p - \mathrm{onehot}$.
+# [SFT](../GLOSSARY.md#sft) gives the plainest answer: become the policy under which the demonstrations are likeliest.
+# Nearly every assistant is trained this way first, and most other methods of this course begin where SFT ends.
 
 # %%
-shown = torch.tensor([0.0, 0.0, 1.0])  # the expert's law E
-logits = torch.zeros(3, requires_grad=True)
-loss = -(shown * logits.log_softmax(0)).sum()
-loss.backward()
-print(f"loss {loss.item():.6f}   gradient {logits.grad.numpy().round(6)}")
-torch.testing.assert_close(loss.item(), math.log(3), atol=1e-6, rtol=0)
-torch.testing.assert_close(logits.grad, torch.tensor([1 / 3, 1 / 3, -2 / 3]))
+figures.loop()
 
+# %% [markdown]
+# ## 1. What SFT minimises
+#
+# Let $E$ be the [distribution](../GLOSSARY.md#distribution) that the demonstrations are drawn from: $E(y|x)$ is the
+# probability that the people answer $x$ with $y$. To say how far the policy is from $E$ we use the [KL
+# divergence](../GLOSSARY.md#kl):
+#
+# $$\mathrm{KL}(p \,\|\, q) = \sum_y p(y) \, \big( \log p(y) - \log q(y) \big) .$$
+#
+# It is the average, over what $p$ writes, of how many nats likelier $p$ finds it than $q$. It is 0 if $p = q$,
+# otherwise positive, and the two directions differ. Take three answers, $E = (\frac12, \frac12, 0)$ and $\pi =
+# (\frac14, \frac14, \frac12)$.
 
-def descend(law, steps, lr):
-    """Gradient descent on KL(law ‖ softmax(logits)) from equal logits, by hand: the policies after each step (steps + 1, 3)."""
+# %%
+E, pi = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.25, 0.5])
+print("KL(E‖π) =", 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.25) + 0)
+print("KL(π‖E) =", (pi * (pi / E).log()).sum().item())
+
+# %% [markdown]
+# $\mathrm{KL}(E\|\pi)$ is $\log 2$. $\mathrm{KL}(\pi\|E)$ is infinite, because $\pi$ writes an answer that $E$ never
+# writes.
+#
+# SFT lowers $\mathrm{KL}(E\|\pi)$. The reason is practical: this is an average over $E$, and demonstrations are samples
+# of $E$. The other direction would need the value of $E$ for texts that the policy writes, and nobody knows it. Split
+# the logarithm:
+#
+# $$\mathrm{KL}(E \,\|\, \pi) = -H(E) \; - \; \sum_y E(y|x) \log \pi(y|x) .$$
+#
+# The entropy $H(E) = -\sum_y E \log E$ does not depend on $\pi$. So raising the average log-prob of demonstrations *is*
+# lowering $\mathrm{KL}(E\|\pi)$, and the best policy is $\pi = E$. The direction has a side effect: SFT must give
+# probability to everything that was shown, and it is not told what to avoid.
+#
+# ## 2. Three answers, by hand
+#
+# One prompt, three answers of one token, and a policy that is three logits, all equal. Its loss is $\log 3$ whatever is
+# shown, and by 03 the gradient of the loss in the logits is $\pi - E$.
+
+# %%
+def descend(shown, steps, lr=0.1):
+    """Gradient descent on KL(shown‖π) from equal logits: the policies after each step."""
     logits, path = torch.zeros(3, dtype=torch.float64), []
     for _ in range(steps + 1):
-        p = logits.softmax(0)  # watch: p (3,)
-        path.append(p)
-        logits = logits - lr * (p - law)  # the gradient, written out
+        pi = logits.softmax(0)  # watch: pi (3,)
+        path.append(pi)
+        logits = logits - lr * (pi - shown)  # the gradient, written out
     return torch.stack(path)
 
 
-# %% [markdown]
-# How fast? Let $d$ be the shown logit minus another one. With infinitely small steps, $d$ obeys
-# $2d + e^d = 1 + 3 \cdot \mathrm{lr} \cdot \mathrm{steps}$ (derived in `toy/closed_form.py`). Steps of 0.1 run a little ahead of it.
-
-# %%
-path = descend(shown.double(), steps=1000, lr=0.1)
-print("steps   probability of the shown action   the law of the flow")
-for steps, expected in ((0, 0.333333), (10, 0.540064), (100, 0.925654), (1000, 0.993159)):
-    law = sft_flow(0.1 * steps)
-    d = math.log(2 * law / (1 - law))
-    print(f"{steps:5}   {path[steps, 2].item():.6f}   {' ' * 22} {law:.6f}")
-    torch.testing.assert_close(path[steps, 2].item(), expected, atol=1e-6, rtol=0)
-    assert abs(path[steps, 2].item() - law) < 0.005
-    assert abs(2 * d + math.exp(d) - (1 + 3 * 0.1 * steps)) < 1e-6  # the law solves its equation
+for name, shown in (("always the third", [0.0, 0.0, 1.0]), ("a mixture", [0.1, 0.2, 0.7])):
+    path = descend(torch.tensor(shown, dtype=torch.float64), steps=1000)
+    print(f"shown: {name}")
+    for k in (0, 10, 100, 1000):
+        print(f"  step {k:4}   π =", [round(p, 3) for p in path[k].tolist()])
+always(max(abs(a - b) for a, b in zip(path[-1].tolist(), shown, strict=True)) < 1e-3,
+       "The fixed point of SFT is E.")
 
 # %% [markdown]
-# Two lessons from three numbers. The probability goes to **1**: one demonstration, shown for ever, and the other two actions die, although
-# nobody called them bad. And it goes there slowly, like $1 - 1/(1.5 \cdot \mathrm{lr} \cdot \mathrm{steps})$: the gradient shrinks with
-# what is left.
+# A mixture is copied as a mixture. A single answer, shown again and again, goes to probability 1, and the other two go
+# to 0 although nobody called them bad: probabilities sum to one. Keep this in mind for section 6.
 #
-# An expert who mixes is copied as a mixture. The gradient is then $p - E$, and it vanishes at $p = E$ and nowhere else.
-
-# %%
-left_over = (1 - path[1000, 2]).item()
-torch.testing.assert_close(left_over, 1 / (1.5 * 0.1 * 1000), atol=0, rtol=0.05)
-
-mixed = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)
-path = descend(mixed, steps=1000, lr=0.1)
-kl = (mixed * (mixed.log() - path.log())).sum(1)  # watch: kl (steps + 1,)
-print("KL(E ‖ π) at steps 0, 10, 100, 1000:", [f"{kl[k].item():.2e}" for k in (0, 10, 100, 1000)], "  π →", path[-1].numpy().round(6))
-assert (kl.diff() <= 1e-15).all()  # it only falls
-torch.testing.assert_close(path[-1], mixed, atol=1e-6, rtol=0)
-
-# %% [markdown]
-# ## Build it yourself
+# ## 3. Build it yourself: loss, KL, and a training step
 #
-# For sequences: the sum of `logps` over scored tokens, divided by how many there are. `n_tokens` will matter in a minute.
+# For sequences, the loss is the negative log-prob of the scored tokens, divided by their number:
+#
+# $$\mathrm{loss} = -\frac{1}{\text{scored tokens}} \sum_{\text{rows}} \sum_t \log \pi(y_t \mid x, y_{<t}) .$$
 
 
 # %%
 def my_sft_loss(logps, mask, n_tokens=None):
-    """logps, mask (B, T) -> the mean negative log-likelihood of the scored tokens, in nats per token."""
+    """The mean negative log-prob of the scored tokens.
+
+    logps: (B, T) log-probs of the targets; may hold anything, also −∞, where mask is False.
+    mask:  (B, T) bool, True where a token is scored.
+    n_tokens: the number to divide by; None means the number of scored tokens in this batch.
+    Returns a scalar tensor, in nats per token.
+    """
     scored = torch.where(mask, logps, 0).sum()  # watch: scored ()
     return -scored / (mask.sum() if n_tokens is None else n_tokens)
 
 
+def my_kl(p, q_logs):
+    """KL(p‖q) of several pairs of distributions.
+
+    p: (N, M) probabilities, all positive; each row sums to 1. q_logs: (N, M) log-probs under q.
+    Returns (N,).
+    """
+    difference = p.log() - q_logs  # watch: difference (N, M)
+    return (p * difference).sum(1)
+
+
+def my_sft_step(policy, optimizer, batch):
+    """One step of SFT: set the gradients to zero, compute the loss of the batch, call backward,
+    clip the norm of all gradients to 1 (torch.nn.utils.clip_grad_norm_), let the optimizer step.
+
+    batch: has inputs, targets, mask (B, T); token_logps(policy, batch) gives the log-probs (B, T).
+    Returns the loss as a float.
+    """
+    optimizer.zero_grad()
+    loss = my_sft_loss(token_logps(policy, batch), batch.mask)  # watch: loss ()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
 # %% [markdown]
-# ## Checkpoint
+# ### Checkpoint
 #
-# On random numbers, with masked positions at $-\infty$ for good measure: values and gradients equal the project's.
+# `my_sft_loss` is compared with the project's `sft_loss`, `my_kl` with torch, and two of your steps with two steps
+# written out with the project's loss. Stop in `my_sft_step` at the first call: the loss is near $\log 29$, because a
+# new model gives all 29 tokens about the same probability.
 
 # %%
+tokenizer = task.builtin_tokenizer()  # the language of requests from 02; one token per letter
+EOS = tokenizer.eos_id
+
+
+def encoded(demonstrations):
+    """Demonstrations as pairs (ids of the prompt, ids of the answer and EOS)."""
+    return [(data.encode_prompt(tokenizer, one.prompt),
+             data.encode_completion(tokenizer, one.completion)) for one in demonstrations]
+
+
+def batch_of(rows):
+    return collate([row[0] for row in rows], [row[1] for row in rows], pad_id=EOS)
+
+
 generator = torch.Generator().manual_seed(0)
 mask = torch.rand(4, 6, generator=generator) < 0.6
 logps = (-torch.rand(4, 6, generator=generator)).masked_fill(~mask, -torch.inf).requires_grad_()
 for n_tokens in (None, 100):
-    mine, (theirs, stats) = my_sft_loss(logps, mask, n_tokens), sft.sft_loss(logps, mask, n_tokens=n_tokens)
-    torch.testing.assert_close(mine, theirs)
-    torch.testing.assert_close(torch.autograd.grad(mine, logps)[0], torch.autograd.grad(theirs, logps)[0])
-print(f"sft_loss: equal to minialign's ({int(stats['scored_tokens'])} scored tokens)")
+    mine = my_sft_loss(logps, mask, n_tokens)
+    theirs, _ = sft.sft_loss(logps, mask, n_tokens=n_tokens)
+    gradients = [torch.autograd.grad(value, logps)[0] for value in (mine, theirs)]
+    torch.testing.assert_close(mine, theirs, msg="Your sft_loss equals minialign's.")
+    torch.testing.assert_close(*gradients, msg="The gradient of your sft_loss equals minialign's.")
+
+p = torch.rand(5, 7, generator=generator).softmax(1)
+q_logs = torch.rand(5, 7, generator=generator).log_softmax(1)
+by_torch = F.kl_div(q_logs, p, reduction="none").sum(1)
+torch.testing.assert_close(my_kl(p, q_logs), by_torch, msg="Your KL equals torch's.")
+
+torch.manual_seed(0)
+mine = GPT(GPTConfig.tiny(tokenizer.vocab_size))
+theirs = copy.deepcopy(mine)
+few = encoded(task.builtin_demos(16))
+my_optimizer, optimizer = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (mine, theirs)]
+for batch in (batch_of(few[:8]), batch_of(few[8:])):
+    loss = my_sft_step(mine, my_optimizer, batch)
+    optimizer.zero_grad()
+    sft.step(theirs, batch)[0].backward()
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    optimizer.step()
+V = tokenizer.vocab_size
+print(f"loss of the second step {loss:.3f}, log {V} = {math.log(V):.3f}")
+for my_weights, their_weights in zip(mine.parameters(), theirs.parameters(), strict=True):
+    torch.testing.assert_close(my_weights, their_weights,
+                               msg="Your steps change the weights like minialign's.")
 
 # %% [markdown]
-# ## Divided by what?
+# ## 4. Divided by what?
 #
-# Two completions; their token losses are [1, 1] and [2, 2, 2, 2]. Three programs, three numbers, all called "the SFT loss":
+# Two answers have the token losses [1, 1] and [2, 2, 2, 2]. Three programs give three numbers, and all are called "the
+# SFT loss". Is the difference only a unit? Test it: a prompt has two answers, shown **equally often**, a short one of 2
+# tokens and a long one of 6. The first token decides which, and the later ones are certain. So the policy is one logit,
+# and it should end at one half.
 
 # %%
-two_losses = torch.tensor([[1.0, 1, 0, 0], [2, 2, 2, 2]])
-two_mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
-
-
 def token_mean(losses, mask):
     return torch.where(mask, losses, 0).sum() / mask.sum()
 
 
-def sequence_mean(losses, mask):
+def mean_of_row_means(losses, mask):
     return (torch.where(mask, losses, 0).sum(1) / mask.sum(1)).mean()
 
 
-def sequence_sum_mean(losses, mask):
+def mean_of_row_sums(losses, mask):
     return torch.where(mask, losses, 0).sum(1).mean()
 
 
-for reduction, expected in ((token_mean, 1.666667), (sequence_mean, 1.5), (sequence_sum_mean, 5.0)):
-    print(f"{reduction.__name__:18} {reduction(two_losses, two_mask).item():.6f}")
-    torch.testing.assert_close(reduction(two_losses, two_mask).item(), expected, atol=1e-6, rtol=0)
-torch.testing.assert_close(my_sft_loss(-two_losses, two_mask), token_mean(two_losses, two_mask))
-
-# %% [markdown]
-# Is that only a matter of units? No. A prompt has two answers, demonstrated **equally often**: a short one of 2 tokens, a long one of 6.
-# The first token decides which; the others are then certain. So there is one logit $z$, and maximum likelihood must end at one half.
-
-# %%
-answer_mask = torch.zeros(2, 6, dtype=torch.bool)
-answer_mask[0, :2], answer_mask[1, :6] = True, True
-
-
-def share_of_short(reduction):
-    """The probability of the short answer after 2000 steps of gradient descent with this reduction."""
+def share_of_short(reduction, long=6):
+    """π(short answer) after 1000 steps of gradient descent with this reduction."""
+    mask = torch.tensor([[True] * 2 + [False] * (long - 2), [True] * long])
     z = torch.tensor(0.3, requires_grad=True)
-    for _ in range(2000):
-        first = -torch.nn.functional.logsigmoid(torch.stack([z, -z]))  # (2,) the loss of each answer's first token
-        losses = torch.cat([first[:, None], torch.zeros(2, 5)], dim=1)  # (2, 6) the others cost nothing
-        (gradient,) = torch.autograd.grad(reduction(losses, answer_mask), z)
+    for _ in range(1000):
+        first = -F.logsigmoid(torch.stack([z, -z]))  # (2,) the loss of each answer's first token
+        rest = torch.zeros(2, long - 1)
+        losses = torch.cat([first[:, None], rest], dim=1)  # watch: losses (2, 6)
+        (gradient,) = torch.autograd.grad(reduction(losses, mask), z)
         z = (z - 0.5 * gradient).detach().requires_grad_()
     return z.sigmoid().item()
 
 
-for reduction, expected in ((token_mean, 0.5), (sequence_mean, 0.75), (sequence_sum_mean, 0.5)):
-    share = share_of_short(reduction)
-    print(f"{reduction.__name__:18} ends at π(short) = {share:.4f}")
-    assert abs(share - expected) < 0.001
+two_losses = torch.tensor([[1.0, 1, 0, 0], [2, 2, 2, 2]])
+two_mask = two_losses > 0
+for reduction in (token_mean, mean_of_row_means, mean_of_row_sums):
+    loss, share = reduction(two_losses, two_mask), share_of_short(reduction)
+    print(f"{reduction.__name__:18} loss {loss:.3f}   ends at π(short) = {share:.4f}")
+    always(abs(share - (0.75 if reduction is mean_of_row_means else 0.5)) < 0.001,
+           "Row means prefer the short answer 3 : 1, the other two do not.")
 
 # %% [markdown]
-# The mean of sequence means divides the long answer's choice by 6 and the short one's by 2. It teaches a preference for short
-# answers, three to one, that no demonstration contains. Token mean and sequence sum differ by one factor for the whole batch; both are
-# maximum likelihood. The project divides by tokens.
-
-# %% [markdown]
-# ## Break it on purpose, 1: the mean of means
+# The mean of row means divides the first token's loss by 6 in the long answer and by 2 in the short one. So it teaches
+# a preference for short answers, three to one, that no demonstration contains. The other two are both maximum
+# likelihood. This project divides by tokens.
 #
-# A batch that does not fit into memory is split into micro-batches whose gradients add up. One batch of 8, two of 4, eight of 1: the same
-# 8 rows should give the same gradient. They do if each piece is divided by the tokens of the **whole** step, and do not if each is
-# divided by its own and the pieces are averaged. The first rows below are five answers in a word or two, the last three a sentence.
+# ## What is wrong here? (1)
+#
+# A batch of 8 rows does not fit into memory, so a program splits it and adds up the gradients of the pieces. However
+# the batch is split, the gradient should be the same. The first five answers are short, the last three long.
 
 # %%
-tokenizer = task.builtin_tokenizer()
-torch.manual_seed(0)
-small = GPT(GPTConfig.tiny(tokenizer.vocab_size)).double()
-answers = ["now", "tea", "i want", "rope", "me"] + ["could i get tea if you can. could i get tea if you can."] * 3
-prompt = data.encode_prompt(tokenizer, "ask for tea: ")
-rows = [(prompt, data.encode_completion(tokenizer, answer)) for answer in answers]
+small = copy.deepcopy(theirs).double()
+answers = ["now", "tea", "i want", "rope", "me"] + 3 * [2 * "could i get tea if you can. "]
+question = tokenizer.encode("ask for tea: ")
+eight = [(question, data.encode_completion(tokenizer, answer)) for answer in answers]
 
 
-def gradient_of(micro_batch, global_count):
-    batches = [data.demo_batch(rows, picked, pad_id=tokenizer.pad_id, max_len=96) for picked in split_micro(range(8), micro_batch)]
-    n_tokens = sum(int(batch.mask.sum()) for batch in batches)
+def gradient_of(pieces):
     small.zero_grad()
-    for batch in batches:
-        logps = token_logps(small, batch)  # (B, T)
-        loss = my_sft_loss(logps, batch.mask, n_tokens) if global_count else my_sft_loss(logps, batch.mask) / len(batches)
+    for piece in pieces:
+        batch = batch_of(piece)
+        loss = my_sft_loss(token_logps(small, batch), batch.mask) / len(pieces)  # a mean of pieces
         loss.backward()  # gradients add up in .grad
-    return torch.cat([parameter.grad.flatten() for parameter in small.parameters()])  # watch: the gradient (parameters,)
+    return torch.cat([parameter.grad.flatten() for parameter in small.parameters()])
 
 
-whole = gradient_of(8, global_count=True)
-for micro_batch in (8, 4, 1):
-    right, wrong = gradient_of(micro_batch, global_count=True), gradient_of(micro_batch, global_count=False)
-    error = ((right - whole).norm() / whole.norm()).item(), ((wrong - whole).norm() / whole.norm()).item()
-    print(f"{8 // micro_batch} × {micro_batch}: relative error with the global count {error[0]:.1e}, as a mean of means {error[1]:.1e}")
-    assert error[0] < 1e-12
-    assert (error[1] > 0.1) == (micro_batch < 8)
+whole_gradient = gradient_of([eight])  # watch: whole_gradient (number of weights,)
+for size in (8, 4, 1):
+    pieces = [eight[i : i + size] for i in range(0, 8, size)]
+    error = ((gradient_of(pieces) - whole_gradient).norm() / whole_gradient.norm()).item()
+    print(f"{len(pieces)} pieces of {size}: relative error of the gradient {error:.2f}")
 
 # %% [markdown]
-# ## The experiment: demonstrations of which we know the law
+# Why does it differ, and what must the program divide by?
 #
-# The built-in language of requests: the prompt names a thing, the completion asks for it with one of 6 openings and one of 6 endings, so
-# each prompt has 36 completions. Speakers differ in one number only, how often an opening or an ending is polite:
+# ## 5. The experiment: demonstrations from a known E
 #
-# - the **base model** read 2000 texts of rude speakers (polite with probability 0.25);
-# - the **expert** is polite with probability 0.9;
-# - the 200 **demonstrations** come from the expert, but 30 % of them from a rude speaker after all. Real data is like that.
+# In the language of requests each prompt has 36 answers: 6 openings times 6 endings, half of them polite. Speakers
+# differ only in how often they are polite, so all probabilities are known.
 #
-# Because the laws are known, so is $\mathrm{KL}$: no estimate, a sum over 36 completions, averaged over the 24 things.
+# - The **base model** has read 2000 texts of rude speakers, polite with probability 0.25.
+# - The **demonstrations** are written by two people: 70 % by a polite speaker (polite with probability 0.9), 30 % by a
+#   rude one. Real data is mixed as well. This mixture is our $E$.
+#
+# Because $E$ is known, $\mathrm{KL}(E\|\pi)$ is a sum over 36 answers. We average it over the 24 prompts.
 
 # %%
-PROMPTS = [task.builtin_prompt(thing) for thing in task.THINGS]
-COMPLETIONS = [list(task.builtin_law(prompt, task.EXPERT)) for prompt in PROMPTS]  # 24 lists of 36
-everything = collate(
-    [data.encode_prompt(tokenizer, prompt) for prompt in PROMPTS for _ in range(36)],
-    [data.encode_completion(tokenizer, completion) for completions in COMPLETIONS for completion in completions],
-    pad_id=tokenizer.pad_id,
-)
-expert = torch.tensor([list(task.builtin_law(prompt, task.EXPERT).values()) for prompt in PROMPTS])  # watch: expert (24, 36)
-rude = torch.tensor([list(task.builtin_law(prompt, task.RUDE).values()) for prompt in PROMPTS])
-shown = 0.7 * expert + 0.3 * rude  # the law that the demonstrations are drawn from
-entropy = -(shown * shown.log()).sum(1).mean().item()
-
-
-def exact_kl(law, all_logps):
-    """KL(law ‖ π), averaged over the prompts; law, all_logps (24, 36)."""
-    return (law * (law.log() - all_logps)).sum(1).mean().item()
+PROMPTS = task.builtin_prompts()
+POLITE = [task.builtin_law(prompt, 0.9) for prompt in PROMPTS]  # 24 times {answer: probability}
+RUDE = [task.builtin_law(prompt, 0.25) for prompt in PROMPTS]
+ANSWERS = [list(answers) for answers in POLITE]  # 24 lists of 36 answers
+polite, rude = (torch.tensor([list(row.values()) for row in table]) for table in (POLITE, RUDE))
+E = 0.7 * polite + 0.3 * rude  # watch: E (24, 36)
+ENTROPY = -(E * E.log()).sum(1).mean().item()
+TABLES = [batch_of(encoded([data.Demo(prompt, answer) for answer in answers]))
+          for prompt, answers in zip(PROMPTS, ANSWERS, strict=True)]  # 24 batches of 36 rows
 
 
 @torch.no_grad()
-def all_logps_of(policy):
-    return seq_logps(policy, everything).view(24, 36)
+def all_logps(policy):
+    """The log-prob of each of the 36 answers to each prompt: (24, 36)."""
+    return torch.stack([seq_logps(policy, table) for table in TABLES])
 
 
-torch.testing.assert_close(shown.sum(1), torch.ones(24))
-print(f"entropy of the demonstrations' law: {entropy:.4f} nats a completion;   KL(expert ‖ that law) {exact_kl(expert, shown.log()):.4f}")
+print("some of the 36 answers to", PROMPTS[0])
+for i in (0, 3, 18, 35):
+    print(f"   E {E[0, i]:.4f}   {ANSWERS[0][i]}")
+print(f"entropy of E: {ENTROPY:.3f} nats per answer")
 
 # %% [markdown]
-# First the base model, a tiny GPT (two layers, 64 channels), trained on plain text: the same loss, with every token scored. Some ten
-# seconds.
+# The training loop calls your step. `look` is a function that is called now and then to measure. The base model is a
+# GPT of two layers, trained from random weights on plain text: the same loss, with every token scored.
 
 
 # %%
-def train(policy, rows, *, steps, lr, schedule="cosine", every=0, look=None):
-    """The whole of SFT. `look(k)` is called every `every` steps."""
+def train(policy, rows, steps, lr, every=None, look=None, warm_up=False):
+    """Train on random batches of 32 rows.
+
+    look(k) is called before step k if `every` divides k, and at the end. warm_up: the rate rises to
+    lr in the first tenth of the steps and then falls to 0; otherwise it is constant."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    if warm_up:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(0)
     for k in range(steps):
         if look and k % every == 0:
             look(k)
-        batch = data.demo_batch(rows, batch_rows(len(rows), 32, k, seed=0), pad_id=tokenizer.pad_id, max_len=96)
-        set_lr(optimizer, lr_at(k, lr=lr, steps=steps, warmup=0.1, schedule=schedule))
-        optimizer.zero_grad()
-        loss = my_sft_loss(token_logps(policy, batch), batch.mask)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+        picked = torch.randperm(len(rows), generator=generator)[:32].tolist()  # watch: picked (32,)
+        my_sft_step(policy, optimizer, batch_of([rows[i] for i in picked]))
+        if warm_up:
+            schedule.step()
     if look:
         look(steps)
-    return loss.item()
 
 
 torch.manual_seed(0)
 base = GPT(GPTConfig.tiny(tokenizer.vocab_size))
-train(base, data.encode_texts(tokenizer, task.builtin_texts(), max_len=96), steps=300, lr=1e-2)
-base_logps = all_logps_of(base)
-print(f"KL(rude ‖ base) {exact_kl(rude, base_logps):.3f}   KL(expert ‖ base) {exact_kl(expert, base_logps):.3f}   "
-      f"mass on the 36 completions {base_logps.exp().sum(1).mean():.3f}")
-assert exact_kl(rude, base_logps) < 0.4 < 1.2 < exact_kl(expert, base_logps)
+# pairs ([BOS], ids of the text and EOS)
+texts = data.encode_texts(tokenizer, task.builtin_texts(), max_len=96)
+train(base, texts, steps=300, lr=1e-2, warm_up=True)
+base_logps = all_logps(base)
+print(f"KL(rude‖base) {my_kl(rude, base_logps).mean():.3f}")
+print(f"KL(E‖base)    {my_kl(E, base_logps).mean():.3f}")
+this_run(my_kl(rude, base_logps).mean() < 0.5, "The base model speaks like the rude speakers.")
 
 # %% [markdown]
-# Now SFT on the 200 demonstrations, much longer than is good for it. At each look we note
+# ## 6. Too many steps
 #
-# - the loss of the **training demonstrations**, in nats per completion;
-# - the loss of **all demonstrations that could have been drawn**: $-\sum_y D(y) \log \pi(y)$ with their exact law $D$. By the equation at
-#   the top it is $H(D) + \mathrm{KL}(D\|\pi)$, so it can never go below $H(D)$;
-# - where the probability is: on completions that were demonstrated for their prompt, on the other ones of the 36, or on none of them.
+# Now SFT on 200 demonstrations, longer than is good. We measure, in nats per answer, the loss on these 200 and the
+# expected loss on new demonstrations, $-\sum_y E(y) \log \pi(y) = H(E) + \mathrm{KL}(E\|\pi)$; and how much probability
+# is on answers that were shown for their prompt.
+#
+# A word on the learning rate: the base model was trained at 1e-2, SFT uses 3e-4. The weights are already good, and
+# large steps destroy more than they teach (exercise 1).
 
 # %%
-demos = task.builtin_demos()
-demo_rows = data.encode_demos(tokenizer, demos)
-demo_whole = data.demo_batch(demo_rows, range(len(demo_rows)), pad_id=tokenizer.pad_id, max_len=96)
-seen = torch.tensor([[(prompt, completion) in {(d.prompt, d.completion) for d in demos} for completion in completions]
-                     for prompt, completions in zip(PROMPTS, COMPLETIONS, strict=True)])  # watch: seen (24, 36)
-
-policy, history, best = copy.deepcopy(base), [], {}
+LR, STEPS = 3e-4, 120
+demos = task.builtin_demos(200)
+rows = encoded(demos)
+shown_pairs = {(demo.prompt, demo.completion) for demo in demos}
+shown = [[(prompt, answer) in shown_pairs for answer in answers]
+         for prompt, answers in zip(PROMPTS, ANSWERS, strict=True)]
+shown = torch.tensor(shown)  # watch: shown (24, 36)
+whole = batch_of(rows)
+policy, history, best = copy.deepcopy(base), [], {"kl": math.inf}
 
 
 def look(k):
+    logps = all_logps(policy)
+    probs = logps.exp()
     with torch.no_grad():
-        train_loss = -seq_logps(policy, demo_whole).mean().item()
-    all_logps = all_logps_of(policy)
-    probs = all_logps.exp()
-    row = {"step": k, "train": train_loss, "kl": exact_kl(shown, all_logps), "expert_kl": exact_kl(expert, all_logps),
-           "true": -(shown * all_logps).sum(1).mean().item(),
-           "seen": (probs * seen).sum(1).mean().item(), "unseen": (probs * ~seen).sum(1).mean().item()}
-    assert abs(row["true"] - (entropy + row["kl"])) < 1e-4  # the equation at the top
-    if row["kl"] < min((old["kl"] for old in history), default=math.inf):
-        best.update(row, policy=copy.deepcopy(policy))
+        train_loss = -seq_logps(policy, whole).mean().item()
+    row = {"step": k, "train": train_loss,
+           "expected": -(E * logps).sum(1).mean().item(), "kl": my_kl(E, logps).mean().item(),
+           "shown": (probs * shown).sum(1).mean().item(),
+           "unshown": (probs * ~shown).sum(1).mean().item()}
+    always(abs(row["expected"] - ENTROPY - row["kl"]) < 1e-3,
+           "The expected loss is H(E) + KL(E‖π).")
     history.append(row)
-    if k % 40 == 0:
-        print(*(f"{row[name]:11.3f}" if name != "step" else f"{k:4}" for name in row))
+    if row["kl"] < best["kl"]:
+        best.update(row, policy=copy.deepcopy(policy))
+    print(f"{k:4}", *(f"{row[name]:10.3f}" for name in ("train", "expected", "kl", "shown")))
 
 
-print("step       train   KL(D ‖ π)   KL(E ‖ π)        true        seen      unseen")
-train(policy, demo_rows, steps=160, lr=3e-4, schedule="constant", every=10, look=look)
-print(f"best KL(D ‖ π) {best['kl']:.3f} at step {best['step']}")
-
+print("step      train   expected    KL(E‖π)   P(shown)")
+train(policy, rows, STEPS, LR, every=20, look=look)
 first, last = history[0], history[-1]
-assert all(later["train"] < earlier["train"] for earlier, later in zip(history[::4], history[4::4], strict=False))  # it always looks better
-assert best["kl"] < 0.5 * first["kl"] and last["kl"] > 2 * best["kl"]  # it is not
-assert last["train"] < entropy < best["true"]  # below the entropy: no policy can be that good on fresh demonstrations
-assert last["seen"] > first["seen"] + 0.2 and last["unseen"] < first["unseen"] - 0.2
+this_run(best["kl"] < 0.5 * first["kl"] and last["kl"] > 1.5 * best["kl"],
+         "The policy comes close to E, then overfits.")
+this_run(last["train"] < ENTROPY < best["expected"],
+         "In the end the training loss is below the entropy.")
 
 # %%
-DARK, BLUE, RED, LIGHT = "#1b2a41", "#2a6f97", "#d1495b", "#c9ced6"
-steps = [row["step"] for row in history]
-figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), dpi=150)
-
-true_loss, train_loss = [row["true"] for row in history], [row["train"] for row in history]
-left.fill_between(steps, entropy, true_loss, color=RED, alpha=0.10, linewidth=0)
-left.plot(steps, true_loss, color=RED, linewidth=2.2)
-left.plot(steps, train_loss, color=BLUE, linewidth=2.2)
-left.axhline(entropy, color=DARK, linewidth=1, linestyle=(0, (4, 3)))
-left.plot(best["step"], best["true"], "o", color=RED, markersize=7, zorder=3)
-left.annotate(f"best policy, step {best['step']}", (best["step"], best["true"]), (best["step"] + 4, best["true"] + 0.6), color=DARK,
-              fontsize=9, arrowprops=dict(arrowstyle="-", color=DARK, linewidth=0.7, shrinkB=5))
-left.text(steps[-1], true_loss[-1] + 0.05, "all possible demonstrations", color=RED, ha="right", va="bottom", weight="bold")
-left.text(steps[-1], train_loss[-1] - 0.08, "the 200 training demonstrations", color=BLUE, ha="right", va="top", weight="bold")
-left.text(steps[-1] - 2, (entropy + true_loss[-1]) / 2, "KL(D ‖ π)", color=RED, ha="right", va="center")
-left.text(steps[-1], entropy - 0.05, "H(D), the entropy of their law", color=DARK, ha="right", va="top", fontsize=9)
-left.set(xlabel="optimizer steps", ylabel="loss, nats per completion", xlim=(0, steps[-1]))
-left.set(ylim=(min(train_loss) - 0.35, max(true_loss) + 0.3))
-left.set_title("The training loss keeps falling, the true loss does not", color=DARK, loc="left", fontsize=12)
-
-mass_seen, mass_unseen = [row["seen"] for row in history], [row["unseen"] for row in history]
-neither = [1 - a - b for a, b in zip(mass_seen, mass_unseen, strict=True)]
-right.stackplot(steps, mass_seen, mass_unseen, neither, colors=[BLUE, "#a9d0e3", LIGHT], edgecolor="white", linewidth=0.8)
-under_law = (shown * seen).sum(1).mean().item()
-right.axhline(under_law, color=DARK, linewidth=1, linestyle=(0, (4, 3)))
-right.text(steps[-1] - 2, under_law - 0.02, f"their share under the law: {under_law:.2f}", color="white", ha="right", va="top", fontsize=9)
-right.text(steps[-1] - 2, 0.12, "demonstrated for this prompt", color="white", ha="right", weight="bold")
-right.text(60, 0.66, "requests of the language\nthat were not demonstrated", color=DARK, ha="center", va="center", weight="bold")
-right.text(60, 1 - neither[6] / 2, "any other text", color=DARK, ha="center", va="center", fontsize=9)
-right.set(xlabel="optimizer steps", ylabel="probability", xlim=(0, steps[-1]), ylim=(0, 1))
-right.set_title("The mass leaves what was not shown", color=DARK, loc="left", fontsize=12)
-for ax in (left, right):
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(colors=DARK)
-figure.tight_layout(w_pad=3)
-figure_path = Path("runs/tutorials/04_sft.png")  # below the folder you run from
-figure_path.parent.mkdir(parents=True, exist_ok=True)
-figure.savefig(figure_path)
-if IN_NOTEBOOK:
-    plt.show()
-plt.close(figure)
-print("figure:", figure_path)
+column = {name: [row[name] for row in history] for name in history[0]}
+lowest = column["kl"].index(best["kl"])
+figures.losses(column["step"], column["train"], column["expected"], ENTROPY, lowest)
+figures.mass(column["step"], column["shown"], column["unshown"], (E * shown).sum(1).mean().item())
 
 # %% [markdown]
-# Left: the blue curve is all that SFT sees, and it never turns. The red one is the truth. They part early; once blue is below the
-# dashed line the policy claims to know more about the demonstrations than there is to know. It has learned them by heart.
+# First figure: the training loss is all that SFT sees, and it always improves. Below the dashed line the policy gives
+# the 200 demonstrations more probability than $E$ itself does: it has learned them by heart. Second figure: what that
+# means. Probability leaves requests that were not shown, although many of them are as polite as the shown ones. It is
+# the toy of section 2 again, 24 times.
 #
-# Right: what learning by heart does. Under the true law, the 175 completions that happened to be demonstrated hold 30 % of the
-# probability. SFT goes on until they hold more than half. The others were never called bad, and some are as polite as can be. They
-# lose because probabilities sum to one. It is the three-action toy again, 24 times.
+# ## 7. Read what it writes
 
 # %%
-assert int(seen.sum()) == 175 and abs(under_law - 0.30) < 0.01
-polite_unseen = (expert > 0.05) & ~seen  # polite opening and polite ending, in no demonstration
-best_probs, last_probs = all_logps_of(best["policy"]).exp(), all_logps_of(policy).exp()
-polite_mass = [(probs * polite_unseen).sum(1).mean().item() for probs in (shown, best_probs, last_probs)]
-print(f"{int(polite_unseen.sum())} polite requests, never demonstrated: mass {polite_mass[0]:.3f} under the law, "
-      f"{polite_mass[1]:.3f} at the best step, {polite_mass[2]:.3f} at the last")
-assert polite_mass[2] < 0.85 * polite_mass[1] and last["seen"] > 0.5
+def report(name, policy):
+    """Print four answers, and shares over 8 answers to each of the 24 prompts."""
+    asked = [data.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    # the 8 answers to a prompt stand together
+    drawn = sample(policy, asked, n=8, max_new=40, eos_id=EOS, seed=0)
+    texts = [tokenizer.decode(ids) for ids in drawn.completions]
+    correct = sum(text in ANSWERS[i // 8] for i, text in enumerate(texts)) / len(texts)
+    kind = sum(text.startswith(task.POLITE_OPENINGS) for text in texts) / len(texts)
+    print(f"\n{name}: {100 * correct:.0f} % ask for the thing, {100 * kind:.0f} % open politely")
+    for i in (0, 8, 16, 24):
+        print(f"   {PROMPTS[i // 8]}{texts[i]}")
+    return kind
+
+
+base_polite = report("base", base)
+best_polite = report(f"best, step {best['step']}", best["policy"])
+report(f"last, step {STEPS}", policy)
+opens = [[answer.startswith(task.POLITE_OPENINGS) for answer in answers] for answers in ANSWERS]
+opens = torch.tensor(opens)
+print(f"\npolite openings: E {100 * (E * opens).sum(1).mean():.0f} %,",
+      f"the polite speaker {100 * (polite * opens).sum(1).mean():.0f} %")
+this_run(best_polite > base_polite + 0.2, "SFT makes the policy politer.")
 
 # %% [markdown]
-# ### SFT copies the demonstrators, not the expert
+# The base model opens rudely three times in four, as its texts did. The best SFT policy opens politely about as often
+# as $E$ does, not as often as the polite speaker: **SFT copies the demonstrators, the rude ones included**. Opening and
+# ending are chosen separately, so a text such as `may i have tea or else!` is what $E$ would write.
 #
-# Even the best policy of the run is not the expert's. Its target is the law of the demonstrations, rude speakers included.
+# Compare the last policy with the best one. In a few samples the difference hardly shows: it is as polite, and somewhat
+# more of its texts are misspelt or name the wrong thing. Its KL is several times as large. So do not judge overfitting
+# by reading samples. Measure the loss on demonstrations that were held out (exercise 2).
+#
+# ## 8. How many demonstrations?
+#
+# The same training with 50, 1000 and 4000 demonstrations.
 
 # %%
-polite_opening = torch.tensor([[c.startswith(task.POLITE_OPENINGS) for c in completions] for completions in COMPLETIONS])
-shares = {"base": base_logps.exp(), "SFT, best step": best_probs, "demonstrations' law": shown, "expert": expert}
-shares = {name: ((probs * polite_opening).sum(1) / probs.sum(1)).mean().item() for name, probs in shares.items()}
-for name, share in shares.items():
-    print(f"{name:20} polite openings {share:.3f}  {'█' * round(40 * share)}")
-torch.testing.assert_close(shares["demonstrations' law"], 0.7 * 0.9 + 0.3 * 0.25, atol=1e-4, rtol=0)
-assert abs(shares["SFT, best step"] - shares["demonstrations' law"]) < 0.12 and shares["SFT, best step"] < shares["expert"]
+curves = {200: ([row["step"] for row in history], [row["kl"] for row in history])}
+
+
+def train_and_measure(rows, steps, every, lr=LR):
+    """Train a copy of `base`; returns (steps at which we looked, KL(E‖π) there)."""
+    student, steps_seen, kl = copy.deepcopy(base), [], []
+
+    def look(k):
+        steps_seen.append(k)
+        kl.append(my_kl(E, all_logps(student) if k else base_logps).mean().item())
+
+    train(student, rows, steps, lr, every=every, look=look)
+    return steps_seen, kl
+
+
+for n, steps, every in ((50, 40, 10), (1000, STEPS, 40), (4000, STEPS, 40)):
+    curves[n] = train_and_measure(encoded(task.builtin_demos(n)), steps, every)
+curves = dict(sorted(curves.items()))
+for n, (steps, kl) in curves.items():
+    lowest = min(range(len(kl)), key=kl.__getitem__)
+    print(f"{n:5} demonstrations: lowest KL(E‖π) {kl[lowest]:.3f} at step {steps[lowest]},",
+          f"{kl[-1]:.3f} at step {steps[-1]}")
+lowest = [min(kl) for _, kl in curves.values()]
+this_run(lowest[0] > lowest[1] > lowest[2], "More demonstrations bring π nearer to E.")
+figures.how_many(curves)
 
 # %% [markdown]
-# Two things SFT does not have, then: a reason to spare a good answer that nobody showed, and a notion that some demonstrations are better
-# than others. Both would take a *reward*. Tutorial 05, inverse_rl, learns one from demonstrations alone, and measures what it adds
-# (and what it does not).
+# Each step costs the same in all four runs. With 50 demonstrations the policy sees each of them again in every second
+# step. It starts to learn them by heart almost at once. With 1000 and more it comes close to $E$ and stays there for
+# the whole run.
 #
-# ## Break it on purpose, 2: score the prompt
+# ## 9. Break it: score the prompt
 #
-# With plain text every token is a target. With demonstrations the prompt is given, and the policy will never have to write it. Score it
-# anyway, and the loss carries a part that nobody can learn: which of 24 things comes next, $\log 24 = 3.18$ nats a row.
+# Suppose the mask is forgotten, and the prompt's letters are scored too. The policy never has to write a prompt, and
+# which of 24 things it names cannot be predicted. That adds about $\log 24 = 3.18$ nats to each row.
 
 # %%
-whole_rows = [(prompt_ids[:1], prompt_ids[1:] + completion_ids) for prompt_ids, completion_ids in demo_rows]
-whole_batch = data.demo_batch(whole_rows, range(len(whole_rows)), pad_id=tokenizer.pad_id, max_len=96)  # prompt scored
-with torch.no_grad():
-    whole_logps = token_logps(best["policy"], whole_batch)
-prompt_loss = -(torch.where(demo_whole.mask, 0, whole_logps).sum(1).mean()).item()
-completion_loss = -(torch.where(demo_whole.mask, whole_logps, 0).sum(1).mean()).item()
-base_prompt_loss = -(torch.where(demo_whole.mask, 0, token_logps(base, whole_batch)).sum(1).mean()).item()
-prompt_share = 1 - demo_whole.mask.sum().item() / whole_batch.mask.sum().item()
-print(f"loss per row: completion {completion_loss:.2f}, prompt {prompt_loss:.2f} (base {base_prompt_loss:.2f}, log 24 {math.log(24):.2f})")
-print(f"tokens that are prompt: {100 * prompt_share:.0f} %;   per token: masked {completion_loss * 200 / demo_whole.mask.sum():.3f}, "
-      f"unmasked {-whole_logps.sum() / whole_batch.mask.sum():.3f}")
-torch.testing.assert_close(whole_batch.targets, demo_whole.targets)  # the same rows, another mask
-assert abs(base_prompt_loss - math.log(24)) < 0.5
-assert prompt_share > 0.3
-
-# %% [markdown]
-# A third of the gradient's terms would go into guessing prompts, and the number on your screen would mix two things. `collate` masks the
-# prompt; for plain text `encode_texts` hands it everything but the first token as completion.
-#
-# ## Break it on purpose, 3: never teach EOS
-#
-# Cut EOS off every completion, train from random weights, and sample. We also ask the policy directly: at the end of each of the
-# $24 \cdot 36$ sentences, how likely is EOS?
-
-# %%
-torch.manual_seed(0)
-endless = GPT(GPTConfig.tiny(tokenizer.vocab_size))
-without_eos = [(seen_ids, ids[:-1]) for seen_ids, ids in data.encode_texts(tokenizer, task.builtin_texts(), max_len=96)]
-train(endless, without_eos, steps=150, lr=1e-2)
-
-asked = [data.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
-last_prediction = everything.mask & (everything.mask.cumsum(1) == everything.mask.sum(1, keepdim=True))  # (24·36, T) the one of EOS
-assert (everything.targets[last_prediction] == tokenizer.eos_id).all()
-
-
-def stopping(model):
-    """(share of 96 samples that stop within 60 tokens, mean probability of EOS at the end of a sentence)."""
+unmasked = [(prompt[:1], prompt[1:] + answer) for prompt, answer in rows]  # all but BOS is scored
+share = sum(len(answer) for _, answer in rows) / sum(len(answer) for _, answer in unmasked)
+for name, some in (("masked", rows), ("prompt scored", unmasked)):
+    some = batch_of(some)
     with torch.no_grad():
-        at_the_end = token_logps(model, everything)[last_prediction].exp().mean().item()
-    rollout = sample(model, asked, n=4, max_new=60, eos_id=tokenizer.eos_id, seed=0)  # watch: rollout.finished (B,)
-    return rollout.finished.float().mean().item(), at_the_end, tokenizer.decode(rollout.completions[0])
+        loss = my_sft_loss(token_logps(best["policy"], some), some.mask)
+    print(f"{name:14} loss of the best policy: {loss:.3f} nats per token")
 
-
-for name, model in (("with EOS", base), ("without EOS", endless)):
-    share, at_the_end, text = stopping(model)
-    print(f"{name:12} π(EOS | end of sentence) {at_the_end:.4f}   {100 * share:5.1f} % stop   {PROMPTS[0]}{text}")
-    assert (share > 0.9 and at_the_end > 0.9) if name == "with EOS" else (share < 0.25 and at_the_end < 0.05), name
+print(f"{100 * (1 - share):.0f} % of the scored tokens are now prompt")
+print("KL(E‖π) at step       40     80")
+spoilt = {"prompt scored": train_and_measure(unmasked, 80, 40)[1],
+          "same, larger rate": train_and_measure(unmasked, 80, 40, lr=LR / share)[1]}
+for name, kl in {"masked": column["kl"][::2], **spoilt}.items():
+    print(f"{name:17}", *(f"{number:6.3f}" for number in kl[1:3]))
+this_run(spoilt["prompt scored"][1] < 1.5 * best["kl"],
+         "Scoring the prompt costs the best policy little here.")
 
 # %% [markdown]
-# EOS was never a target, so every step pushed its logit down. The policy finishes its request and babbles on until it is cut
-# off, but for a few samples that hit EOS by accident.
+# The number on the screen is spoilt: the same policy shows a larger loss per token, and two runs with different prompts
+# can no longer be compared. The policy itself is **not** spoilt here. It comes as near to $E$ as with the mask, and it
+# even overfits a little later. That is not a virtue: the optimizer divides each step by the size of the whole gradient,
+# and part of that now belongs to the prompt. The answers get smaller steps. With a larger learning rate (last row) the
+# run overfits like the masked one again. So mask the prompt, but do not expect samples to tell you that somebody forgot
+# to.
 #
-# Now the case that hides: start from a base model that *can* stop, and fine-tune without EOS. No gradient reaches the
-# prediction after the last letter, the old habit survives, and every sample looks right.
+# ## What is wrong here? (2)
+#
+# A new program prepares the demonstrations and fine-tunes the base model. All samples look right, and nearly all of
+# them stop.
 
 # %%
-hidden_bug = copy.deepcopy(base)
-train(hidden_bug, [(prompt_ids, ids[:-1]) for prompt_ids, ids in demo_rows], steps=40, lr=3e-4)
-share, at_the_end, text = stopping(hidden_bug)
-print(f"base with EOS, fine-tuned without: π(EOS | end of sentence) {at_the_end:.4f}   {100 * share:.1f} % stop")
-assert share > 0.9  # so samples do not reveal it; the mask does:
-scored_eos = demo_whole.mask & (demo_whole.targets == tokenizer.eos_id)
-assert (scored_eos.sum(1) == 1).all()  # one EOS scored in each row: assert this of your data
+careless = [(data.encode_prompt(tokenizer, one.prompt), tokenizer.encode(one.completion))
+            for one in demos]
+tuned = copy.deepcopy(base)
+train(tuned, careless, 40, LR)
+
+
+def stopping(name, policy):
+    """Print three answers, and the share of 96 answers that stop within 60 tokens."""
+    asked = [row[0] for row in rows[:24]]
+    drawn = sample(policy, asked, n=4, max_new=60, eos_id=EOS, seed=0)
+    stopped = drawn.finished.float().mean().item()
+    print(f"{name}: {100 * stopped:.0f} % stop")
+    for i in (0, 4, 8):
+        print(f"   {demos[i // 4].prompt}{tokenizer.decode(drawn.completions[i])}")
+    return stopped
+
+
+this_run(stopping("fine-tuned", tuned) > 0.9, "The samples stop.")
+some = batch_of(careless[:2])
+for targets, mask in zip(some.targets.tolist(), some.mask.int().tolist(), strict=True):
+    print("".join(tokenizer.decode([i]) or "⏎" for i in targets))
+    print("".join(str(scored) for scored in mask))
 
 # %% [markdown]
-# It surfaces with the first base model that does not know your EOS. Do not trust samples here, look at the mask. Every run of this
-# project prints three rows with their scored tokens marked before its first step.
+# Look at the masks. What is missing, and with which base model would the samples show it?
 #
-# ## IFT: read the demonstration as you would have begun it
+# ## What you now know
 #
-# SFT always reads the demonstrator's words, and writes one token after them. Later the policy reads its *own* words, slips included, which
-# it never met in training. Intuitive fine-tuning changes two things, and needs no samples for either:
+# - SFT maximises the log-prob of demonstrations. That is minimising $\mathrm{KL}(E\|\pi)$, and it ends at $\pi = E$.
+# - With finitely many demonstrations it goes past $E$ and learns them by heart. The training loss does not show it.
+# - It copies all who wrote demonstrations. It cannot tell good ones from bad ones, and it takes probability from good
+#   answers that nobody happened to show. For both you need a [reward](../GLOSSARY.md#reward).
+# - Divide by the tokens of the whole step. Score EOS, do not score the prompt, and look at the mask.
 #
-# - the **inputs** are mixed with the policy's own greedy guesses, a share $\lambda$ of each embedding: it meets a little of what it would
-#   have written;
-# - a token gets a **weight** for the losses that follow it, faded by $\gamma$ per step: it answers for where it leads.
-#
-# $$L = \frac1B \sum_b \frac1n \sum_t w_t \, \ell_t, \qquad \ell_t = -\log \pi(y_t \mid \hat e_{<t}), \qquad
-#   \hat e_t = (1 - \lambda)\, e(y_t) + \lambda\, e(\tilde y_t), \qquad
-#   w_t = \frac{n\, c_t}{\sum_s c_s}, \qquad c_t = \sum_{i \ge t} \gamma^{i-t} \ell_i .$$
-#
-# By hand, for losses 1, 2, .5, 4 and $\gamma = .95$, from the end: $c_4 = 4$, $c_3 = .5 + .95 \cdot 4 = 4.3$, $c_2 = 2 + .95 \cdot 4.3 =
-# 6.085$, $c_1 = 6.78075$. Their sum is 21.16575, so $w = 4c / 21.16575$, of mean 1. The last token is the hardest and has the smallest
-# weight.
-
-
-# %%
-def my_ift_loss(logps, mask, decay, detach_weights=True):
-    """logps, mask (B, T) -> the mean over completions of Σ_t w_t·ℓ_t / n."""
-    rows = []
-    for row, scored in zip(logps, mask, strict=True):
-        places = scored.nonzero().squeeze(1)  # (n,)
-        losses = -row[places]  # (n,)
-        reach = torch.triu(decay ** (places - places[:, None]).clamp(min=0).to(losses))  # watch: reach (n, n), γ^(i−t) for i ≥ t
-        c = reach @ losses
-        w = len(places) * c / c.sum() if decay else torch.ones_like(c)  # 0 means no weights at all
-        rows.append(((w.detach() if detach_weights else w) * losses).mean())
-    return torch.stack(rows).mean()
-
-
-ell = torch.tensor([[1, 2, 0.5, 4]], requires_grad=True)
-all_four = torch.ones(1, 4, dtype=torch.bool)
-loss = my_ift_loss(-ell, all_four, decay=0.95)
-(weights,) = torch.autograd.grad(4 * loss, ell)  # held constant, they are the gradient
-(attached,) = torch.autograd.grad(4 * my_ift_loss(-ell, all_four, decay=0.95, detach_weights=False), ell)
-print(f"loss {loss.item():.6f} (plain mean {ell.mean().item():.3f})   w {weights[0].numpy().round(6)}")
-print(f"slopes if the gradient runs through w as well: {attached[0].numpy().round(6)}")
-torch.testing.assert_close(loss.item(), 1.752867, atol=1e-6, rtol=0)
-torch.testing.assert_close(weights[0], torch.tensor([1.281457, 1.149971, 0.812634, 0.755938]), atol=1e-6, rtol=0)
-
-# %% [markdown]
-# Checkpoint: with holes in the mask (they count as steps), at several $\gamma$, with the weights held constant and not; and the mixed
-# inputs. The guess $\tilde y_t$ is made from demonstrated tokens alone, so one forward pass without gradient finds them all.
-
-
-# %%
-def my_lookahead_embeds(policy, batch, mix):
-    """(B, T, C): the embeddings of the inputs, mixed with those of the greedy guesses where an input is a completion token."""
-    with torch.no_grad():
-        guesses = torch.where(batch.mask, policy(batch.inputs).argmax(-1), batch.targets)  # watch: guesses (B, T), of the targets
-    guessed_inputs = torch.cat([batch.inputs[:, :1], guesses[:, :-1]], dim=1)  # target t − 1 is input t
-    return (1 - mix) * policy.embed(batch.inputs) + mix * policy.embed(guessed_inputs)
-
-
-holes = torch.rand(5, 8, generator=generator) < 0.7
-holes[:, 0] = True
-logps = (-torch.rand(5, 8, generator=generator)).requires_grad_()
-for decay in (0.0, 0.5, 0.95, 1.0):
-    for detach_weights in (True, False):
-        mine = my_ift_loss(logps, holes, decay, detach_weights)
-        theirs, _ = ift.ift_loss(logps, holes, decay=decay, detach_weights=detach_weights)
-        torch.testing.assert_close(mine, theirs)
-        torch.testing.assert_close(torch.autograd.grad(mine, logps)[0], torch.autograd.grad(theirs, logps)[0])
-torch.testing.assert_close(my_ift_loss(logps, holes, 0), sequence_mean(-logps, holes))  # γ = 0: SFT, every completion counting the same
-
-one = data.demo_batch([demo_rows[13]], [0], pad_id=tokenizer.pad_id, max_len=96)
-for mix in (0.0, 0.2, 1.0):
-    torch.testing.assert_close(my_lookahead_embeds(base, one, mix), ift.lookahead_embeds(base, one, mix=mix))
-print("ift_loss, lookahead_embeds: equal to minialign's")
-print("demonstrated:", tokenizer.decode(one.targets[one.mask][:-1].tolist()))
-print("guessed:     ", tokenizer.decode(base(one.inputs).argmax(-1)[one.mask][:-1].tolist()))
-
-# %% [markdown]
-# The guess differs where the base model would have chosen another word. The input after such a place is a blur of two letters, and the
-# policy has to go on from it.
-#
-# The released code lets the gradient run through the weights too. Then a token can lower the loss by taking weight away from a worse one,
-# and about one token in ten is pushed *down*. Held constant, the weights are never negative.
-
-# %%
-losses = torch.empty(1000, 8).exponential_(generator=generator).requires_grad_()
-for detach_weights in (True, False):
-    loss, _ = ift.ift_loss(-losses, torch.ones(1000, 8).bool(), decay=0.95, detach_weights=detach_weights)
-    (slopes,) = torch.autograd.grad(loss, losses)
-    share = (slopes < 0).float().mean().item()
-    print(f"weights {'constant' if detach_weights else 'differentiated':15} {100 * share:4.1f} % of the tokens are pushed down")
-    assert share == 0 if detach_weights else 0.05 < share < 0.15
-
-# %% [markdown]
-# ### Its fixed point is not the expert
-#
-# With completions of one token $w = 1$, and IFT is SFT. With more, a token counts by its share of its completion's $c$. So even with
-# unlimited demonstrations and $\lambda = 0$ the policy comes to rest where $\pi(a|s) \propto E(a|s) \cdot \mathbb{E}[w_t / n \mid s, a]$
-# (`ift_law` in `toy/closed_form.py`). The smallest case: an expert says A half of the time and stops, or says B and then C or
-# D. For $\gamma = 0$ the share of A is 1, that of B is $\frac12$, so A ends at $\frac23$.
-
-# %%
-E = torch.tensor([0.5, 0.25, 0.25])  # of A, BC, BD
-two_tokens = torch.tensor([[1, 0], [1, 1], [1, 1]]).bool()
-
-
-def settle(loss_of_row, steps=400, lr=1.0):
-    """π(A) where gradient descent on Σ_y E(y)·loss(y) comes to rest."""
-    z = torch.zeros(4, requires_grad=True)  # logits of A, B and of C, D
-    for _ in range(steps):
-        first, second = z[:2].log_softmax(0), z[2:].log_softmax(0)
-        logps = torch.stack([first[[0, 1, 1]], torch.cat([torch.zeros(1), second])], dim=1)  # (3, 2)
-        loss = sum(E[c] * loss_of_row(logps[c : c + 1], two_tokens[c : c + 1]) for c in range(3))
-        (gradient,) = torch.autograd.grad(loss, z)
-        z = (z - lr * gradient).detach().requires_grad_()
-    return z[:2].softmax(0)[0].item()
-
-
-print(f"SFT             π(A) = {settle(lambda logps, mask: -logps[mask].sum()):.4f}, the expert's")
-for decay, expected in ((0.0, 2 / 3), (0.5, 0.6066), (0.95, 0.5912)):
-    share = settle(lambda logps, mask, decay=decay: my_ift_loss(logps, mask, decay))
-    law = ift_law([(0,), (1, 2), (1, 3)], E.numpy(), decay)[0]
-    print(f"IFT, γ = {decay:4}   π(A) = {share:.4f}, the law {law:.4f}")
-    assert abs(share - law) < 1e-4 and abs(law - expected) < 1e-4
-
-# %% [markdown]
-# A gains because nothing comes after it that could take a share of the weight. In general a first token gains if little difficulty
-# follows, and if it is rare, because its own loss is then large. That is what the objective says, not an error of the program.
-# Whether the mixed inputs are worth it is a question for an experiment; `python -m minialign ift` runs one.
-#
-# ## Where to read on
-#
-# - `minialign/methods/sft.py`: the loss above, then `step`, then `main` with micro-batches and the global token count. `ift.py` beside it.
-# - `minialign/data.py`: `encode_demos`, and `encode_completion`, the one place that appends EOS. `minialign/task.py`: the built-in task.
-# - `toy/closed_form.py`: `sft_flow` and `ift_law` with their derivations. `tests/methods/test_sft.py`, `test_ift.py`: the worked numbers.
-# - `python -m minialign sft` runs it on the built-in task. `python -m minialign sft --demos FILE --policy FOLDER` on yours.
+# Next: [05 · Inverse RL](05_inverse_rl.ipynb), which learns a reward from demonstrations. A short side road, [04b ·
+# Intuitive fine-tuning](04b_ift.ipynb), changes SFT's loss.
 #
 # ## Exercises
 #
-# **Exercise 1** (★☆☆, 5 minutes). SFT lowers $\mathrm{KL}(E\|\pi)$. Compute the other direction, $\mathrm{KL}(\pi\|E)$, for the best
-# policy. What do you get, and which term is to blame?
+# **Exercise 1** (easy, 5 minutes; try this). Set `LR = 1e-3` in section 6, and then `1e-4`. Which best KL do you
+# expect, and at which step? Then start from random weights in place of `base`.
 #
-# **Exercise 2** (★★☆, 10 minutes). We stopped by looking at the exact KL, which nobody has. Do it honestly: train again from `base`, watch
-# the loss on 200 *other* demonstrations (`task.builtin_demos(seed=1)`), and stop where it is lowest. How much exact KL does that cost?
+# **Exercise 2** (medium, 10 minutes). We chose the best step by a KL that nobody knows for real data. Choose it
+# honestly: train again from `base`, watch the loss on 200 *other* demonstrations, `task.builtin_demos(200, seed=1)`,
+# and stop where it is lowest. How much KL does that cost?
 #
-# **Exercise 3** (★★★, 15 minutes). Show that with $n$ other actions the flow obeys $n d + e^d = 1 + (n + 1)\,\mathrm{lr} \cdot
-# \mathrm{steps}$, and use it to predict how many steps of 0.1 ten actions need to reach a probability of 0.9. Check by descending.
+# **Exercise 3** (hard, 15 minutes). In section 2 the shown answer's probability rises ever more slowly. Let $d$ be its
+# logit minus that of another answer. Show that for very small steps $2d + e^d = 1 + 3 \cdot \mathrm{lr} \cdot
+# \mathrm{steps}$, and predict $\pi$ after 100 steps.
 #
-# ---
+# ## Answers
 #
-# ## Solutions
+# <details><summary>Puzzle 1</summary>
 #
-# **Solution 1.** Infinite. The policy gives some probability to texts that the expert never writes, and there $\log E = -\infty$.
-# $\mathrm{KL}(E\|\pi)$ does not mind: it asks only where $E$ is. That is why SFT covers everything that was shown, and is lax about the
-# rest.
+# Each piece is divided by its *own* number of tokens, and the pieces then count equally. So a token in a piece with
+# short answers weighs more than a token in a piece with long ones. It is the mean of row means again. Divide each piece
+# by the scored tokens of the *whole* step: that is what `n_tokens` is for.
+#
+# </details>
 
-# %%
-elsewhere = 1 - best_probs.sum(1, keepdim=True)  # (24, 1) the mass on every other text, as one more outcome
-with_elsewhere, expert_too = torch.cat([best_probs, elsewhere], dim=1), torch.cat([expert, torch.zeros(24, 1)], dim=1)
-other_way = (with_elsewhere * (with_elsewhere.log() - expert_too.log())).sum(1).mean()
-print(f"mass elsewhere {elsewhere.mean():.4f}   KL(π ‖ E) = {other_way.item()}   KL(E ‖ π) = {best['expert_kl']:.3f}")
-assert (elsewhere > 0).all() and other_way == torch.inf and math.isfinite(best["expert_kl"])
+# %% tags=["solution"] jupyter={"source_hidden": true}
+small.zero_grad()
+for piece in [eight[i : i + 1] for i in range(8)]:
+    batch = batch_of(piece)
+    tokens_of_the_step = sum(len(answer) for _, answer in eight)
+    my_sft_loss(token_logps(small, batch), batch.mask, tokens_of_the_step).backward()
+again = torch.cat([parameter.grad.flatten() for parameter in small.parameters()])
+error = (again - whole_gradient).norm() / whole_gradient.norm()
+print(f"relative error with the count of the whole step: {error:.1e}")
+always(error < 1e-9, "With the count of the whole step the pieces add up.")
 
 # %% [markdown]
-# **Solution 2.** Held-out demonstrations estimate $H(D) + \mathrm{KL}(D\|\pi)$ without bias, with the noise of 200 draws; the same
-# draws judge every step, so most of the noise is common to all of them and the lowest step is found well.
+# <details><summary>Puzzle 2</summary>
+#
+# EOS. `tokenizer.encode` does not append it (`data.encode_completion` does), so no row has a scored `⏎`. In training,
+# nothing touches the prediction after the last letter. The base model knows how to stop and keeps that habit, so the
+# samples look right. With a base model that does not know your EOS the policy never stops, as the code shows. Do not
+# trust samples here, look at the mask: each row must score one EOS.
+#
+# </details>
 
-# %%
-held_out_rows = data.encode_demos(tokenizer, task.builtin_demos(seed=1))
-held_out = data.demo_batch(held_out_rows, range(200), pad_id=tokenizer.pad_id, max_len=96)
-again, curve = copy.deepcopy(base), []
+# %% tags=["solution"] jupyter={"source_hidden": true}
+torch.manual_seed(0)
+endless = GPT(GPTConfig.tiny(tokenizer.vocab_size))
+train(endless, [(prompt, answer[:-1]) for prompt, answer in rows], steps=60, lr=1e-2, warm_up=True)
+this_run(stopping("from random weights, without EOS", endless) < 0.3,
+         "Without EOS in its data it does not stop.")
+always((whole.mask & (whole.targets == EOS)).sum(1).eq(1).all(), "Our own rows score one EOS each.")
+
+# %% [markdown]
+# <details><summary>Exercise 1</summary>
+#
+# 1e-3 is best after fewer steps, and its best is worse: steps are large and the base model's knowledge gets damaged.
+# 1e-4 needs more steps and ends at about the same best KL, so a small rate costs only time. From random weights 200
+# demonstrations are far too few to learn to spell.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+steps, kl = train_and_measure(rows, 40, 20, lr=1e-3)
+print(f"rate 1e-3: KL(E‖π) at steps {steps}:", [round(number, 3) for number in kl])
+this_run(min(kl) > best["kl"], "The best KL is worse than that of section 6.")
+
+# %% [markdown]
+# <details><summary>Exercise 2</summary>
+#
+# The held-out loss estimates $H(E) + \mathrm{KL}(E\|\pi)$. All steps are judged by the same 200 demonstrations, so
+# their noise is common to all steps and the lowest one is found well.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+held_out = batch_of(encoded(task.builtin_demos(200, seed=1)))
+student, seen = copy.deepcopy(base), []
 
 
 def look_honestly(k):
     with torch.no_grad():
-        curve.append((-seq_logps(again, held_out).mean().item(), exact_kl(shown, all_logps_of(again)), k))
+        seen.append((-seq_logps(student, held_out).mean().item(), k, copy.deepcopy(student)))
 
 
-train(again, demo_rows, steps=60, lr=3e-4, schedule="constant", every=10, look=look_honestly)
-held_out_loss, kl_there, chosen = min(curve)
-best_kl = min(kl for _, kl, _ in curve)
-print(f"held-out loss lowest at step {chosen}: {held_out_loss:.3f};   exact KL there {kl_there:.3f}, at the best step {best_kl:.3f}")
-assert kl_there < best_kl + 0.15
+train(student, rows, 60, LR, every=20, look=look_honestly)
+loss, step, chosen = min(seen, key=lambda entry: entry[0])
+chosen_kl = my_kl(E, all_logps(chosen)).mean().item()
+print(f"held-out loss is lowest at step {step}: {loss:.3f}")
+print(f"KL(E‖π) there {chosen_kl:.3f}, the best was {best['kl']:.3f}")
+this_run(chosen_kl < best["kl"] + 0.2, "The honest choice costs little.")
 
 # %% [markdown]
-# **Solution 3.** With $p = e^d / (n + e^d)$ the shown logit rises at rate $1 - p$, and each other one falls at rate $(1 - p)/n$. So
-# $d' = (1 - p)(1 + 1/n) = (n + 1)/(n + e^d)$, that is $(n + e^d)\, d' = n + 1$. Integrate from $d = 0$. At $p = 0.9$, $e^d = 9n$.
+# <details><summary>Exercise 3</summary>
+#
+# Let $p = e^d/(2 + e^d)$ be the shown answer's probability. Per unit of $\mathrm{lr} \cdot \mathrm{steps}$ its logit
+# rises by $1 - p$, and each other logit falls by $(1 - p)/2$. So $d' = \frac32(1 - p) = 3/(2 + e^d)$, that is $(2 +
+# e^d)\,d' = 3$. Integrate from $d = 0$. For 100 steps of 0.1 solve $2d + e^d = 31$ for $d$.
+#
+# </details>
 
-# %%
-n = 9
-needed = (n * math.log(9 * n) + 9 * n - 1) / (n + 1) / 0.1
-ten, count = torch.zeros(10, dtype=torch.float64), 0
-while ten.softmax(0)[-1] < 0.9:
-    ten -= 0.1 * (ten.softmax(0) - torch.eye(10, dtype=torch.float64)[-1])
-    count += 1
-print(f"predicted {needed:.1f} steps, counted {count}")
-assert abs(sft_flow(0.1 * needed, n_others=n) - 0.9) < 1e-9
-assert abs(count / needed - 1) < 0.02
+# %% tags=["solution"] jupyter={"source_hidden": true}
+d = 3.0
+for _ in range(50):
+    d -= (2 * d + math.exp(d) - 31) / (2 + math.exp(d))  # Newton's method
+predicted = math.exp(d) / (2 + math.exp(d))
+measured = descend(torch.tensor([0.0, 0, 1], dtype=torch.float64), 100)[-1, 2].item()
+print(f"predicted {predicted:.4f}, measured {measured:.4f}")
+always(abs(predicted - sft_flow(0.1 * 100)) < 1e-9, "The solution equals the project's sft_flow.")
+always(abs(predicted - measured) < 0.005, "Steps of 0.1 are nearly very small steps.")

@@ -1,0 +1,535 @@
+# %% [markdown]
+# # 06b · Over-optimisation: what a wrong reward costs
+#
+# **You will build** the KL divergence of a policy from its reference, the policy that gets the most reward for its KL,
+# and the curve of reward against KL. On it you watch a policy exploit a flaw in its reward, first a flaw that we
+# wrote, then one that a reward model learned.
+#
+# **Time:** 25 minutes of reading, 10 seconds of computer.
+#
+# **You need:** [06 · Rewards](06_reward.ipynb): Bradley-Terry, best-of-n, ReST and the toy language. The derivation of
+# the tilt is in [05 · Inverse RL](05_inverse_rl.ipynb).
+#
+# Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
+# through with a debugger.
+
+# %%
+import sys
+from pathlib import Path
+
+# minialign runs from its checkout: put the folder that holds it on the path (`pip install -e .` makes this unnecessary).
+here = Path(globals().get("__file__", "cell")).resolve()
+sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign").is_dir()][:1]
+
+import math
+
+import numpy as np
+import torch
+
+from minialign.methods.best_of_n import kl_bound
+from toy import closed_form, overoptimization
+from toy.tiny_language import Language, tiny_gpt
+from tutorials.checks import always, this_run
+from tutorials.figures import reward as figures
+
+torch.set_default_dtype(torch.float64)
+close = torch.testing.assert_close
+
+# %% [markdown]
+# ## The question
+#
+# Nobody can write down what a good answer is. So we optimise a stand-in, a **proxy**: a reward model trained on
+# comparisons, or a program that tests what is easy to test. The proxy agrees with what we want on ordinary answers. Is
+# that enough if a policy is trained to make the proxy as high as possible?
+
+# %%
+figures.proxy_diagram()
+
+# %% [markdown]
+# In practice one cannot look: people are too expensive to ask at every step. Stiennon et al. (2020) trained policies
+# to several strengths against a reward model for summaries and then asked people. Up to a point people preferred the
+# stronger policies. After it they liked them less and less, while the learned reward still rose. Gao et al. (2023)
+# measured the same with a large reward model in the place of people. They call it **gold**. We do what they did, in a
+# language so small that nothing has to be sampled or trained: every number below is a sum over all completions.
+#
+# ## 1. How far has a policy moved?
+#
+# The strength of the optimisation is measured by the [KL divergence](../GLOSSARY.md#kl) from the
+# [reference](../GLOSSARY.md#reference), the policy before:
+#
+# $$\mathrm{KL}(\pi \,\|\, \mathrm{ref}) = \sum_y \pi(y) \log \frac{\pi(y)}{\mathrm{ref}(y)} .$$
+#
+# It is measured in [nats](../GLOSSARY.md#nats). By hand, with ref = (.5, .3, .2) and the best of 4 from tutorial 06,
+# (.0625, .3471, .5904):
+#
+# $$.0625 \log\frac{.0625}{.5} + .3471 \log\frac{.3471}{.3} + .5904 \log\frac{.5904}{.2}
+#   = -.130 + .051 + .639 = .560 .$$
+
+
+# %%
+def my_kl(policy, ref):
+    """KL(policy‖ref) in nats. policy, ref (…, C), the last dimension sums to 1. Return (…).
+
+    ref is positive everywhere. policy may be 0 somewhere; such a completion contributes 0, not NaN.
+    """
+    log_ratio = policy.clamp(min=1e-300).log() - ref.log()  # watch: log_ratio (…, C)
+    return (policy * log_ratio).sum(-1)
+
+
+# %% [markdown]
+# ### Checkpoint
+
+# %%
+three = torch.tensor([0.5, 0.3, 0.2])
+best_of_4 = torch.tensor(closed_form.best_of_n_law(three.numpy(), [0.0, 1.0, 2.0], 4))
+for one in (best_of_4, torch.tensor([0.0, 0.4, 0.6]), three):
+    theirs = closed_form.kl(one.numpy(), three.numpy())
+    close(my_kl(one, three).item(), theirs, msg="my_kl differs from the project's.")
+print(f"my_kl: equal to minialign's;   KL of best of 4 from ref: {my_kl(best_of_4, three):.3f}")
+
+# %% [markdown]
+# ### What best-of-n costs
+#
+# Suppose that there are many completions, all rare, with different rewards. Rank them by reward and let $u$ be the
+# share of ref's probability below a completion. For a sample of ref, $u$ is uniform on $[0, 1]$. The best of $n$ is
+# below $u$ if all are, with probability $u^n$, so its density is $n u^{n-1}$. The KL between the two is
+#
+# $$\int_0^1 n u^{n-1} \log\!\big(n u^{n-1}\big)\, du = \log n - \frac{n-1}{n} .$$
+#
+# It depends on nothing but $n$: 8 samples cost 1.20 nats, 32 cost 2.50. With few completions, or equal rewards, the KL
+# is smaller. Outcomes are then grouped together, and grouping can only lower a KL. (This is the data-processing
+# inequality.) You will see it in a table below.
+#
+# ## 2. A language, and what we really want
+#
+# The language is that of 06, a size larger: letters a to f, at most four tokens, three prompts, 1555 completions.
+# `law_of` gives the reference's exact probabilities. Gold, what we really want, is $0.5$ for each letter that equals
+# the prompt, $-0.5$ for each letter three further on, $0.3$ for a full stop, and $-0.7 \cdot (\text{repeats})^2$. A
+# repeat is a letter that equals the one before it.
+
+# %%
+language = Language(n_content=6, max_new=4, n_prompts=3)
+ref = language.law_of(tiny_gpt(language.vocab_size, seed=0, mixing=0.3))  # watch: ref (3, 1555)
+EOS = language.eos_id
+
+
+def count(x, y):
+    """How often y holds each letter, the prompt's first (6 numbers), and the full stop."""
+    return [*(y.count((x + further) % 6) for further in range(6)), y.count(EOS)]
+
+
+def count_repeats(y):
+    return sum(a == b for a, b in zip(y, y[1:], strict=False))
+
+
+counts = torch.tensor([[count(x, y) for y in language.completions] for (x,) in language.prompts])
+counts = counts.double()  # watch: counts (3, 1555, 7)
+repeats = torch.tensor([count_repeats(y) for y in language.completions]).double()
+unpunished = 0.5 * counts[:, :, 0] - 0.5 * counts[:, :, 3] + 0.3 * counts[:, :, 6]
+unpunished = unpunished.round(decimals=6)  # watch: unpunished (3, 1555)
+gold = (unpunished - 0.7 * repeats**2).round(decimals=6)  # watch: gold (3, 1555)
+
+
+def text(c):
+    return "".join("abcdef."[token] for token in language.completions[c])
+
+
+likely = ref[0].argsort(descending=True)[[0, 1, 6, 7, 40]].tolist()
+chosen_by_us = [language.index[y] for y in ((0, 1, 0, EOS), (0, 0, 0, EOS), (0, 0, 0, 0))]
+print("prompt a         probability   gold   without the penalty for repeats")
+for c in likely + chosen_by_us:
+    print(f"   {text(c):12} {ref[0, c]:11.1e} {gold[0, c]:7.2f} {unpunished[0, c]:8.2f}")
+
+# %% [markdown]
+# The two rewards differ only where letters repeat. `aaaa` is the extreme case: the best answer by one, the worst by
+# the other. And it is very rare in ref.
+#
+# ## 3. Build it yourself: the most reward for its KL
+#
+# Which policy gets the most gold for its KL? [05](05_inverse_rl.ipynb) derives the answer. The policy that maximises
+# $\mathbb{E}_\pi[r] - \beta\, \mathrm{KL}(\pi\|\mathrm{ref})$ is
+#
+# $$\pi^*(y) = \frac{1}{Z}\, \mathrm{ref}(y)\, e^{r(y)/\beta} ,$$
+#
+# where $\beta$ is the price of one nat and $Z$ makes the probabilities sum to 1. We call $\pi^*$ the
+# [tilt](../GLOSSARY.md#tilt) of ref: the reward tilts ref towards high rewards, more so for small $\beta$. It is also
+# where RL with a KL penalty ends, which you will see in 07 and 08. So the tilt shows what a perfect RL run would do.
+
+
+# %%
+def my_tilt(ref, rewards, beta):
+    """The tilt ∝ ref·e^{r/β}. ref, rewards (…, C), beta above 0. Return (…, C), with sum 1 over C.
+
+    Work with logarithms: e^{r/β} is infinite for r = 2 and β = 0.001. Softmax does what is needed.
+    """
+    return (ref.log() + rewards / beta).softmax(-1)
+
+
+def my_curve(policies, ref, proxy, gold):
+    """The points of a curve. policies: K tensors (N, C); ref, proxy, gold (N, C). Return (K, 3).
+
+    Row k holds, for policy k: d, the square root of the KL from ref; the expected proxy; the
+    expected gold. All three are means over the N prompts. Take the mean of the KL before its root.
+    """
+    rows = []
+    for policy in policies:
+        d = my_kl(policy, ref).mean().clamp(min=0).sqrt()  # watch: d ()
+        rows.append(torch.stack([d, (policy * proxy).sum(1).mean(), (policy * gold).sum(1).mean()]))
+    return torch.stack(rows)
+
+
+# %% [markdown]
+# ### Checkpoint
+
+# %%
+for beta in (10.0, 0.3, 0.001):
+    mine = my_tilt(ref, gold, beta)
+    for x in range(3):
+        theirs = torch.tensor(closed_form.tilt(ref[x].numpy(), gold[x].numpy(), beta))
+        close(mine[x], theirs, msg=f"my_tilt differs from the project's at beta = {beta}.")
+trial = [my_tilt(ref, unpunished, 0.5), my_tilt(ref, unpunished, 0.1), ref]
+for mine, policy in zip(my_curve(trial, ref, unpunished, gold), trial, strict=True):
+    numpys = [tensor.numpy() for tensor in (ref, policy, unpunished, gold)]
+    theirs = torch.tensor(overoptimization.point(*numpys))
+    close(mine, theirs, atol=1e-7, rtol=0, msg="my_curve differs from the project's.")
+print("my_tilt, my_curve: equal to minialign's")
+
+# %% [markdown]
+# Each method has one setting: $n$ for best-of-n, the threshold for ReST, $\beta$ for the tilt. As it changes, the
+# policy moves along a curve, from ref towards the best completions. First with gold itself as the reward. Best-of-n is
+# the function that you wrote in 06. The axis is $d = \sqrt{\mathrm{KL}}$, as in Gao et al., because close to ref the
+# reward grows in proportion to it.
+
+# %%
+BETAS = torch.logspace(2, -1.5, 40).tolist()  # from 100 to 0.03
+NS = [2**k for k in range(15)]  # from 1 to 16384
+
+
+def best_of_n(reward, n):
+    """The distribution of the best of n samples from ref, (3, 1555)."""
+    pairs = zip(ref.numpy(), reward.numpy(), strict=True)
+    return torch.stack([torch.tensor(closed_form.best_of_n_law(p, r, n)) for p, r in pairs])
+
+
+def above(reward, threshold):
+    """ref restricted to the completions above the threshold, (3, 1555)."""
+    kept = ref * (reward > threshold)
+    return kept / kept.sum(1, keepdim=True)
+
+
+tilts = [my_tilt(ref, gold, beta) for beta in BETAS]
+levels = [level for level in gold.unique().tolist() if level < gold.amax(1).min()]
+by_gold = {"tilt": my_curve(tilts, ref, gold, gold),
+           "best of n": my_curve([best_of_n(gold, n) for n in NS], ref, gold, gold),
+           "ReST": my_curve([above(gold, level) for level in levels], ref, gold, gold)}
+figures.reward_per_kl(by_gold)
+
+passed = (gold > 0.4).double()  # a reward that says only pass or fail
+print("    n   KL, gold   KL, pass or fail   log n − (n − 1)/n   mean gold")
+for n in (2, 8, 32, 128, 512):
+    costs = [my_kl(best_of_n(reward, n), ref).mean().item() for reward in (gold, passed)]
+    print(f"{n:5} {costs[0]:10.3f} {costs[1]:14.3f} {kl_bound(n):20.3f} "
+          f"{(best_of_n(gold, n) * gold).sum(1).mean():15.3f}")
+    always(max(costs) <= kl_bound(n) + 1e-9, "The KL of best-of-n is at most log n − (n − 1)/n.")
+for beta, (d, _, value) in zip(BETAS, by_gold["tilt"].tolist(), strict=True):
+    for other in ("best of n", "ReST"):
+        worth = by_gold[other][:, 2] - beta * by_gold[other][:, 0] ** 2
+        highest = (worth <= value - beta * d**2 + 1e-9).all().item()
+        always(highest, "Reward minus beta times KL is highest for the tilt.")
+
+# %% [markdown]
+# No policy gets above the tilt's curve. Best-of-n stays close to it. ReST's hard threshold pays more: it forbids
+# everything below and treats everything above alike. With a pass-or-fail reward the KL stops growing, since a winner
+# can do no better than pass, which costs $-\log P(\text{pass})$.
+#
+# ## 4. A reward with a known hole
+#
+# Now forget the penalty for repeats. The proxy is `unpunished`, and the policy is optimised for it. We keep an eye on
+# gold.
+
+# %%
+tilts = [my_tilt(ref, unpunished, beta) for beta in BETAS]
+winners = [best_of_n(unpunished, n) for n in NS]
+known = {"tilt": my_curve(tilts, ref, unpunished, gold),  # (40, 3)
+         "best of n": my_curve(winners, ref, unpunished, gold)}  # (15, 3)
+print("tilt:  beta       d    proxy    gold    six samples for prompt a")
+generator = torch.Generator().manual_seed(0)
+for k in range(0, 40, 3):
+    if BETAS[k] < 3:
+        drawn = torch.multinomial(tilts[k][0], 6, replacement=True, generator=generator)
+        d, proxy_value, gold_value = known["tilt"][k].tolist()
+        print(f"     {BETAS[k]:6.3f}  {d:6.2f}  {proxy_value:6.2f}  {gold_value:6.2f}    "
+              f"{' '.join(f'{text(c):5}' for c in drawn.tolist())}")
+figures.proxy_and_gold(known)
+for name, curve in known.items():
+    peak = curve[curve[:, 2].argmax()]
+    print(f"{name:10} gold {curve[0, 2]:.2f} at the start, {peak[2]:.2f} at d = {peak[0]:.2f}, "
+          f"{curve[-1, 2]:.2f} at the end")
+    always(bool((curve[1:, 1] >= curve[:-1, 1] - 1e-9).all()), "The proxy never falls.")
+    this_run((peak[2] > curve[0, 2] + 0.3).item(), "Gold rises at first.")
+    this_run((curve[-1, 2] < curve[0, 2] - 1).item(), "Gold ends far below its start.")
+d, proxy_value, gold_value = known["tilt"].T.numpy()
+for at, proxy_of_n, gold_of_n in known["best of n"][3:].tolist():  # from n = 8 on, at the same d
+    more = np.interp(at, d, proxy_value) > proxy_of_n - 0.02  # (between two points of the curve)
+    this_run(more, "At the same KL the tilt has more proxy.")
+    this_run(np.interp(at, d, gold_value) < gold_of_n, "At the same KL the tilt has less gold.")
+
+# %% [markdown]
+# At first both rise: letters like the prompt's are good by both rewards. Then the proxy goes on rising and gold falls
+# far below ref, until the policy writes `aaaa`. In a run you see only the proxy, and it shows nothing but success.
+# This is [over-optimisation](../GLOSSARY.md#overoptimization).
+#
+# The tilt has more proxy at every KL, and *less gold* once gold has begun to fall. The better optimiser finds the hole
+# earlier. `aaaa` is rare in ref, so it rarely is among $n$ samples, but $e^{r/\beta}$ lifts it however rare it is. Gao
+# et al. found different shapes too: a parabola in $d$ for best-of-n, a curve with $d \log d$ for RL.
+#
+# ## 5. Build it yourself: a reward model that learns the hole
+#
+# Nobody wrote this hole on purpose. Could a reward model that was trained on *correct* comparisons have it? Yes, if it
+# cannot see what matters. Ours gets only the seven counts of an answer. So `aba.` and `aab.` get the same reward from
+# it, although gold differs by 0.7. It is linear: its reward is `counts @ weights`. The comparisons are pairs of ref's
+# own completions, chosen by Bradley-Terry on gold. Stop in `my_linear_fit` at its first step: all weights and gaps are
+# 0, so every comparison counts with a half.
+
+
+# %%
+def compare(policy, how_many, seed):
+    """Comparisons of the policy's answers, (how_many, 3): numbers of prompt, chosen, rejected."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.arange(3).repeat_interleave(how_many // 3)
+    each = 2 * (how_many // 3)
+    drawn = torch.multinomial(policy, each, replacement=True, generator=generator).view(-1, 2)
+    first, second = gold[x, drawn[:, 0]], gold[x, drawn[:, 1]]
+    first_wins = torch.rand(len(x), generator=generator) < (first - second).sigmoid()
+    chosen = torch.where(first_wins, drawn[:, 0], drawn[:, 1])
+    return torch.stack([x, chosen, drawn.sum(1) - chosen], 1)
+
+
+def my_linear_fit(features, compared, ridge=1.0, steps=1000, lr=1.0):
+    """The weights (F,) of a linear reward model, by gradient descent from 0.
+
+    features (N, C, F); compared (B, 3) holds prompt, chosen, rejected. The loss is the mean of
+    −log σ(gap), where gap (B,) is the reward of chosen minus that of rejected, plus
+    ridge/(2B)·|weights|². (The ridge keeps the weights finite.) The gradient of −log σ(gap) is
+    −(1 − σ(gap))·(features of chosen − features of rejected).
+    """
+    x, chosen, rejected = compared.T
+    difference = features[x, chosen] - features[x, rejected]  # watch: difference (B, F)
+    weights = torch.zeros(features.shape[-1])
+    for _ in range(steps):
+        gap = difference @ weights  # watch: gap (B,)
+        gradient = -(difference * (-gap).sigmoid()[:, None]).mean(0)
+        weights = weights - lr * (gradient + ridge / len(compared) * weights)
+    return weights
+
+
+# %% [markdown]
+# ### Checkpoint
+
+# %%
+compared, fresh = compare(ref, 999, seed=0), compare(ref, 9999, seed=1)  # watch: compared (999, 3)
+squares = (repeats**2)[:, None].expand(3, -1, 1)  # one more feature
+seeing = torch.cat([counts, squares], dim=2)  # watch: seeing (3, 1555, 8)
+weights = {"blind": my_linear_fit(counts, compared), "seeing": my_linear_fit(seeing, compared)}
+print("weights of the letters 0 to 5 after the prompt's, of the full stop (and of repeats²):")
+for name, features in (("blind", counts), ("seeing", seeing)):
+    theirs = overoptimization.fit(features, compared, 1.0).weight[0].detach()
+    close(weights[name], theirs, atol=1e-3, rtol=0, msg="my_linear_fit differs from the project's.")
+    print(f"   {name:7} {'  '.join(f'{weight:5.2f}' for weight in weights[name].tolist())}")
+
+# %% [markdown]
+# The true weights are 0.5, 0, 0, −0.5, 0, 0, 0.3 and −0.7. The blind model finds the first seven about right. Does a
+# test on 9999 fresh comparisons warn us?
+
+
+# %%
+def accuracy(reward, compared):
+    """How often the chosen answer has the higher reward. Equal rewards count half."""
+    x, chosen, rejected = compared.T
+    gap = reward[x, chosen] - reward[x, rejected]
+    return ((gap > 0).double() + 0.5 * (gap == 0).double()).mean().item()
+
+
+proxies = {"one blind model": (counts @ weights["blind"]).round(decimals=6),
+           "one that sees repeats": (seeing @ weights["seeing"]).round(decimals=6)}
+for name, reward in {**proxies, "gold itself": gold}.items():
+    print(f"{name:22} orders {100 * accuracy(reward, fresh):.1f} % of fresh comparisons correctly")
+missed = accuracy(gold, fresh) - accuracy(proxies["one blind model"], fresh)
+this_run(missed < 0.06, "The test hardly warns.")
+
+# %% [markdown]
+# It does not. Gold itself is right in only two of three, because the judges are unsure, and the blind model is hardly
+# worse. The test uses pairs from ref, where two and more repeats are rare. The policy will go where they are common.
+#
+# ## 6. Break it: try to repair the reward
+#
+# Five ideas, each as a proxy for the tilt: ten times the comparisons; the mean of five models, each fitted to its own
+# comparisons; the minimum of the five, the most careful one; blind again, but with comparisons of what the *optimised
+# policy* writes; and the missing feature.
+
+# %%
+fits = [my_linear_fit(counts, compare(ref, 999, seed=10 + k)) for k in range(5)]
+five = torch.stack([counts @ one for one in fits])  # watch: five (5, 3, 1555)
+optimised = my_tilt(ref, proxies["one blind model"], 0.3)
+asked_again = torch.cat([compared, compare(optimised, 2997, seed=3)])
+proxies |= {"10 × the comparisons": counts @ my_linear_fit(counts, compare(ref, 9990, seed=2)),
+            "mean of five": five.mean(0), "minimum of five": five.amin(0),
+            "asked again": counts @ my_linear_fit(counts, asked_again)}
+repaired = {}
+print("proxy                   gold at its peak   at d =    gold at the end")
+for name, proxy in proxies.items():
+    tilts = [my_tilt(ref, proxy, beta) for beta in BETAS]
+    repaired[name] = curve = my_curve(tilts, ref, proxy, gold)
+    peak = curve[curve[:, 2].argmax()]
+    print(f"{name:22} {peak[2]:12.2f} {peak[0]:12.2f} {curve[-1, 2]:14.2f}")
+figures.repairs(repaired)
+for name, curve in repaired.items():
+    fall = (curve[:, 2].max() - curve[-1, 2]).item()
+    as_printed = fall < 0.2 if name == "one that sees repeats" else fall > 1
+    this_run(as_printed, f"{name}: gold falls by {fall:.2f}.")
+
+# %% [markdown]
+# More comparisons and averages remove *noise*, which differs from model to model. All five models are blind to the
+# same thing, so they rise and fall together. Asking again about the policy's own answers helps more: repeats are now
+# common in the comparisons, and the model charges them to the letters. It still cannot tell `aba.` from `aab.`. The
+# missing feature removes the fall. (On ensembles see Coste et al. 2023 and Eisenstein et al. 2023; on averaged weights
+# Ramé et al. 2024. `toy/overoptimization.py` repeats this with ten draws of the comparisons and with neural reward
+# models.)
+#
+# In practice nobody knows the missing feature. So three habits remain: hold the policy near ref with a KL penalty,
+# stop early, and ask people again about what the policy *now* writes.
+#
+# ## What is wrong here? (1)
+#
+# A careful colleague stops where the reward is highest on held-out prompts.
+
+# %%
+curve = repaired["one blind model"]
+stop = int(curve[:, 1].argmax())  # the learned reward, on prompts that were not used for training
+print(f"stopped at d = {curve[stop, 0]:.2f}, reward {curve[stop, 1]:.2f}")
+
+# %% [markdown]
+# ## What is wrong here? (2)
+#
+# The minimum of five *neural* reward models, which were trained as in 06. Their rewards of an answer differ by a
+# constant for each model, here 2, −1, 0, 3 and 1.
+
+# %%
+neural = five + torch.tensor([2.0, -1, 0, 3, 1])[:, None, None]  # (5, 3, 1555)
+careful = neural.amin(0)
+shares = (neural == careful).double().mean((1, 2))
+print("how often each model is the minimum:", shares.tolist())
+
+# %% [markdown]
+# ## What you now know
+#
+# - KL measures how far a policy has moved, and the tilt gets the most reward for its KL. Best-of-n comes close.
+# - If the reward is wrong somewhere, more optimisation first helps and then hurts. The reward that you see never tells.
+# - Accuracy on the reference's pairs does not warn, because the hole is where the reference seldom goes.
+# - Ensembles help against noise, not against what no member can see.
+#
+# Next: [07](07_policy_gradient.ipynb) trains a policy with the reward and the KL penalty, and arrives at the tilt.
+#
+# ## Exercises
+#
+# **Exercise 1** (easy, 5 minutes). Try this: set `seed=5` in the reference's `tiny_gpt`. The tilt's gold ends at the
+# gold of one completion for each prompt. Which one, and which line of the code decides it?
+#
+# **Exercise 2** (medium, 15 minutes). You could afford to measure gold once, for one blind model, and found the $d$ of
+# its peak. Use this $d$ as a KL budget for five other blind models, for the tilt and for best-of-n. How much gold is
+# lost against their own peaks?
+#
+# **Exercise 3** (hard, 20 minutes). Let the reward be $u$, uniform on $[0, 1]$. Compare best-of-n with a threshold
+# $t$: the mean reward at equal KL, and at an equal number of samples for each kept one. Which is better at what?
+#
+# ## Answers
+#
+# <details><summary>Puzzle 1</summary>
+#
+# Held-out *prompts* do not help: the reward on them is the same wrong reward. It rises for ever, so the colleague
+# stops at the very end, where gold is lowest. Stop by something that the policy was not optimised for: fresh human
+# comparisons, or a KL budget.
+#
+# </details>
+#
+# <details><summary>Puzzle 2</summary>
+#
+# Comparisons leave a constant open, so the minimum compares constants. The second model has the lowest one and nearly
+# always is the minimum: an ensemble of one. Subtract from each model its mean reward on the same answers first.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+always(bool(stop == len(BETAS) - 1), "The proxy is highest at the very end.")
+this_run((curve[stop, 2] < curve[0, 2]).item(), "Gold is below its start there.")
+centred = neural - (ref * neural).sum((1, 2), keepdim=True) / 3  # (5, 3, 1555)
+shares = (centred == centred.amin(0)).double().mean((1, 2))
+print("after centring, how often each is the minimum:", shares.round(decimals=2).tolist())
+this_run((neural[1] == careful).double().mean().item() > 0.8, "One model decides nearly always.")
+this_run(shares.max().item() < 0.7, "After centring no single model decides.")
+
+# %% [markdown]
+# <details><summary>Exercise 1</summary>
+#
+# The tilt ends on the proxy's favourite, `proxy.argmax(1)`, however rare it is in ref. Whether this is `aaaa` or
+# `aaa.` depends on two weights: that of the prompt's letter and that of the full stop. If the full stop is worth more,
+# there is one repeat less, and gold ends at −1 instead of −4.3. So how deep gold falls can depend on two nearly equal
+# numbers.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+for name in ("one blind model", "asked again"):
+    favourites = proxies[name].argmax(1)
+    end = my_curve([my_tilt(ref, proxies[name], 1e-3)], ref, proxies[name], gold)[0, 2].item()
+    print(f"{name}: favourite of prompt a {text(favourites[0])}, gold at the end {end:.2f}")
+    of_favourites = gold[range(3), favourites].mean().item()
+    this_run(abs(end - of_favourites) < 1e-2, "The tilt ends on the favourite.")
+
+# %% [markdown]
+# <details><summary>Exercise 2</summary>
+#
+# With the tilt little is lost: where the peak is depends on what the proxy cannot see, and that is the same for all.
+# Best-of-n loses more, because it reaches repeats later and could have gone further. A KL budget belongs to a method.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+curve = repaired["one blind model"]
+budget = curve[curve[:, 2].argmax(), 0].item()
+lost = {"tilt": [], "best of n": []}
+for k in range(5):
+    proxy = five[k].round(decimals=6)
+    walks = {"tilt": [my_tilt(ref, proxy, beta) for beta in BETAS],
+             "best of n": [best_of_n(proxy, n) for n in NS]}
+    for name, policies in walks.items():
+        curve = my_curve(policies, ref, proxy, gold)
+        within = curve[curve[:, 0] <= budget + 1e-9]
+        lost[name].append((curve[:, 2].max() - within[-1, 2]).item())
+print(f"budget d = {budget:.2f}")
+for name, numbers in lost.items():
+    print(f"   {name:10} gold lost: {[round(number, 3) for number in numbers]}")
+this_run(sum(lost["tilt"]) < sum(lost["best of n"]), "The tilt's budget suits the tilt better.")
+
+# %% [markdown]
+# <details><summary>Exercise 3</summary>
+#
+# Best-of-n: mean $n/(n+1)$, KL $\log n - (n-1)/n$, $n$ samples for each kept one. Threshold: mean $(1+t)/2$, KL
+# $-\log(1-t)$, $1/(1-t)$ samples. At equal KL, $1/(1-t) = n e^{-(n-1)/n}$: the threshold has less reward, but needs
+# only about $1/e$ of the samples. At equal samples, $1/(1-t) = n$: its mean $1 - \frac{1}{2n}$ is higher, and its KL
+# too, $\log n$. The threshold saves samples, best-of-n saves KL.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+u, even = (torch.arange(3000.0) + 0.5) / 3000, torch.full((3000,), 1 / 3000)
+for n in (4, 16):
+    best = torch.tensor(closed_form.best_of_n_law(even.numpy(), u.numpy(), n))
+    print(f"best of {n}: {n} samples, KL {my_kl(best, even):.3f}, mean {best @ u:.3f}")
+    always(abs((best @ u).item() - n / (n + 1)) < 1e-3, "The mean of best-of-n is n/(n + 1).")
+    for what, samples in (("equal KL", n * math.exp(-(n - 1) / n)), ("equal samples", float(n))):
+        kept = even * (u > 1 - 1 / samples)
+        kept = kept / kept.sum()
+        print(f"   threshold, {what}: {samples:.1f} samples, KL {my_kl(kept, even):.3f}, "
+              f"mean {kept @ u:.3f}")
+        always(abs((kept @ u).item() - 1 + 1 / (2 * samples)) < 1e-3, "The mean above a threshold.")

@@ -199,9 +199,11 @@ my_optimizer, optimizer = [torch.optim.SGD(model.parameters(), lr=0.1) for model
 for batch in (batch_of(few[:8]), batch_of(few[8:])):
     loss = my_sft_step(mine, my_optimizer, batch)
     optimizer.zero_grad()
-    sft.step(theirs, batch)[0].backward()
+    their_loss, _ = sft.step(theirs, batch)
+    their_loss.backward()
     torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
     optimizer.step()
+    always(abs(loss - their_loss.item()) < 1e-5, "Your step returns the loss of the batch.")
 V = tokenizer.vocab_size
 print(f"loss of the second step {loss:.3f}, log {V} = {math.log(V):.3f}")
 for my_weights, their_weights in zip(mine.parameters(), theirs.parameters(), strict=True):

@@ -50,7 +50,14 @@ def test_no_wrong_law_is_within_the_gate(row):
         tilted(exponent * factor) for factor in (0.5, 2, -1)]
     for other in (REF, *wrong):
         assert np.abs(other - law).max() > row.gate
-    assert 0 < row.floor <= row.gate
+    assert 0 < 2 * row.floor <= row.gate  # floors: --longer 4, docs/RESULTS.md
+
+
+def test_longer_runs_have_more_updates_at_a_lower_rate(tmp_path):
+    [row] = [row for row in storyteller.ROWS if row.method == "irft"]
+    plain, longer = (storyteller.command(row, storyteller.Config(longer=times), tmp_path, 0)[0] for times in (1, 4))
+    assert [[words[words.index(flag) + 1] for flag in ("--steps", "--rounds", "--lr")] for words in (plain, longer)] == [
+        ["80", "80", "0.0002"], ["320", "320", "0.0001"]]
 
 
 def test_bad_arguments_are_named(tmp_path):

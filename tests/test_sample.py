@@ -335,7 +335,8 @@ def test_the_guard_passes_deep_bfloat16_policies(monkeypatch, capsys, width, std
     guarded(policy, monkeypatch)
     printed = re.search(r"within (\S+) on average, (\S+) in all tokens \((\S+) in float32", capsys.readouterr().out).groups()
     mean, largest, exact = map(float, printed)
-    assert mean < largest and exact < 1e-4 and (mean > 0.05 or spread < 5 or std < 0.06)
+    # How large the mean is depends on how the CPU multiplies bfloat16: .039 and .06 have been seen.
+    assert mean < largest and exact < 1e-4 and (mean > 0.02 or spread < 5 or std < 0.06)
     with pytest.raises(BadInput, match="sampler and training pass differ by"):
         guarded(policy, monkeypatch, sampled_at=1.3)
 

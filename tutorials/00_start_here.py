@@ -108,8 +108,8 @@ always(len(expert) == 36, "There are six openings and six endings, so 36 complet
 always(abs(sum(expert.values()) - 1) < 1e-12, "The probabilities of all completions sum to 1.")
 
 # %% [markdown]
-# A second language is even smaller. In tutorials 06 to 09 a completion is two to five letters, so *all* completions can be listed, and
-# expectations are sums instead of estimates. 06 introduces it.
+# Tutorials 06 and 06b use a second language that is smaller still. A completion is a few letters, so *all* completions can be listed,
+# and expectations are sums instead of estimates.
 #
 # ## Two kinds of checks
 #
@@ -139,7 +139,7 @@ checks.TINKER = before
 # Lines that end with `# watch: name (shape)` deserve a breakpoint. A debugger stops *before* it runs a line. So stop there, step once
 # (F10 in VS Code), and then look at `name`: its shape should be the one in the comment. In VS Code, "Debug Cell" steps through one
 # cell. To step into the project's own functions, set `"justMyCode": false` in the launch configuration. In a terminal, `python -m pdb
-# tutorials/01_gpt.py` does the same with `b 125`, `c`, `n` and `p scores.shape`.
+# tutorials/01_gpt.py` does the same with `b 134`, `c`, `n` and `p scores.shape`.
 #
 # **Build it yourself.** The functions called `my_…` are the ones to write. `make exercises` writes `tutorials/exercises`, in which
 # their bodies are blank. Read the text, write the body, run the checkpoint below it. What stood there is folded at the end of the file.
@@ -158,4 +158,10 @@ for entry in words.split("\n- ")[1:8]:
     print(" ".join(entry.split("</a>")[1].replace("**", "").replace("\\", "").split()))
 
 # %% [markdown]
-# Next: [01 · A GPT, from token ids to a loss](01_gpt.ipynb).
+# ## Where things are
+#
+# `minialign/methods/` has one method per file: docstring, settings, loss, step, loop. `minialign/model.py`, `sample.py` and `logps.py`
+# are the GPT, the sampler and the log-probs. `toy/` computes the right answers, `docs/` has the results. `python -m minialign` lists it
+# all.
+#
+# Next: [01 · A GPT, from text to a loss](01_gpt.ipynb).

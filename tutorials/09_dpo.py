@@ -266,9 +266,7 @@ def land(loss_of, mu=ref, prefer=prefer, ref=ref):
         tolerance_change=0,
         line_search_fn="strong_wolfe",
     )
-    weight = (
-        mu[WON] * mu[LOST] * prefer[WON, LOST]
-    )  # watch: weight (9,): how often this pair and label occur
+    weight = mu[WON] * mu[LOST] * prefer[WON, LOST]  # watch: weight (9,): of a pair and label
 
     def loss():
         optimizer.zero_grad()
@@ -514,10 +512,8 @@ trained, path = train(lambda policy, *pair: my_step(policy, base, *pair, 0.1))
 for steps in (0, 10, 100):
     report(f"DPO, {steps} steps", path[steps])
 show_samples(trained)
-chosen, rejected = (
-    path[:, PROMPT, CHOSEN].mean(1),
-    path[:, PROMPT, REJECTED].mean(1),
-)  # watch: chosen (101,)
+chosen = path[:, PROMPT, CHOSEN].mean(1)  # watch: chosen (101,)
+rejected = path[:, PROMPT, REJECTED].mean(1)
 this_run(
     chosen[-1] < chosen[0] - 2 and rejected[-1] < chosen[-1],
     "Both log-probs fall, the rejected one more.",

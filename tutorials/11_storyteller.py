@@ -80,8 +80,9 @@ tell(ref)
 # ## 1 · A reward of your own
 #
 # We would like to read about animals. The [reward](../GLOSSARY.md#reward) is a function of the text: 2 if the hero is
-# an animal, 1 for a boy, 0 for a girl or nobody. The hero is the first of these words that occurs. (Put such a
-# function into a file, and `--reward FILE.py:FUNCTION` gives it to every method of minialign; see toy/heroes.py.)
+# an animal, 1 for a boy, 0 for a girl or nobody. The hero is the first of these words that occurs.
+# (toy/heroes.py has it as minialign's methods take it, with `--reward toy/heroes.py:hero`: a function of two lists,
+# prompts and completions, that returns a list of numbers.)
 
 # %%
 ANIMALS = (
@@ -94,7 +95,9 @@ NAMES = ("girl or nobody", "boy", "animal")
 
 def hero(text):
     word = HERO.search(text)
-    return 0 if not word or word[1] == "girl" else 1 if word[1] == "boy" else 2
+    if not word:
+        return 0
+    return {"girl": 0, "boy": 1}.get(word[1], 2)
 
 
 for text in (
@@ -448,8 +451,8 @@ print("learned reward", " ".join(f"{mean - means[0]:.2f}" for mean in means))
 this_run(means[0] < means[1] < means[2], "The order of the three classes is recovered.")
 
 # %% [markdown]
-# It has never seen a reward, and finds 0 < 1 < 2. The last difference comes out too small: animals are rare among
-# ref's stories, and these few steps did not finish the job. (`score` returns the head's number at a story's last
+# It has never seen a reward, and finds 0 < 1 < 2. The first step comes out too large and the second much too small:
+# animals are rare among ref's stories, and these few steps did not finish the job. (`score` returns the head's number at a story's last
 # token.)
 #
 # **Follow what was learned.** This is the plan of RFT and [inverse RL](../GLOSSARY.md#inverse-rl): put the learned
@@ -495,9 +498,8 @@ print(f"{hurried:.3f} nats")
 # - Demonstrations alone moved the shares to the same place, by imitation and by a learned reward.
 # - The learned reward can be looked at, number by number. An imitator cannot.
 #
-# This is the last tutorial. `python -m toy.storyteller` does all this with ten methods, each against its own closed
-# form; docs/RESULTS.md has the table. To see where things are in the project, go back to [start
-# here](00_start_here.ipynb).
+# This is the last tutorial. `python -m toy.storyteller` does all this with eight methods (`--full`: ten);
+# docs/RESULTS.md has the table. Where things are in the project stands at the end of [start here](00_start_here.ipynb).
 #
 # ## Exercises
 #
@@ -540,8 +542,8 @@ always(hurried < 0.05, "minus a KL, up to the noise of counting")
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# See the table. At β = 0.5 nearly all stories are about animals, and that needs more than a nat. Training moves the
-# weights further, so the waste grows too.
+# See the table. At β = 0.5 seven stories of ten are about animals, and that needs more than a nat. Run `follow` with
+# this β and look at the waste: the weights have to move further.
 #
 # </details>
 

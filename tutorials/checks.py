@@ -13,12 +13,13 @@ TINKER = bool(os.environ.get("TINKER"))
 def always(holds, meaning):
     """Raise AssertionError with `meaning` unless `holds`."""
     if not holds:
-        raise AssertionError(meaning)
+        raise AssertionError(f"This should hold, and does not: {meaning}")
 
 
 def this_run(holds, meaning):
     """Like `always`, but only print `meaning` when you are changing things (TINKER)."""
     if not holds and TINKER:
-        print("not as printed:", meaning)
+        print("this does not hold:", meaning)
     elif not holds:
-        raise AssertionError(f"{meaning} This number belongs to the printed settings. Did you change one? Set TINKER=1 and go on.")
+        raise AssertionError(f"This should hold, and does not: {meaning} (It holds for the printed settings. If you changed one, set "
+                             "TINKER=1 and go on.)")

@@ -1,10 +1,11 @@
 """Write tutorials/exercises: each tutorial with blanks instead of the functions that you are to write.
 
     make exercises                              # or: python tutorials/make_exercises.py
-    python tutorials/exercises/05_inverse_rl.py # stops at the first blank; the notebook beside it is the same
+    python tutorials/exercises/05_inverse_rl.py # stops at the first blank; the notebook beside it begins the same. Work in one of them.
 
 The body of every function `my_…` becomes its docstring and `raise NotImplementedError`. The checkpoints of the tutorial grade what you
-write. What stood in the blanks, and the code of the solutions, is folded at the end of the file.
+write. What stood in the blanks, and the code of the solutions, is folded at the end of the file. Files that are there already are kept:
+`--force` writes them again.
 """
 
 import ast
@@ -17,7 +18,7 @@ FENCE = "# <details><summary>{title}</summary>\n#\n# ```python\n{code}\n# ```\n#
 
 
 def my_functions(text):
-    """{name: (first line of the body after the docstring, last line)}, counted from 0, of the functions that a reader writes."""
+    """{name: (first line of the body after the docstring, last line, indentation)}, lines from 0, of the functions that a reader writes."""
     found = {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("my_"):
@@ -54,18 +55,21 @@ def exercise(text):
     return "".join(cells)
 
 
-def main(out=HERE / "exercises"):
+def main(out=HERE / "exercises", force=False):
+    """Write a script and a notebook for each tutorial. Files that exist, which may hold a reader's work, are kept unless `force`."""
     import jupytext
 
     Path(out).mkdir(exist_ok=True)
     for path in sorted(HERE.glob("[0-9]*.py")):
         text = exercise(path.read_text(encoding="utf-8"))
-        if not my_functions(text):
+        script, notebook = Path(out) / path.name, Path(out) / f"{path.stem}.ipynb"
+        if (script.exists() or notebook.exists()) and not force:
+            print(f"{path.name}: kept, it exists (python tutorials/make_exercises.py --force writes it again)")
             continue
-        (Path(out) / path.name).write_text(text, encoding="utf-8")
-        jupytext.write(jupytext.reads(text, fmt="py:percent"), Path(out) / f"{path.stem}.ipynb")
+        script.write_text(text, encoding="utf-8")
+        jupytext.write(jupytext.reads(text, fmt="py:percent"), notebook)
         print(f"{path.name}: {len(my_functions(text))} functions to write")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(force="--force" in sys.argv))

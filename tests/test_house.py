@@ -251,8 +251,11 @@ def test_no_framework_habits():
 
 
 def test_result_tables_are_the_json_behind_them():
-    """docs/RESULTS.md prints docs/demo.json and docs/results_hh*.json: every mean of their tables, rounded as printed, is in the text."""
+    """docs/RESULTS.md prints docs/demo.json and docs/results_hh*.json: every mean of their tables, rounded as printed, is in it. So is
+    docs/storyteller.json, with the floors of the toy."""
     import statistics
+
+    from toy import storyteller
 
     page = (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8").replace("−", "-").replace("**", "")
     demo = json.loads((ROOT / "docs/demo.json").read_text(encoding="utf-8"))
@@ -262,9 +265,21 @@ def test_result_tables_are_the_json_behind_them():
         assert f"| {name} | {shown} |" in page, (name, shown)
     files = ("results_hh.json", "results_hh_preferences.json")
     for row in [row for file in files for row in json.loads((ROOT / "docs" / file).read_text(encoding="utf-8"))]:
+        if "mean_length" in row and "win_rate" in row:
+            answers = rf"(?:{100 * row['distinct']:.1f} % \| )?{row['mean_length']:.0f} \| {100 * row['finished']:.0f} % \|"
+            shown = rf"\| {row['reward'][0]:.2f} ± {row['reward'][1]:.2f} \|[^|]*\|[^|]*\| {answers}"
+            assert re.search(shown, page), shown
         if "policy" in row:
             nll, gap, per_token = row["nll"], row["gap"], row["gap_per_token"]
             shown = f"| {nll[0]:.3f} ± {nll[1]:.3f} | +{gap[0]:.1f} ± {gap[1]:.1f} | +{per_token[0]:.3f} ±"
         else:
             shown = "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * share for share in row["accuracy"]))
         assert shown in page, shown
+    told = json.loads((ROOT / "docs/storyteller.json").read_text(encoding="utf-8"))["methods"]
+    floors = {row.name: row.floor for row in storyteller.ROWS}
+    for name, runs in told.items():
+        means = [statistics.mean(shares) for shares in zip(*(run["shares"] for run in runs), strict=True)]
+        costs = [[run[part][0] for run in runs] for part in ("paid", "needed", "wasted")]
+        shown = " | ".join(f"{statistics.mean(cost):.3f} ± {statistics.stdev(cost):.3f}" for cost in costs)
+        assert re.search(rf"\| {name} \| [^|]* \| {' '.join(f'{mean:.3f}' for mean in means)} \| [^\n]*{shown} \|", page), name
+        assert not floors[name] or re.search(rf"\| {name} \|[^\n]* \| {floors[name]:.3f} \| ", page), name

@@ -130,6 +130,7 @@ COMMANDS = {
     "sample": "sample completions from a checkpoint",
     "generate": "write scored completions to a file: all, the best, demonstrations of a known expert, or preference pairs",
     "evaluate": "compare checkpoints on held-out preference pairs",
+    "microscope": "show on a page what a loss does to each token",
     "plot": "plot a run's metrics.jsonl",
     "show": "print a run's samples.jsonl: the policy's answers during training",
 }
@@ -176,6 +177,9 @@ def main(argv=None):
     methods = names_in("minialign/methods")
     own = {"sample": (SampleConfig, sample_main), "plot": (PlotConfig, plot_main), "show": (ShowConfig, show_main)}
     with exit_codes(f"minialign {command}"):
+        if command == "microscope":  # its flags are those of the methods that it looks at
+            importlib.import_module("minialign.microscope").main(rest)
+            return
         if command in own:
             config, action = own[command]
             description = action.__doc__

@@ -80,6 +80,8 @@ def test_every_command_runs(words, somewhere, model_folder, monkeypatch, capsys)
                          max_len=64, max_new=8, out="stopped")
         dpo.main(cfg)
         words[words.index("--resume") + 1] = "stopped"
+    elif words[0] == "microscope":
+        words += [*SHORT, "--policy", str(model_folder), "--max_len", "64"]
     elif words[0] == "evaluate":
         words += ["--max_len", "64"]
     elif words[0] not in NOT_SHORT:

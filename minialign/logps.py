@@ -25,7 +25,6 @@ from minialign.kernels.linear_logprob import chunked_logps
 
 CHUNK_ROWS = 1024  # where logits over the whole vocabulary are needed (IFT's greedy guesses), at most this many rows at once
 NAIVE_BYTES = 32 * 2**20  # up to this many bytes of float32 logits, the naive body is used
-watcher = None  # microscope.py's: gets (policy, batch, logps) of each call of token_logps, and (model, batch, rewards) of score
 
 
 def token_logps(policy, batch, *, tau=1.0, entropy=False, embeds=None):
@@ -40,8 +39,7 @@ def token_logps(policy, batch, *, tau=1.0, entropy=False, embeds=None):
     targets = batch.targets.flatten()[scored]
     logps, entropies = linear_logps(hidden.index_select(0, scored), policy.head_weight, targets, tau=tau, entropy=entropy)  # (N,)
     full = torch.zeros(batch.mask.numel(), dtype=logps.dtype, device=logps.device)
-    logps = full.index_copy(0, scored, logps).view(batch.mask.shape)  # (B, T)
-    logps = watcher(policy, batch, logps) if watcher else logps
+    logps = tracking.watched(policy, batch, full.index_copy(0, scored, logps).view(batch.mask.shape))  # (B, T)
     return (logps, full.index_copy(0, scored, entropies).view(batch.mask.shape)) if entropy else logps
 
 

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from minialign import logps
+from minialign.engine import tracking
 from minialign.engine.common import BadInput, read_json, write_atomic
 from minialign.engine.run import Run
 from minialign.lora import load_model
@@ -96,9 +96,9 @@ def look(method, cfg, snapshot=None, watcher=None):
         raise Looked
 
     module = importlib.import_module(f"minialign.methods.{method}")
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(logps, "watcher", watcher), contextlib.redirect_stdout(io.StringIO()), \
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(tracking, "watcher", watcher), \
             mock.patch.object(Run, "register", with_snapshot), mock.patch.object(Run, "end_of_step", end):
-        with contextlib.suppress(Looked):
+        with contextlib.suppress(Looked), contextlib.redirect_stdout(io.StringIO()):
             module.main(dataclasses.replace(cfg, micro_batch=0, snapshots=False, resume="", log="", out=str(Path(folder) / "run")))
     return watcher.rows(), watcher.loss
 

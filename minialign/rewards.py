@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 
-from minialign import logps
 from minialign.batch import collate
 from minialign.data import encode_answers, encode_whole, plain_text, read_demonstrations
 from minialign.engine import parallel, tracking
@@ -132,8 +131,7 @@ def score(reward_model, batch):
             last = torch.where(real, places, 0).amax(dim=1)  # (B,)
         rewards = numbers[torch.arange(len(tokens), device=tokens.device), last]
     rewards = config.reward_bound * torch.sigmoid(rewards) if config.reward_bound else rewards
-    rewards = rewards - config.reward_offset
-    return logps.watcher(reward_model, batch, rewards) if logps.watcher else rewards
+    return tracking.watched(reward_model, batch, rewards - config.reward_offset)
 
 
 def values_of(value_model, batch):

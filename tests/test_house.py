@@ -60,7 +60,7 @@ def test_nothing_heavy_or_foreign_is_imported_by_a_run(small):
 
 ROOMS = {  # what stands where: the lesson in front, the machine room in engine/
     "": {"__init__", "__main__", "settings", "model", "weights", "hf_config", "tokenizer", "batch", "data", "task", "sample", "logps", "kl",
-         "rewards", "lora", "evaluate", "pairs", "demo", "stories260K", "generate"},
+         "rewards", "lora", "evaluate", "pairs", "demo", "stories260K", "generate", "microscope"},
     "engine": {"__init__", "run", "opening", "look", "checkpoint", "parallel", "common", "tracking", "adamw8bit"},
     "bench": {"__init__", "__main__", "cpu", "gpu", "receipts"},
     "kernels": {"__init__", "logprob", "logprob_triton", "linear_logprob", "linear_logprob_triton", "decode"},
@@ -170,7 +170,7 @@ def test_minimal_is_a_promise():
     for method, bound in bounds.items():
         assert lines(ROOT / f"minialign/methods/{method}.py") <= bound, method
     assert sum(map(lines, (ROOT / "minialign/methods").glob("*.py"))) <= 2700
-    assert sum(lines(path) for path in (ROOT / "minialign").rglob("*.py") if "bench" not in path.parts) <= 12043
+    assert sum(lines(path) for path in (ROOT / "minialign").rglob("*.py") if "bench" not in path.parts) <= 12045
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -245,7 +245,8 @@ def test_no_framework_habits():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.args.kwarg:
                 assert (path.stem, node.name) in {("model", "tiny"), ("run", "log"), ("run", "register"), ("weights", "add"),
-                                                  ("tiny_language", "tiny_gpt"), ("cpu", "letters")}, (path.name, node.name)
+                                                  ("tiny_language", "tiny_gpt"), ("cpu", "letters"),
+                                                  ("microscope", "with_snapshot")}, (path.name, node.name)
         source = path.read_text(encoding="utf-8")
         assert "torch.load(" not in source and "trust_remote_code" not in source and "pickle.load" not in source, path
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minialign import __main__ as front_door
-from minialign import logps, microscope
+from minialign import microscope
+from minialign.engine import tracking
 from minialign.engine.common import BadInput
 from minialign.methods import dpo, sft
 from minialign.tokenizer import CharTokenizer
@@ -72,7 +73,7 @@ def test_every_method_can_be_looked_at(small, method):
     rows, loss = microscope.look(method, cfg)
     assert loss is not None and any(push for row in rows for push in row["push"])
     assert all(len(row["ids"]) == len(row["mask"]) + 1 == len(row["push"]) + 1 for row in rows)
-    assert logps.watcher is None
+    assert tracking.watcher is None
 
 
 def test_texts_are_cut_at_tokens():

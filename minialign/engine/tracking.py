@@ -24,6 +24,7 @@ PEAKS = {
     "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12,
     "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,
 }
+watcher = None  # microscope.py's: is shown (model, batch, values) for each call of token_logps and score
 counts, began = None, 0.0  # {(operations per token, whether they are tokens of the step): tokens} while a step runs, else None
 
 
@@ -38,6 +39,11 @@ def stop():
     global counts
     counted, counts = counts, None
     return counted or {}
+
+
+def watched(model, batch, values):
+    """What token_logps or score returns, log-probs (B, T) or rewards (B,), after a watcher has seen it."""
+    return watcher(model, batch, values) if watcher else values
 
 
 def count(model, tokens, *, of_step=None):

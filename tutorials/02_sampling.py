@@ -2,8 +2,8 @@
 # # 02 · Sampling: how a model writes
 #
 # **You will build** temperature, top-k and top-p, and a sampler that writes the same tokens as `minialign`'s. You
-# will measure what truncation buys and what it costs, and see which probabilities a sampler must record if its
-# samples are to be used for training.
+# will count how many mistakes and how many rare answers truncation removes, and see which probabilities a sampler
+# must record if its samples are to be used for training.
 #
 # **Time:** 30 minutes of reading, 30 seconds of computer.
 #
@@ -50,8 +50,8 @@ generator = torch.Generator().manual_seed(0)
 # ## The question
 #
 # At each position a language model gives a probability to each of V tokens, but we can write only one. Always the
-# likeliest? Then every answer is the same. Draw at random? Then the answer sometimes contains mistakes. So programs
-# draw at random from a changed [distribution](../GLOSSARY.md#distribution). These are the steps between the
+# likeliest? Then a prompt always gets the same answer. Draw at random? Then the answer sometimes contains mistakes. So
+# programs draw at random from a changed [distribution](../GLOSSARY.md#distribution). These are the steps between the
 # [logits](../GLOSSARY.md#logits) and the token:
 
 # %%
@@ -60,10 +60,10 @@ probs = torch.tensor([[2, 8, 1, 4, 1]], dtype=torch.float64) / 16  # (B, V) = (1
 figures.path(tokens, probs[0].tolist())
 
 # %% [markdown]
-# Alignment adds a second question. Most of its methods train a model on texts that it wrote itself. Such a model is
-# called a [policy](../GLOSSARY.md#policy), written π. The text that it is given is the
-# [prompt](../GLOSSARY.md#prompt) x, the text that it adds is the completion y. Which probability must we record for
-# each token that the policy writes?
+# Alignment adds a second question. Many of its methods train a model on texts that it wrote itself. The model that is
+# being trained is called the [policy](../GLOSSARY.md#policy), written π, whatever it is trained on. The text that it
+# is given is the [prompt](../GLOSSARY.md#prompt) x, the text that it adds is the completion y. Which probability must
+# we record for each token that the policy writes?
 
 # %% [markdown]
 # ## 1. Temperature, on five tokens
@@ -90,7 +90,7 @@ def show(name, probs):
 for tau in (0.01, 0.5, 1.0, 2.0, 100.0):
     show(f"tau {tau:g}", (logits / tau).softmax(-1))
 squares = torch.tensor([[4, 64, 1, 16, 1]], dtype=torch.float64) / 86
-assert_close((logits / 0.5).softmax(-1), squares, msg="tau 1/2 squares the probabilities")
+assert_close((logits / 0.5).softmax(-1), squares, msg="tau 1/2 squares the probabilities.")
 
 # %% [markdown]
 # A very small τ always takes the likeliest token, which is called *greedy*. A very large one makes all tokens equally
@@ -121,12 +121,13 @@ for tau in (0.5, 1.0, 2.0):
 # %%
 many = (2 * torch.randn(50, 30, generator=generator, dtype=torch.float64)).requires_grad_()
 mine, theirs = my_entropy(many), torch.distributions.Categorical(logits=many).entropy()
-assert_close(mine, theirs, msg="the entropy is that of torch.distributions")
+meaning = "my_entropy equals the entropy of torch.distributions"
+assert_close(mine, theirs, msg=lambda report: f"{meaning}.\n{report}")
 grads = [torch.autograd.grad(h.sum(), many)[0] for h in (mine, theirs)]
-assert_close(*grads, msg="the gradient of the entropy")
+assert_close(*grads, msg=lambda report: f"{meaning}, also in its gradient.\n{report}")
 many = many.detach()
-coin = torch.tensor([0.0, 0.0, -torch.inf])
-assert_close(my_entropy(coin).item(), math.log(2), msg="two equal tokens and a forbidden one")
+coin = torch.tensor([0.0, 0.0, -torch.inf])  # two equal tokens and a forbidden one
+assert_close(my_entropy(coin).item(), math.log(2), msg="my_entropy of this coin is ln 2.")
 
 # %% [markdown]
 # ## 2. Forbid tokens: top-k and top-p
@@ -142,7 +143,10 @@ assert_close(my_entropy(coin).item(), math.log(2), msg="two equal tokens and a f
 
 # %%
 def my_top_k(logits, k):
-    """logits (B, V) -> the same with -inf for all but the k largest of a row (all if k >= V)."""
+    """logits (B, V) -> the same with -inf for all but the k largest of a row (all if k >= V).
+
+    If several tokens tie for the k-th place, all of them are kept.
+    """
     k = min(k, logits.shape[-1])
     kth = logits.sort(dim=-1, descending=True).values[:, k - 1 : k]  # watch: kth (B, 1)
     return logits.masked_fill(logits < kth, -torch.inf)
@@ -173,18 +177,19 @@ show("top-p 0.8", my_top_p(logits, 0.8).softmax(-1))
 # Stop in `my_top_p` at its first call (mass 0.7): `collected` is 0.5 after tea and 0.75 after bread, and there it
 # stops.
 #
-# The order is: temperature, then top-k, then top-p. A higher temperature spreads the mass, so top-p 0.7 keeps more
-# tokens.
+# The order is: temperature, then top-k, then top-p. A higher temperature moves probability from likely tokens to
+# unlikely ones, so top-p 0.7 keeps more tokens.
 #
 # ### Checkpoint: truncation
 
 # %%
-for k in (1, 2, 3, 5, 1000):
-    assert_close(my_top_k(logits, k), keep_top_k(logits, k), msg=f"five tokens, top-k {k}")
-    assert_close(my_top_k(many, k), keep_top_k(many, k), msg=f"random logits, top-k {k}")
-for mass in (0.1, 0.7, 0.8, 0.95):
-    assert_close(my_top_p(logits, mass), keep_top_p(logits, mass), msg=f"five tokens, {mass}")
-    assert_close(my_top_p(many, mass), keep_top_p(many, mass), msg=f"random logits, {mass}")
+for case, some in (("five tokens", logits), ("random logits", many)):
+    for k in (1, 2, 3, 4, 5, 1000):  # of the five tokens, two tie for the fourth place
+        mine, theirs = my_top_k(some, k), keep_top_k(some, k)
+        assert_close(mine, theirs, msg=f"my_top_k equals keep_top_k ({case}, k = {k}).")
+    for mass in (0.1, 0.7, 0.8, 0.95):
+        mine, theirs = my_top_p(some, mass), keep_top_p(some, mass)
+        assert_close(mine, theirs, msg=f"my_top_p equals keep_top_p ({case}, mass {mass}).")
 for tau in (0.5, 1.0, 2.0):
     kept = my_top_p(logits / tau, 0.7).isfinite().sum().item()
     print(f"tau {tau:g}: top-p 0.7 keeps {kept} of 5")
@@ -216,10 +221,11 @@ print([tokens[v] for v in drawn])
 
 # %%
 counts = drawn.bincount(minlength=5)
-always(counts.tolist() == [2, 8, 1, 4, 1], "sixteen even points fall 2, 8, 1, 4 and 1 times")
+always(counts.tolist() == [2, 8, 1, 4, 1],
+       "From sixteen even points, my_draw draws the tokens 2, 8, 1, 4 and 1 times.")
 uniform = torch.rand(50, generator=generator, dtype=torch.float64)
 theirs = draw_tokens(many.softmax(-1), uniform)
-always(torch.equal(my_draw(many, uniform), theirs), "the same tokens as minialign draws")
+always(torch.equal(my_draw(many, uniform), theirs), "my_draw draws what draw_tokens draws.")
 
 # %% [markdown]
 # ## 4. A language, and a policy that writes it
@@ -243,7 +249,7 @@ print("endings: ", *POLITE_ENDINGS, "|", *RUDE_ENDINGS, sep="  ")
 
 # %%
 tokenizer = builtin_tokenizer()
-eos, V = tokenizer.eos_id, tokenizer.vocab_size  # id 0 stands before each text and ends it
+eos, V = tokenizer.eos_id, tokenizer.vocab_size  # id 0 begins and ends each text
 rows = [tokenizer.encode(text) + [eos] for text in texts]
 torch.manual_seed(0)
 policy = GPT(GPTConfig.tiny(V))
@@ -277,15 +283,15 @@ print_samples(greedy=True)
 for tau in (0.5, 1.0, 2.0):
     print(f"tau {tau:g}")
     print_samples(tau=tau)
-this_run(loss.item() < 0.3, "the policy has learned most of the language")
+this_run(loss.item() < 0.3, "The policy has learned most of the language.")
 
 # %% [markdown]
-# Greedy sampling always writes the same sentence. τ = ½ gives correct sentences with some variety. τ = 1 is the
-# distribution that was trained. It has more variety, and some mistakes: the policy is tiny and was trained briefly,
-# so it may misspell a word or ask for another thing than the prompt names. At τ = 2 hardly a word is right.
+# Greedy sampling always writes the same sentence for a given prompt. τ = ½ gives correct sentences with some variety.
+# τ = 1 is the distribution that was trained. It has more variety, and some mistakes: the policy is tiny and was trained
+# briefly, so it may misspell a word or ask for another thing than the prompt names. At τ = 2 hardly a word is right.
 
 # %% [markdown]
-# ## 5. What truncation buys, and what it costs
+# ## 5. Truncation removes mistakes, and rare answers
 #
 # We know the language, so we can count. For each setting we sample 16 answers to each of the 24 prompts, and ask
 # three things. How many are valid answers to their prompt? How many begin politely (¼ in the language)? How many of
@@ -328,15 +334,16 @@ for name, (valid, polite, combinations, _) in table.items():
     print(f"{name:10}  valid {valid:4.0%}   polite {polite:4.0%}   combinations {combinations:2}")
 print("\ninvalid at tau 1, for example:", *table["tau 1"][3][:40:8], sep="\n  ")
 figures.shares([(name, valid, polite) for name, (valid, polite, *_) in table.items()], 0.25)
-this_run(table["top-p 0.9"][0] > table["tau 1"][0] + 0.03, "top-p makes more sentences valid")
-this_run(table["top-p 0.7"][1] < 0.6 * table["tau 1"][1], "a strict cut leaves few polite ones")
+this_run(table["top-p 0.9"][0] > table["tau 1"][0] + 0.03, "top-p 0.9 makes more answers valid.")
+this_run(table["top-p 0.7"][1] < 0.6 * table["tau 1"][1], "top-p 0.7 leaves few polite openings.")
 
 # %% [markdown]
 # This is why programs truncate when they *show* text: most mistakes disappear, as Holtzman et al. found for large
-# models. The price is what is rare. With top-p 0.7 far fewer answers begin politely, although the policy knows how.
-# Cooling has the same effect, and greedy sampling always says the same. Section 6 shows that some openings can no
-# longer be written at all. A method that learns from a [reward](../GLOSSARY.md#reward) for such openings would never
-# see one. So: **truncate for display, not for training.**
+# models. But rare answers disappear too. With top-p 0.7 far fewer answers begin politely, although the policy knows
+# how. A temperature of ½ has the same effect, and greedy sampling has one answer for each prompt. Section 6 shows why
+# top-k 4 removes fewer mistakes, and that some openings can no longer be written at all. A method that learns from a
+# [reward](../GLOSSARY.md#reward) for such openings would never see one. So: **truncate for display, not for
+# training.**
 
 # %% [markdown]
 # ## 6. Where does the policy have a choice?
@@ -367,9 +374,13 @@ print("first letter:", first)
 print(f"its entropy: {my_entropy(seen[0]).item():.2f} nats, in the language {in_language:.2f}")
 nucleus = my_top_p(seen[:1], 0.7)[0].isfinite().nonzero().flatten().tolist()
 print("top-p 0.7 keeps there:", *[labels[v] for v in nucleus])
-this_run(abs(my_entropy(seen[0]).item() - in_language) < 0.3, "the policy knows this entropy")
+this_run(abs(my_entropy(seen[0]).item() - in_language) < 0.3, "The two entropies are close.")
 
 # %% [markdown]
+# The red line follows the choice: top-p 0.9 keeps one token where only one is plausible, and up to four elsewhere.
+# Top-k 4 always keeps four. Where only one letter is right, it also keeps three wrong ones. At the first letter five
+# are right, and here both rules forbid the fifth, `m`.
+#
 # There are three polite openings (1/12 each) and three rude ones (1/4 each). One polite and one rude opening begin
 # with `i`, so P(i) = 1/12 + 1/4. The other polite ones begin with `m` and `c`. Top-p 0.7 forbids both letters here,
 # so `may i have` and `could i get` cannot be written.
@@ -388,8 +399,8 @@ figures.entropies(taus.tolist(), curves, math.log(V))
 # ## 7. The probabilities that a sampler must record
 #
 # Methods that train on their own samples often use each sample for several updates, because sampling is slow. After
-# the first update the policy is no longer the one that wrote the sample. To correct for that, they multiply by the
-# [probability ratio](../GLOSSARY.md#ratio) of each token:
+# the first update the policy is no longer the one that wrote the sample. To correct for that, they multiply what each
+# token adds to the loss by the token's [probability ratio](../GLOSSARY.md#ratio):
 #
 # $$\rho_t = \frac{\pi(y_t \mid x, y_{<t})}{\pi_{\text{old}}(y_t \mid x, y_{<t})}
 # = e^{\,\texttt{logps}_t - \texttt{old\_logps}_t}$$
@@ -416,13 +427,13 @@ ratio = (logps - rollout.old_logps).exp()[mask]  # watch: ratio (completion toke
 forgotten = (forgot_tau - rollout.old_logps).exp()[mask]
 print(f"ratios between {ratio.min():.4f} and {ratio.max():.4f}")
 print(f"with tau forgotten: between {forgotten.min():.3f} and {forgotten.max():.3f}")
-always((ratio - 1).abs().max() < 1e-3, "the ratio of an unchanged policy is 1")
-always((forgotten - 1).abs().max() > 0.01, "another temperature gives other ratios")
+always((ratio - 1).abs().max() < 1e-3, "The ratio of an unchanged policy is 1.")
+always((forgotten - 1).abs().max() > 0.01, "Another temperature gives other ratios.")
 
 # %% [markdown]
 # ## 8. Break it: record the truncated probabilities
 #
-# The tokens were drawn from the truncated distribution. Is it not more honest to record *its* probabilities?
+# The tokens were drawn from the truncated distribution. What happens if the sampler records *its* probabilities?
 # Truncation divides each kept probability by the sum S of all kept ones. So the ratio of an unchanged policy becomes
 # π / (π / S) = S, which is below 1.
 
@@ -433,18 +444,23 @@ truncated = keep_top_p(tempered, 0.8)
 targets = rollout.targets[mask][:, None]
 inside = truncated.isfinite()
 kept_sum = (tempered.softmax(-1) * inside).sum(-1)  # watch: kept_sum (completion tokens,)
-wrong_ratios = (tempered.log_softmax(-1) - truncated.log_softmax(-1)).exp()
-wrong = wrong_ratios.gather(1, targets).squeeze(1)
-assert_close(wrong, kept_sum, msg="the wrong ratio is the kept sum")
+all_ratios = (tempered.log_softmax(-1) - truncated.log_softmax(-1)).exp()
+to_truncated = all_ratios.gather(1, targets).squeeze(1)
+assert_close(to_truncated, kept_sum, msg="The ratio to the truncated probability is the kept sum.")
 ones = torch.ones(mask.shape, dtype=torch.float64)
-per_completion = ones.masked_scatter(mask, wrong).prod(1)
-print(f"wrong ratio of a token: mean {wrong.mean():.3f}, smallest {wrong.min():.3f}")
-print(f"product over a completion: {per_completion.mean():.3f} on average, where it should be 1")
-this_run(per_completion.mean() < 0.8, "over a completion the error is large")
+per_completion = ones.masked_scatter(mask, to_truncated).prod(1)
+print(f"ratio of a token: mean {to_truncated.mean():.3f}, smallest {to_truncated.min():.3f}")
+print(f"product over a completion: {per_completion.mean():.3f} on average")
+this_run(per_completion.mean() < 0.8, "The mean product over a completion is below 0.8.")
 
 # %% [markdown]
-# Per token the error looks harmless. Multiplied over a completion it is not. Before the first update the ratios would
-# already be below 1, as if the policy had changed.
+# Per token the ratio is near 1, over a completion it is not. The product is the **correct** importance weight: the
+# completion's probability under the full policy, divided by that under the sampler. Its mean estimates how likely the
+# full policy, at τ = 0.8, is to write only kept tokens.
+#
+# But methods read a ratio below 1 as a policy that has moved since it wrote the sample, and this one has not. With log
+# π as the record the ratio is 1, and the method does not notice the truncation. Neither record brings back the
+# forbidden texts. So do not truncate when you sample for training: then both records agree.
 
 # %% [markdown]
 # ## 9. Many prompts at once
@@ -464,12 +480,12 @@ def uniforms_of(seed, prompt, number, max_new):
 how = dict(top_p=0.9, max_new=40, eos_id=eos, seed=5)
 alone, together = sample(policy, prompts[2:3], **how), sample(policy, prompts, n=2, **how)
 print(tokenizer.decode(alone.completions[0]), "|", tokenizer.decode(together.completions[4]))
-always(alone.completions[0] == together.completions[4], "a sample does not depend on the batch")
+always(alone.completions[0] == together.completions[4], "A sample does not depend on the batch.")
 
 # %% [markdown]
-# **Lengths.** A tensor is a rectangle, prompts are not. Padding on the *right* changes nothing: the causal mask hides
-# what comes later. Padding on the *left* puts foreign tokens before the prompt, and every token sees them (unless
-# they are masked as well, as many libraries do):
+# **Lengths.** The rows of a tensor are equally long, and prompts are not. Padding on the *right* changes nothing: the
+# causal mask hides what comes later. Padding on the *left* puts foreign tokens before the prompt, and every token sees
+# them (unless they are masked as well, as many libraries do):
 
 # %%
 lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -485,8 +501,8 @@ with torch.no_grad():
 for b, thing in enumerate(things):
     gaps = f"{gap_right[b]:.4f} (right), {gap_left[b]:.4f} (left)"
     print(f"{thing:7} {len(padding[b])} of padding   logits differ by {gaps}")
-always(gap_right.max() < 1e-3, "padding on the right changes no logit")
-always(gap_left.max() > 1e-2, "padding on the left does")
+always(gap_right.max() < 1e-3, "Padding on the right changes no logit.")
+always(gap_left.max() > 1e-2, "Padding on the left changes logits.")
 
 # %% [markdown]
 # When the rows grow, each writes its next token at its **own** position, over its padding. The KV cache stores the
@@ -545,10 +561,10 @@ with torch.no_grad():
 rollout = sample(policy, prompts, eos_id=eos, **how)
 for mine, theirs in zip(completions, rollout.completions, strict=True):
     print(tokenizer.decode(mine), "|", tokenizer.decode(theirs))
-always(completions == rollout.completions, "the same tokens as minialign, one by one")
+always(completions == rollout.completions, "my_sample writes the same tokens as sample.")
 flat = torch.tensor([logp for logps in all_logps for logp in logps])
 recorded = rollout.old_logps[rollout.mask]
-assert_close(flat, recorded, atol=1e-3, rtol=0, msg="and the same log-probs")
+assert_close(flat, recorded, atol=1e-3, rtol=0, msg="my_sample records sample's log-probs.")
 
 # %% [markdown]
 # ## What is wrong here? (1)
@@ -571,7 +587,7 @@ show("top-p 0.4", short_top_p(logits, 0.4).softmax(-1))
 #
 # Two tokens are drawn one after the other, both from the five-token distribution. Independent draws would agree with
 # probability 1/64 + 1/4 + 1/256 + 1/16 + 1/256 = 0.336. The seeds differ, and the first tokens have the right
-# frequencies. What is wrong?
+# frequencies, up to noise. What is wrong?
 
 
 # %%
@@ -583,8 +599,8 @@ def two_tokens(seed):
     return written
 
 
-draws = torch.tensor([two_tokens(seed) for seed in range(1000)])
-show("first token", draws[:, 0].bincount(minlength=5)[None] / 1000)
+draws = torch.tensor([two_tokens(seed) for seed in range(4000)])
+show("first token", draws[:, 0].bincount(minlength=5)[None] / len(draws))
 print(f"second equals first: {(draws[:, 0] == draws[:, 1]).float().mean():.3f}")
 
 # %% [markdown]
@@ -594,7 +610,7 @@ print(f"second equals first: {(draws[:, 0] == draws[:, 1]).float().mean():.3f}")
 #   one of the others.
 # - Truncation removes mistakes and everything rare. Use it to show text, not to sample for training.
 # - A sampler records log-probs after the temperature and before truncation. Then the ratio of an unchanged policy is
-#   exactly 1.
+#   exactly 1. The record does not show whether the sampler truncated.
 # - A sample should depend on its seed and prompt only, not on the batch.
 #
 # Next: [03](03_logps.ipynb), the log-probability of a completion.
@@ -605,10 +621,10 @@ print(f"second equals first: {(draws[:, 0] == draws[:, 1]).float().mean():.3f}")
 #    what you expect for the three columns.
 # 2. **Gumbel-max** (medium, 10 minutes). Add $-\ln(-\ln u_v)$ to each logit, with one uniform number $u_v$ per token,
 #    and take the largest. Show by counting that this draws from the softmax (Gumbel 1954; Maddison et al. 2014).
-# 3. **Cooling each token is not cooling the whole text** (hard, 15 minutes). A language has three texts. The first
-#    token is A (0.6) or B (0.4). After A comes 1 or 2, with ½ each; after B nothing. Compute the distribution of
-#    texts when each *token* is drawn at τ = ½, and the distribution proportional to (probability of the text)^(1/τ).
-#    Which text does greedy write, and which is likeliest?
+# 3. **Cooling each token is not cooling the whole text** (hard, 15 minutes). *Cooling* means a τ below 1. A language has
+#    three texts. The first token is A (0.6) or B (0.4). After A comes 1 or 2, with ½ each; after B nothing. Compute the
+#    distribution of texts when each *token* is drawn at τ = ½, and the distribution proportional to (probability of the
+#    text)^(1/τ). Which text does greedy write, and which is likeliest?
 
 # %% [markdown]
 # ## Answers
@@ -641,12 +657,14 @@ print(f"second equals first: {(draws[:, 0] == draws[:, 1]).float().mean():.3f}")
 for mass in (0.99, 0.5):
     valid, polite, combinations, _ = measure(top_p=mass)
     print(f"top-p {mass}  valid {valid:.0%}  polite {polite:.0%}  combinations {combinations}")
-this_run(combinations < table["tau 1"][2], "a small mass leaves few combinations")
+this_run(combinations < table["tau 1"][2], "top-p 0.5 leaves fewer combinations than tau 1.")
 
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# With 100,000 draws a frequency is off by about 0.0016 (one standard deviation).
+# $e_v = -\ln u_v$ is an exponential random number. The largest $z_v - \ln e_v$ belongs to the smallest $e_v\,e^{-z_v}$,
+# which has rate $e^{z_v}$, and the smallest of several exponentials is number v with a probability proportional to its
+# rate: the softmax. With 100,000 draws a frequency is off by about 0.0016 (one standard deviation).
 #
 # </details>
 
@@ -655,7 +673,7 @@ u = torch.rand(100_000, 5, generator=generator, dtype=torch.float64).clamp(min=1
 frequency = (logits - (-u.log()).log()).argmax(-1).bincount(minlength=5) / 100_000
 show("softmax", probs)
 show("gumbel-max", frequency[None])
-always((frequency - probs[0]).abs().max() < 0.01, "Gumbel-max draws from the softmax")
+always((frequency - probs[0]).abs().max() < 0.01, "Gumbel-max draws from the softmax.")
 
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
@@ -674,5 +692,5 @@ by_token = torch.stack([start[0] / 2, start[0] / 2, start[1]])
 by_text = whole**2 / (whole**2).sum()
 print("each token cooled:", by_token, " whole text cooled:", by_text)
 expected = torch.tensor([[9, 9, 8], [9, 9, 16]], dtype=torch.float64)
-assert_close(by_token, expected[0] / 26, msg="9, 9, 8 of 26")
-assert_close(by_text, expected[1] / 34, msg="9, 9, 16 of 34")
+assert_close(by_token, expected[0] / 26, msg="Cooling each token gives 9, 9, 8 of 26.")
+assert_close(by_text, expected[1] / 34, msg="Cooling the whole text gives 9, 9, 16 of 34.")

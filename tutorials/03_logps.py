@@ -88,8 +88,8 @@ torch.testing.assert_close(logits.grad, onehot - p, msg="The gradient of a log-p
 
 # %% [markdown]
 # The gradient of the log-prob in the logits is $\mathrm{onehot} - p$. A step along it raises the logit of the token
-# that was written and lowers all others, the likeliest of them most. The entries sum to zero. Every loss in this course
-# reaches the model through this expression.
+# that was written and lowers all others, the likeliest of them most. The entries sum to zero. Nearly every loss on a
+# policy in this course reaches the model through this expression.
 #
 # ## 2. `gather`, on two rows
 #
@@ -163,9 +163,9 @@ for b in range(2):
 #
 # ## 4. Build it yourself: the log-probs of the targets
 #
-# One more detail. At a masked position the log-prob may be $-\infty$, for example because the program that serves the
-# model forbids a token that stands in the prompt. Multiplying by the mask gives $-\infty \cdot 0$, which is NaN, and
-# one NaN spoils the whole sum. So select with `torch.where`.
+# One more detail. At a masked position the log-prob may be $-\infty$: some programs forbid certain tokens, and a prompt
+# may contain one of them. Multiplying by the mask gives $-\infty \cdot 0$, which is NaN, and with one NaN the whole sum
+# is NaN. So select with `torch.where`.
 
 
 # %%
@@ -210,13 +210,14 @@ batch = collate(
 print(my_token_logps(policy, batch).detach().numpy().round(3))
 print("log π(y|x) =", [round(number, 4) for number in seq_logps(policy, batch).tolist()])
 
-pairs = {"token_logps": (my_token_logps, logps.token_logps),
-         "seq_logps": (seq_logps, logps.seq_logps)}
+pairs = {"my_token_logps": (my_token_logps, logps.token_logps),
+         "Your seq_logps": (seq_logps, logps.seq_logps)}
 for name, (mine, theirs) in pairs.items():
     values = mine(policy, batch), theirs(policy, batch)
     gradients = [torch.autograd.grad(value.sum(), policy.head_weight)[0] for value in values]
-    torch.testing.assert_close(*values, atol=1e-12, rtol=0, msg=f"Your {name} equals minialign's.")
-    torch.testing.assert_close(*gradients, atol=1e-12, rtol=0, msg=f"So does {name}'s gradient.")
+    torch.testing.assert_close(*values, atol=1e-12, rtol=0, msg=f"{name} equals minialign's.")
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=0,
+                               msg=f"{name} equals minialign's, also in its gradient.")
 
 
 def without_a(inputs):
@@ -224,14 +225,14 @@ def without_a(inputs):
     return policy(inputs).index_fill(-1, torch.tensor(tiny.encode("a")), -torch.inf)
 
 
-# `a` stands in the prompt only
+# `a` occurs in the prompt only
 asked = collate([tiny.encode("ba")], [[*tiny.encode("b"), EOS]], pad_id=EOS)
 all_logps = without_a(asked.inputs).log_softmax(-1)
 times_mask = all_logps.gather(-1, asked.targets[..., None]).squeeze(-1) * asked.mask
 print("\ntimes mask ", times_mask.tolist())
 print("torch.where", my_token_logps(without_a, asked).tolist())
 always(my_token_logps(without_a, asked).isfinite().all(),
-       "A −∞ at a position that is not scored must not reach the sum.")
+       "my_token_logps is finite, although there is a −∞ at a position that is not scored.")
 
 # %% [markdown]
 # ## 5. The test: all completions together
@@ -376,7 +377,8 @@ for name, program in programs.items():
 # In the language of requests (02), a rude speaker answers `ask for tea: ` with one of six openings, the thing, and one
 # of six endings. The opening is rude with probability 0.75, one of three, and the ending likewise. So `give me tea
 # now!` has probability $0.75/3 \cdot 0.75/3 = 1/16$. We train a small GPT on 2000 such requests. The loss is your
-# log-prob per token, with a minus sign.
+# log-prob per token, with a minus sign. Here it scores the whole text, prompt and answer: the model must first learn
+# the language. From 04 on, only answers are scored.
 
 # %%
 tokenizer = task.builtin_tokenizer()
@@ -452,14 +454,14 @@ this_run(chance[same].min() > 0.9 and chance[~same].min() < 0.6,
 # %% [markdown]
 # With the right thing the policy is always sure. With a wrong thing it is mostly sure, but at some pairs it fails,
 # because in training it never saw a request for something that the prompt does not name. Remember this when a method
-# scores text that the policy would not write itself, called [off-policy](../GLOSSARY.md#on-policy) text: there the
-# log-probs can be odd.
+# trains on text that something else than the present policy wrote, called [off-policy](../GLOSSARY.md#on-policy) text.
+# Some of it may be text that the policy would hardly ever write, and there the log-probs can be odd.
 #
 # ## 9. Sum or mean?
 #
 # Some programs divide the sum by the number of tokens. The mean is a different quantity: its exponentials do not sum to
-# 1, and it favours long answers. By hand: one token of log-prob −1 is likelier than four tokens of −0.9 each, but its
-# mean is lower.
+# 1, and compared with the sum it favours long answers. By hand: one token of log-prob −1 is likelier than four tokens
+# of −0.9 each, but its mean is lower.
 
 # %%
 short, long = torch.tensor([-1.0]), torch.tensor([-0.9] * 4)
@@ -543,7 +545,7 @@ print("puzzle 2:", [round(number, 9) for number in totals(mystery_2)])
 # <details><summary>Exercise 2</summary>
 #
 # Every temperature gives a distribution, so the sums are 1. If the score forgets the temperature, the ratio is not 1
-# before any training.
+# before any training: in 200 samples it lies between 0.65 and 2.06.
 #
 # </details>
 

@@ -63,9 +63,10 @@ figures.loop()
 # (\frac14, \frac14, \frac12)$.
 
 # %%
-E, pi = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.25, 0.5])
+E3 = torch.tensor([0.5, 0.5, 0.0])
+pi3 = torch.tensor([0.25, 0.25, 0.5])
 print("KL(E‖π) =", 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.25) + 0)
-print("KL(π‖E) =", (pi * (pi / E).log()).sum().item())
+print("KL(π‖E) =", (pi3 * (pi3 / E3).log()).sum().item())
 
 # %% [markdown]
 # $\mathrm{KL}(E\|\pi)$ is $\log 2$. $\mathrm{KL}(\pi\|E)$ is infinite, because $\pi$ writes an answer that $E$ never
@@ -78,8 +79,8 @@ print("KL(π‖E) =", (pi * (pi / E).log()).sum().item())
 # $$\mathrm{KL}(E \,\|\, \pi) = -H(E) \; - \; \sum_y E(y|x) \log \pi(y|x) .$$
 #
 # The entropy $H(E) = -\sum_y E \log E$ does not depend on $\pi$. So raising the average log-prob of demonstrations *is*
-# lowering $\mathrm{KL}(E\|\pi)$, and the best policy is $\pi = E$. The direction has a side effect: SFT must give
-# probability to everything that was shown, and it is not told what to avoid.
+# lowering $\mathrm{KL}(E\|\pi)$, and with unlimited demonstrations the best policy is $\pi = E$. The direction has a
+# side effect: SFT must give probability to everything that was shown, and it is not told what to avoid.
 #
 # ## 2. Three answers, by hand
 #
@@ -87,27 +88,27 @@ print("KL(π‖E) =", (pi * (pi / E).log()).sum().item())
 # shown, and by 03 the gradient of the loss in the logits is $\pi - E$.
 
 # %%
-def descend(shown, steps, lr=0.1):
-    """Gradient descent on KL(shown‖π) from equal logits: the policies after each step."""
+def descend(target, steps, lr=0.1):
+    """Gradient descent on KL(target‖π) from equal logits: the policies after each step."""
     logits, path = torch.zeros(3, dtype=torch.float64), []
     for _ in range(steps + 1):
         pi = logits.softmax(0)  # watch: pi (3,)
         path.append(pi)
-        logits = logits - lr * (pi - shown)  # the gradient, written out
+        logits = logits - lr * (pi - target)  # the gradient, written out
     return torch.stack(path)
 
 
-for name, shown in (("always the third", [0.0, 0.0, 1.0]), ("a mixture", [0.1, 0.2, 0.7])):
-    path = descend(torch.tensor(shown, dtype=torch.float64), steps=1000)
+for name, target in (("always the third", [0.0, 0.0, 1.0]), ("a mixture", [0.1, 0.2, 0.7])):
+    path = descend(torch.tensor(target, dtype=torch.float64), steps=1000)
     print(f"shown: {name}")
     for k in (0, 10, 100, 1000):
         print(f"  step {k:4}   π =", [round(p, 3) for p in path[k].tolist()])
-always(max(abs(a - b) for a, b in zip(path[-1].tolist(), shown, strict=True)) < 1e-3,
+always(max(abs(a - b) for a, b in zip(path[-1].tolist(), target, strict=True)) < 1e-3,
        "The fixed point of SFT is E.")
 
 # %% [markdown]
 # A mixture is copied as a mixture. A single answer, shown again and again, goes to probability 1, and the other two go
-# to 0 although nobody called them bad: probabilities sum to one. Keep this in mind for section 6.
+# to 0 although nobody called them bad: probabilities sum to one. Section 6 shows the same in a language model.
 #
 # ## 3. Build it yourself: loss, KL, and a training step
 #
@@ -183,13 +184,14 @@ for n_tokens in (None, 100):
     mine = my_sft_loss(logps, mask, n_tokens)
     theirs, _ = sft.sft_loss(logps, mask, n_tokens=n_tokens)
     gradients = [torch.autograd.grad(value, logps)[0] for value in (mine, theirs)]
-    torch.testing.assert_close(mine, theirs, msg="Your sft_loss equals minialign's.")
-    torch.testing.assert_close(*gradients, msg="The gradient of your sft_loss equals minialign's.")
+    torch.testing.assert_close(mine, theirs, msg="my_sft_loss equals minialign's sft_loss.")
+    torch.testing.assert_close(*gradients, msg="The gradient of my_sft_loss equals minialign's.")
 
 p = torch.rand(5, 7, generator=generator).softmax(1)
 q_logs = torch.rand(5, 7, generator=generator).log_softmax(1)
 by_torch = F.kl_div(q_logs, p, reduction="none").sum(1)
-torch.testing.assert_close(my_kl(p, q_logs), by_torch, msg="Your KL equals torch's.")
+torch.testing.assert_close(my_kl(p, q_logs), by_torch,
+                           msg=lambda report: f"my_kl equals torch's KL.\n{report}")
 
 torch.manual_seed(0)
 mine = GPT(GPTConfig.tiny(tokenizer.vocab_size))
@@ -203,12 +205,12 @@ for batch in (batch_of(few[:8]), batch_of(few[8:])):
     their_loss.backward()
     torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
     optimizer.step()
-    always(abs(loss - their_loss.item()) < 1e-5, "Your step returns the loss of the batch.")
+    always(abs(loss - their_loss.item()) < 1e-5, "my_sft_step returns the batch's loss.")
 V = tokenizer.vocab_size
 print(f"loss of the second step {loss:.3f}, log {V} = {math.log(V):.3f}")
 for my_weights, their_weights in zip(mine.parameters(), theirs.parameters(), strict=True):
     torch.testing.assert_close(my_weights, their_weights,
-                               msg="Your steps change the weights like minialign's.")
+                               msg="my_sft_step changes the weights like minialign's step.")
 
 # %% [markdown]
 # ## 4. Divided by what?
@@ -247,15 +249,23 @@ def share_of_short(reduction, long=6):
 two_losses = torch.tensor([[1.0, 1, 0, 0], [2, 2, 2, 2]])
 two_mask = two_losses > 0
 for reduction in (token_mean, mean_of_row_means, mean_of_row_sums):
-    loss, share = reduction(two_losses, two_mask), share_of_short(reduction)
-    print(f"{reduction.__name__:18} loss {loss:.3f}   ends at π(short) = {share:.4f}")
-    always(abs(share - (0.75 if reduction is mean_of_row_means else 0.5)) < 0.001,
+    loss = reduction(two_losses, two_mask)
+    short = share_of_short(reduction)
+    print(f"{reduction.__name__:18} loss {loss:.3f}   ends at π(short) = {short:.4f}")
+    always(abs(short - (0.75 if reduction is mean_of_row_means else 0.5)) < 0.001,
            "Row means prefer the short answer 3 : 1, the other two do not.")
+for n_rows in (1, 2, 32):  # each step draws its rows at random: k short ones, the others long
+    chances = [math.comb(n_rows, k) / 2**n_rows for k in range(n_rows + 1)]
+    per_token = [chance / (2 * k + 6 * (n_rows - k)) for k, chance in enumerate(chances)]
+    short = sum(k * weight for k, weight in enumerate(per_token)) / (n_rows * sum(per_token))
+    print(f"token mean, steps of {n_rows:2} random rows: ends at π(short) = {short:.3f}")
 
 # %% [markdown]
 # The mean of row means divides the first token's loss by 6 in the long answer and by 2 in the short one. So it teaches
-# a preference for short answers, three to one, that no demonstration contains. The other two are both maximum
-# likelihood. This project divides by tokens.
+# a preference for short answers, three to one, that no demonstration contains. The mean of row sums is maximum
+# likelihood. So is the token mean if every step has the same number of tokens, as here. With random rows the number
+# varies, and a token counts more in a step with few tokens. The last three lines show the effect: large with one row in
+# a step, small with 32. This project divides by the tokens of the whole step.
 #
 # ## What is wrong here? (1)
 #
@@ -289,8 +299,9 @@ for size in (8, 4, 1):
 #
 # ## 5. The experiment: demonstrations from a known E
 #
-# In the language of requests each prompt has 36 answers: 6 openings times 6 endings, half of them polite. Speakers
-# differ only in how often they are polite, so all probabilities are known.
+# In the language of requests each prompt has 36 answers: 6 openings times 6 endings. Three openings are polite and
+# three endings are, so 9 answers are polite in both. A speaker chooses opening and ending separately. Speakers differ
+# only in how often they are polite, so all probabilities are known.
 #
 # - The **base model** has read 2000 texts of rude speakers, polite with probability 0.25.
 # - The **demonstrations** are written by two people: 70 % by a polite speaker (polite with probability 0.9), 30 % by a
@@ -371,10 +382,14 @@ this_run(my_kl(rude, base_logps).mean() < 0.5, "The base model speaks like the r
 LR, STEPS = 3e-4, 120
 demos = task.builtin_demos(200)
 rows = encoded(demos)
-shown_pairs = {(demo.prompt, demo.completion) for demo in demos}
-shown = [[(prompt, answer) in shown_pairs for answer in answers]
-         for prompt, answers in zip(PROMPTS, ANSWERS, strict=True)]
-shown = torch.tensor(shown)  # watch: shown (24, 36)
+pairs = [(demo.prompt, demo.completion) for demo in demos]
+counts = torch.tensor([[pairs.count((prompt, answer)) for answer in answers]
+                       for prompt, answers in zip(PROMPTS, ANSWERS, strict=True)])
+shown = counts > 0  # watch: shown (24, 36)
+E_loss = -(counts * E.log()).sum().item() / len(demos)
+copied = counts / counts.sum(1, keepdim=True)  # how often each answer to a prompt was shown
+copied_loss = -torch.xlogy(counts, copied).sum().item() / len(demos)
+print(f"loss on the 200: of E {E_loss:.3f}, of a policy that copies them {copied_loss:.3f}")
 whole = batch_of(rows)
 policy, history, best = copy.deepcopy(base), [], {"kl": math.inf}
 
@@ -406,15 +421,16 @@ this_run(last["train"] < ENTROPY < best["expected"],
 
 # %%
 column = {name: [row[name] for row in history] for name in history[0]}
-lowest = column["kl"].index(best["kl"])
-figures.losses(column["step"], column["train"], column["expected"], ENTROPY, lowest)
+best_row = column["kl"].index(best["kl"])
+figures.losses(column["step"], column["train"], column["expected"], ENTROPY, best_row)
 figures.mass(column["step"], column["shown"], column["unshown"], (E * shown).sum(1).mean().item())
 
 # %% [markdown]
-# First figure: the training loss is all that SFT sees, and it always improves. Below the dashed line the policy gives
-# the 200 demonstrations more probability than $E$ itself does: it has learned them by heart. Second figure: what that
-# means. Probability leaves requests that were not shown, although many of them are as polite as the shown ones. It is
-# the toy of section 2 again, 24 times.
+# First figure: the training loss is all that SFT sees, and it always improves. On these 200 demonstrations $E$ itself
+# has the loss 3.361 (printed above), a little more than its entropy. From step 40 on the policy gives them more
+# probability than $E$ does: it begins to learn them by heart. It stays far from 1.970, the loss of a policy that only
+# copies them. Second figure: what that means. Probability leaves requests that were not shown, although many of them
+# are as polite as the shown ones. It is the toy of section 2 again, 24 times.
 #
 # ## 7. Read what it writes
 
@@ -443,9 +459,9 @@ print(f"\npolite openings: E {100 * (E * opens).sum(1).mean():.0f} %,",
 this_run(best_polite > base_polite + 0.2, "SFT makes the policy politer.")
 
 # %% [markdown]
-# The base model opens rudely three times in four, as its texts did. The best SFT policy opens politely about as often
-# as $E$ does, not as often as the polite speaker: **SFT copies the demonstrators, the rude ones included**. Opening and
-# ending are chosen separately, so a text such as `may i have tea or else!` is what $E$ would write.
+# The base model opens rudely three times in four, as its texts did. The best SFT policy opens politely nearly as often
+# as $E$ (63 % against 70 %), not as often as the polite speaker: **SFT copies the demonstrators, the rude ones
+# included**. Each speaker chooses opening and ending separately, so $E$ too would write `may i have tea or else!`.
 #
 # Compare the last policy with the best one. In a few samples the difference hardly shows: it is as polite, and somewhat
 # more of its texts are misspelt or name the wrong thing. Its KL is several times as large. So do not judge overfitting
@@ -474,18 +490,18 @@ def train_and_measure(rows, steps, every, lr=LR):
 for n, steps, every in ((50, 40, 10), (1000, STEPS, 40), (4000, STEPS, 40)):
     curves[n] = train_and_measure(encoded(task.builtin_demos(n)), steps, every)
 curves = dict(sorted(curves.items()))
-for n, (steps, kl) in curves.items():
-    lowest = min(range(len(kl)), key=kl.__getitem__)
-    print(f"{n:5} demonstrations: lowest KL(E‖π) {kl[lowest]:.3f} at step {steps[lowest]},",
-          f"{kl[-1]:.3f} at step {steps[-1]}")
-lowest = [min(kl) for _, kl in curves.values()]
-this_run(lowest[0] > lowest[1] > lowest[2], "More demonstrations bring π nearer to E.")
+for n, (steps_seen, kl) in curves.items():
+    i = kl.index(min(kl))
+    print(f"{n:5} demonstrations: lowest KL(E‖π) {kl[i]:.3f} at step {steps_seen[i]},",
+          f"{kl[-1]:.3f} at step {steps_seen[-1]}")
+best_kls = [min(kl) for _, kl in curves.values()]
+this_run(best_kls[0] > best_kls[1] > best_kls[2], "More demonstrations bring π nearer to E.")
 figures.how_many(curves)
 
 # %% [markdown]
-# Each step costs the same in all four runs. With 50 demonstrations the policy sees each of them again in every second
-# step. It starts to learn them by heart almost at once. With 1000 and more it comes close to $E$ and stays there for
-# the whole run.
+# Each step costs the same in all four runs. Of 50 demonstrations a step uses 32, so the policy sees each of them in
+# about two of three steps. It starts to learn them by heart almost at once. With 1000 it comes close to $E$ and loses
+# little afterwards (0.140, then 0.164). With 4000 it is nearest at the last step.
 #
 # ## 9. Break it: score the prompt
 #
@@ -494,29 +510,32 @@ figures.how_many(curves)
 
 # %%
 unmasked = [(prompt[:1], prompt[1:] + answer) for prompt, answer in rows]  # all but BOS is scored
-share = sum(len(answer) for _, answer in rows) / sum(len(answer) for _, answer in unmasked)
+n_answer = sum(len(answer) for _, answer in rows)
+prompt_share = 1 - n_answer / sum(len(answer) for _, answer in unmasked)
 for name, some in (("masked", rows), ("prompt scored", unmasked)):
     some = batch_of(some)
     with torch.no_grad():
         loss = my_sft_loss(token_logps(best["policy"], some), some.mask)
     print(f"{name:14} loss of the best policy: {loss:.3f} nats per token")
 
-print(f"{100 * (1 - share):.0f} % of the scored tokens are now prompt")
+print(f"{100 * prompt_share:.0f} % of the scored tokens are now prompt")
 print("KL(E‖π) at step       40     80")
-spoilt = {"prompt scored": train_and_measure(unmasked, 80, 40)[1],
-          "same, larger rate": train_and_measure(unmasked, 80, 40, lr=LR / share)[1]}
-for name, kl in {"masked": column["kl"][::2], **spoilt}.items():
+larger = LR / (1 - prompt_share)
+kls = {"masked": column["kl"][::2],
+       "prompt scored": train_and_measure(unmasked, 80, 40)[1],
+       "same, larger rate": train_and_measure(unmasked, 80, 40, lr=larger)[1]}
+for name, kl in kls.items():
     print(f"{name:17}", *(f"{number:6.3f}" for number in kl[1:3]))
-this_run(spoilt["prompt scored"][1] < 1.5 * best["kl"],
+this_run(kls["prompt scored"][1] < 1.5 * best["kl"],
          "Scoring the prompt costs the best policy little here.")
 
 # %% [markdown]
-# The number on the screen is spoilt: the same policy shows a larger loss per token, and two runs with different prompts
-# can no longer be compared. The policy itself is **not** spoilt here. It comes as near to $E$ as with the mask, and it
-# even overfits a little later. That is not a virtue: the optimizer divides each step by the size of the whole gradient,
-# and part of that now belongs to the prompt. The answers get smaller steps. With a larger learning rate (last row) the
-# run overfits like the masked one again. So mask the prompt, but do not expect samples to tell you that somebody forgot
-# to.
+# The number on the screen is misleading: the same policy shows a larger loss per token, and two runs with different
+# prompts can no longer be compared. The policy itself is **not** harmed here. It comes as near to $E$ as with the mask,
+# and it even overfits a little later. That is no advantage of scoring prompts. AdamW divides the step of each weight by
+# the usual size of that weight's gradient, and a part of this gradient now comes from prompts. So the answers get
+# smaller steps. With a larger learning rate (last row) the run overfits like the masked one again. So mask the prompt,
+# and do not expect samples to tell you that somebody forgot to.
 #
 # ## What is wrong here? (2)
 #
@@ -552,8 +571,9 @@ for targets, mask in zip(some.targets.tolist(), some.mask.int().tolist(), strict
 #
 # ## What you now know
 #
-# - SFT maximises the log-prob of demonstrations. That is minimising $\mathrm{KL}(E\|\pi)$, and it ends at $\pi = E$.
-# - With finitely many demonstrations it goes past $E$ and learns them by heart. The training loss does not show it.
+# - SFT maximises the log-prob of demonstrations. That is minimising $\mathrm{KL}(E\|\pi)$. With unlimited
+#   demonstrations it ends at $\pi = E$.
+# - With finitely many demonstrations it passes near $E$ and learns them by heart. The training loss does not show it.
 # - It copies all who wrote demonstrations. It cannot tell good ones from bad ones, and it takes probability from good
 #   answers that nobody happened to show. For both you need a [reward](../GLOSSARY.md#reward).
 # - Divide by the tokens of the whole step. Score EOS, do not score the prompt, and look at the mask.
@@ -563,8 +583,9 @@ for targets, mask in zip(some.targets.tolist(), some.mask.int().tolist(), strict
 #
 # ## Exercises
 #
-# **Exercise 1** (easy, 5 minutes; try this). Set `LR = 1e-3` in section 6, and then `1e-4`. Which best KL do you
-# expect, and at which step? Then start from random weights in place of `base`.
+# **Exercise 1** (easy, 5 minutes; try this). Set `LR = 1e-3` in section 6, and then `1e-4`, with TINKER on ([start
+# here](00_start_here.ipynb)). Which best KL do you expect, and at which step? Then start from random weights in place
+# of `base`.
 #
 # **Exercise 2** (medium, 10 minutes). We chose the best step by a KL that nobody knows for real data. Choose it
 # honestly: train again from `base`, watch the loss on 200 *other* demonstrations, `task.builtin_demos(200, seed=1)`,
@@ -579,8 +600,8 @@ for targets, mask in zip(some.targets.tolist(), some.mask.int().tolist(), strict
 # <details><summary>Puzzle 1</summary>
 #
 # Each piece is divided by its *own* number of tokens, and the pieces then count equally. So a token in a piece with
-# short answers weighs more than a token in a piece with long ones. It is the mean of row means again. Divide each piece
-# by the scored tokens of the *whole* step: that is what `n_tokens` is for.
+# short answers weighs more than a token in a piece with long ones. With pieces of one row it is the mean of row means.
+# Divide each piece by the scored tokens of the *whole* step: that is what `n_tokens` is for.
 #
 # </details>
 
@@ -616,22 +637,24 @@ always((whole.mask & (whole.targets == EOS)).sum(1).eq(1).all(), "Our own rows s
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# 1e-3 is best after fewer steps, and its best is worse: steps are large and the base model's knowledge gets damaged.
-# 1e-4 needs more steps and ends at about the same best KL, so a small rate costs only time. From random weights 200
-# demonstrations are far too few to learn to spell.
+# The cell runs 1e-3: its best KL comes after fewer steps and is worse. Large steps damage what the base model knows. We
+# did not run the other two. A small rate should need more steps for about the same best KL. From random weights the
+# policy has to learn to spell too. The samples of puzzle 2 show what 60 steps at 1e-2 on these demonstrations do for
+# that.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-steps, kl = train_and_measure(rows, 40, 20, lr=1e-3)
-print(f"rate 1e-3: KL(E‖π) at steps {steps}:", [round(number, 3) for number in kl])
+steps_seen, kl = train_and_measure(rows, 40, 20, lr=1e-3)
+print(f"rate 1e-3: KL(E‖π) at steps {steps_seen}:", [round(number, 3) for number in kl])
 this_run(min(kl) > best["kl"], "The best KL is worse than that of section 6.")
 
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
 # The held-out loss estimates $H(E) + \mathrm{KL}(E\|\pi)$. All steps are judged by the same 200 demonstrations, so
-# their noise is common to all steps and the lowest one is found well.
+# their noise is common to all steps and the lowest one is found well. Here it costs nothing: the held-out loss is
+# lowest at step 40, as the KL is.
 #
 # </details>
 

@@ -39,14 +39,15 @@ from tutorials.figures import sft as figures
 # ## The question
 #
 # In [SFT](../GLOSSARY.md#sft) the [policy](../GLOSSARY.md#policy) reads the demonstrator's words and predicts the next
-# token. Later it writes by itself and reads its *own* words, mistakes included. It has never practised that. Can we
-# train for it without sampling, which is slow?
+# token. Later it writes by itself and reads its *own* words, mistakes included. It has never practised that. This gap
+# is called *exposure bias* (Ranzato et al. 2016). An early remedy, *scheduled sampling* (Bengio et al. 2015), replaces
+# some of the inputs by tokens that the model samples. Can we train for it without sampling, which is slow?
 #
 # Hua et al. (2024, "Intuitive Fine-Tuning") propose two changes to SFT. (The name has nothing to do with *instruction*
 # fine-tuning.)
 #
 # - **Mixed inputs**: each input embedding gets a share of the embedding of what the policy would have written there.
-# - **Weights**: a token's loss counts more if the tokens after it have large losses. The token led there.
+# - **Weights**: a token's loss counts more if the tokens after it have large losses, since the token led to them.
 #
 # The picture shows the first change. The demonstration goes on with `milk if`. After `milk` the policy would have
 # written a comma, and after the space an `o`, for `or else!`.
@@ -137,7 +138,7 @@ def my_lookahead_embeds(policy, batch, mix):
 some = batch_of(rows[:4])
 for mix in (0.2, 1.0):
     mine, theirs = my_lookahead_embeds(base, some, mix), ift.lookahead_embeds(base, some, mix=mix)
-    torch.testing.assert_close(mine, theirs, msg="Your mixed inputs equal minialign's.")
+    torch.testing.assert_close(mine, theirs, msg="my_lookahead_embeds equals minialign's.")
 guesses = base(some.inputs).argmax(-1)
 for b in range(3):
     print("demonstrated:", tokenizer.decode(some.targets[b][some.mask[b]].tolist()))
@@ -161,9 +162,9 @@ with torch.no_grad():
 this_run(-logps.sum() / whole.mask.sum() > 0.2, "With mix 1 the demonstration is hard to follow.")
 
 # %% [markdown]
-# At mix 1, a choice of the demonstrator does not reach the inputs where the policy would have chosen otherwise. It
-# reads its guess `g` and must go on as if it had read `m`, which it cannot know. A small mix leaves the choice visible;
-# minialign's default is 0.2.
+# At mix 1 the policy reads its own guess wherever the demonstrator chose otherwise, so it cannot see the choice. The
+# second row above demonstrates `give me milk`, and the first guess is `i`. The policy reads `i` and must go on with
+# `ive`, as if it had read `g`. A small mix leaves the choice visible; minialign's default is 0.2.
 #
 # ## 4. Build it yourself: the weights
 #
@@ -216,7 +217,7 @@ worked = my_ift_weights(ell, four, 0.95)
 print("weights", worked[0].numpy().round(3))
 print("loss   ", round(my_ift_loss(-ell, four, 0.95).item(), 4), "  plain mean", ell.mean().item())
 by_hand = 4 * torch.tensor([[6.78075, 6.085, 4.3, 4.0]]) / 21.16575
-torch.testing.assert_close(worked, by_hand, msg="The weights of the worked example.")
+torch.testing.assert_close(worked, by_hand, msg="my_ift_weights gives the worked numbers.")
 
 generator = torch.Generator().manual_seed(0)
 holes = torch.rand(5, 8, generator=generator) < 0.7
@@ -226,8 +227,8 @@ for discount in (0.5, 0.95, 1.0):
     mine = my_ift_loss(logps, holes, discount)
     theirs, _ = ift.ift_loss(logps, holes, decay=discount)
     gradients = [torch.autograd.grad(loss, logps)[0] for loss in (mine, theirs)]
-    torch.testing.assert_close(mine, theirs, msg="Your ift_loss equals minialign's.")
-    torch.testing.assert_close(*gradients, msg="So does its gradient.")
+    torch.testing.assert_close(mine, theirs, msg="my_ift_loss equals minialign's ift_loss.")
+    torch.testing.assert_close(*gradients, msg="The gradient of my_ift_loss equals minialign's.")
 figures.weights(ell[0].tolist(), worked[0].tolist())
 
 # %% [markdown]
@@ -261,9 +262,10 @@ print("gradient in the losses", torch.autograd.grad(wrong_loss, ell_2)[0][0].num
 # ## 5. Where does IFT end?
 #
 # The [fixed point](../GLOSSARY.md#closed-form) of SFT is $E$. That of IFT is another one. Take $E$ that says `A` half
-# of the time and stops, or `B` and then `C` or `D`, a quarter each. We follow the gradient of IFT (without mixed
-# inputs) on these demonstrations until nothing changes. The policy has one choice between A and B and one between C and
-# D.
+# of the time and stops, or `B` and then `C` or `D`, a quarter each. We follow the gradient of IFT on these
+# demonstrations until nothing changes. The policy has one choice between A and B and one between C and D. We leave the
+# mixed inputs out. They move the end too, because the policy is trained on other inputs than it reads later, but we
+# have no formula for that.
 
 # %%
 # A, A, BC, BD: four equally likely rows
@@ -344,14 +346,16 @@ this_run(max(measured["SFT"], measured["IFT"]) < 0.5 * measured["base"], "Both c
 # %% [markdown]
 # Both move the policy most of the way from the base model to $E$, and their texts look alike. IFT stays a little
 # farther from $E$. The mixed inputs bring nothing that we can see here: this base model rarely makes a mistake that it
-# has to recover from. Other tasks may differ. In the project's comparisons (`docs/CLAIMS.md`), IFT is below SFT on
-# these requests and above it in most settings of a small game.
+# has to recover from. Other tasks may differ. In the project's comparisons (`docs/CLAIMS.md`), IFT gets less reward
+# than SFT on these requests, and it plays better than SFT in four of five settings of Frozen Lake, a small game.
 #
 # ## What you now know
 #
 # - IFT mixes the policy's own guesses into its inputs, so that it practises reading its own words without sampling.
-# - It weights a token by the losses from it on, so early tokens count more. The weights must be constants.
-# - Its fixed point is not $E$: it favours completions in which a choice shares the weight with nothing else.
+# - It weights a token by the losses from it on. With $\gamma$ near 1, early tokens of a row count more than late ones.
+#   The weights must be constants.
+# - Its fixed point is not $E$. Each row has the same total weight, so a choice counts more if little loss follows it in
+#   its row. Above, that favours the short answer.
 #
 # Next: [05 · Inverse RL](05_inverse_rl.ipynb), where demonstrations teach a reward.
 #
@@ -377,16 +381,16 @@ this_run(max(measured["SFT"], measured["IFT"]) < 0.5 * measured["base"], "Both c
 #
 # <details><summary>Puzzle 2</summary>
 #
-# `detach`. Now the gradient also passes through the weights. If the last token gets worse, its own weight grows, and
-# takes weight away from the bad token with loss 4, because the mean of the weights is 1. So the total falls. The
-# released code does this too.
+# `detach`. Now the gradient also passes through the weights. If the last token's loss grows, all four $c_t$ grow, and
+# that of the last token by the largest factor. The weights are shares of their sum. So the share of the token with loss
+# 4 falls, and that lowers the total by more than the last token adds. The released code does this too.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 c = ell.flip(1).cumsum(1).flip(1)
 torch.testing.assert_close(4 * c / c.sum(1, keepdim=True), my_ift_weights(ell, four, 1.0),
-                           msg="The sum starts at the end.")
+                           msg="my_ift_weights at γ = 1 sums from the end.")
 (slopes,) = torch.autograd.grad(my_ift_loss(-ell_2, four, 0.95), ell_2)
 print("gradient with detached weights", slopes[0].numpy().round(3))
 always((slopes > 0).all(), "With constant weights every demonstrated token becomes likelier.")

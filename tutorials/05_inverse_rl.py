@@ -2,8 +2,8 @@
 # # 05 · Inverse RL: the reward behind the demonstrations
 #
 # **You will build** the step from a reward to the best policy and the step back, the gradient that finds a reward
-# behind demonstrations, and RFT, a method that alternates the two. You will see that RFT is SFT by another road, and
-# what makes it more.
+# behind demonstrations, and RFT, a method that alternates the two. You will see that RFT without a limit on its reward
+# is SFT, and what a limit changes.
 #
 # **Time:** 28 minutes of reading, 10 seconds of computer.
 #
@@ -40,7 +40,8 @@ def show(numbers, digits=4):
 
 
 def same(values, expected, meaning, atol=1e-9):
-    torch.testing.assert_close(values, torch.as_tensor(expected), atol=atol, rtol=0, msg=meaning)
+    torch.testing.assert_close(values, torch.as_tensor(expected), atol=atol, rtol=0,
+                               msg=lambda report: f"{meaning}\n{report}")
 
 
 # %% [markdown]
@@ -58,7 +59,7 @@ figures.reward_loop()
 # The upper half of the picture is *reinforcement learning* (RL): somebody gives a reward, and training looks for a
 # [policy](../GLOSSARY.md#policy) that gets much of it. The lower half is *[inverse RL](../GLOSSARY.md#inverse-rl)*
 # (IRL): somebody gives behaviour, and training looks for the reward behind it. Tutorials 06 to 08 treat the upper
-# half with real samples. Here we do both on three answers, where every step can be computed exactly.
+# half with real samples. Here we do both on three or four answers, where every step can be computed exactly.
 #
 # ## 1. What a reward is
 #
@@ -72,7 +73,7 @@ for text in [*ANSWERS, "may i have tea tea tea, please."]:
     print(f"{gold_reward(['ask for tea: '], [text])[0]:5.1f}   {text}")
 
 # %% [markdown]
-# The last line gets the full reward too. A reward says what its author thought of, and nobody thinks of everything.
+# The last line gets the full reward too: the author of this reward did not think of such an answer.
 #
 # ## 2. Why training holds on to a reference
 #
@@ -111,20 +112,19 @@ this_run(held[3] < 0.1, "With β = 1 the nonsense does not pay.")
 figures.with_and_without(texts, before.numpy(), held.numpy(), free.numpy(), PULL)
 
 # %% [markdown]
-# Without the KL the policy ends on one text, the one where the reward is most wrong. Nothing else can happen: the
-# average of a reward is largest if all probability sits on its maximum. With the KL that text costs too much. Moving
-# probability to an answer that the reference hardly ever writes takes many [nats](../GLOSSARY.md#nats), and each nat
-# costs β.
+# Without the KL the policy ends on the text with the largest reward: the average of a reward is largest if all
+# probability is on its maximum. Here that text is nonsense. With the KL it costs too much. Moving probability to an
+# answer that the reference hardly ever writes takes many [nats](../GLOSSARY.md#nats), and each nat costs β.
 #
-# So β is a price in reward per nat. Try β = 0.3 in the cell: four points now pay for the nonsense.
+# So β is a price in reward per nat. Set `PULL = 0.3` in the cell, with TINKER on: four points now pay for nonsense.
 
 # %% [markdown]
 # <a id="From-a-reward-to-the-best-policy"></a>
 # ## 3. From a reward to the best policy
 #
-# We do not need an optimiser for this. The best policy has a formula, and almost everything in tutorials 06 to 11
-# rests on it. Let $r(y)$ be the reward of each answer to one prompt, $\mathrm{ref}(y)$ and $\pi(y)$ the probabilities
-# under reference and policy. What training maximises is
+# The best policy has a formula, and almost everything in tutorials 06 to 11 rests on it. Let $r(y)$ be the reward of
+# each answer to one prompt, $\mathrm{ref}(y)$ and $\pi(y)$ the probabilities under reference and policy. What training
+# maximises is
 #
 # $$J(\pi) \;=\; \mathbb{E}_\pi[r] - \beta\,\mathrm{KL}(\pi\|\mathrm{ref})
 #   \;=\; \sum_y \pi(y) \left( r(y) - \beta \log \frac{\pi(y)}{\mathrm{ref}(y)} \right) .$$
@@ -170,11 +170,12 @@ BETA = 0.6
 r = BETA * torch.tensor([1.0, 2.0, 5.0]).log()
 best = my_best_policy(ref, r, BETA)
 by_hand = my_best_policy(torch.tensor([0.5, 0.3, 0.2]), r, BETA)
-same(by_hand, torch.tensor([0.5, 0.6, 1.0]) / 2.1, "The weights are .5, .6 and 1, over their sum.")
-same(best, closed_form.tilt(ref.numpy(), r.numpy(), BETA), "It must equal closed_form.tilt.")
+same(by_hand, torch.tensor([0.5, 0.6, 1.0]) / 2.1, "my_best_policy gives .5, .6, 1 over 2.1.")
+same(best, closed_form.tilt(ref.numpy(), r.numpy(), BETA), "my_best_policy is closed_form.tilt.")
 reward = r.clone().requires_grad_()
 slope = torch.autograd.grad(my_best_policy(ref, reward, BETA)[2], reward)[0]
-same(slope, best[2] * (torch.eye(3)[2] - best) / BETA, "The gradient is π(y)·(1[y] − π)/β.")
+same(slope, best[2] * (torch.eye(3)[2] - best) / BETA,
+     "The gradient of my_best_policy is π(y)·(1[y] − π)/β.")
 print("section 2 trained to", show(held))
 print("the formula says    ", show(my_best_policy(before, pleases, PULL)))
 same(held, my_best_policy(before, pleases, PULL), "Training arrives at the formula.", atol=0.02)
@@ -221,19 +222,20 @@ def my_reward_of(policy, ref, beta):
 
 # %%
 E = torch.tensor([0.1, 0.2, 0.7])  # how often the expert writes each of the ANSWERS
-same(my_reward_of(best, ref, BETA), r, "There and back must give the reward that we began with.")
+same(my_reward_of(best, ref, BETA), r, "my_reward_of gives the reward that we began with.")
 same(my_best_policy(ref, r + 7, BETA), best, "A constant added to all rewards changes no policy.")
 r_of_E = my_reward_of(E, ref, BETA)
 same(my_best_policy(ref, r_of_E, BETA), E, "The best policy of the reward behind E is E.")
 policy = E.clone().requires_grad_()
 slope = torch.autograd.grad(my_reward_of(policy, ref, BETA)[2], policy)[0]
-same(slope, torch.tensor([-BETA / E[0], 0, BETA / E[2]]), "r(y3) = β log π(y3) − β log π(y1) + …")
+same(slope, torch.tensor([-BETA / E[0], 0, BETA / E[2]]),
+     "my_reward_of is β log π(y) − β log π(y1), and a constant.")
 for text, p, q, number in zip(ANSWERS, ref, E, r_of_E, strict=True):
     print(f"{text:24} reference {p:.1f}   expert {q:.1f}   reward {number:6.3f}")
 
 # %% [markdown]
-# This answers the question for three answers in advance. There is a reward behind the expert, and its best policy
-# *is* the expert. Keep that in mind when a method promises more.
+# So there is a reward whose best policy *is* the expert. It is not `gold_reward`, and another ref or β gives another.
+# It is a reward under which the expert is best for *our* ref and β (Ng & Russell 2000; Ziebart et al. 2008).
 #
 # ## 5. Finding the reward from demonstrations
 #
@@ -252,7 +254,7 @@ for text, p, q, number in zip(ANSWERS, ref, E, r_of_E, strict=True):
 #
 # Raise the reward of what the expert writes, lower it for what the policy writes. Nobody has to label an answer as
 # bad: the policy's own answers are the other side. (Lemma 3.1 of Li et al. 2024.) By hand, at r = 0: $\pi_r$ = ref,
-# and the gradient is (.1 − .5, .2 − .3, .7 − .2)/.6 = (−.667, −.167, .833).
+# and the gradient is (.1−.5, .2−.3, .7−.2)/.6 = (−.667, −.167, .833).
 
 
 # %%
@@ -272,15 +274,15 @@ reward = r.clone().requires_grad_()
 likelihood = E @ my_best_policy(ref, reward, BETA).log()
 numeric = torch.autograd.grad(likelihood, reward)[0]
 print("autograd", show(numeric, 6), "  (E − π_r)/β", show(my_reward_gradient(r, E, ref, BETA), 6))
-same(my_reward_gradient(r, E, ref, BETA), numeric, "The gradient must equal autograd's.")
+same(my_reward_gradient(r, E, ref, BETA), numeric, "my_reward_gradient equals autograd's.")
 at_0 = my_reward_gradient(torch.zeros(3), E, ref, BETA)
-same(at_0, (E - ref) / BETA, "At r = 0 the best policy is ref.")
+same(at_0, (E - ref) / BETA, "my_reward_gradient at r = 0 is (E − ref)/β.")
 wrong = (E - ref) / BETA  # as if another policy than the maximiser were kept fixed
 print("with the answers of ref at this r:", show(wrong, 6))
 always((wrong - numeric).abs().max() > 1e-3, "Only the maximiser may be kept fixed.")
 
 # %% [markdown]
-# The last line is a warning: the own answers must come from the policy that follows the *present* reward.
+# The last line shows: the own answers must come from the policy that follows the *present* reward.
 #
 # For texts we estimate both averages with samples. A batch holds B demonstrations $y$ and B own answers $\tilde y$.
 # The loss whose gradient is minus the one above is $-\frac1\beta\,\big(r(y) - r(\tilde y)\big)$, averaged over the
@@ -304,9 +306,9 @@ def my_rft_loss(demo_rewards, sample_rewards, beta):
 a, b = torch.randn(2, 16).unbind()
 a.requires_grad_(), b.requires_grad_()
 mine, (theirs, _) = my_rft_loss(a, b, BETA), reward_alignment_loss(a, b, beta=BETA)
-same(mine, theirs, "The loss must equal minialign's.")
+same(mine, theirs, "my_rft_loss equals minialign's.")
 slopes, their_slopes = torch.autograd.grad(mine, (a, b)), torch.autograd.grad(theirs, (a, b))
-same(torch.stack(slopes), torch.stack(their_slopes), "The gradient must equal minialign's.")
+same(torch.stack(slopes), torch.stack(their_slopes), "The gradient of my_rft_loss is minialign's.")
 
 reward = r.clone().requires_grad_()
 demos = torch.multinomial(E, 100_000, replacement=True)
@@ -316,12 +318,12 @@ print("gradient from 100,000 pairs", show(sampled), "  exact", show(numeric))
 this_run((sampled - numeric).abs().max() < 0.02, "The sampled gradient is near the exact one.")
 
 # %% [markdown]
-# ## 6. RFT is SFT by another road
+# ## 6. RFT takes the same path as SFT
 #
-# **RFT**, reward-learning fine-tuning (Li et al. 2024, "Getting More Juice Out of the SFT Data", Algorithm 1), takes
-# turns: the reward moves along this gradient, the policy follows the reward, and again. Here the policy follows
-# exactly, by the formula. We move the reward by size · β² · gradient = size · β · (E − π), so that $r/\beta$, which
-# is what the policy sees, moves by size · (E − π) for any β. `low` and `high` limit the reward; we need them below.
+# **RFT**, reward-learning fine-tuning (Li et al. 2024, "Getting More Juice Out of the SFT Data", Algorithm 1; not
+# rejection sampling), takes turns: the reward moves along this gradient, the policy follows the reward, and again. Here
+# the policy follows exactly, by the formula. We move the reward by size·β²·gradient, so that $r/\beta$ moves by
+# size·(E − π) for any β. `low` and `high` limit the reward; we need them below.
 
 
 # %%
@@ -347,11 +349,11 @@ def my_rft(expert, ref, beta, steps=400, size=2.0, low=-math.inf, high=math.inf)
 
 # %%
 first = my_rft(E, ref, BETA, steps=1, size=1.0)
-same(first[1], (ref.log() + E - ref).softmax(0), "The first step adds E − ref to r/β.")
-x = 2.0  # R/β
+same(first[1], (ref.log() + E - ref).softmax(0), "my_rft's first step adds E − ref to r/β.")
+x = 2.0  # r_max/β
 limited = my_rft(E, ref, BETA, high=x * BETA, low=0.0)[-1]
 expected = closed_form.demonstration_law(E.numpy(), ref.numpy(), x)
-same(limited, expected, "The limits must hold.", atol=1e-6)
+same(limited, expected, "my_rft clamps the reward to [low, high].", atol=1e-6)
 
 path = my_rft(E, ref, BETA, size=0.2)
 logits, sft = ref.log(), [ref]
@@ -361,7 +363,7 @@ for _ in range(400):  # SFT, tutorial 04: minus the gradient of −Σ E log π i
 sft = torch.stack(sft)
 print("RFT ends at", show(path[-1]), "  its reward", show(my_reward_of(path[-1], ref, BETA)))
 print(f"largest gap between RFT's path and SFT's: {(path - sft).abs().max():.0e}")
-same(path, sft, "Step by step RFT and SFT have the same policy.")
+same(path, sft, "my_rft and SFT have the same policy after every step.")
 figures.same_path(ANSWERS, ref.numpy(), E.numpy(), path.numpy(), sft.numpy())
 for name, policy in (("before", ref), ("after", path[-1])):
     print(f"\n{name}:")
@@ -369,41 +371,39 @@ for name, policy in (("before", ref), ("after", path[-1])):
         print("   ", ANSWERS[i])
 
 # %% [markdown]
-# The two paths agree to rounding error. The reason is short: RFT adds size · (E − π) to $r/\beta$, which stands
-# inside a softmax, exactly where SFT adds it to the logits. With exact steps and a reward that is free for each
-# answer, inverse RL is SFT. What can make it different?
+# The two paths agree to rounding error: RFT adds size·(E − π) to $r/\beta$ inside the softmax, and SFT adds it to the
+# logits. With exact steps and a reward that is free for each answer, inverse RL is SFT. What can make it different?
 #
 # - **A limit on the reward**: the next section.
-# - **Generalisation.** A reward model is a network. What it learns from one prompt it applies to other prompts and to
-#   answers nobody wrote.
+# - **Generalisation.** A reward model is a network. What it learns from one prompt it applies to others. Whether that
+#   helps must be measured on held-out prompts.
 # - **A second use.** A reward can rank new answers or judge another policy.
-#
-# Whether the last two pay must be measured on held-out prompts.
 #
 # ## 7. One demonstration and a bound
 #
-# Real data has one demonstration for each prompt. For that prompt, $E$ = (0, 0, 1). SFT drives every other answer
-# towards 0. Li et al. (Example 1) keep rewards in [0, R]. The gradient then pushes $r(y_3)$ up to R and the others
-# down to 0, and there it stops. From a uniform reference that gives $e^{R/\beta}/(2 + e^{R/\beta})$ for the shown
-# answer and $1/(2 + e^{R/\beta})$ for each other one. (Their Table 1 prints 2 in place of 1; then the row sums to
-# more than 1.)
+# Real data has one demonstration for each prompt. It is one sample of the expert, who may write other answers too. But
+# the data look like E = (0, 0, 1), and SFT drives every other answer towards 0. Li et al. (Example 1) keep rewards
+# between 0 and a bound $r_{\max}$. The gradient then pushes $r(y_3)$ up to the bound and the others down to 0. With
+# $x = r_{\max}/\beta$ and a uniform reference, the shown answer gets $e^x/(2+e^x)$ and each other one $1/(2+e^x)$.
+# (Their Table 1 prints 2 in place of 1.)
 
 # %%
 only_y3, uniform = torch.tensor([0.0, 0.0, 1.0]), torch.ones(3) / 3
 unbounded = my_rft(only_y3, uniform, BETA, steps=1000, size=0.1)  # watch: unbounded (1001, 3)
 curves = {"SFT; RFT without a bound": unbounded[1:, 2]}
-print("R/β    y1      y2      y3")
+print("r_max/β  y1      y2      y3")
 for x in (1, 2, 4):
     bounded = my_rft(only_y3, uniform, BETA, steps=1000, size=0.1, low=0.0, high=x * BETA)
-    print(f"{x:3}  ", "  ".join(f"{p:.4f}" for p in bounded[-1]))
-    same(bounded[-1], closed_form.table_1(x), "The end is (1, 1, e^x)/(2 + e^x) with x = R/β.")
-    curves[f"R/β = {x}"] = bounded[1:, 2]
+    print(f"{x:5}  ", "  ".join(f"{p:.4f}" for p in bounded[-1]))
+    same(bounded[-1], closed_form.table_1(x), "The end is (1, 1, e^x)/(2 + e^x), x = r_max/β.")
+    curves[f"r_max/β = {x}"] = bounded[1:, 2]
 print("without a bound, π(y3) after 10, 100, 1000 steps:", show(unbounded[[10, 100, 1000], 2]))
 figures.one_demonstration(range(1, 1001), curves)
 
 # %% [markdown]
 # So it is the bound that keeps the other answers, not inverse RL. A price on large rewards (a *ridge*, exercise 3) or
-# stopping early does the same. Note what the bound knows about $y_1$ and $y_2$: only what the reference said.
+# stopping early does the same. About $y_1$ and $y_2$ the bound knows only what the reference said. The bounded runs are
+# slower from the first step: rewards start at 0, the lower bound, so those of $y_1$ and $y_2$ cannot fall.
 #
 # ## Break it: stale answers
 #
@@ -422,7 +422,7 @@ this_run(kl_stale[nearest] < 0.05 < kl_stale[-1], "Stale answers pass near the e
 
 # %% [markdown]
 # The policy passes close to the expert and goes on into the corner, because nothing tells the reward that the policy
-# has arrived. If you use stale answers, then the number of steps or the bound decides where you end. Report it.
+# has arrived. With stale answers, the number of steps or the bound decides where training ends.
 
 # %% [markdown]
 # ## What is wrong here? (1)
@@ -440,7 +440,7 @@ print("policy", show(policy), "  expert", show(E), "  its reward", show(reward -
 # %% [markdown]
 # ## What is wrong here? (2)
 #
-# Another colleague checks the tilt by training, as in section 2, and does not arrive at it. The loss falls nicely.
+# Another colleague checks the tilt by training, as in section 2, and does not arrive at it. The loss falls.
 
 # %%
 logits = ref.log().requires_grad_()
@@ -461,34 +461,34 @@ print("trained", show(policy.detach()), "  tilt", show(best))
 # language:
 #
 # ```
-# python -m minialign rft                # reward steps and policy steps in turn, rewards bounded by --bound 6
-# python -m minialign rft --rounds 4     # fresh own answers four times
+# python -m minialign rft                # one round: all reward steps, then all policy steps; --bound 6
+# python -m minialign rft --rounds 4     # four rounds, each with the policy's present answers
 # ```
 #
 # ## What you now know
 #
-# - A reward alone drives a policy into the holes of that reward. The KL to a reference makes unlikely answers
-#   expensive.
+# - A reward alone drives a policy to that reward's maximum, sensible or not. The KL to a reference makes unlikely
+#   answers expensive.
 # - The best policy is $\pi^* \propto \mathrm{ref}\, e^{r/\beta}$, because
 #   $J = \beta \log Z - \beta\,\mathrm{KL}(\pi\|\pi^*)$.
-# - Every policy has a reward, $\beta \log(\pi/\mathrm{ref})$, up to a constant for each prompt.
+# - Every policy has a reward, $\beta\log(\pi/\mathrm{ref})$, up to a constant for each prompt. It depends on ref and β.
 # - The reward behind demonstrations has the gradient (E − π)/β. Without a limit on the reward this is SFT.
-# - With one demonstration for each prompt, a bound or a ridge is what keeps other answers possible.
+# - With one demonstration for each prompt, a bound or a ridge keeps other answers.
 #
 # Next: [05b](05b_irft.ipynb) drops the reward model and lets the policy be its own reward, or go straight to
 # [06](06_reward.ipynb), where rewards are learned from comparisons.
 #
 # ## Exercises
 #
-# **1** (easy, 5 minutes). How large must R/β be for a bound to do nothing to our E and ref? Derive the number, then
-# run `my_rft` a little below and above it.
+# **1** (easy, 5 minutes). How large must $r_{\max}/\beta$ be for a bound to do nothing to our E and ref? Derive the
+# number, then run `my_rft` a little below and above it.
 #
 # **2** (medium, 10 minutes). Try this: run `my_rft(E, ref, BETA, size=s)` for s = 1, 4, 6, 10. Which arrive? What do
 # you see in the others, and why?
 #
 # **3** (hard, 20 minutes). Make rewards cost something: add $c\,(r(y)^2 + r(\tilde y)^2)$ to the loss. Show that it
 # ends where $r = \frac{E - \pi}{2c\beta\,(E + \pi)}$. Run it with c = 0.5 for E and for one demonstration. Does it
-# keep the answers nobody showed?
+# keep the answers nobody showed, and what does that cost?
 #
 # ## Answers
 
@@ -502,7 +502,7 @@ print("trained", show(policy.detach()), "  tilt", show(best))
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-same(reward - reward[0], my_reward_of(E, ref, 1.0), "The reward is that of β = 1.", atol=1e-6)
+same(reward - reward[0], my_reward_of(E, ref, 1.0), "The reward is that for β = 1.", atol=1e-6)
 
 # %% [markdown]
 # <details><summary>Puzzle 2</summary>
@@ -521,8 +521,8 @@ same(policy.detach(), expected, "The other KL has this best policy.", atol=1e-3)
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# The reward behind E must fit into [0, R]. It is β log(E/ref) up to a constant, and spreads over β (log 3.5 − log
-# 0.2). So R/β ≥ log 17.5 = 2.862.
+# The reward behind E must fit between 0 and the bound. It is β log(E/ref) up to a constant, and spreads over
+# β log(3.5/0.2). So $r_{\max}/\beta$ ≥ log 17.5 = 2.862.
 #
 # </details>
 
@@ -530,15 +530,15 @@ same(policy.detach(), expected, "The other KL has this best policy.", atol=1e-3)
 needed = ((E / ref).log().max() - (E / ref).log().min()).item()
 for x in (needed - 0.1, needed + 0.1):
     end = my_rft(E, ref, BETA, steps=1000, low=0.0, high=x * BETA)[-1]
-    print(f"R/β = {x:.3f}: {show(end, 6)}")
+    print(f"r_max/β = {x:.3f}: {show(end, 6)}")
     arrived = (end - E).abs().max() < 1e-6
     this_run(arrived == (x > needed), "The bound matters below this number only.")
 
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# 1 and 4 arrive, 6 and 10 jump from side to side. Near E each step multiplies the distance to E by 1 − s·k, where k
-# is a slope of the softmax (an eigenvalue of diag(E) − E Eᵀ). The largest k is 0.33 here. For s > 2/0.33 = 6.0 a step
+# 1 and 4 arrive, 6 and 10 jump from side to side. Near E each step multiplies the distance to E by 1−s·k, where k is
+# a slope of the softmax (an eigenvalue of diag(E)−EEᵀ). The largest k is 0.334 here. For s > 2/0.334 = 5.98 a step
 # overshoots by more than the distance that it corrects. SFT has the same limit.
 #
 # </details>
@@ -556,8 +556,8 @@ for size in (1.0, 4.0, 6.0, 10.0):
 # <details><summary>Exercise 3</summary>
 #
 # On average the loss is $-\frac1\beta\sum(E - \pi)\,r + c\sum(E + \pi)\,r^2$. Set its derivative in r(y) to 0 with π
-# fixed. Since
-# |E − π| ≤ E + π, no reward exceeds 1/(2cβ): the ridge is a soft bound, and the other answers keep some probability.
+# fixed. Since |E − π| ≤ E + π, no reward exceeds 1/(2cβ): the ridge is a soft bound, and the other answers keep some
+# probability. The price: for the full E it holds the policy back. The best answer gets .485 in place of .7.
 #
 # </details>
 
@@ -572,5 +572,5 @@ for name, expert in (("E", E), ("one demonstration", only_y3)):
     print(f"{name:18}", show(policy), "  rewards", show(reward))
     end = torch.tensor(closed_form.ridge_law(expert.numpy(), ref.numpy(), BETA, c))
     r_end = (expert - end) / (2 * c * BETA * (expert + end))
-    same(my_best_policy(ref, r_end, BETA), end, "At the end r has the formula.", atol=1e-6)
+    same(my_best_policy(ref, r_end, BETA), end, "At the end r has the formula above.", atol=1e-6)
     this_run((policy - end).abs().max() < 0.01, "The run arrives at the end.")

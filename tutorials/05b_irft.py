@@ -2,7 +2,7 @@
 # # 05b · IRFT, SPIN and iterative IRL: learning from one's own answers
 #
 # **You will build** the loss of IRFT and SPIN, in which the policy is its own reward, and the rounds of iterative
-# IRL. You will compute where each of them ends, and see which of them never ends.
+# IRL. You will compute where each of them ends, and see which of them never settles.
 #
 # **Time:** 28 minutes of reading, 25 seconds of computer.
 #
@@ -42,7 +42,8 @@ def show(numbers, digits=4):
 
 
 def same(values, expected, meaning, atol=1e-9):
-    torch.testing.assert_close(values, torch.as_tensor(expected), atol=atol, rtol=0, msg=meaning)
+    torch.testing.assert_close(values, torch.as_tensor(expected), atol=atol, rtol=0,
+                               msg=lambda report: f"{meaning}\n{report}")
 
 
 # %% [markdown]
@@ -56,7 +57,7 @@ def same(values, expected, meaning, atol=1e-9):
 figures.pair()
 
 # %% [markdown]
-# The picture leaves three choices open. Methods differ in them:
+# The picture leaves three choices open:
 #
 # 1. **Who writes the other answers?** *Fresh*: the present policy. *Stale*: the policy from the beginning of a round.
 #    (A *round* samples once and then trains on those answers.)
@@ -65,30 +66,35 @@ figures.pair()
 #
 # The names: **RFT**, reward-learning fine-tuning, and **IRFT**, implicit reward-learning fine-tuning, are from Li et
 # al. 2024, "Getting More Juice Out of the SFT Data". **SPIN** is self-play fine-tuning (Chen et al. 2024).
-# **Iterative IRL** (inverse reinforcement learning) is from "From Demonstrations to Rewards" (anonymous authors,
-# under review at ICLR 2025).
+# **Iterative IRL** (inverse reinforcement learning) is from "From Demonstrations to Rewards" (Zeng et al. 2025,
+# arXiv:2503.13538).
 #
 # ## 1. Where everything ends
 #
 # We use the three answers of 05 and exact averages. E must give every answer some probability (*full support*,
-# E > 0); section 7 drops this. Then all methods end on one line of policies,
+# E > 0); section 7 drops this. Then all methods that settle end on one line of policies,
 #
 # $$\pi_s \;\propto\; \mathrm{ref}\,\left(\frac{E}{\mathrm{ref}}\right)^{s},$$
 #
 # so one number $s$ says where a method ends (its [closed form](../GLOSSARY.md#closed-form)): the reference is
-# $s = 0$, the [expert](../GLOSSARY.md#expert) is $s = 1$, and $s > 1$ is beyond the expert. By hand for $s = 2$: the
-# weights are .5 · .2², .3 · .667², .2 · 3.5² = .02, .133, 2.45; divided by their sum, .008, .051, .941.
+# $s = 0$, the [expert](../GLOSSARY.md#expert) is $s = 1$, and $s > 1$ is beyond the expert. (In 09b, s is SimPO's
+# scale.) By hand for $s = 2$: the weights are .5·.2², .3·.667², .2·3.5² = .02, .133, 2.45; divided by their sum, .008,
+# .051, .941.
 #
-# | method | other answers | reference | h | where it ends |
-# | --- | --- | --- | --- | --- |
-# | SFT; RFT without a bound | none; fresh | none; fixed | none; identity | s = 1, the expert |
-# | IRFT, identity | fresh | any | identity | s = 1: it is SFT |
-# | IRFT, moving reference | fresh | moving | logistic | s = 1: it is SFT |
-# | IRFT, fixed reference | fresh | fixed | logistic | s = 1/(1+β), short of the expert |
-# | SPIN, one round | stale | fixed | logistic | s = 1/β, beyond the expert if β < 1 |
-# | SPIN, many rounds | stale | moving | logistic | s = 1 if β > ½, else it diverges |
-# | iterative IRL, as printed | stale | fixed | logistic | s = 1/(1+β) if β > 1; else nowhere |
-# | iterative IRL, rewards added | stale | fixed | logistic | s = 1 if β > ½, else it diverges |
+# The sections below explain the rows; you need not understand them yet. "As printed" means as in the paper's
+# algorithm, where each round forgets the reward of the round before.
+#
+# |method|other answers|reference|h|where it ends|
+# |---|---|---|---|---|
+# |SFT|none|none|none|s = 1, the expert|
+# |RFT without a bound|fresh|fixed|identity|s = 1: it is SFT|
+# |IRFT, identity|fresh|any|identity|s = 1: it is SFT|
+# |IRFT, moving reference|fresh|moving|logistic|s = 1: it is SFT|
+# |IRFT, fixed reference|fresh|fixed|logistic|s = 1/(1+β), short of the expert|
+# |SPIN, one round|stale|fixed|logistic|s = 1/β, beyond the expert if β < 1|
+# |SPIN, many rounds|stale|moving|logistic|s = 1 if β > ½, else it never settles|
+# |iterative IRL, as printed|stale|fixed|logistic|s = 1/(1+β) if β > 1, else it never settles|
+# |iterative IRL, rewards added|stale|fixed|logistic|s = 1 if β > ½, else it never settles|
 
 # %%
 ANSWERS = ["i want tea or else!", "give me tea, please.", "may i have tea, please."]
@@ -116,12 +122,11 @@ figures.ends(ANSWERS, torch.stack([on_the_line(k / 50) for k in range(200)]).num
 })
 
 # %% [markdown]
-# Now we train the rows and see why they end there.
-#
 # ## 2. The loss
 #
-# Let y be the demonstration, ỹ the other answer, and the margin the difference of their two rewards. The unknown
-# constant of the reward cancels; that is why all these methods work with pairs.
+# Let y be the demonstration and ỹ the other answer. The margin Δ is the difference of their log-ratios. The scaled
+# margin βΔ is the difference of their rewards. The unknown constant cancels in it; that is why all these methods work
+# with pairs.
 #
 # $$\text{loss} = h(\beta\Delta), \qquad
 #   \Delta = \log\frac{\pi(y)}{\mathrm{ref}(y)} - \log\frac{\pi(\tilde y)}{\mathrm{ref}(\tilde y)} .$$
@@ -153,14 +158,14 @@ a.requires_grad_(), b.requires_grad_()
 for h, name in ((identity, "identity"), (logistic, "logistic")):
     mine = my_irft_losses(a, b, c, d, BETA, h).mean()
     theirs, _ = irft_loss(a, b, c, d, beta=BETA, h=name)
-    same(mine, theirs, f"The {name} loss must equal minialign's.")
+    same(mine, theirs, f"my_irft_losses equals minialign's irft_loss with h = {name}.")
     slopes, their_slopes = torch.autograd.grad(mine, (a, b)), torch.autograd.grad(theirs, (a, b))
-    same(torch.stack(slopes), torch.stack(their_slopes), "The gradient must equal minialign's.")
+    same(torch.stack(slopes), torch.stack(their_slopes), "So does the gradient of my_irft_losses.")
 print("my_irft_losses equals irft_loss, value and gradient, for both h")
 
 # %% [markdown]
 # Now the training, with the three choices as arguments. The average loss is a sum over nine pairs; (y, ỹ) has the
-# weight E(y) · sampler(ỹ).
+# weight E(y)·sampler(ỹ).
 
 # %%
 DEMO, OTHER = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(1)  # the nine pairs
@@ -199,21 +204,22 @@ def my_irft(expert, ref, beta, *, fresh, moving=False, h=logistic, steps=1500, s
 #
 # ### Checkpoint
 #
-# One step with h = identity must move the logits by size/(1+β) · (E − sampler). Stop in `my_irft` at the first call:
+# One step with h = identity must move the logits by size/(1+β)·(E − sampler). Stop in `my_irft` at the first call:
 # logps is log ref, (−.69, −1.20, −1.61).
 
 # %%
 step = 1.0 / (1 + BETA)
 one = my_irft(E, ref, BETA, fresh=True, h=identity, steps=1, size=1.0)[1]
-same(one, (ref.log() + step * (E - ref)).softmax(0), "One step adds (E − ref)·size/(1 + β).")
+same(one, (ref.log() + step * (E - ref)).softmax(0),
+     "One step of my_irft adds (E − ref)·size/(1 + β).")
 stale = my_irft(E, ref, BETA, fresh=False, h=identity, steps=20, size=1.0)[-1]
 expected = closed_form.identity_round(E.numpy(), ref.numpy(), 20 * step)
-same(stale, expected, "With stale answers all steps are equal.")
+same(stale, expected, "With stale answers all steps of my_irft are equal.")
 mixture = my_irft(E, ref, BETA, fresh=True)[-1]  # watch: mixture (3,)
 expected = closed_form.geometric_mixture(E.numpy(), ref.numpy(), BETA)
-same(mixture, expected, "Fresh answers and a fixed reference end at s = 1/(1 + β).", atol=1e-6)
+same(mixture, expected, "my_irft, fresh, fixed reference, ends at s = 1/(1 + β).", atol=1e-6)
 moving = my_irft(E, ref, BETA, fresh=True, moving=True)[-1]
-same(moving, E, "Fresh answers and a moving reference end at the expert.", atol=1e-6)
+same(moving, E, "my_irft, fresh, moving reference, ends at the expert.", atol=1e-6)
 print("fresh, fixed reference :", show(mixture), f"  s = {position(mixture.log()):.4f}")
 print("fresh, moving reference:", show(moving), f"  s = {position(moving.log()):.4f}")
 
@@ -221,12 +227,12 @@ print("fresh, moving reference:", show(moving), f"  s = {position(moving.log()):
 # ## 3. Two rows that are SFT
 #
 # Take h = identity. The reference is a constant and has no gradient. In the logits, the gradients of log π(y) and log
-# π(ỹ) both contain −π, which cancels in the difference. What remains on average is β · (sampler − E). With fresh
-# answers that is β · (π − E): **SFT's gradient times β**, with more noise when it is sampled.
+# π(ỹ) both contain −π, which cancels in the difference. What remains on average is β·(sampler − E). With fresh answers
+# that is β·(π − E): **SFT's gradient times β**, with more noise when it is sampled.
 #
 # Take the logistic h and let the reference be the present policy. Then every margin is 0, where h has the slope −½:
-# SFT's gradient times β/2. So IRFT can differ from SFT only where h is curved, that is, at margins away from 0, and
-# margins leave 0 only if the reference stays behind the policy.
+# SFT's gradient times β/2. So with fresh answers IRFT differs from SFT only if the slope of h differs from pair to
+# pair. It depends on the margin, and margins leave 0 only if the reference stays behind the policy.
 
 # %%
 sft = my_irft(E, ref, BETA, fresh=True, h=identity, size=1.0, steps=200)
@@ -238,7 +244,8 @@ same(sft, half, "Logistic with a moving reference is identity at half the speed.
 # ## 4. A lemma: the logistic loss finds a density ratio
 #
 # For the other rows we need to know where the logistic loss is smallest. Give each answer a free score f. Let
-# demonstrations come from E and the other answers from *any* distribution q. Which scores are best?
+# demonstrations come from E and the other answers from any distribution q that is above 0 wherever E is. Which scores
+# are best?
 #
 # $$\arg\min_f \;\mathbb{E}_{y \sim E,\, \tilde y \sim q}\, \log\left(1 + e^{-(f(y) - f(\tilde y))}\right)
 #   \;=\; \log\frac{E}{q} + \mathrm{const} .$$
@@ -255,8 +262,8 @@ same(sft, half, "Logistic with a moving reference is identity at half the speed.
 def my_irl_losses(demo_rewards, other_rewards, base_demo_rewards, base_other_rewards):
     """The logistic loss of what this round adds to the reward. All inputs (B,). Returns (B,).
 
-    base: the rewards when the round began. The margin is the increase of the demonstration's reward
-    since then, minus the increase of the other answer's reward.
+    base: the rewards when the round began. h is applied to the increase of the demonstration's
+    reward since then, minus the increase of the other answer's reward.
     """
     increase = demo_rewards - base_demo_rewards
     return logistic(increase - (other_rewards - base_other_rewards))
@@ -267,9 +274,9 @@ def my_irl_losses(demo_rewards, other_rewards, base_demo_rewards, base_other_rew
 
 # %%
 mine, (theirs, _) = my_irl_losses(a, b, c, d).mean(), irl_loss(a, b, c, d)
-same(mine, theirs, "The loss must equal minialign's.")
+same(mine, theirs, "The mean of my_irl_losses is minialign's irl_loss.")
 slopes, their_slopes = torch.autograd.grad(mine, (a, b)), torch.autograd.grad(theirs, (a, b))
-same(torch.stack(slopes), torch.stack(their_slopes), "The gradient must equal minialign's.")
+same(torch.stack(slopes), torch.stack(their_slopes), "So is the gradient of my_irl_losses.")
 
 zeros = torch.zeros(9)
 for name, q in (("ref", ref), ("uniform", torch.ones(3) / 3), ("E itself", E)):
@@ -280,7 +287,7 @@ for name, q in (("ref", ref), ("uniform", torch.ones(3) / 3), ("E itself", E)):
         f = f.detach() - 4 * torch.autograd.grad(loss, f)[0]
     ratio = (E / q).log()
     print(f"other answers from {name:9}", show(f - f[0]), "  log E/q", show(ratio - ratio[0]))
-    same(f - f[0], ratio - ratio[0], "The best scores are log E/q.", atol=1e-6)
+    same(f - f[0], ratio - ratio[0], "The best scores of my_irl_losses are log E/q.", atol=1e-6)
 
 # %% [markdown]
 # ## 5. IRFT and SPIN
@@ -303,12 +310,18 @@ for name, q in (("ref", ref), ("uniform", torch.ones(3) / 3), ("E itself", E)):
 # which is $s = 1/\beta$.
 
 # %%
+def kl_from_E(policies):
+    return (E * (E / policies).log()).sum(-1).abs()
+
+
 for beta in (2.0, 1.0, 0.6, 0.3, 0.1):
     spin = my_irft(E, ref, beta, fresh=False, size=8.0)[-1]  # watch: spin (3,)
-    kl = (E * (E / spin).log()).sum().abs()
+    kl = kl_from_E(spin)
     print(f"β = {beta:3.1f}: {show(spin)}   s = {position(spin.log()):6.3f}   KL(E‖π) = {kl:.3f}")
     expected = closed_form.converged_round(E.numpy(), ref.numpy(), ref.numpy(), beta)
-    same(spin, expected, "One round ends at s = 1/β.", atol=1e-4)
+    same(spin, expected, "One round of my_irft, not fresh, ends at s = 1/β.", atol=1e-4)
+kls = kl_from_E(my_irft(E, ref, 0.1, fresh=False, size=0.5, steps=200))
+print(f"β = 0.1 in small steps: the lowest KL(E‖π) is {kls.min():.3f}, at step {int(kls.argmin())}")
 
 for name, policy in (("before", ref), ("SPIN, β = 0.1", spin)):
     samples = torch.multinomial(policy, 4, replacement=True).tolist()
@@ -316,9 +329,9 @@ for name, policy in (("before", ref), ("SPIN, β = 0.1", spin)):
 
 # %% [markdown]
 # With β = 1 one round lands on the expert. With β < 1 it goes beyond: what the expert writes more often than the
-# reference becomes too frequent, the rest disappears. SPIN's own β = 0.1 leaves one answer. That may be what you want
-# if the demonstrations are good behaviour with some bad mixed in, but it is extrapolation. Training that stops early
-# ends on the way there.
+# reference becomes too frequent, the rest disappears. SPIN's own β = 0.1 leaves one answer. That can help if some
+# demonstrations are bad, but it is extrapolation. In small steps the path first passes near the expert, so training
+# that stops early can end there.
 #
 # ## 6. Iterative IRL: the loop that oscillates
 #
@@ -326,14 +339,13 @@ for name, policy in (("before", ref), ("SPIN, β = 0.1", spin)):
 # demonstrations from answers of the present policy. Then the policy follows the reward from the reference. The
 # printed algorithm has β = 1. By hand:
 #
-# - **Round 1.** The policy is ref. By the lemma r = log E/ref, and the policy becomes ref · $e^r$ = E. Done in one
-#   round.
+# - **Round 1.** The policy is ref. By the lemma r = log E/ref, and the policy becomes ref·$e^r$ = E.
 # - **Round 2.** The policy is E. Nothing tells its answers from demonstrations, so r = 0, and the policy becomes
-#   ref · $e^0$ = ref.
+#   ref·$e^0$ = ref.
 #
-# Back at the start. The reward of round 2 is a right answer to "what does this policy lack?", and it is used as an
-# answer to "what does the *reference* lack?". The repair is to *add* each new reward to the old one. We use the lemma
-# in place of an optimiser.
+# So two rounds lead back to ref. The reward of round 2 compares the expert with the *present* policy, but the policy
+# step applies it to the *reference*. The repair is to *add* each new reward to the old one. We use the lemma in place
+# of an optimiser.
 
 
 # %%
@@ -360,7 +372,7 @@ def my_irl(expert, ref, beta, rounds, accumulate):
 for accumulate in (False, True):
     mine = my_irl(E, ref, BETA, 2, accumulate)[1:].exp()
     law = closed_form.rounds_law(E.numpy(), ref.numpy(), BETA, 2, ref_update=accumulate)
-    same(mine, law, "The rounds must be those of closed_form.rounds_law.")
+    same(mine, law, "The rounds of my_irl are those of closed_form.rounds_law.")
 
 print("s after round             0      1      2      3      4      5      6")
 for name, accumulate in (("as printed", False), ("added up", True)):
@@ -368,13 +380,13 @@ for name, accumulate in (("as printed", False), ("added up", True)):
         places, s = position(my_irl(E, ref, beta, 6, accumulate)), 0.0
         print(f"{name:10}   β = {beta}   ", " ".join(f"{place:6.2f}" for place in places))
         for place in places:
-            always(abs(place - s) < 1e-6 * (1 + abs(s)), "A round moves s by the formula above.")
+            always(abs(place - s) < 1e-6 * (1 + abs(s)), "my_irl moves s by the formula above.")
             s = s + (1 - s) / beta if accumulate else (1 - s) / beta
 
 # %% [markdown]
-# As printed, a round multiplies the distance to $s = 1/(1+\beta)$ by −1/β: it settles for β > 1, oscillates forever
-# at β = 1, and ever wider below. Added up, a round multiplies the distance to the expert by 1 − 1/β: it settles for
-# β > ½.
+# As printed, a round multiplies the distance to $s = 1/(1+\beta)$ by −1/β: it settles for β > 1, oscillates without
+# end at β = 1, and ever wider below. Added up, a round multiplies the distance to the expert by 1−1/β: it settles for
+# β > ½. At β = ½ it jumps between s = 0 and s = 2.
 #
 # SPIN in rounds, each with the last policy as sampler *and* reference, is the second recursion: adding log-ratios is
 # adding rewards.
@@ -395,13 +407,13 @@ figures.swing({
 })
 
 # %% [markdown]
-# Real runs train few steps in each round, which hides this.
+# Real runs train few steps in each round, and then the oscillation hardly shows.
 #
 # ## 7. One demonstration for each prompt
 #
-# So far E > 0. Real data shows *one* answer to a prompt, so on the training prompts E = (0, 0, 1). The lemma then has
-# no finite answer: log 0. What does each method do? For comparison we add RFT with a bound and with a ridge (05,
-# exercise 3).
+# So far E > 0. Real data shows one answer to a prompt. The expert may write others too, but the data look like E = (0,
+# 0, 1). The lemma then has no finite answer: log 0. What does each method do? For comparison we add RFT with a bound
+# and with a ridge (05, exercise 3). Step sizes differ from method to method, so compare the ends, not the speeds.
 
 # %%
 only_y3 = torch.tensor([0.0, 0.0, 1.0])
@@ -423,13 +435,13 @@ paths = {
     "SFT; IRFT, identity": my_irft(only_y3, ref, BETA, fresh=True, h=identity, steps=STEPS),
     "IRFT, fixed reference": my_irft(only_y3, ref, BETA, fresh=True, steps=STEPS),
     "SPIN; IRL, one round": my_irft(only_y3, ref, BETA, fresh=False, steps=STEPS),
-    "RFT, bound R = 2β": rft(only_y3, BETA, STEPS, bound=2 * BETA),
+    "RFT, bound r_max = 2β": rft(only_y3, BETA, STEPS, bound=2 * BETA),
     "RFT, ridge c = 0.5": rft(only_y3, BETA, STEPS, ridge=0.5),
 }
-print(f"{'probability of the two unshown answers':40} after 10   100      {STEPS} steps")
+print(f"{'probability of the two unshown answers':40} after 10  100      {STEPS} steps")
 for name, path in paths.items():
     unshown = path[[10, 100, STEPS], :2].sum(1)
-    print(f"{name:40}    ", "  ".join(f"{p:.5f}" for p in unshown))
+    print(f"{name:40}    ", "  ".join(f"{p:.1e}" for p in unshown))
     keeps = "bound" in name or "ridge" in name
     always(keeps or unshown[2] < unshown[1] < unshown[0], "Without a limit it keeps falling.")
     this_run(not keeps or unshown[2] > 0.001, "A bound or a ridge keeps probability.")
@@ -442,14 +454,14 @@ figures.unshown(range(1, STEPS + 1), {
 })
 
 # %% [markdown]
-# SPIN runs to the corner (0, 0, 1). IRFT creeps there: its formula has a zero wherever E has one, so the reference
-# does not protect the other answers at all. Only a bound, a ridge, or stopping early keeps them. (What a network
-# learns from other prompts is not in this toy.)
+# SPIN goes to the corner (0, 0, 1). So does IRFT: its formula has a zero wherever E has one, so the reference does not
+# protect the other answers at all. Only a bound, a ridge, or stopping early keeps them. (What a network learns from
+# other prompts is not in this toy.)
 #
 # ## Break it: two slips in print
 #
 # Algorithm 2 of Li et al. leaves out β in the margin, and its h reads as the logarithm of a logarithm, log(log(1 +
-# e^−z)). Their code has neither slip. Run both.
+# e^−z)). Their code has neither slip.
 
 # %%
 def printed(z):
@@ -463,9 +475,9 @@ for name, beta, h in runs:
     print(f"{name:10} fresh {show(fresh)}   stale {show(stale)}")
 
 # %% [markdown]
-# Without β the ends are those of β = 1. SPIN then seems to land on the expert, whatever β you believe to have. The
-# logarithm of a logarithm has no smallest value: at large margins it falls as steeply as the identity. Stale answers
-# drive it into the corner, fresh answers end beyond the expert. Neither run raises an error.
+# Without β the ends are those of β = 1: SPIN lands on the expert, whatever β you set. The logarithm of a logarithm has
+# no smallest value: at large scaled margins it falls as steeply as the identity. Stale answers drive it into the
+# corner, fresh answers end beyond the expert. Neither run raises an error.
 #
 # ## What is wrong here? (1)
 #
@@ -503,7 +515,7 @@ for name, end in (("IRFT", mixture), ("expert", E), ("SPIN, β = 0.1", spin)):
 # ```
 # python -m minialign irft                                 # SPIN: one round of stale answers
 # python -m minialign irft --rounds 60 --ref initial       # 60 steps, 60 rounds: fresh, fixed
-# python -m minialign irl --mode literal --rounds 6        # the printed loop
+# python -m minialign irl --mode literal --rounds 6 --steps 360 --schedule constant   # the printed loop
 # python -m minialign irl --mode accumulate --rounds 6     # rewards added up
 # ```
 #
@@ -511,31 +523,33 @@ for name, end in (("IRFT", mixture), ("expert", E), ("SPIN, β = 0.1", spin)):
 #
 # - IRFT, SPIN and iterative IRL differ in three choices: who writes the other answers, which reference, which h.
 # - The logistic loss finds log E/q, the ratio of the expert to whoever wrote the other answers.
-# - With E > 0 every method ends on the line ref · (E/ref)^s: IRFT short of the expert, SPIN beyond it for β < 1.
-# - Rounds that forget the old reward oscillate; rounds that add to it converge for β > ½.
+# - With E > 0 a method that settles ends on the line ref·(E/ref)^s: IRFT with a fixed reference short of the expert,
+#   SPIN beyond it for β < 1.
+# - Rounds that forget the old reward settle only for β > 1, at s = 1/(1+β). Rounds that add to it settle at the expert
+#   for β > ½.
 # - With one demonstration for each prompt all of them go to a corner, unless something stops them.
 #
 # Next: [06 · Rewards](06_reward.ipynb) learns a reward from comparisons, with the lemma of section 4.
 #
 # ## Exercises
 #
-# **1** (easy, 5 minutes). Try this: set BETA = 1.5 and run everything again, then 0.4. Predict s for IRFT and one
-# round of SPIN first. Then try `size=20` in `my_irft` with fresh answers.
+# **1** (easy, 5 minutes). Try this: set BETA = 1.5, with TINKER on, and run everything again, then 0.4. Predict s for
+# IRFT and one round of SPIN first. Then try `size=20` in `my_irft` with fresh answers.
 #
 # **2** (medium, 10 minutes). How many rounds does SPIN need until s is within .01 of the expert, for β = 0.5, 0.6,
 # 0.9, 2?
 #
 # **3** (hard, 20 minutes). Iterative IRL without the arg min: one small step of `my_irl_losses` a round, the reward
-# goes on from round to round, the policy follows exactly. Derive where it ends, then run it. Which row of the table
-# is it?
+# goes on from round to round, the policy follows exactly. Derive where it ends and run it, (a) with base rewards from
+# the start of each round, (b) with all base rewards 0. Which rows of the table are they?
 #
 # ## Answers
 
 # %% [markdown]
 # <details><summary>Puzzle 1</summary>
 #
-# `policy` is computed once, before the loop. So the answers are stale, and the run is SPIN: s = 1/β. Nothing in the
-# loss reveals it. Compute the policy inside the loop.
+# `policy` is computed once, before the loop. So the answers are stale, and the run is SPIN: s = 1/β. Compute the policy
+# inside the loop.
 #
 # </details>
 
@@ -546,21 +560,21 @@ this_run(abs(position(logps.detach()) - 1 / BETA) < 1e-2, "Stale answers end at 
 # <details><summary>Puzzle 2</summary>
 #
 # The margin is what SPIN trains, so it measures how far training went, not how good the policy is. The count of
-# preferred answers does not tell them apart at all: all three order the answers alike. Ask for the distance to the
-# demonstrations, KL(E‖π), or the loss on held-out ones.
+# preferred answers is the same for all three, because they order the answers alike. Measure KL(E‖π), or the loss on
+# held-out demonstrations.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-distances = [(E * (E / end).log()).sum().item() for end in (mixture, E, spin)]
+distances = kl_from_E(torch.stack([mixture, E, spin]))
 print("KL(E‖π):", show(distances))
 this_run(distances[2] > distances[0] > distances[1], "SPIN is the farthest from the expert.")
 
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# β = 1.5: .4 and .667, both short of the expert. β = 0.4: .714 and 2.5, and added-up IRL diverges, since 1 −
-# 1/β = −1.5. With size = 20 each step overshoots the end by more than it corrects.
+# β = 1.5: .4 and .667, both short of the expert. β = 0.4: .714 and 2.5, and added-up IRL swings ever wider, since
+# 1−1/β = −1.5. With size = 20 each step overshoots the end by more than it corrects.
 #
 # </details>
 
@@ -572,8 +586,7 @@ for size in (4.0, 20.0):
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# The distance starts at 1 and is multiplied by |1 − 1/β| each round: 1, .667, .111, .5. So never (s jumps between 0
-# and 2), 12, 3 and 7 rounds.
+# The distance starts at 1 and is multiplied by |1−1/β| each round: 1, .667, .111, .5. So never, 12, 3 and 7 rounds.
 #
 # </details>
 
@@ -587,17 +600,22 @@ for beta, rounds in ((0.5, None), (0.6, 12), (0.9, 3), (2.0, 7)):
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
 #
-# The reward stops moving where the logistic loss with q = π has slope 0. By the lemma r = log E/π + const there. The
-# policy follows it: β log π/ref = r + const. That is IRFT with fresh answers and a fixed reference, s = 1/(1+β).
+# (a) Each step starts with all increases 0, where the slope is −½ for every pair. So the step is a multiple of RFT's,
+# and ends at the expert, s = 1. (b) The reward stops where the logistic loss with q = π has slope 0. By the lemma
+# r = log E/π + const there. The policy follows it: β log π/ref = r + const. That is IRFT with fresh answers and a fixed
+# reference, s = 1/(1+β).
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-reward = torch.zeros(3)
-for _ in range(4000):
-    policy = (ref.log() + reward / BETA).softmax(0)
-    reward = reward.detach().requires_grad_()
-    loss = average(my_irl_losses(reward[DEMO], reward[OTHER], zeros, zeros), E, policy)
-    reward = reward.detach() - 0.5 * min(1.0, BETA) * torch.autograd.grad(loss, reward)[0]
-print("small steps", show(policy), "  IRFT, fixed reference", show(mixture))
-same(policy, mixture, "It ends where IRFT with a fixed reference ends.", atol=1e-6)
+for name, from_start, end in (("start of the round", True, E), ("0", False, mixture)):
+    reward = torch.zeros(3)
+    for _ in range(4000):
+        policy = (ref.log() + reward / BETA).softmax(0)
+        base = reward.clone() if from_start else torch.zeros(3)
+        reward = reward.requires_grad_()
+        losses = my_irl_losses(reward[DEMO], reward[OTHER], base[DEMO], base[OTHER])
+        slope = torch.autograd.grad(average(losses, E, policy), reward)[0]
+        reward = reward.detach() - 0.5 * min(1.0, BETA) * slope
+    print(f"base rewards: {name:18}", show(policy), f"  s = {position(policy.log()):.4f}")
+    same(policy, end, "It ends at E from the round's start, at IRFT's mixture from 0.", atol=1e-6)

@@ -38,7 +38,12 @@ from tutorials.figures import reward as figures
 from tutorials.figures.loop import rlhf_loop
 
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean twelve digits
-close = torch.testing.assert_close
+
+
+def close(values, right, msg):
+    """Like always(…), for tensors: if they differ, say what should hold and what torch found."""
+    meaning = f"This should hold, and does not: {msg}"
+    torch.testing.assert_close(values, right, msg=lambda report: f"{meaning}\n{report}")
 
 
 def show(numbers, digits=3):
@@ -52,8 +57,8 @@ def show(numbers, digits=3):
 # It is hard to write a good answer and easy to *compare* two. So many chat models are trained in two stages. People
 # compare answers, and a model learns from the comparisons to give every answer a number, its
 # [reward](../GLOSSARY.md#reward). Then the [policy](../GLOSSARY.md#policy) is changed so that its answers get higher
-# numbers. This is reinforcement learning from human feedback, RLHF (Stiennon et al. 2020, Ouyang et al. 2022). Here is
-# the whole loop:
+# numbers. This is reinforcement learning from human feedback, RLHF (Christiano et al. 2017, Stiennon et al. 2020,
+# Ouyang et al. 2022). The loop:
 
 # %%
 rlhf_loop(["completions", "reward"], "06_loop.png",
@@ -86,25 +91,25 @@ print(f"loss {loss.item():.6f}   gradient {show(pair.grad, 6)}")
 always(abs(loss.item() - 0.313262) < 1e-6, "The loss of the pair is log(1 + e⁻¹).")
 
 # %% [markdown]
-# The two gradients are equal and opposite. Their size $1 - \sigma(1) = 0.27$ is the probability that the model gave to
-# the other choice.
+# The two gradients are opposite. Their size $1 - \sigma(1) = 0.27$ is the probability that the model gave to the
+# other choice.
 #
 # Now three answers to "ask for tea", and a table of comparisons. `wins[i, j]` says how often answer $i$ was chosen
 # over answer $j$. Add up the gradients of all comparisons, and a simple rule appears: **the reward of an answer goes
-# up by the comparisons that it won, and down by those that it was expected to win.** (So do chess ratings.)
+# up by the comparisons that it won, and down by those that it was expected to win.**
 
 
 # %%
 def my_gradient(wins, rewards):
     """The gradient of the log-likelihood of a table of comparisons.
 
-    wins (A, A): how often answer i was chosen over answer j. rewards (A,).
-    Return (A,): the number of comparisons that each answer won, minus the number that it is
+    wins (K, K): how often answer i was chosen over answer j. rewards (K,).
+    Return (K,): the number of comparisons that each answer won, minus the number that it is
     expected to win. It is expected to win the share σ(r_i − r_j) of all comparisons of i and j,
     whoever won them.
     """
     compared = wins + wins.T
-    expected = compared * (rewards[:, None] - rewards).sigmoid()  # watch: expected (A, A)
+    expected = compared * (rewards[:, None] - rewards).sigmoid()  # watch: expected (K, K)
     return (wins - expected).sum(1)
 
 
@@ -124,20 +129,21 @@ def log_likelihood(wins, rewards):
 
 trial = torch.tensor([0.3, -0.2, 1.0], requires_grad=True)
 (expected_gradient,) = torch.autograd.grad(log_likelihood(wins, trial), trial)
-close(my_gradient(wins, trial.detach()), expected_gradient, msg="It differs from autograd.")
+close(my_gradient(wins, trial.detach()), expected_gradient, msg="my_gradient equals autograd's.")
 print("my_gradient: equal to autograd's")
 
 # %% [markdown]
-# Follow this gradient from 0 until it vanishes. Stop in `my_gradient` when `fit` first calls it: all rewards are 0, so
-# `expected` is half of every number of comparisons.
+# Follow this gradient from 0 until it vanishes. Stop in `my_gradient` when `fit` first calls it: all rewards are 0,
+# so an answer is expected to win 6 of 12 comparisons with each other one. `fit` divides by all 38 comparisons, so
+# `expected` holds 6/38 = .158.
 
 
 # %%
-def fit(wins, steps=3000):
-    """Bradley-Terry rewards (A,) from wins (A, A), by gradient ascent from 0."""
+def fit(wins, steps=3000, lr=2.0):
+    """Bradley-Terry rewards (K,) from wins (K, K), by gradient ascent from 0."""
     rewards = torch.zeros(len(wins))
     for _ in range(steps):
-        rewards = rewards + 2 * my_gradient(wins / wins.sum(), rewards)
+        rewards = rewards + lr * my_gradient(wins / wins.sum(), rewards)
     return rewards
 
 
@@ -155,12 +161,13 @@ this_run((odds - torch.tensor([1.0, 2, 6])).abs().max() < 1e-3, "The odds are 2 
 # - **Only differences count.** Add 100 to every reward, and the loss is the same.
 # - **An answer that never loses gets no finite reward.** Its reward grows with the logarithm of the number of steps. So
 #   the scale of a learned reward depends on how long it was trained.
-# - **Cycles cannot be represented.** If A beats B, B beats C, and C beats A, no three numbers reproduce the odds. In a
-#   symmetric cycle all three get the same reward. In an uneven one they get a compromise.
+# - **Cycles cannot be represented.** If the first answer beats the second, the second the third, and the third the
+#   first, no three numbers reproduce the odds. In a symmetric cycle all three get the same reward. In an uneven one
+#   they get a compromise.
 
 # %%
 shifted = log_likelihood(wins, fitted + 100)
-close(log_likelihood(wins, fitted), shifted, msg="A constant changes nothing.")
+close(log_likelihood(wins, fitted), shifted, msg="100 more for all changes nothing.")
 never_lost = torch.tensor([[0.0, 4, 0], [8, 0, 0], [12, 9, 0]])
 gaps = [(fit(never_lost, steps)[2] - fit(never_lost, steps)[1]).item() for steps in (1000, 10_000)]
 print("the third never lost: its lead after 1000 and 10000 steps:", [round(gap, 2) for gap in gaps])
@@ -170,7 +177,7 @@ print("cycle, 9 : 3 each:             ", show(fit(symmetric)))
 print("cycle, 9 : 3, 9 : 3 and 11 : 1:", show(fit(uneven)))
 this_run(gaps[1] - gaps[0] > 2, "The lead grows by about log 10 = 2.3.")
 always(fit(symmetric).abs().max() < 1e-9, "A symmetric cycle leaves all rewards at 0.")
-this_run(fit(uneven)[2] - fit(uneven)[0] > 0.4, "An uneven cycle does not.")
+this_run(fit(uneven)[2] - fit(uneven)[0] > 0.4, "An uneven cycle does not leave them at 0.")
 
 # %% [markdown]
 # ### Where the two answers come from
@@ -178,7 +185,8 @@ this_run(fit(uneven)[2] - fit(uneven)[0] > 0.4, "An uneven cycle does not.")
 # What if both answers of a pair come from the same policy, and a judge with rewards $r$ picks the winner? The policy
 # decides how often a pair is shown, not who wins it. So the fit returns $r$. And what if nobody judges: all chosen
 # answers come from one source $P$, all rejected ones from another, $Q$? Then the fit returns $\log P(y)/Q(y)$ plus a
-# constant, by the lemma of [05b](05b_irft.ipynb). Both in numbers:
+# constant, because then $\sigma(r(y) - r(z)) = P(y)Q(z)\,/\,(P(y)Q(z) + P(z)Q(y))$. And that is the share of their
+# comparisons that $y$ wins against $z$. (It is the lemma of [05b](05b_irft.ipynb).) Both in numbers:
 
 # %%
 P, Q = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.5, 0.3, 0.2])
@@ -202,20 +210,19 @@ this_run((two_sources - (P / Q).log()).abs().max() < 1e-3, "It is log P/Q, whose
 # before, $+0.3$ for a full stop.
 #
 # A GPT of one layer with random weights stands for the policy after SFT. `language.law_of` multiplies its token
-# probabilities to the exact [distribution](../GLOSSARY.md#distribution) over the 85 completions. The comments in the
-# next cell explain the other names.
+# probabilities to the exact [distribution](../GLOSSARY.md#distribution) over the 85 completions.
 
 # %%
 language = Language(n_content=4, max_new=3, n_prompts=2)
 EOS = language.eos_id  # token ids: 0 to 3 are the letters a to d, 4 is EOS
-C = len(language.completions)  # 85 tuples of ids; language.index[y] is the place of y in this list
+K = len(language.completions)  # 85 tuples of ids; language.index[y] is the place of y in this list
 policy = tiny_gpt(language.vocab_size, seed=0, mixing=0.3)  # mixing: how much the prefix counts
 rewards = language.rewards  # (2, 85): rewards[x, c]
 ref = language.law_of(policy)  # watch: ref (2, 85)
 
 # One batch with a row for each prompt and completion. collate pads the rows and returns a Batch
 # with inputs, targets and mask, each (170, 3), as in tutorial 03.
-everything = collate([prompt for prompt in language.prompts for _ in range(C)],
+everything = collate([prompt for prompt in language.prompts for _ in range(K)],
                      [list(y) for y in language.completions] * 2, pad_id=EOS)
 
 
@@ -244,8 +251,8 @@ close(ref.sum(1), torch.ones(2), msg="All completions together have probability 
 figures.read_position()
 
 # %% [markdown]
-# Two options of the loss are in use. A `margin` asks the chosen reward to be higher by at least that much. `centre` is
-# a small price on $(r(y^+) + r(y^-))^2$, which keeps the rewards near 0.
+# The loss has two options. A `margin` asks the chosen reward to be higher by at least that much. `centre` is a small
+# price on $(r(y^+) + r(y^-))^2$, which keeps the rewards near 0.
 
 
 # %%
@@ -284,19 +291,20 @@ chosen, rejected = torch.randn(2, 16, generator=generator).requires_grad_()
 for options in ({}, {"margin": 0.3}, {"centre": 0.01}):
     mine = my_bradley_terry_loss(chosen, rejected, **options)
     theirs, _ = reward_model.bradley_terry_loss(chosen, rejected, **options)
-    close(mine, theirs, msg=f"The loss with {options} differs from the project's.")
+    close(mine, theirs, msg=f"my_bradley_terry_loss with {options} equals the project's.")
     for number in (chosen, rejected):
         (my_slope,) = torch.autograd.grad(mine, number, retain_graph=True)
         (their_slope,) = torch.autograd.grad(theirs, number, retain_graph=True)
-        close(my_slope, their_slope, msg=f"The gradient with {options} differs from the project's.")
+        close(my_slope, their_slope,
+              msg=f"The gradient of my_bradley_terry_loss with {options} equals the project's.")
 far = my_bradley_terry_loss(torch.tensor([-500.0]), torch.tensor([500.0]))
-always(bool(far.isfinite()), "The loss of a pair that is far off must be finite.")
+always(bool(far.isfinite()), "my_bradley_terry_loss is finite for a pair far off.")
 
 torch.manual_seed(0)
 untrained = policy.with_scalar_head()
 with torch.no_grad():
     theirs = score(untrained, everything)
-    close(my_score(untrained, everything), theirs, msg="my_score differs from the project's.")
+    close(my_score(untrained, everything), theirs, msg="my_score equals the project's score.")
 print("my_bradley_terry_loss, my_score: equal to minialign's")
 
 # %% [markdown]
@@ -319,7 +327,7 @@ def train_reward_model(centre, steps=300):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for k in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - k / steps)
-        scores = score(model, everything).view(2, C)
+        scores = score(model, everything).view(2, K)
         one, other = scores[:, :, None], scores[:, None]  # chosen, rejected
         losses = softplus(other - one) + centre * (one + other) ** 2  # (2, 85, 85)
         loss = (pair_weights * losses).sum((1, 2)).mean()
@@ -327,7 +335,7 @@ def train_reward_model(centre, steps=300):
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return model, score(model, everything).view(2, C)
+        return model, score(model, everything).view(2, K)
 
 
 model, learned = train_reward_model(centre=0.0)  # watch: learned (2, 85)
@@ -372,11 +380,11 @@ rows = torch.cat([everything.inputs[:, :1], everything.targets], dim=1)
 length = everything.mask.sum(1)  # (170,) k tokens end at position k, because prompts have one token
 with torch.no_grad():
     numbers = model(rows)  # (170, 4)
-last_position = numbers[:, -1].view(2, C)
-one_early = numbers[torch.arange(len(rows)), length - 1].view(2, C)
+last_position = numbers[:, -1].view(2, K)
+one_early = numbers[torch.arange(len(rows)), length - 1].view(2, K)
 better = true[:, :, None] - true[:, None] > 1e-9  # [x, i, j]: i is truly better than j
 full = (language.lengths == 3).double()
-both_full = (full[:, None] * full).expand(2, C, C)
+both_full = (full[:, None] * full).expand(2, K, K)
 
 
 def agreement(scores, among=1.0):
@@ -392,11 +400,11 @@ for name, scores in readings.items():
     print(f"   {name:20} {shares[0]:9.1f} % {shares[1]:17.1f} % {shares[2]:8.1f} %")
 print(f"{100 * (ref * full).sum(1).mean():.0f} % of the policy's answers have full length")
 this_run(agreement(learned) > agreement(last_position) + 0.02, "The last position is worse.")
-this_run(agreement(one_early) < 0.75, "One token early is much worse.")
+this_run(agreement(one_early) < 0.75, "One token early orders far fewer pairs right.")
 
 # %% [markdown]
 # The last position looks almost right, because most completions here have full length, and for them it *is* the last
-# token. The short ones suffer. Worse, their reward now depends on the longest neighbour in the batch:
+# token. The reward of the short ones now depends on the longest neighbour in the batch:
 
 # %%
 for neighbour in ((EOS,), (1, 2, 3)):
@@ -411,29 +419,29 @@ for neighbour in ((EOS,), (1, 2, 3)):
 # %% [markdown]
 # ## 5. Build it yourself: best-of-n
 #
-# How does a number improve a policy? Treat the reward as a black box. **Best-of-n** samples $n$ completions of a
-# prompt and keeps the one with the highest reward (Stiennon et al. 2020). Show the winner to the user, or do SFT on
-# the winners, so that *one* sample of the new policy is as good as the best of $n$ of the old one.
+# **Best-of-n** samples $n$ completions of a prompt and keeps the one with the highest reward (Stiennon et al. 2020).
+# Show the winner to the user, or do SFT on the winners, so that *one* sample of the new policy is as good as the best
+# of $n$ of the old one.
 #
 # What distribution do the winners have? Call the policy that samples ref. Let $F(y)$ be the probability that one
 # sample has a reward of at most $r(y)$, and $F_{<}(y)$ that it is below. The best of $n$ is at most $r(y)$ if all $n$
 # samples are: $F(y)^n$. So the winner's reward equals $r(y)$ with probability $F(y)^n - F_{<}(y)^n$. Completions of
 # equal reward share it in proportion to ref.
 #
-# By hand, for ref = (.5, .3, .2), rising rewards and $n = 4$: $.5^4 = .0625$, $.8^4 - .5^4 = .3471$,
-# $1 - .8^4 = .5904$. Four samples triple the best one's probability.
+# By hand, for ref = (.5, .3, .2), rising rewards and $n = 4$: $.5^4 = .0625$, $.8^4 - .5^4 = .3471$, $1 - .8^4 =
+# .5904$. Four samples nearly triple the best one's probability.
 
 
 # %%
 def my_best_of_n(ref, rewards, n):
     """The distribution of the best of n samples from ref, for one prompt.
 
-    ref, rewards (C,). Return (C,). For each completion, let at_most be the probability that a
+    ref, rewards (K,). Return (K,). For each completion, let at_most be the probability that a
     sample of ref has a reward of at most its reward (F), and level that it has exactly its reward.
     The winner has this reward with probability at_most^n − (at_most − level)^n, and the
     completion's share of it is ref/level.
     """
-    at_most = ((rewards[:, None] >= rewards) * ref).sum(1)  # watch: at_most (C,)
+    at_most = ((rewards[:, None] >= rewards) * ref).sum(1)  # watch: at_most (K,)
     level = ((rewards[:, None] == rewards) * ref).sum(1)
     return ref / level * (at_most**n - (at_most - level).clamp(min=0) ** n)
 
@@ -458,10 +466,10 @@ def winners_of(places):
 for r in (torch.tensor([0.0, 1, 2]), torch.tensor([0.0, 1, 1])):
     mine = my_best_of_n(three, r, 4)
     print(f"rewards {r.tolist()}: best of 4 {show(mine, 4)}")
-    close(mine, winners_of(best_of_n.pick(r[draws])), msg="It differs from the enumeration.")
+    close(mine, winners_of(best_of_n.pick(r[draws])), msg="my_best_of_n equals the enumeration.")
 for n in (1, 4, 64):
     theirs = torch.tensor(closed_form.best_of_n_law(ref[0].numpy(), rewards[0].numpy(), n))
-    close(my_best_of_n(ref[0], rewards[0], n), theirs, msg="It differs from the project's.")
+    close(my_best_of_n(ref[0], rewards[0], n), theirs, msg="my_best_of_n equals best_of_n_law.")
 rising = torch.tensor([0.0, 1, 2])
 twice = my_best_of_n(my_best_of_n(three, rising, 4), rising, 4)
 close(twice, my_best_of_n(three, rising, 16), msg="Best of 4 of best of 4 is best of 16.")
@@ -473,11 +481,11 @@ print("my_best_of_n: equal to minialign's. Best of 4 of the best-of-4 policy is 
 # Best-of-n throws $n - 1$ of $n$ samples away. **ReST** (Gulcehre et al. 2023) uses one data set several times. The
 # *Grow* step samples completions of many prompts. An *Improve* step does SFT on those whose reward is above a
 # threshold, the next one on those above a higher threshold, and so on. The thresholds are quantiles of the sampled
-# rewards, here .5, .7 and .9. The policy ends at ref restricted to the completions above the last threshold:
-# $\pi(y) \propto \mathrm{ref}(y)$ there, and 0 elsewhere.
+# rewards, here .5, .7 and .9, of both prompts together. The policy ends at ref restricted to the completions above
+# the last threshold: $\pi(y) \propto \mathrm{ref}(y)$ there, and 0 elsewhere.
 #
 # Rewards are often only 0 or 1, "pass or fail". Then the .9 quantile may be 1, and nothing is above it. The mean over
-# nothing is NaN, and one optimizer step later all weights are NaN. So there is a rule for this case.
+# nothing is NaN, and one optimizer step later all weights are NaN.
 
 
 # %%
@@ -496,11 +504,11 @@ def my_keep(rewards, threshold):
 
 # %%
 by_hand = my_keep(torch.tensor([0.2, 0.5, 0.9, 0.7]), 0.575)  # their mean is 0.575
-always(by_hand.tolist() == [False, False, True, True], "The last two are above the mean.")
+always(by_hand.tolist() == [False, False, True, True], "my_keep keeps the last two.")
 for row in torch.randint(0, 4, (50, 6), generator=generator).double():  # many equal rewards
     for threshold in (row.mean(), row.median(), row.max()):
         same = torch.equal(my_keep(row, threshold), rest.keep(row, threshold))
-        always(same, "my_keep differs from the project's.")
+        always(same, "my_keep equals the project's keep.")
 print("my_keep: equal to minialign's")
 
 # %% [markdown]
@@ -511,12 +519,13 @@ print("my_keep: equal to minialign's")
 # the policy by SFT, with the mean of $-\log \pi(y|x)$ as the loss.
 
 # %%
-DRAWS, QUANTILES = 6400, (0.5, 0.7, 0.9)
+DRAWS = 6400
+QUANTILES = (0.5, 0.7, 0.9)
 drawn_text = sample(policy, language.prompts, n=DRAWS, max_new=3, eos_id=EOS, seed=0).completions
 drawn = torch.tensor([language.index[tuple(y)] for y in drawn_text])
 drawn = drawn.view(2, DRAWS)  # watch: drawn (2, 6400)
 drawn_rewards = rewards.gather(1, drawn)
-row_of = drawn + torch.tensor([[0], [C]])  # (2, 6400): the row of `everything` where each stands
+row_of = drawn + torch.tensor([[0], [K]])  # (2, 6400): the row of `everything` where each stands
 
 
 def train(policy, kept, steps=150, lr=3e-3):
@@ -558,8 +567,7 @@ for after, exact in ((after_best, exact_best), (after_rest, exact_rest)):
     this_run(distance < 0.06, "The trained GPT is close to the closed form.")
 
 # %% [markdown]
-# What do the policies write now? Judge for yourself: the prompt's letter is good, repeats are bad, a full stop is
-# good.
+# What do the policies write now? The prompt's letter is good, repeats are bad, a full stop is good.
 
 # %%
 for name, writer in (("before", policy), ("best of 16", best_policy), ("ReST", rest_policy)):
@@ -573,15 +581,15 @@ figures.selection(rewards, [("reference", ref, None), ("best of 16", exact_best,
 # %% [markdown]
 # ### Both halves together
 #
-# The judges' pairs gave a learned reward. Select by it, and look at the true reward of the result:
+# The judges' pairs gave a learned reward. Select by it, and look at the rule's reward of the result:
 
 # %%
 lost = []
 for n in (2, 4, 16, 64):
-    by_true = torch.stack([my_best_of_n(ref[x], rewards[x], n) for x in range(2)])
+    by_rule = torch.stack([my_best_of_n(ref[x], rewards[x], n) for x in range(2)])
     by_learned = torch.stack([my_best_of_n(ref[x], learned[x], n) for x in range(2)])
-    lost.append(mean_reward(by_true) - mean_reward(by_learned))
-    print(f"best of {n:2} by the true reward: {mean_reward(by_true):.3f}, "
+    lost.append(mean_reward(by_rule) - mean_reward(by_learned))
+    print(f"best of {n:2} by the rule's reward: {mean_reward(by_rule):.3f}, "
           f"by the learned reward: {mean_reward(by_learned):.3f}")
 this_run(0 <= min(lost) and max(lost) < 0.08, "Selecting by the learned reward loses little.")
 
@@ -592,22 +600,26 @@ this_run(0 <= min(lost) and max(lost) < 0.08, "Selecting by the learned reward l
 # ## 7. Break it: one threshold for all prompts
 #
 # Best-of-n compares answers to the same prompt, so the constants of section 3 do not matter to it. ReST has one
-# threshold for all prompts. Take the median of the *learned* rewards as the threshold:
+# threshold for all prompts. Take the median as the threshold, for three kinds of rewards:
 
 # %%
 drawn_learned = learned.gather(1, drawn)  # watch: drawn_learned (2, 6400)
 centred = drawn_learned - drawn_learned.mean(1, keepdim=True)
+drawn_true = true.gather(1, drawn)  # the judges' rewards, 2 lower for prompt b
 shares = {}
-for name, r in (("true reward", drawn_rewards), ("learned reward", drawn_learned),
+for name, r in (("rule's reward", drawn_rewards), ("judges' reward", drawn_true),
+                ("learned reward", drawn_learned),
                 ("learned, minus each prompt's mean", centred)):
     shares[name] = my_keep(r.flatten(), r.quantile(0.5)).view(2, -1).double().mean(1)
     of_a, of_b = (100 * shares[name]).tolist()
     print(f"{name:34} kept of prompt a: {of_a:3.0f} %, of prompt b: {of_b:3.0f} %")
-this_run(shares["learned reward"][0] < 0.05, "Hardly anything of prompt a is kept.")
+this_run(shares["learned reward"][0] < 0.05, "By the learned reward hardly any a is kept.")
+this_run(shares["judges' reward"][1] < 0.05, "By the judges' reward hardly any b is kept.")
 
 # %% [markdown]
-# With the learned reward the run keeps one prompt and drops the other. It selects *prompts* and learns nothing about
-# answers. Real prompts differ in difficulty, so this happens with true rewards too. Subtract each prompt's mean first.
+# The judges' rewards keep prompt a and drop b, for which they are 2 lower. The learned rewards do the opposite,
+# because b's constant is higher. Either selects *prompts* and learns little about answers. Subtract each prompt's
+# mean first.
 #
 # ## What is wrong here? (1)
 #
@@ -634,7 +646,7 @@ print("winners from prompt a, prompt b:", torch.bincount(winners_prompt, minleng
 # %% [markdown]
 # ## What you now know
 #
-# - Comparisons determine rewards up to a constant for each prompt, and nothing else ties prompts together.
+# - Comparisons determine rewards up to a constant for each prompt. Nothing ties these constants together.
 # - The reward of a text is one number, read at its last token. Reading elsewhere raises no error.
 # - Best-of-n and ReST improve a policy by selection and SFT. Both have a closed form, and the trained GPT reaches it.
 # - Mistakes with ties, thresholds and constants do not show in the loss.
@@ -646,8 +658,8 @@ print("winners from prompt a, prompt b:", torch.bincount(winners_prompt, minleng
 # **Exercise 1** (easy, 5 minutes). Try this: set `QUANTILES = (0.98,)` and run "Train both" again. What do you expect
 # of the mean reward and of the samples?
 #
-# **Exercise 2** (medium, 15 minutes). You have $N$ rewards of one prompt and want to know the expected best of $n <
-# N$. Write a function that averages the maximum over *all* subsets of size $n$, without listing them. Hint: sort. In
+# **Exercise 2** (medium, 15 minutes). You have $G$ rewards of one prompt and want to know the expected best of $n <
+# G$. Write a function that averages the maximum over *all* subsets of size $n$, without listing them. Hint: sort. In
 # how many subsets is the $i$-th smallest the largest?
 #
 # **Exercise 3** (hard, 20 minutes). Six answers are equally likely. The best of 3 samples is chosen, one more sample
@@ -658,7 +670,8 @@ print("winners from prompt a, prompt b:", torch.bincount(winners_prompt, minleng
 # <details><summary>Puzzle 1</summary>
 #
 # `max` compares tuples. If the rewards are equal, it compares the second entries, so the higher number (with texts:
-# the last in the alphabet) wins every tie. `rewards.argmax(-1)` keeps the first of the equals, which is a fair draw.
+# the last in the alphabet) wins every tie. `rewards.argmax(-1)` keeps the first *sample* of the equals, and which one
+# came first is chance.
 #
 # </details>
 #
@@ -666,7 +679,7 @@ print("winners from prompt a, prompt b:", torch.bincount(winners_prompt, minleng
 #
 # `drawn_learned` is (2, 6400). Its transpose puts one completion of prompt a beside one of prompt b in each row. So
 # the prompts compete, and the one with the higher constant wins. Right is `drawn_learned.view(-1, 2)`: neighbours in
-# memory, of the same prompt. Print one group as text before you train.
+# memory, of the same prompt.
 #
 # </details>
 
@@ -681,32 +694,46 @@ always(bool((pairs[0] == drawn_learned[0, :2]).all()), "A group holds completion
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# Only completions with rewards near 1 are kept. The mean reward is almost 1, the maximum, and the variety is gone: each
-# prompt has two or three answers. The reward does not count this as a loss. [06b](06b_overoptimization.ipynb) measures
-# it, as KL.
+# Only completions with a reward of 1 are kept, the maximum. The mean reward is .995, and the variety is gone: two
+# answers are left for each prompt. The reward does not count this as a loss. [06b](06b_overoptimization.ipynb)
+# measures it, as KL.
 #
 # </details>
-#
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+threshold = drawn_rewards.quantile(0.98)
+kept = row_of.flatten()[my_keep(drawn_rewards.flatten(), threshold)]
+after_strict = train(copy.deepcopy(policy), kept)
+print(f"ReST above {threshold:.1f}: {len(kept)} kept, mean reward {mean_reward(after_strict):.3f}, "
+      f"largest {rewards.max():.1f}")
+for x in range(2):
+    likeliest = after_strict[x].topk(4)
+    shown = zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+    written = [f"{text(language.completions[c])} {p:.2f}" for p, c in shown]
+    print(f"   {'ab'[x]} →", "   ".join(written))
+
+# %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# The $i$-th smallest is the largest of a subset if the other $n - 1$ members are among the $i - 1$ smaller ones. So it
-# counts $\binom{i-1}{n-1}$ times of $\binom{N}{n}$. For 0, 1, 2, 3 and $n = 2$: $(1 + 2 \cdot 2 + 3 \cdot 3)/6 =
-# 2.33$. This estimate is right on average. Drawing $n$ from the sample *with* replacement is too low on average.
+# The $i$-th smallest is the largest of a subset if the other $n - 1$ members are among the $i - 1$ smaller ones. So
+# it counts $\binom{i-1}{n-1}$ times of $\binom{G}{n}$. For 0, 1, 2, 3 and $n = 2$: $(1 + 2 \cdot 2 + 3 \cdot 3)/6 =
+# 2.33$. This estimate is right on average. Drawing *with* replacement gives too little.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 def expected_max(rewards, n):
-    N, ordered = len(rewards), sorted(rewards.tolist())
-    counts = [math.comb(i - 1, n - 1) for i in range(1, N + 1)]
+    G = len(rewards)
+    ordered = sorted(rewards.tolist())
+    counts = [math.comb(i - 1, n - 1) for i in range(1, G + 1)]
     total = sum(count * reward for count, reward in zip(counts, ordered, strict=True))
-    return total / math.comb(N, n)
+    return total / math.comb(G, n)
 
 
 sampled = drawn_rewards[0, :12]
 by_listing = [max(subset) for subset in combinations(sampled.tolist(), 4)]
 for theirs in (sum(by_listing) / len(by_listing), best_of_n.expected_max(sampled, 4)):
-    close(expected_max(sampled, 4), theirs, msg="It differs from listing or from the project's.")
+    close(expected_max(sampled, 4), theirs, msg="expected_max equals listing and the project's.")
 print(f"expected best of 4: {expected_max(drawn_rewards[0], 4):.4f} from samples, "
       f"{my_best_of_n(ref[0], rewards[0], 4) @ rewards[0]:.4f} exactly")
 
@@ -714,8 +741,8 @@ print(f"expected best of 4: {expected_max(drawn_rewards[0], 4):.4f} from samples
 # <details><summary>Exercise 3</summary>
 #
 # $\log P/Q$, with $P$ the distribution of the best of 3 and $Q$ uniform. The best of 3 is the $k$-th with probability
-# $(k^3 - (k-1)^3)/216$, so the reward is $\log(3k^2 - 3k + 1)$ plus a constant. It knows only *ranks*: how good the
-# answers were is lost.
+# $(k^3 - (k-1)^3)/216$, so the reward is $\log(3k^2 - 3k + 1)$ plus a constant. It depends only on the *ranks* of the
+# answers, not on how good they were.
 #
 # </details>
 

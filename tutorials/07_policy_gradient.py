@@ -2,8 +2,8 @@
 # # 07 · Policy gradients: REINFORCE, RLOO, GRPO
 #
 # **You will build** the loop that trains a language model from a reward: sample, score, compute a loss, update,
-# repeat. Then you will build three [baselines](../GLOSSARY.md#baseline) for it, those of REINFORCE, RLOO and GRPO, and
-# see which one learns fastest and why. At the end you add the KL penalty, and find out where it may stand.
+# repeat. Then you will build three [baselines](../GLOSSARY.md#baseline) for it, those of REINFORCE, RLOO and GRPO,
+# and see which one learns fastest and why. At the end you add the KL penalty, and find out where it belongs.
 #
 # **Time:** 25 minutes of reading, about 35 seconds of computer.
 #
@@ -48,6 +48,14 @@ from tutorials.figures.loop import rlhf_loop
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean twelve digits
 torch.set_num_threads(1)  # the models are so small that a second core only waits
 
+
+def close(values, right, msg, **tolerances):
+    """Like always(…), for tensors: say what should hold and what torch found."""
+    torch.testing.assert_close(
+        values, right, **tolerances,
+        msg=lambda report: f"This should hold, and does not: {msg}\n{report}",
+    )
+
 # %% [markdown]
 # ## The question
 #
@@ -81,8 +89,7 @@ rlhf_loop(
 # we can estimate it from samples. This is the *policy gradient theorem* for one action; Williams (1992) called the
 # method REINFORCE.
 #
-# Take three possible answers. For logits, $\nabla \log \pi(y)$ is a vector with 1 at place y, minus π: row y of
-# `grad_logp`.
+# Take three answers. For logits, $\nabla \log \pi(y)$ is a vector with 1 at place y, minus π: row y of `grad_logp`.
 
 # %%
 pi = torch.tensor([0.5, 0.3, 0.2])
@@ -99,11 +106,11 @@ for y in range(3):
     )
 averaged = pi @ (r[:, None] * grad_logp)  # the right side: the mean of the three rows
 print("their mean:", averaged.numpy().round(2), "  by autograd:", exact.numpy().round(2))
-torch.testing.assert_close(averaged, exact, msg="the policy gradient theorem: both sides are equal")
+close(averaged, exact, "The two sides of the policy gradient theorem are equal.")
 
 # %% [markdown]
 # The mean says: more of y = 2, less of y = 1. Half of the time, though, we draw y = 0, and its gradient pushes the
-# best answer *down*. Only the average is right. Learning from few samples means fighting this noise.
+# best answer *down*. Only the average is right.
 #
 # ## 2 · A baseline costs nothing
 #
@@ -119,17 +126,17 @@ for b in (0.0, 0.9, 2.0, -10.0):
     mean = pi @ estimates
     noises[b] = (pi @ (estimates - mean).pow(2).sum(1)).item()
     print(f"b = {b:5.1f}   mean {mean.numpy().round(2)}   noise {noises[b]:6.2f}")
-    torch.testing.assert_close(mean, exact, msg="no constant baseline changes the mean gradient")
+    close(mean, exact, "A constant baseline does not change the mean gradient.")
 figures.arrows(pi.numpy(), r.numpy(), grad_logp.numpy(), (0.0, 0.9))
 
 # %% [markdown]
 # 0.9 is the mean reward. With it an answer is pushed up only if it was *better than usual*; what is left of a reward
-# after the baseline is the [advantage](../GLOSSARY.md#advantage) A. Read the last row as a reward that somebody raised
-# by 10: the same task, with almost a hundred times the noise.
+# after the baseline is the [advantage](../GLOSSARY.md#advantage) A. The last row is like a reward raised by 10: the
+# same task, with almost a hundred times the noise.
 #
 # ## 3 · Build it yourself: the loss
 #
-# PyTorch minimises, and takes gradients of scalars. So we write down a scalar whose gradient is minus the estimate:
+# PyTorch minimises a scalar. We write down one whose gradient is minus the estimate:
 #
 # $$L = -\frac1B \sum_{i=1}^{B} A_i \log \pi(y_i | x_i)$$
 #
@@ -158,16 +165,14 @@ generator = torch.Generator().manual_seed(0)
 mask = torch.rand(24, 6, generator=generator) < 0.7
 logps = (-torch.rand(24, 6, generator=generator)).requires_grad_()
 some = torch.randn(24, generator=generator, requires_grad=True)
-mine, (theirs, _) = (
-    my_reinforce_loss(logps, some, mask),
-    reinforce.reinforce_loss(logps, some, mask),
-)
+mine = my_reinforce_loss(logps, some, mask)
+theirs, _ = reinforce.reinforce_loss(logps, some, mask)
 gradients = [torch.autograd.grad(loss, logps)[0] for loss in (mine, theirs)]
-torch.testing.assert_close(mine, theirs, msg="your loss has another value than minialign's")
-torch.testing.assert_close(*gradients, msg="your loss has another gradient than minialign's")
+close(mine, theirs, "my_reinforce_loss equals minialign's reinforce_loss.")
+close(*gradients, "The gradient of my_reinforce_loss equals that of minialign's.")
 always(
     not torch.autograd.grad(my_reinforce_loss(logps, some, mask) + 0 * some.sum(), some)[0].any(),
-    "a gradient flows into the advantages; detach them",
+    "my_reinforce_loss detaches the advantages: no gradient flows into them.",
 )
 print("reinforce_loss: equal")
 
@@ -180,24 +185,25 @@ print("reinforce_loss: equal")
 
 # %%
 PHRASES = [*THINGS, *POLITE_OPENINGS, *RUDE_OPENINGS, *POLITE_ENDINGS, *RUDE_ENDINGS]
-EOS = len(PHRASES)  # the end token
+OPENING = len(THINGS)  # 24, the id of the first opening: 3 polite ones, then 3 rude ones
+ENDING = OPENING + 6  # 30, the id of the first ending: 3 polite ones, then 3 rude ones
+EOS = len(PHRASES)  # 36, the end token
 
 
 def text(ids):
-    ended = [
-        PHRASES[i] if i >= 30 else " " + PHRASES[i] for i in ids if i != EOS
-    ]  # endings: 30 to 35
-    return "".join(ended).strip()
+    spaced = [PHRASES[i] if i >= ENDING else " " + PHRASES[i] for i in ids if i != EOS]
+    return "".join(spaced).strip()
 
 
 def rude_requests(n, generator):
     """Prompts and completions (two lists of ids) of speakers who choose each phrase politely with
     probability 1/4.
     """
-    things = torch.randint(24, (n,), generator=generator)
+    things = torch.randint(len(THINGS), (n,), generator=generator)
     kinds = 3 * (torch.rand(2, n, generator=generator) < 0.75)  # 0 is polite, 3 is rude
     opening, ending = kinds + torch.randint(3, (2, n), generator=generator)
-    said = torch.stack([24 + opening, things, 30 + ending, torch.full((n,), EOS)], dim=1)
+    end = torch.full((n,), EOS)
+    said = torch.stack([OPENING + opening, things, ENDING + ending, end], dim=1)
     return things[:, None].tolist(), said.tolist()
 
 
@@ -213,13 +219,14 @@ for k in range(200):
     optimizer.step()
 
 
-def tell(policy, shown=6):
-    """Print an answer to each of a few prompts, and how many of 384 are whole requests."""
-    answers = sample(policy, [[i] for i in range(24)], max_new=4, n=16, eos_id=EOS, seed=0)
+def tell(policy, shown=6, each=16):
+    """Print an answer to each of a few prompts, and how many of 24 · 16 are whole requests."""
+    asked = [[i] for i in range(len(THINGS))]
+    answers = sample(policy, asked, max_new=4, n=each, eos_id=EOS, seed=0)
     for i in range(shown):
-        print(f"   {THINGS[i]:8} -> {text(answers.completions[16 * i])}")
+        print(f"   {THINGS[i]:8} -> {text(answers.completions[each * i])}")
     whole = [
-        len(y) == 4 and 24 <= y[0] < 30 and y[1] == i // 16 and 30 <= y[2] < EOS
+        len(y) == 4 and OPENING <= y[0] < ENDING <= y[2] < EOS and y[1] == i // each
         for i, y in enumerate(answers.completions)
     ]
     print(f"   whole requests: {sum(whole) / len(whole):.0%}")
@@ -231,6 +238,8 @@ tell(base)
 # The reward: 0 to 5 marks for manners. Opening and ending give 2 each if polite, 1 if there is none, 0 if rude; naming
 # the thing gives 1. Real prompts are not equally easy. So every answer about a thing with "a", such as *a map*, gets 2
 # marks more. This bonus changes nothing about which answer is better.
+#
+# Stop in `train` at its first call, at `advantages`: B is 32, and none is negative.
 
 
 # %%
@@ -244,18 +253,21 @@ def bonus(prompts):
     return torch.tensor([2.0 * PHRASES[x[0]].startswith("a ") for x in prompts])
 
 
-GROUP, PROMPTS = 4, 8  # G completions of each of N prompts in a rollout
+GROUP = 4  # G: completions of each prompt in a rollout
+PROMPTS = 8  # N: prompts in a rollout
 
 
 def train(advantages_of, seed=0, steps=80, lr=1e-3):
     """Returns the trained policy and the mean marks of each step. advantages_of(rewards (B,), past)
     -> (B,).
     """
-    policy, draw = copy.deepcopy(base), torch.Generator().manual_seed(seed)
+    policy = copy.deepcopy(base)
+    draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
-    past, marks = [], []
+    past = []
+    marks = []
     for k in range(steps):
-        prompts = torch.randperm(24, generator=draw)[:PROMPTS, None].tolist()
+        prompts = torch.randperm(len(THINGS), generator=draw)[:PROMPTS, None].tolist()
         answers = sample(policy, prompts, max_new=4, n=GROUP, eos_id=EOS, seed=(seed, k))  # sample
         asked = [x for x in prompts for _ in range(GROUP)]  # G answers to a prompt are neighbours
         graded = manners(asked, answers.completions)  # score
@@ -282,10 +294,8 @@ this_run(marks[-10:].mean() > marks[:10].mean() + 0.5, "The marks rise even with
 
 # %% [markdown]
 # The marks rise, and the language breaks: polite phrases are repeated where a thing should stand. No reward is
-# negative, so *no* sampled answer is made less likely, however bad, and what happened to be drawn takes over. The loop
-# needs a baseline.
-#
-# (Stop in `train` at its first call, at `advantages`: B is 32, and none is negative.)
+# negative. So no sampled answer is made less likely by its own term of the loss, however bad it is, and what happened
+# to be drawn takes over. The loop needs a baseline.
 #
 # ## 5 · Three baselines
 #
@@ -310,24 +320,20 @@ def my_running_mean(past, decay=0.9):
 # ### Checkpoint
 
 # %%
-means, baseline, theirs = (
-    torch.randn(30, generator=generator).tolist(),
-    reinforce.Baseline(decay=0.9),
-    [],
-)
+means = torch.randn(30, generator=generator).tolist()
+baseline = reinforce.Baseline(decay=0.9)
+theirs = []
 for number in means:
     theirs.append(baseline.value)
     baseline.update(torch.tensor([number]))
 mine = torch.tensor([my_running_mean(means[:k]) for k in range(30)])
-torch.testing.assert_close(
-    mine, torch.tensor(theirs), msg="your running mean is not minialign's Baseline"
-)
+close(mine, torch.tensor(theirs), "my_running_mean equals minialign's Baseline.")
 print("after rewards 4, 4, 0:", round(my_running_mean([4.0, 4.0, 0.0]), 3))
 
 # %% [markdown]
 # **RLOO**, REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024), samples G completions of the same prompt
-# and compares each with the mean of the *others*. This baseline knows the prompt and the present policy. By hand, for
-# rewards 1, 0, 0, 3: the others of the first have mean 1, so A = 0. The others of the last have mean 1/3, so A = 8/3.
+# and compares each with the mean of the *others*. This baseline fits the prompt and the present policy. By hand, for
+# rewards 1, 0, 0, 3: the others of the first have mean 1, so A = 0. Those of the last have mean 1/3, so A = 8/3.
 
 
 # %%
@@ -360,20 +366,18 @@ def refused(advantages_of):
     return False
 
 
-four, many = torch.tensor([1.0, 0, 0, 3]), torch.randn(24, generator=generator)
+four = torch.tensor([1.0, 0, 0, 3])
+many = torch.randn(24, generator=generator)
 many[:4] = 0.5  # a group of equals
 print("leave one out:", my_leave_one_out(four, 4).numpy().round(3))
 for size in (2, 4, 8):
-    torch.testing.assert_close(
-        my_leave_one_out(many, size),
-        rloo.leave_one_out(many, group_size=size),
-        msg="your leave-one-out advantages are not minialign's",
-    )
-always(refused(my_leave_one_out), "with G = 1 the mean of no others is 0/0; raise a ValueError")
+    theirs = rloo.leave_one_out(many, group_size=size)
+    close(my_leave_one_out(many, size), theirs, "my_leave_one_out equals rloo.leave_one_out.")
+always(refused(my_leave_one_out), "my_leave_one_out raises ValueError for G = 1, which gives 0/0.")
 
 # %% [markdown]
 # **GRPO** (Shao et al. 2024) subtracts the mean of the *whole* group and divides by the group's standard deviation. A
-# small number is added to that, so that a group of equal rewards gives 0 and not 0/0.
+# small number, `std_eps`, is added to that, so that a group of equal rewards gives 0 and not 0/0.
 
 
 # %%
@@ -400,14 +404,12 @@ def my_group_advantages(rewards, group_size, std_eps=1e-4):
 print("group:", my_group_advantages(four, 4).numpy().round(3))
 for size in (2, 4, 8):
     theirs = grpo.group_advantages(many, group_size=size)
-    torch.testing.assert_close(
-        my_group_advantages(many, size), theirs, msg="your group advantages are not minialign's"
-    )
-always(refused(my_group_advantages), "with G = 1 the standard deviation is NaN; raise a ValueError")
+    close(my_group_advantages(many, size), theirs, "my_group_advantages equals minialign's.")
+always(refused(my_group_advantages), "my_group_advantages raises ValueError for G = 1 (std: NaN).")
 
 # %% [markdown]
-# Without the two checks a group of one gives NaN, no error, and after one update every weight is NaN. Now the same
-# loop four times, each with three seeds.
+# Without the two checks a group of one makes every weight NaN, without an error. Now the same loop four times, each
+# with three seeds.
 
 # %%
 methods = {
@@ -416,13 +418,12 @@ methods = {
     "leave one out (RLOO)": lambda rewards, past: my_leave_one_out(rewards, GROUP),
     "group (GRPO)": lambda rewards, past: my_group_advantages(rewards, GROUP),
 }
-trained, curves = {}, {}
+trained = {}
+curves = {}
 for name, advantages_of in methods.items():
     runs = [train(advantages_of, seed) for seed in range(3)]
-    trained[name], curves[name] = (
-        runs[0][0],
-        torch.stack([marks for _, marks in runs]),
-    )  # (3, steps)
+    trained[name] = runs[0][0]  # of seed 0
+    curves[name] = torch.stack([marks for _, marks in runs])  # (3, steps)
 
 print(f"{'mean marks in updates':24}  1-10  11-20  21-40  41-80")
 for name, seeds in curves.items():
@@ -440,16 +441,16 @@ for name, policy in trained.items():
     tell(policy, shown=6 if "RLOO" in name else 0)
 
 # %% [markdown]
-# Nobody has shown the model a polite request. It said some by chance, and they were made likelier. Compare the shares
-# of whole requests, too. Without a baseline most answers are none any more; with any of the three nearly all are. The
-# few that broke are one reason for the penalty of section 7.
+# Nobody has shown the model better requests. It said polite ones by chance, and they were made likelier. Without a
+# baseline most answers of seed 0 are no whole requests any more; with any of the three nearly all are. The few that
+# broke are a reason for the penalty of section 7.
 #
 # ## 6 · Why: the noise of four gradients
 #
 # Back to the three actions, with a second prompt: higher rewards, and less at stake (3.2, 3.0, 3.4). An update draws
-# twelve completions of each prompt, in groups of G. With three actions there are only $3^G$ groups, so we sum over all
-# of them: mean and noise are exact. We divide the noise by the squared length of the mean gradient, since a mere
-# factor is up to the learning rate.
+# twelve completions of each prompt, in groups of G. With three actions there are only $3^G$ groups, so we sum over
+# all: mean and noise are exact. We divide the noise by the squared length of the mean gradient, because the learning
+# rate can make up for a factor.
 
 
 # %%
@@ -463,20 +464,19 @@ def measure(advantages_of, group_size):
     groups = torch.cartesian_prod(*[torch.arange(3)] * group_size)
     groups = groups.view(-1, group_size)  # watch: groups (3^G, G)
     chance = pi[groups].prod(1)  # (3^G,) the probability of each group
-    means, noise = [], 0.0
+    means = []
+    noise = 0.0
     for rewards in prompts_r:
         advantages = advantages_of(rewards[groups].flatten(), group_size).view(-1, group_size, 1)
         estimates = (advantages * grad_logp[groups]).mean(1)  # (3^G, 3) one gradient for each group
         means.append(chance @ estimates)
-        noise += (
-            chance @ (estimates - means[-1]).pow(2).sum(1) * group_size / 12
-        )  # mean of 12/G groups
+        of_one_group = chance @ (estimates - means[-1]).pow(2).sum(1)
+        noise += of_one_group * group_size / 12  # an update takes the mean of 12/G groups
     mean = torch.cat(means)
-    true = torch.cat(
-        [pi * (rewards - pi @ rewards) for rewards in prompts_r]
-    )  # exact, both prompts
+    true = torch.cat([pi * (rewards - pi @ rewards) for rewards in prompts_r])  # both prompts
+    cosine = (mean @ true / mean.norm() / true.norm()).item()
     length = (mean @ true / (true @ true)).item()
-    return (noise / (mean @ mean)).item(), (mean @ true / mean.norm() / true.norm()).item(), length
+    return (noise / (mean @ mean)).item(), cosine, length
 
 
 def group_mean(rewards, group_size):  # GRPO without the division
@@ -500,9 +500,9 @@ for name, (noise, cosine, length) in rows.items():
     label = name if isinstance(name, str) else f"{name[0]}, G = {name[1]}"
     print(f"{label:28} noise {noise:5.2f}   cosine {cosine:.3f}   length {length:.3f}")
     if "GRPO" not in label:
-        always(cosine > 1 - 1e-9, "without a division the mean gradient has the true direction")
+        always(cosine > 1 - 1e-9, "Without a division the mean gradient has the true direction.")
         factor = (name[1] - 1) / name[1] if "group mean" in label else 1
-        always(abs(length - factor) < 1e-9, "length (G − 1)/G for the group mean, else 1")
+        always(abs(length - factor) < 1e-9, "The length is (G − 1)/G for the group mean, else 1.")
 figures.noise(
     {name: rows[name][0] for name in ("no baseline", "running mean")},
     {
@@ -512,7 +512,7 @@ figures.noise(
 )
 always(
     rows["leave one out (RLOO)", 2][0] < rows["running mean"][0] < rows["no baseline"][0],
-    "RLOO with a single other sample is less noisy than a mean over both prompts",
+    "RLOO with a single other sample is less noisy than a mean over both prompts.",
 )
 
 # %% [markdown]
@@ -520,10 +520,9 @@ always(
 # - **Running mean**: too high for one prompt, too low for the other.
 # - **RLOO**: with only one other sample (G = 2) it beats the running mean. And it is unbiased: the others do not
 #   depend on $y_i$.
-# - **Group mean**: it contains $r_i$ itself, so the gradient is exactly $\frac{G-1}{G}$ of the true one. Direction
-#   right, length wrong.
+# - **Group mean**: it contains $r_i$ itself, so the gradient is exactly $\frac{G-1}{G}$ of the true one.
 # - **GRPO**: dividing by the spread gives both prompts equal weight, though five times more is at stake in the first.
-#   That turns the gradient (cosine below 1). In return nobody has to care about the unit of the reward:
+#   That turns the gradient (cosine below 1). In return the unit of the reward does not matter:
 
 # %%
 for group in ([1.0, 0, 0, 3], [100.0, 0, 0, 300], [0.01, 0, 0, 0.03]):
@@ -543,9 +542,9 @@ for group in ([1.0, 0, 0, 3], [100.0, 0, 0, 300], [0.01, 0, 0, 0.03]):
 #
 # $$k_1 = d, \qquad k_2 = \tfrac12 d^2, \qquad k_3 = d + (e^{-d} - 1)$$
 #
-# $k_1$ is the definition: its mean is the KL, but single values may be negative. $k_3$ adds a term of mean zero, since
-# $\mathbb{E}_\pi[e^{-d}] = \sum_y \pi(y)\, \mathrm{ref}(y)/\pi(y) = 1$. And it makes every value non-negative, because
-# $e^{-d} \ge 1 - d$.
+# $k_1$ is the definition: its mean is the KL, but single values may be negative. $k_2$ is never negative but biased:
+# its mean is the KL only to second order, near ref. $k_3$ adds a term of mean zero, since $\mathbb{E}_\pi[e^{-d}] =
+# \sum_y \pi(y)\, \mathrm{ref}(y)/\pi(y) = 1$. All values of $k_3$ are non-negative, because $e^{-d} \ge 1 - d$.
 
 
 # %%
@@ -565,18 +564,15 @@ ref = torch.tensor([0.2, 0.3, 0.5])
 true_kl = pi @ (pi.log() - ref.log())
 print(f"KL(π‖ref) = {true_kl:.3f}")
 for k, theirs in zip(my_kl_estimators(pi.log(), ref.log()), (kl.k1, kl.k2, kl.k3), strict=True):
-    torch.testing.assert_close(
-        k, theirs(pi.log(), ref.log()), msg=f"your {theirs.__name__} is not minialign's"
-    )
+    name = theirs.__name__
+    close(k, theirs(pi.log(), ref.log()), f"{name} of my_kl_estimators equals minialign's {name}.")
     spread = (pi @ (k - pi @ k) ** 2).sqrt()
-    print(
-        f"{theirs.__name__}: values {k.numpy().round(3)}   mean {pi @ k:.3f}   spread {spread:.3f}"
-    )
+    print(f"{name}: values {k.numpy().round(3)}   mean {pi @ k:.3f}   spread {spread:.3f}")
 
 # %% [markdown]
-# As a number to watch, $k_3$ is best: the right mean, and a third of the spread of $k_1$. In a *loss* the order is
-# another. There the samples are fixed, and autograd returns the mean of $\nabla k$, which is not the gradient of the
-# mean of k:
+# As a number to watch, $k_3$ is best while π is near ref: the right mean, and here a third of the spread of $k_1$.
+# (Far away $e^{-d}$ can be huge.) In a *loss* the order is another. There the samples are fixed, and autograd returns
+# the mean of $\nabla k$, which is not the gradient of the mean of k:
 
 # %%
 logits = pi.log().requires_grad_()
@@ -587,7 +583,8 @@ def gradient(scalar):
     return torch.autograd.grad(scalar, logits, retain_graph=True)[0]
 
 
-reverse, forward = gradient(live.exp() @ (live - ref.log())), gradient(ref @ (ref.log() - live))
+reverse = gradient(live.exp() @ (live - ref.log()))  # of KL(π‖ref)
+forward = gradient(ref @ (ref.log() - live))  # of KL(ref‖π)
 in_loss = [gradient(pi @ k) for k in my_kl_estimators(live, ref.log())]
 in_reward = gradient(pi @ ((pi.log() - ref.log()) * live))  # k1 as a number, times log π
 for name, value in (
@@ -599,20 +596,16 @@ for name, value in (
     ("k1 in the reward", in_reward),
 ):
     print(f"{name:17} {value.numpy().round(3) + 0.0}")
-torch.testing.assert_close(
-    in_loss[0], torch.zeros(3), atol=1e-12, rtol=0, msg="k1 in the loss has mean gradient 0"
-)
-torch.testing.assert_close(in_loss[1], reverse, msg="k2 in the loss has the gradient of the KL")
-torch.testing.assert_close(
-    in_loss[2], forward, msg="k3 in the loss has the gradient of the other KL"
-)
-torch.testing.assert_close(in_reward, reverse, msg="k1 in the reward has the gradient of the KL")
+close(in_loss[0], torch.zeros(3), "k1 in the loss has mean gradient 0.", atol=1e-12, rtol=0)
+close(in_loss[1], reverse, "k2 in the loss has the gradient of the KL.")
+close(in_loss[2], forward, "k3 in the loss has the gradient of the other KL.")
+close(in_reward, reverse, "k1 in the reward has the gradient of the KL.")
 
 # %% [markdown]
 # $k_1$ in the loss does nothing on average. $k_3$ in the loss, where GRPO puts it, follows the *other* divergence.
-# $k_1$ in the reward, $R = r - \beta d$ as a constant, is right. R depends on the policy too; do we have to
-# differentiate it? No: that part would be $-\beta\, \mathbb{E}[\nabla \log \pi] = 0$. To see where each choice ends,
-# we follow the expected update until nothing changes.
+# $k_1$ in the reward, $R = r - \beta d$ as a constant, is right. R depends on the policy too, but that part of the
+# gradient would be $-\beta\, \mathbb{E}[\nabla \log \pi] = 0$. To see where each choice ends, we follow the expected
+# update until nothing changes.
 
 
 # %%
@@ -650,25 +643,22 @@ for name, end in {"π*": star, **ends}.items():
     print(f"{name:17} {end.numpy().round(3)}")
 figures.ends(star.numpy(), {name: end.numpy() for name, end in ends.items()})
 k3_end = torch.tensor(closed_form.sequence_k3_law(ref.numpy(), r.numpy(), 0.8))
-torch.testing.assert_close(
-    ends["k1 in the reward"], star, atol=1e-6, rtol=0, msg="k1 in the reward ends at π*"
-)
-torch.testing.assert_close(
-    ends["k3 in the loss"], k3_end, atol=1e-6, rtol=0, msg="k3 ends at β·ref/(c − r)"
-)
+close(ends["k1 in the reward"], star, "k1 in the reward ends at π*.", atol=1e-6, rtol=0)
+close(ends["k3 in the loss"], k3_end, "k3 in the loss ends at β·ref/(c − r).", atol=1e-6, rtol=0)
 print("R at π*:", with_penalty(star.log(), 0.8).numpy().round(3))
 
 # %% [markdown]
 # With $k_3$ in the loss the [fixed point](../GLOSSARY.md#closed-form) is $\pi = \beta\,\mathrm{ref}/(c - r)$. Here c
-# is the normaliser: the one number above all rewards for which the probabilities sum to 1. It is GRPO's fixed point
-# for completions of one token; for several, see `token_k3_law` in toy/closed_form.py. The last line shows why RLOO can
-# come to a stop: at π\* all R are equal, so all advantages are 0.
+# is the one number above all rewards for which the probabilities sum to 1. It is the fixed point of GRPO *without*
+# the division by the spread, for large groups and completions of one token. With the division see
+# `group_normalised_law` in toy/closed_form.py, for several tokens `token_k3_law`. At π\* all R are equal (last line),
+# so RLOO's advantages are 0 and it stops.
 #
 # ## Break it: count yourself among the others
 #
-# Use the group mean where leave-one-out belongs. In pairs (G = 2) every advantage is halved. With the KL in the
-# reward, everything is halved, as by a smaller learning rate. With the KL in the loss, only the reward is halved, so β
-# counts double.
+# Use the group mean instead of leave-one-out. In pairs (G = 2) every advantage is halved. With the KL in the reward,
+# that acts like a smaller learning rate. With the KL in the loss, only the reward is halved, so β counts double.
+# (GRPO without the division is this: β acts as $\beta\, G/(G-1)$.)
 
 # %%
 double = torch.tensor(closed_form.tilt(ref.numpy(), r.numpy(), 1.6))
@@ -686,13 +676,12 @@ for place in ("reward", "loss"):
         end = settle(loss_of, steps=3000)
         print(f"KL in the {place:6}  {baseline:14} {end.numpy().round(3)}")
         right = double if place == "loss" and share == 0.5 else star
-        torch.testing.assert_close(
-            end, right, atol=1e-6, rtol=0, msg="only one combination ends elsewhere: at 2β"
-        )
+        where = "π* of 2β" if right is double else "π*"
+        close(end, right, f"KL in the {place}, {baseline}: ends at {where}.", atol=1e-6, rtol=0)
 
 # %% [markdown]
-# Only one of the four combinations converges to the wrong policy, so a test of the final policy would miss this bug.
-# The table of section 6 catches it (length 0.5 at G = 2), because it tests the estimator.
+# Only one of the four combinations ends at the wrong policy. With the KL in the reward, a test of the final policy
+# would miss the bug. The table of section 6 catches it (length 0.5 at G = 2), because it tests the estimator.
 #
 # ## What is wrong here? (1)
 #
@@ -706,7 +695,7 @@ print(dict(enumerate(zip(prompts, my_leave_one_out(rewards, group_size=2).tolist
 # %% [markdown]
 # ## What is wrong here? (2)
 #
-# The KL in the reward, as it should be. Nothing crashes and the mean reward rises. But it does not end at π\*.
+# The KL in the reward, as it should be. Nothing crashes. But it does not end at π\*.
 
 # %%
 attached = settle(lambda logps, beta: -(r - beta * (logps - ref.log())) * logps)
@@ -715,20 +704,19 @@ print("ends at", attached.numpy().round(3), "  π* is", star.numpy().round(3))
 # %% [markdown]
 # ## What you now know
 #
-# - $\mathbb{E}[r\, \nabla \log \pi]$ is the gradient of the expected reward, so sampling, scoring and one line of loss
-#   suffice to train.
-# - A baseline that does not depend on the sample leaves the mean of the gradient and removes noise; other answers to
-#   the same prompt make the best one.
+# - $\mathbb{E}[r\, \nabla \log \pi]$ is the gradient of the expected reward, so samples and their rewards suffice to
+#   train.
+# - A baseline that does not depend on the sample leaves the mean of the gradient and removes noise; of the three,
+#   other answers to the same prompt make the least noisy one.
 # - Dividing by the group's spread (GRPO) makes the unit of the reward irrelevant and changes the direction.
 # - The KL belongs in the reward as a constant. In the loss, $k_1$ does nothing, and $k_3$ has another fixed point.
 #
-# Each rollout gave one update here. [Tutorial 08](08_ppo.ipynb) uses it several times, and learns a baseline for every
-# token: PPO.
+# [Tutorial 08](08_ppo.ipynb) uses each rollout several times, and learns a baseline for every token: PPO.
 #
 # ## Exercises
 #
 # 1. **Try this** (easy, 5 minutes): train with leave-one-out and ten times the learning rate, `lr=1e-2`. What do you
-#    expect of the marks, and of the text?
+#    expect of marks and text?
 # 2. **The best constant** (medium, 15 minutes): the mean reward is not quite the best baseline. Find the b with the
 #    least noise for the three actions, by algebra. Why does nobody use it?
 # 3. **Divide, but what?** (hard, 20 minutes): (a) divide r by *its own* spread under the policy, and then subtract
@@ -743,8 +731,8 @@ print("ends at", attached.numpy().round(3), "  π* is", star.numpy().round(3))
 #
 # Groups must be adjacent: the order has to be map, map, tea, tea. Here each answer about tea is compared with one
 # about a map, gets a negative advantage, and is pushed down, the good one too. The mean gradient is still right,
-# because the other answer is independent of this one. It is the noise that grows, so learning only seems slow. In the
-# right order the advantages are −1, 1 and 1, −1.
+# because the other answer is independent of this one. The noise grows, so learning only seems slow. In the right
+# order the advantages are −1, 1 and 1, −1.
 #
 # </details>
 
@@ -752,7 +740,7 @@ print("ends at", attached.numpy().round(3), "  π* is", star.numpy().round(3))
 sorted_rewards = torch.tensor([6.0, 7.0, 1.0, 0.0])
 always(
     my_leave_one_out(sorted_rewards, 2).tolist() == [-1, 1, 1, -1],
-    "adjacent groups compare tea with tea",
+    "In the right order my_leave_one_out compares tea with tea.",
 )
 
 # %% [markdown]
@@ -766,9 +754,8 @@ always(
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 root = (ref * (r / 0.8).exp()).sqrt()
-torch.testing.assert_close(
-    attached, root / root.sum(), atol=1e-6, rtol=0, msg="the fixed point without detach"
-)
+end_attached = root / root.sum()
+close(attached, end_attached, "Without detach it ends at √(ref·e^(r/β)).", atol=1e-6, rtol=0)
 
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
@@ -805,16 +792,16 @@ def noise_at(b):
 print(f"b = {best:.3f}: noise {noise_at(best):.4f};  b = 0.9: noise {noise_at(0.9):.4f}")
 always(
     noise_at(best) <= min(noise_at(best + 0.01), noise_at(best - 0.01), noise_at(0.9)),
-    "it is the lowest point",
+    "The noise is lowest at the best b.",
 )
 
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
 #
 # (b) ends at π\* for every β: there R is the same for all answers, and the division only scales the step. (a) has the
-# fixed point ref·e^(r/(β·spread)), with the spread of r under that very policy. A smaller spread makes r count more,
-# which sharpens the policy, which makes the spread smaller. Below the threshold this never stops, and the policy
-# collapses onto the best answer.
+# fixed point ref·e^(r/(β·spread)), with the spread of r under it. A smaller spread makes r count more, which sharpens
+# the policy, which makes the spread smaller. Below the threshold this never stops, and the policy collapses onto the
+# best answer.
 #
 # </details>
 
@@ -825,23 +812,27 @@ def spread_of(values, p):
 
 
 def divide_r(logps, beta):
-    p, d = logps.exp().detach(), (logps - ref.log()).detach()
+    p = logps.exp().detach()
+    d = (logps - ref.log()).detach()
     return -((r - p @ r) / spread_of(r, p) - beta * d) * logps
 
 
 def divide_all(logps, beta):
-    p, R = logps.exp().detach(), with_penalty(logps, beta)
+    p = logps.exp().detach()
+    R = with_penalty(logps, beta)
+    # 0.05, because the spread of R goes to 0 near π*, and the steps would grow without bound
     return -(R - p @ R) / (spread_of(R, p) + 0.05) * logps
 
 
 threshold, _ = closed_form.collapse_threshold(ref.numpy(), r.numpy())
 print(f"threshold: β = {threshold:.3f}")
 for beta in (2.0, 1.5, 0.8):
-    a, b = settle(divide_r, beta, steps=4000, lr=0.2), settle(divide_all, beta, steps=4000, lr=0.05)
+    a = settle(divide_r, beta, steps=4000, lr=0.2)
+    b = settle(divide_all, beta, steps=4000, lr=0.05)
     tilted = torch.tensor(closed_form.tilt(ref.numpy(), r.numpy(), beta))
     print(
         f"β = {beta}:  (a) {a.numpy().round(3)}   (b) {b.numpy().round(3)}   "
         f"π* {tilted.numpy().round(3)}"
     )
-    always((a[2].item() > 0.99) == (beta < threshold), "(a) collapses exactly below the threshold")
-    torch.testing.assert_close(b, tilted, atol=1e-3, rtol=0, msg="(b) ends at π*")
+    always((a[2].item() > 0.99) == (beta < threshold), "(a) collapses exactly below the threshold.")
+    close(b, tilted, "(b) ends at π*.", atol=1e-3, rtol=0)

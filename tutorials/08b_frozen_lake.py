@@ -33,9 +33,9 @@ from tutorials.figures import ppo as figures
 # %% [markdown]
 # ## The question
 #
-# PPO was made for games. In a small game the chance of success can be computed exactly, so we can see whether PPO
-# finds the best [policy](../GLOSSARY.md#policy). Then we turn around: somebody plays, and we see only the games. What
-# was the player's [reward](../GLOSSARY.md#reward)?
+# PPO was first tested on simulated robots and on Atari games. In a small game the chance of success can be computed
+# exactly, so we can see whether PPO finds the best [policy](../GLOSSARY.md#policy). The second half asks the opposite
+# question. Somebody else plays, and we see only the games: what was the player's [reward](../GLOSSARY.md#reward)?
 #
 # ## 1. The lake
 #
@@ -60,8 +60,8 @@ figures.slide()
 #
 # ## 2. The best values: value iteration
 #
-# What is a field worth to a perfect player? As much as its best move. A move is worth what the next field pays, plus
-# what that field is worth, times the discount γ = 0.99, on average over where the ice takes you:
+# To a perfect player a field is worth as much as its best move. A move is worth what the next field pays, plus the
+# discount γ = 0.99 times what that field is worth, on average over where the ice takes you:
 #
 # $$Q(s, a) = \sum_{s'} P(s'|s, a)\,\big(r(s') + \gamma\,v(s')\big), \qquad v(s) = \max_a Q(s, a)$$
 #
@@ -93,13 +93,15 @@ def my_value_iteration(lake, gamma, sweeps=1000):
 for name, ice in (("dry", dry), ("slippery", slippery)):
     v, Q = my_value_iteration(ice, GAMMA)
     their_v, their_Q, best = frozen_lake.value_iteration(ice, ice.goal, GAMMA)
-    np.testing.assert_allclose(v, their_v, atol=1e-9, err_msg="v differs from the project's")
-    np.testing.assert_allclose(Q, their_Q, atol=1e-9, err_msg="Q differs from the project's")
+    np.testing.assert_allclose(v, their_v, atol=1e-9,
+                               err_msg="v of my_value_iteration equals the project's.")
+    np.testing.assert_allclose(Q, their_Q, atol=1e-9,
+                               err_msg="Q of my_value_iteration equals the project's.")
     arrive = frozen_lake.success(ice, best)  # the exact chance of the gift, no sampling
     print(f"{name:9} v(start) = {v[0]:.4f}   the best moves reach the gift in {arrive:.4f}")
 always(abs(my_value_iteration(dry, GAMMA)[0][0] - GAMMA**5) < 1e-9,
-       "Six moves to the gift: v(start) = γ⁵.")
-this_run(abs(arrive - 14 / 17) < 1e-9, "On slippery ice nobody can do better than 14 games in 17.")
+       "my_value_iteration gives v(start) = γ⁵ on dry ice: six moves lead to the gift.")
+this_run(abs(arrive - 14 / 17) < 1e-9, "On slippery ice the best player wins 14 games in 17.")
 
 # %% [markdown]
 # On dry ice six moves lead to the gift, and the sixth is paid at once: v(start) = γ⁵. On slippery ice the best player
@@ -121,7 +123,7 @@ def my_soft_value_iteration(lake, gamma, beta, bonus=0.0, sweeps=2000):
     """Value iteration with the soft maximum. Returns v (16,), 0 where lake.over, and π* (16, 4),
     each row a distribution.
 
-    bonus: a number that is added to Q of every move (used later). The rest is as before.
+    bonus: a number that is added to Q of every move. It stays 0 until puzzle 1.
     """
     v = np.zeros(len(lake.goal))
     for _ in range(sweeps):
@@ -137,9 +139,10 @@ def my_soft_value_iteration(lake, gamma, beta, bonus=0.0, sweeps=2000):
 # %%
 soft_v, star = my_soft_value_iteration(dry, GAMMA, BETA)
 their_v, their_star = frozen_lake.soft_value_iteration(dry, dry.goal, GAMMA, BETA)
-np.testing.assert_allclose(soft_v, their_v, atol=1e-7, err_msg="v differs from the project's")
+np.testing.assert_allclose(soft_v, their_v, atol=1e-7,
+                           err_msg="v of my_soft_value_iteration equals the project's.")
 np.testing.assert_allclose(star[dry.live], their_star[dry.live], atol=1e-7,
-                           err_msg="π* differs from the project's")
+                           err_msg="π* of my_soft_value_iteration equals the project's.")
 arrive_star = frozen_lake.success(dry, star)
 random_moves = np.full((16, 4), 0.25)
 print(f"chance of the gift: random moves {frozen_lake.success(dry, random_moves):.4f}, "
@@ -155,7 +158,8 @@ figures.lakes(dry.letters, {"the lake": (None, None), "π*, and the values v": (
 # ## 4. PPO plays
 #
 # A table of logits is the policy, a table of values the critic. Both start at 0. The loop is that of 08, with the
-# project's functions: they do not know what a token is. Games stop after 30 moves.
+# project's functions: they do not know what a token is. In training a game stops after 30 moves. The printed
+# chances of the gift are exact, for PPO within 100 moves, for π\* within any number.
 
 
 # %%
@@ -212,6 +216,7 @@ def as_text(lake, policy, seed, limit=30):
 
 
 runs = [train(dry, seed) for seed in (0, 1, 2)]
+print("moves: L left, D down, R right, U up")
 print("games before:", *(as_text(dry, random_moves, seed) for seed in range(3)), sep="  ")
 print("games after: ", *(as_text(dry, runs[0][0], seed) for seed in range(3)), sep="  ")
 print(f"π*, computed: chance of the gift {arrive_star:.3f}, v(start) {soft_v[0]:.3f}")
@@ -220,7 +225,7 @@ for seed, (learned, critic, path) in enumerate(runs):
     chances = " ".join(f"{path[k]:.3f}" for k in (4, 9, 19, -1))
     print(f"seed {seed}: gift after 5, 10, 20, 60 rollouts {chances}; "
           f"v(start) {critic[0]:.3f}; distance to π* {off:.3f}")
-    this_run(abs(path[-1] - arrive_star) < 0.02 and off < 0.05, "PPO should end at π*.")
+    this_run(abs(path[-1] - arrive_star) < 0.02 and off < 0.05, "PPO ends at π*.")
 
 # %% [markdown]
 # `frozen_lake.distance` is the share of moves that two policies choose differently, averaged over the fields where
@@ -230,7 +235,7 @@ for seed, (learned, critic, path) in enumerate(runs):
 # ## 5. Break it: remove the clip
 #
 # The same lake with 20 epochs for each rollout and three times the learning rate, with the clip and without, three
-# seeds each:
+# seeds each: chances of the gift after 2, 5, 10 and 25 rollouts.
 
 # %%
 hasty = dict(epochs=20, lr=0.3, rollouts=25)
@@ -242,12 +247,13 @@ figures.arrivals({"20 epochs, clip": with_clip, "20 epochs, no clip": no_clip}, 
 for name, paths in (("clip", with_clip), ("no clip", no_clip)):
     rows = (" ".join(f"{path[k]:.2f}" for k in (1, 4, 9, 24)) for path in paths)
     print(f"{name:8}" + "   ".join(rows))
-this_run(min(path[-1] for path in with_clip) > 0.9, "With the clip 20 epochs should work.")
-this_run(min(path[-1] for path in no_clip) < 0.9, "Without the clip at least one seed should fail.")
+this_run(min(path[-1] for path in with_clip) > 0.9, "With the clip 20 epochs work for every seed.")
+this_run(min(path[-1] for path in no_clip) < 0.9, "Without the clip at least one seed fails.")
 
 # %% [markdown]
 # Without the clip the policy becomes certain of what happened to work in 64 games. Where that is wrong it has no
-# samples left to correct it.
+# samples left to correct it. The first seed's chance was 1.00 after five rollouts and fell to 0.00; the
+# second kept it, and the third never had it.
 #
 # ## 6. From games back to a reward
 #
@@ -257,8 +263,8 @@ this_run(min(path[-1] for path in no_clip) < 0.9, "Without the clip at least one
 # $$d(s) = \sum_{t \ge 0} \gamma^t\,P(\text{the field after move } t + 1 \text{ is } s)$$
 #
 # They can be computed: begin with all probability at the start, move it by the policy and the ice, add γ^t of where
-# it went, repeat. A policy that always moves right from the start on dry ice visits field 1 with weight 1, field 2
-# with γ, field 3 with γ².
+# it went, repeat. By hand: a player on dry ice who moves right twice and then down visits field 1 with weight 1,
+# field 2 with γ, and field 6 with γ².
 
 
 # %%
@@ -281,14 +287,15 @@ expert_visits = my_visits(dry, star, GAMMA)
 for ice, policy in ((dry, star), (slippery, random_moves)):
     np.testing.assert_allclose(my_visits(ice, policy, GAMMA),
                                frozen_lake.visits(ice, policy, GAMMA)[0], atol=1e-6,
-                               err_msg="my_visits differs from the project's")
+                               err_msg="my_visits equals the project's visits.")
 print("visits of the expert:", expert_visits.reshape(4, 4).round(2), sep="\n")
 
 # %% [markdown]
-# [Inverse RL](../GLOSSARY.md#inverse-rl) (maximum entropy, Ziebart et al. 2010) looks for the reward whose π\* has
-# the same visits. The likelihood of the expert's moves is concave in the reward, and its gradient, up to a factor, is
-# simple: the expert's visits minus those of your own best policy. Raise the reward where the expert goes, lower it
-# where you go. Tutorial 05 did the same with completions.
+# [Inverse RL](../GLOSSARY.md#inverse-rl) looks for the reward whose π\* has the same visits (maximum entropy, Ziebart
+# et al. 2008; for random worlds maximum causal entropy, Ziebart et al. 2010). If the visits are exact or the ice is
+# dry, the likelihood of the expert's moves is concave in the reward, and its gradient, up to a factor, is the
+# expert's visits minus those of your own best policy. Raise the reward where the expert goes, lower it where you go.
+# Tutorial 05 did the same with completions.
 
 
 # %%
@@ -310,7 +317,7 @@ def my_learn_reward(lake, expert_visits, gamma, beta, steps=600, size=0.02):
 # %% [markdown]
 # ### Checkpoint
 #
-# The project climbs to the very top with a line search; 600 plain steps must come close.
+# The project climbs to the maximum with a line search; 600 plain steps come close.
 
 # %%
 learned, own = my_learn_reward(dry, expert_visits, GAMMA, BETA)
@@ -319,9 +326,10 @@ gap = frozen_lake.distance(dry, taught, own, GAMMA)
 print(f"distance of the learned policy to the expert: "
       f"mine {frozen_lake.distance(dry, star, own, GAMMA):.4f}, "
       f"the project's {frozen_lake.distance(dry, star, taught, GAMMA):.4f}")
-this_run(gap < 0.05, "my_learn_reward should find nearly the policy of the project's.")
+this_run(gap < 0.05, "my_learn_reward ends near the policy of the project's.")
 _, asked = frozen_lake.soft_policy_iteration(dry, learned, GAMMA, BETA)
-this_run(frozen_lake.distance(dry, star, asked, GAMMA) < 0.05, "The learned r should ask for π*.")
+this_run(frozen_lake.distance(dry, star, asked, GAMMA) < 0.05,
+         "For the reward of my_learn_reward π* is nearly the best policy.")
 print("learned rewards:", learned.reshape(4, 4).round(2) + 0.0, sep="\n")
 shifted = frozen_lake.same_reward(dry, top, dry.goal, GAMMA)
 panels = {"learned from visits": (None, top), "the same, shifted": (None, shifted)}
@@ -329,14 +337,14 @@ figures.lakes(dry.letters, panels, "08b_reward.png",
               "Left the learned reward: positive at the gift, negative at holes. "
               "Right the same reward shifted: 1 at the gift, 0 elsewhere.", digits=3)
 this_run(np.abs(shifted - dry.goal).max() < 1e-2,
-         "The learned reward should be the true one up to a constant per game.")
+         "The learned reward is the true one up to a constant per game.")
 
 # %% [markdown]
-# The picture shows the project's reward, at the top; in yours, rarely visited fields have not moved as far yet. It
-# pays about 0.8 for the gift, −0.2 for a hole, and a little less than 0 for other steps. That looks different from
-# the truth, but it is the true reward minus a constant per game: subtract c at every hole and at the gift, and (1 −
-# γ)c at every other step, and every game loses exactly c. So the optimal policy is the same. With c = 0.2 added back,
-# 1 for the gift and 0 elsewhere remain.
+# The picture shows the project's reward, at the maximum. In yours, rarely visited fields have not moved as far yet.
+# The project's pays about 0.8 for the gift, −0.2 for a hole, and a little less than 0 elsewhere. That looks different
+# from the truth, but it is the true reward minus a constant per game: subtract c at every hole and at the gift, and
+# (1 − γ)c at every other step, and every game loses exactly c. So the optimal policy is the same. With c = 0.2 added
+# back, the gift pays 1 and all else 0.
 #
 # ## 7. Five games only
 #
@@ -374,7 +382,7 @@ rng = np.random.default_rng(0)
 games = [dry.episode(star, rng) for _ in range(5)]
 mine = frozen_lake.distance(dry, star, my_imitate(games), GAMMA)
 theirs = frozen_lake.from_few(dry, star, 5, GAMMA, BETA, np.random.default_rng(0))[2]
-always(abs(mine - theirs) < 1e-9, "my_imitate differs from the project's table of shares.")
+always(abs(mine - theirs) < 1e-9, "my_imitate equals the project's table of shares.")
 
 few = {}
 for name, ice, beta in (("dry ice", dry, BETA), ("slippery ice", slippery, 0.005)):
@@ -386,26 +394,27 @@ for name, ice, beta in (("dry ice", dry, BETA), ("slippery ice", slippery, 0.005
     print(f"{name:13} distance to the expert: from visits {visits:.3f}, from moves {moves:.3f}, "
           f"imitation {imitation:.3f}")
 figures.few(few, ("inverse RL from visits", "inverse RL from moves", "imitation"))
-this_run(few["dry ice"][0] < few["dry ice"][2], "On dry ice the reward should beat imitation.")
+this_run(few["dry ice"][0] < few["dry ice"][2], "On dry ice the reward is nearer than imitation.")
 this_run(few["slippery ice"][0] > 2 * few["slippery ice"][1],
-         "On slippery ice visits should mislead.")
+         "On slippery ice visits mislead.")
 
 # %% [markdown]
-# On dry ice the reward wins: one number for the gift also says what to do in fields that nobody showed. Visits and
-# moves are the same data there. On slippery ice visits depend mostly on the ice. A reward that is fitted to five
-# games' visits pays for luck, and is far worse than imitation. Fitted to the moves, it is not.
+# These are means of three draws. On dry ice the rewards are somewhat nearer to the expert than imitation: one number
+# for the gift also says what to do in fields that nobody showed. Visits and moves hold the same information there. On
+# slippery ice visits depend mostly on the ice. A reward fitted to the visits of five games pays for luck, and is far
+# worse than imitation. Fitted to the moves it is about as good.
 #
 # ## 8. What an error of parameters says
 #
 # Hua et al. (2024, IFT) compare methods on Frozen Lake. A network learns from one good game, or from a good and a bad
-# one. A second network, θ\*, is fitted to the best policy, from the same first weights. They rank the methods by the
-# mean squared difference between the *parameters* and θ\*: DPO nearest, then IFT, then ORPO and SFT. (IFT is in
-# tutorial 04b. DPO and ORPO, in 09 and 09b, also learn from the bad game.) The paper gives no map, width or learning
-# rate, so we chose them. `frozen_lake.compare` trains the networks (two layers, 32 hidden units), and `measure`
-# returns the numbers.
+# one (here one that makes a detour). A second network, θ\*, is fitted to the best policy, from the same first
+# weights. They rank the methods by the mean squared difference between the *parameters* and θ\*: DPO nearest, then
+# IFT, then ORPO and SFT. (IFT is in tutorial 04b. DPO and ORPO, in 09 and 09b, also learn from the bad game.) The
+# paper gives no map, width or learning rate, so we chose them. `frozen_lake.compare` trains the networks (two layers,
+# 32 hidden units with tanh), and `measure` returns the numbers.
 #
-# First a test of the measure. Reorder the hidden units of θ\*, and flip the sign of some on both sides. The function
-# does not change.
+# First a test of the measure. Reorder the hidden units of θ\*, and flip the sign of some on both sides. Since
+# tanh(−x) = −tanh(x), the function does not change.
 
 # %%
 setting = frozen_lake.settings(300)[0]
@@ -419,27 +428,32 @@ arrive = {name: table[name]["success"].mean() for name in shown}
 print("                error of parameters   chance of the gift")
 for label in errors:
     print(f"{label:16}{errors[label]:19.3f}{arrive[label]:21.3f}")
+start_moves = frozen_lake.policies_of(nets["DPO"])[:, 0].mean(0)
+print("DPO at the start: left {:.3f}, down {:.3f}, right {:.3f}, up {:.3f}".format(*start_moves))
 figures.parameters(errors, arrive)
 policies = [frozen_lake.policies_of(nets[name]) for name in ("θ*, reordered", "θ*")]
 same = np.abs(policies[0] - policies[1]).max()
-always(same < 1e-9, "Reordered hidden units are the same policy.")
+always(same < 1e-9, "θ* with reordered hidden units is the same policy.")
 this_run(errors["θ*, reordered"] > errors["first weights"] and errors["DPO"] > errors["SFT"],
-         "The reordered θ* should be farther than untrained weights, and DPO than SFT.")
+         "The reordered θ* is farther than untrained weights, and DPO farther than SFT.")
 
 # %% [markdown]
-# The same policy, to the last digit, has a larger error than a network that has learned nothing. So the number does
-# not measure behaviour.
+# The same policy has a larger error than a network that has learned nothing. So the number does not measure
+# behaviour.
+#
+# DPO never reaches the gift. Both games begin with the same four moves, which cancel in its difference. It lowers the
+# detour's moves left, down and right. Fields share weights, so nearly all probability goes to "up", which occurs in
+# neither game.
 #
 # The paper's order does not appear in this setting: DPO is farthest. In a search over settings we did find one where
 # the order holds. There DPO is nearest to θ\*, but it reaches the gift least often of the four, and θ\* itself seldom
-# does (docs/CLAIMS.md has the numbers). Compare policies, not parameters: which moves they choose, and how often they
-# arrive.
+# does (docs/CLAIMS.md has the numbers). So compare the policies: which moves they choose, and how often they arrive.
 #
 # ## What is wrong here? (1)
 #
 # Somebody wants the player to stay curious. Instead of charging for the KL from random moves, the reward now includes
-# β times the entropy of each move as a bonus. The entropy is log 4 − KL(π‖random), so that is the same but for β log
-# 4 per move. What happened?
+# β times the entropy of each move as a bonus. The entropy is log 4 − KL(π‖random). So the two rewards differ by β log
+# 4 per move, which is the `bonus` below. What happened?
 
 # %%
 trap_v, trapped = my_soft_value_iteration(dry, GAMMA, BETA, bonus=BETA * np.log(4))
@@ -447,7 +461,7 @@ print(f"v(start) {trap_v[0]:.2f}; "
       f"reaches the gift within 100 moves: {frozen_lake.success(dry, trapped, 100):.0e}")
 print("a game:", as_text(dry, trapped, seed=0))
 this_run(frozen_lake.success(dry, trapped, 100) < 1e-6,
-         "With the entropy bonus the player should stay away from the gift.")
+         "With the entropy bonus the player stays away from the gift.")
 
 # %% [markdown]
 # ## What is wrong here? (2)
@@ -469,14 +483,14 @@ print("a game:", as_text(dry, first_best, seed=0))
 #   computes.
 # - Inverse RL raises the reward where the expert goes and lowers it where you go. It finds the reward up to a
 #   constant per game.
-# - From few games, a reward generalises to fields nobody showed. If the world is random, fit it to the moves, not to
-#   where they led.
+# - From few games, a reward also says something about fields that nobody showed. If the world is random, fit it to
+#   the moves. Where they led depends on luck.
 # - Equal policies can have very different parameters.
 #
 # Next: [09 · DPO](09_dpo.ipynb). More of the lake: `toy/frozen_lake.py`, which also runs seven other methods.
 #
-# **Sources:** Schulman et al. 2017 (PPO, arXiv:1707.06347), Ziebart et al. 2010 (maximum causal entropy inverse RL),
-# Hua et al. 2024 (IFT, arXiv:2405.11870).
+# **Sources:** Schulman et al. 2017 (PPO, arXiv:1707.06347), Ziebart et al. 2008 (maximum entropy inverse RL), Ziebart
+# et al. 2010 (maximum causal entropy), Hua et al. 2024 (IFT, arXiv:2405.11870).
 #
 # ## Exercises
 #
@@ -495,24 +509,24 @@ print("a game:", as_text(dry, first_best, seed=0))
 #
 # <details><summary>Puzzle 1</summary>
 #
-# The gift is worth 1, once. A bonus of up to β log 4 per move is worth β log 4/(1 − γ) = 13.9 to somebody who walks
-# for ever. So this player avoids the gift; that is what the reward pays for. A bonus per *token* asks a language
-# model not to stop, in the same way.
+# The gift pays 1 once and ends the game. A bonus of up to β log 4 per move adds up to at most β log 4/(1 − γ) = 13.9
+# for somebody who never stops. So the best policy avoids the gift. In the same way a bonus per *token* makes a
+# language model write on.
 #
 # </details>
 #
 # <details><summary>Puzzle 2</summary>
 #
-# Without a discount the gift can wait: each live field is worth 1, and every move that does not end in a hole is a
-# best one. The first of them is "left", into the border, for ever. Such values do not say when. A discount does, and
-# so does the pull, which keeps moves random.
+# Without a discount a late gift is worth as much as an early one: each live field is worth 1, and every move that
+# does not end in a hole is a best one. The first of them is "left", and at the border it does not move. With a
+# discount earlier is better. With the pull, moves stay random, and the player arrives.
 #
 # </details>
 #
 # <details><summary>Exercise 1</summary>
 #
-# Large β: nothing is worth leaving the reference, so the chance is 1 in 72. Small β: the best moves alone, and all
-# games arrive. The change comes where e^{1/β} is about 72, at β = 0.23.
+# With a large β the gift does not pay for leaving the reference, so the chance is near 1 in 72. With a small β only
+# the best moves remain, and all games arrive. The change comes where e^{1/β} is about 72, at β = 0.23.
 #
 # </details>
 
@@ -520,7 +534,7 @@ print("a game:", as_text(dry, first_best, seed=0))
 for beta in (10, 1, 0.3, 0.1, 0.03):
     chance = frozen_lake.success(dry, my_soft_value_iteration(dry, GAMMA, beta)[1])
     print(f"β = {beta:4}: reaches the gift with {chance:.4f}")
-this_run(chance > 0.999, "With a small β all games should arrive.")
+this_run(chance > 0.999, "With a small β all games arrive.")
 
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
@@ -536,13 +550,14 @@ p = frozen_lake.success(dry, random_moves)
 expected = p * np.exp(1 / BETA) / (1 - p + p * np.exp(1 / BETA))
 found = frozen_lake.success(dry, my_soft_value_iteration(dry, 1.0, BETA)[1])
 print(f"formula {expected:.6f}, soft value iteration {found:.6f}")
-always(abs(expected - found) < 1e-6, "A game is one long completion.")
+always(abs(expected - found) < 1e-6,
+       "my_soft_value_iteration with γ = 1 gives the formula for one long completion.")
 
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
 #
-# It is right. Where only one move is best, the best player pays β log 4 for it. That adds up to far more than the
-# gift earns, so π\* stays near random moves. With β = 0.005 the price is small, and π\* arrives in three games of
+# PPO is not broken. Where only one move is best, the best player pays β log 4 for it. That adds up to far more than
+# the gift earns, so π\* stays near random moves. With β = 0.005 the price is small, and π\* arrives in three games of
 # four. Now noise is the problem: among 64 random games about one finds the gift. With 256 games in a rollout PPO gets
 # most of the way.
 #
@@ -557,4 +572,4 @@ for beta, n, limit in ((0.1, 64, 30), (0.005, 256, 100)):
     reached = train(slippery, 0, beta=beta, n=n, limit=limit)[2][-1]
     print(f"β = {beta}: the best player would pay {beta * (time * kl)[slippery.live].sum():.2f}; "
           f"chance of the gift: π* {target:.3f}, PPO {reached:.3f}")
-this_run(reached > target - 0.3, "With many games PPO should get most of the way to π*.")
+this_run(reached > target - 0.3, "With many games PPO gets most of the way to π*.")

@@ -45,7 +45,7 @@ def with_and_without(texts, ref, held, free, beta):
     axes.set_yticks(y, texts)
     axes.set(xlim=(0, 1.12), xlabel="probability")
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.3))
-    axes.set_title("Without the reference, training finds the hole in the reward", loc="left", x=-0.35)
+    axes.set_title("Without the reference, training ends on the largest reward", loc="left", x=-0.35)
     style.show(figure, "05_reference.png", alt="Bars of four answers: trained on the reward alone, all probability is on 'please please "
                "please please'; held to the reference, sensible answers keep most of it.")
 
@@ -100,8 +100,8 @@ def one_demonstration(steps, curves):
         axes.plot(steps, 1 - np.asarray(values), color=color, lw=2)
         axes.text(steps[-1] * 1.15, 1 - values[-1], label, color=color, va="center", weight="bold")
     log_axes(axes, (1, steps[-1] * 30), (0.004, 1))
-    axes.set_title("One demonstration: only a bound keeps the other answers", loc="left", x=-0.12)
-    style.show(figure, "05_bound.png", alt="With one demonstration the probability of the other answers falls forever under SFT; with a "
+    axes.set_title("One demonstration: a bound keeps the other answers", loc="left", x=-0.12)
+    style.show(figure, "05_bound.png", alt="With one demonstration the probability of the other answers keeps falling under SFT; with a "
                "bounded reward it stops at a level that the bound sets.")
 
 
@@ -115,7 +115,7 @@ def pair():
     style.box(axes, 0.5, 4, 17, 7, "other answer $ỹ$\nfrom the sampler", RED)
     style.box(axes, 23, 19, 19, 7, "$\\log\\pi(y) - \\log\\mathrm{ref}(y)$", BLUE, size=10.5)
     style.box(axes, 23, 4, 19, 7, "$\\log\\pi(ỹ) - \\log\\mathrm{ref}(ỹ)$", BLUE, size=10.5)
-    style.box(axes, 47, 11.5, 9, 7, "margin\n$β\\Delta$", PURPLE)
+    style.box(axes, 47, 11.5, 9, 7, "scaled\nmargin $β\\Delta$", PURPLE, size=10)
     style.box(axes, 60.5, 11.5, 9, 7, "loss\n$h(β\\Delta)$", ORANGE)
     style.arrow(axes, (17.5, 22.5), (23, 22.5))
     style.arrow(axes, (17.5, 7.5), (23, 7.5))
@@ -127,7 +127,7 @@ def pair():
     axes.text(61, 9.6, "choice 3:\nwhich $h$?", ha="center", va="top", size=10, color=ORANGE)
     axes.set_title("One pair, three choices")
     style.show(figure, "05b_pair.png", alt="A demonstration and another answer each get a log-ratio of policy to reference; the "
-               "difference times beta is the margin, and h of it is the loss.")
+               "difference is the margin, beta times it the scaled margin, and h of that is the loss.")
 
 
 def ends(labels, line, points):
@@ -157,7 +157,7 @@ def swing(paths):
     axes.xaxis.set_label_coords(4 / 12.6, -0.13)
     axes.set_title("Replacing the reward oscillates, adding to it converges", loc="left", x=-0.12)
     style.show(figure, "05b_rounds.png", alt="Position between reference and expert, round by round: the printed loop of iterative "
-               "IRL jumps between them for ever; adding up the rewards converges to the expert.")
+               "IRL jumps between them without end; adding up the rewards converges to the expert.")
 
 
 def unshown(steps, curves):

@@ -127,7 +127,7 @@ def blocks():
 
 
 def fold(states):
-    """states: {title: (top, total, weighted)} of the three stages."""
+    """states: (top, total, weighted) at the three stages."""
     figure, axes = style.canvas(25)
     for x, color, title, values in ((1, BLUE, "slice 1", "1     3"), (27, GREY, "top rises by 1", "rescale"), (53, GREEN, "slice 2",
                                                                                                            "4     2")):
@@ -154,8 +154,8 @@ def memory(vocabularies, measured, counted):
     axes.set_yticks([4, 10, 40, 100], [4, 10, 40, 100])
     axes.minorticks_off()
     axes.set_title("Slices keep the memory low (dots measured, lines counted)", loc="left")
-    style.show(figure, "10_memory.png", alt="Peak memory against the vocabulary: with all logits it grows to ten times that of slices; "
-               "measured dots lie on the counted lines.")
+    style.show(figure, "10_memory.png", alt="Peak memory against the vocabulary: with all logits it grows in proportion, with slices "
+               "it stays low; measured dots lie on the counted lines.")
 
 
 # --------------------------------------------------------------------------------------------------- figures of tutorial 10b

@@ -110,7 +110,7 @@ def ends(star, ends):
         ylim=(0, 1.08),
     )
     axes.legend(loc="upper left", ncols=2, fontsize=10)
-    axes.set_title("Where training ends depends on where the KL stands")
+    axes.set_title("Where training ends depends on where the KL is put")
     style.show(
         figure,
         "07_ends.png",

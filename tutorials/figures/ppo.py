@@ -47,7 +47,7 @@ def chain(values, rewards, deltas):
 
 def credit(letters, right, advantages):
     """letters (T,) strings; right (T,) bool; advantages {name: (T,)} of one completion."""
-    figure, axes = style.new(1.7 * len(advantages) + 0.5, rows=len(advantages), sharex=True)
+    figure, axes = style.new(1.5 * len(advantages) + 0.5, rows=len(advantages), sharex=True)
     for axis, (name, bars) in zip(axes, advantages.items(), strict=True):
         axis.bar(range(len(bars)), bars, color=[GREEN if good else RED for good in right], width=0.8)
         axis.axhline(0, color="0.3", lw=0.8)
@@ -55,9 +55,10 @@ def credit(letters, right, advantages):
         axis.set_ylabel("A")
     axes[-1].set_xticks(range(len(letters)), ["␣" if letter == " " else letter for letter in letters])
     axes[-1].set_xlabel("the letters of one completion; green: right, red: wrong")
-    figure.suptitle("A critic tells right letters from wrong ones", size=12)
-    style.show(figure, "08_credit.png", alt="Advantages of the letters of one completion: without a critic right and wrong letters get "
-               "about the same; with one, δ is positive at right letters and negative at wrong ones.")
+    figure.suptitle("One completion, credited in four ways", size=12)
+    style.show(figure, "08_credit.png", alt="Advantages of the letters of one completion: rewards to go rise from left to right; in RLOO "
+               "all letters get the same; with a critic δ is positive at nearly all right letters and negative at nearly all wrong ones, "
+               "and with λ = 0.95 neighbours have similar advantages.")
 
 
 def _curves(axis, paths, styles):
@@ -70,12 +71,12 @@ def race(paths, ceiling):
     figure, axis = style.new(3.6)
     axis.axhline(ceiling, color=GREY, ls=(0, (4, 3)))
     axis.text(0.3, ceiling + 0.01, "π*, computed", color="0.35", va="bottom")
-    _curves(axis, paths, ((BLUE, "-"), (ORANGE, "-"), (PURPLE, (0, (3, 1.5)))))
+    _curves(axis, paths, ((BLUE, "-"), (GREEN, "-"), (ORANGE, "-"), (PURPLE, (0, (3, 1.5)))))
     axis.set(xlabel="rollouts of 64 completions", ylabel="probability of the right letter", ylim=(0, 1.1), xlim=(0, None),
-             title="The critic finds out which letter earned the reward")
-    axis.legend(loc=(0.62, 0.3))
-    style.show(figure, "08_race.png", alt="With a critic the policy reaches the computed optimum; without one, or with one update per "
-               "rollout, it is far below after the same samples.")
+             title="A critic is a little faster than RLOO; rewards to go alone fall behind")
+    axis.legend(loc=(0.56, 0.27))
+    style.show(figure, "08_race.png", alt="PPO reaches the computed optimum first and RLOO soon after; rewards to go without a critic end "
+               "below it, and one update per rollout far below, after the same samples.")
 
 
 def without_clip(paths, ceiling):
@@ -165,10 +166,11 @@ def few(rows, labels):
         for x, height in zip(places, heights, strict=True):
             axis.text(x, height + 0.003, f"{height:.2f}", ha="center", va="bottom")
     axis.set_xticks(range(len(rows)), list(rows))
-    axis.set(ylabel="distance to the expert", title="Five games: what each way of learning makes of them",
+    axis.set(ylabel="distance to the expert", title="Learned from five games (mean of three draws)",
              ylim=(0, 1.45 * max(max(distances) for distances in rows.values())))
     axis.legend(ncols=1, loc="upper right")
-    style.show(figure, "08b_few.png", alt="On dry ice the reward learned from visits beats imitation; on slippery ice it is far worse.")
+    style.show(figure, "08b_few.png", alt="On dry ice the learned rewards are somewhat nearer to the expert than imitation; on slippery "
+               "ice the reward from visits is far worse, and the reward from moves about as good.")
 
 
 def parameters(errors, arrive):

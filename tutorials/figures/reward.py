@@ -24,7 +24,7 @@ def read_position():
 
 
 def selection(rewards, panels):
-    """Bars: the probability of each range of rewards. rewards (N, C); panels: [(title, closed form (N, C), trained or None)]."""
+    """Bars: the probability of each range of rewards. rewards (N, K); panels: [(title, closed form (N, K), trained or None)]."""
     figure, axes = style.new(3.1, columns=len(panels), sharey=True)
     edges = [-1.75, -1.25, -0.75, -0.25, 0.25, 0.75, 1.25]
     middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
@@ -68,7 +68,7 @@ def proxy_diagram():
 
 
 def reward_per_kl(curves):
-    """Lines: mean gold over d = √KL for the three methods. curves: {name: (K, 3) of d, reward, gold}."""
+    """Lines: mean gold over d = √KL for the three methods. curves: {name: (points, 3) of d, reward, gold}."""
     figure, axes = style.new(3.6)
     looks = {"tilt": (style.BLUE, "-", "tilt: the most that is possible"), "best of n": (style.ORANGE, "o-", "best of n = 1, 2, 4, …"),
              "ReST": (style.GREEN, "s-", "ReST: reward above a threshold")}

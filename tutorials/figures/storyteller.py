@@ -54,7 +54,7 @@ def walk(names, ref_shares, path, target):
         axes.plot(smooth[:, level], color=color, lw=2.4, label=names[level])
         axes.axhline(target[level], color=color, ls="--", lw=1.3)
     axes.set(xlabel="update", ylabel="share of the stories", ylim=(0, 1))
-    axes.set_title("The shares walk to their closed form (dashed)")
+    axes.set_title("The shares move towards their closed form (dashed)")
     axes.legend(loc="upper right", ncols=3)
     style.show(
         figure, "11_walk.png", alt="Three curves of shares start at those of the reference and end near their dashed targets."
@@ -62,14 +62,14 @@ def walk(names, ref_shares, path, target):
 
 
 def cost(table):
-    """table {name: (reward, paid, needed, wasted)}: stacked bars."""
+    """table {name: (reward, paid, needed, wasted, errors)}: stacked bars."""
     figure, axes = style.new(0.9 + 0.55 * len(table))
-    for y, (reward, _, needed, wasted) in enumerate(table.values()):
+    for y, (reward, _, needed, wasted, _) in enumerate(table.values()):
         axes.barh(y, needed, 0.6, color=style.GREEN, label="needed" if not y else None)
         axes.barh(y, max(wasted, 0), 0.6, left=needed, color=style.RED, label="wasted" if not y else None)
         axes.text(needed + max(wasted, 0) + 0.005, y, f"reward {reward:.2f}", va="center", size=10)
     axes.set(yticks=range(len(table)), yticklabels=list(table), xlabel="KL from ref, nats")
-    axes.set_xlim(0, 2 * max(paid for _, paid, _, _ in table.values()))
+    axes.set_xlim(0, 2 * max(paid for _, paid, _, _, _ in table.values()))
     axes.invert_yaxis()
     axes.legend(loc="center right")
     axes.set_title("What the heroes cost, and what was wasted")

@@ -16,7 +16,8 @@ from minialign.methods import dpo, sft
 from minialign.tokenizer import CharTokenizer
 from tests.conftest import LEARNING, METHODS, ONLINE
 
-DIFFERENTIABLE = [method for method in METHODS if method not in ONLINE]  # of the others the ratio is 1 whatever log π is
+# Not the online methods, whose ratio is 1 whatever log π is, and not IFT, whose weights are constants made from log π.
+DIFFERENTIABLE = [method for method in METHODS if method not in (*ONLINE, "ift")]
 QUICK = ("sft", "dpo", "kto", "reward_model")
 
 
@@ -69,7 +70,10 @@ def test_the_push_of_an_online_method_is_its_advantage(small, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_looked_at(small, method):
-    _, cfg = small(method, steps=2, **({"reward_share": 0.5} if method in LEARNING else {}))
+    changes = {"reward_share": 0.5} if method in LEARNING else {}
+    if method == "grpo":  # two groups of eight, whose rewards are not all equal with this seed
+        changes = {"batch_size": 16, "seed": 2}
+    _, cfg = small(method, steps=2, **changes)
     rows, loss = microscope.look(method, cfg)
     assert loss is not None and any(push for row in rows for push in row["push"])
     assert all(len(row["ids"]) == len(row["mask"]) + 1 == len(row["push"]) + 1 for row in rows)

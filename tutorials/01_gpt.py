@@ -25,12 +25,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.testing import assert_close
 
 from minialign.batch import collate
 from minialign.model import GPT, MLP, GPTConfig, KVCache, RMSNorm, rotary_angles, rotate
 from minialign.tokenizer import CharTokenizer
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import gpt as figures
 
 torch.manual_seed(0)
@@ -43,7 +42,7 @@ def same(mine, theirs, tensors, name):
 
     def near(a, b, what, atol):
         message = f"The {what} of {name} are right."
-        assert_close(a, b, atol=atol, rtol=1e-4, msg=lambda report: f"{message}\n{report}")
+        equal(a, b, atol=atol, rtol=1e-4, msg=message)
 
     near(mine, theirs, "values", 1e-5)
     grads = [torch.autograd.grad((y**2).sum(), tensors) for y in (mine, theirs)]
@@ -158,9 +157,9 @@ print("gathered", y.squeeze().tolist())
 # %%
 always(ids.tolist() == [1, 2, 3, 4], "The tokenizer gives a, b, c, d the ids 1 to 4.")
 by_hand = torch.tensor([1, 1, 2, 4]) / 8
-assert_close(weights[3], by_hand, msg="In my_attention, d weighs the letters 1 : 1 : 2 : 4.")
+equal(weights[3], by_hand, msg="In my_attention, d weighs the letters 1 : 1 : 2 : 4.")
 by_hand = torch.tensor([8.0, 4.0, 4.0, 3.0])
-assert_close(y.squeeze(), by_hand, msg="In my_attention, a, b, c, d gather 8, 4, 4, 3.")
+equal(y.squeeze(), by_hand, msg="In my_attention, a, b, c, d gather 8, 4, 4, 3.")
 
 # q, k, v of 2 heads, 5 positions, D = 4
 heads = torch.randn(3, 2, 5, 4, generator=generator, requires_grad=True)
@@ -217,7 +216,7 @@ print("all dot products with each other, cos(t - s):\n", turned @ turned.T)
 # %%
 distance = (torch.arange(4)[:, None] - torch.arange(4)).float()
 meaning = "After my_rotate, the dot product of (1, 0) at t and (1, 0) at s is cos(t - s)."
-assert_close(turned @ turned.T, distance.cos(), msg=lambda report: f"{meaning}\n{report}")
+equal(turned @ turned.T, distance.cos(), msg=meaning)
 config = GPTConfig.tiny(vocab_size=11)
 places = torch.arange(3, 12)
 heads = torch.randn(2, config.n_head, 9, config.head_dim, generator=generator, requires_grad=True)
@@ -264,7 +263,7 @@ print("(3, 4) normed:", normed, " 100 times that:", my_norm(100 * three_four, 1.
 
 # %%
 by_hand = three_four / 3.5355
-assert_close(normed, by_hand, atol=1e-4, rtol=0, msg="my_norm turns (3, 4) into (3, 4) / 3.54.")
+equal(normed, by_hand, atol=1e-4, rtol=0, msg="my_norm turns (3, 4) into (3, 4) / 3.54.")
 some = torch.randn(3, 64, generator=generator, requires_grad=True)
 norm, mlp = RMSNorm(64, eps=1e-5), MLP(config)
 nn.init.uniform_(norm.weight, 0.5, 1.5)

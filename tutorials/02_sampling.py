@@ -24,7 +24,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.testing import assert_close
 
 from minialign.batch import collate
 from minialign.engine.common import derive_seed
@@ -39,7 +38,7 @@ from minialign.task import (
     builtin_texts,
     builtin_tokenizer,
 )
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import sampling as figures
 
 torch.manual_seed(0)
@@ -90,7 +89,7 @@ def show(name, probs):
 for tau in (0.01, 0.5, 1.0, 2.0, 100.0):
     show(f"tau {tau:g}", (logits / tau).softmax(-1))
 squares = torch.tensor([[4, 64, 1, 16, 1]], dtype=torch.float64) / 86
-assert_close((logits / 0.5).softmax(-1), squares, msg="tau 1/2 squares the probabilities.")
+equal((logits / 0.5).softmax(-1), squares, msg="tau 1/2 squares the probabilities.")
 
 # %% [markdown]
 # A very small τ always takes the likeliest token, which is called *greedy*. A very large one makes all tokens equally
@@ -122,12 +121,12 @@ for tau in (0.5, 1.0, 2.0):
 many = (2 * torch.randn(50, 30, generator=generator, dtype=torch.float64)).requires_grad_()
 mine, theirs = my_entropy(many), torch.distributions.Categorical(logits=many).entropy()
 meaning = "my_entropy equals the entropy of torch.distributions"
-assert_close(mine, theirs, msg=lambda report: f"{meaning}.\n{report}")
+equal(mine, theirs, msg=f"{meaning}.")
 grads = [torch.autograd.grad(h.sum(), many)[0] for h in (mine, theirs)]
-assert_close(*grads, msg=lambda report: f"{meaning}, also in its gradient.\n{report}")
+equal(*grads, msg=f"{meaning}, also in its gradient.")
 many = many.detach()
 coin = torch.tensor([0.0, 0.0, -torch.inf])  # two equal tokens and a forbidden one
-assert_close(my_entropy(coin).item(), math.log(2), msg="my_entropy of this coin is ln 2.")
+equal(my_entropy(coin).item(), math.log(2), msg="my_entropy of this coin is ln 2.")
 
 # %% [markdown]
 # ## 2. Forbid tokens: top-k and top-p
@@ -186,10 +185,10 @@ show("top-p 0.8", my_top_p(logits, 0.8).softmax(-1))
 for case, some in (("five tokens", logits), ("random logits", many)):
     for k in (1, 2, 3, 4, 5, 1000):  # of the five tokens, two tie for the fourth place
         mine, theirs = my_top_k(some, k), keep_top_k(some, k)
-        assert_close(mine, theirs, msg=f"my_top_k equals keep_top_k ({case}, k = {k}).")
+        equal(mine, theirs, msg=f"my_top_k equals keep_top_k ({case}, k = {k}).")
     for mass in (0.1, 0.7, 0.8, 0.95):
         mine, theirs = my_top_p(some, mass), keep_top_p(some, mass)
-        assert_close(mine, theirs, msg=f"my_top_p equals keep_top_p ({case}, mass {mass}).")
+        equal(mine, theirs, msg=f"my_top_p equals keep_top_p ({case}, mass {mass}).")
 for tau in (0.5, 1.0, 2.0):
     kept = my_top_p(logits / tau, 0.7).isfinite().sum().item()
     print(f"tau {tau:g}: top-p 0.7 keeps {kept} of 5")
@@ -446,7 +445,7 @@ inside = truncated.isfinite()
 kept_sum = (tempered.softmax(-1) * inside).sum(-1)  # watch: kept_sum (completion tokens,)
 all_ratios = (tempered.log_softmax(-1) - truncated.log_softmax(-1)).exp()
 to_truncated = all_ratios.gather(1, targets).squeeze(1)
-assert_close(to_truncated, kept_sum, msg="The ratio to the truncated probability is the kept sum.")
+equal(to_truncated, kept_sum, msg="The ratio to the truncated probability is the kept sum.")
 ones = torch.ones(mask.shape, dtype=torch.float64)
 per_completion = ones.masked_scatter(mask, to_truncated).prod(1)
 print(f"ratio of a token: mean {to_truncated.mean():.3f}, smallest {to_truncated.min():.3f}")
@@ -564,7 +563,7 @@ for mine, theirs in zip(completions, rollout.completions, strict=True):
 always(completions == rollout.completions, "my_sample writes the same tokens as sample.")
 flat = torch.tensor([logp for logps in all_logps for logp in logps])
 recorded = rollout.old_logps[rollout.mask]
-assert_close(flat, recorded, atol=1e-3, rtol=0, msg="my_sample records sample's log-probs.")
+equal(flat, recorded, atol=1e-3, rtol=0, msg="my_sample records sample's log-probs.")
 
 # %% [markdown]
 # ## What is wrong here? (1)
@@ -692,5 +691,5 @@ by_token = torch.stack([start[0] / 2, start[0] / 2, start[1]])
 by_text = whole**2 / (whole**2).sum()
 print("each token cooled:", by_token, " whole text cooled:", by_text)
 expected = torch.tensor([[9, 9, 8], [9, 9, 16]], dtype=torch.float64)
-assert_close(by_token, expected[0] / 26, msg="Cooling each token gives 9, 9, 8 of 26.")
-assert_close(by_text, expected[1] / 34, msg="Cooling the whole text gives 9, 9, 16 of 34.")
+equal(by_token, expected[0] / 26, msg="Cooling each token gives 9, 9, 8 of 26.")
+equal(by_text, expected[1] / 34, msg="Cooling the whole text gives 9, 9, 16 of 34.")

@@ -30,7 +30,7 @@ from minialign.batch import collate
 from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
 from minialign.tokenizer import CharTokenizer
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import logps as figures
 
 # %% [markdown]
@@ -84,7 +84,7 @@ print("probabilities ", [round(number, 4) for number in p.tolist()])
 print("log-prob      ", round(logp.item(), 4), "= 3 − log(e + e² + e³)")
 print("gradient      ", [round(number, 4) for number in logits.grad.tolist()])
 print("onehot − p    ", [round(number, 4) for number in (onehot - p).tolist()])
-torch.testing.assert_close(logits.grad, onehot - p, msg="The gradient of a log-prob is onehot − p.")
+equal(logits.grad, onehot - p, msg="The gradient of a log-prob is onehot − p.")
 
 # %% [markdown]
 # The gradient of the log-prob in the logits is $\mathrm{onehot} - p$. A step along it raises the logit of the token
@@ -215,8 +215,8 @@ pairs = {"my_token_logps": (my_token_logps, logps.token_logps),
 for name, (mine, theirs) in pairs.items():
     values = mine(policy, batch), theirs(policy, batch)
     gradients = [torch.autograd.grad(value.sum(), policy.head_weight)[0] for value in values]
-    torch.testing.assert_close(*values, atol=1e-12, rtol=0, msg=f"{name} equals minialign's.")
-    torch.testing.assert_close(*gradients, atol=1e-12, rtol=0,
+    equal(*values, atol=1e-12, rtol=0, msg=f"{name} equals minialign's.")
+    equal(*gradients, atol=1e-12, rtol=0,
                                msg=f"{name} equals minialign's, also in its gradient.")
 
 

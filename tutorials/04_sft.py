@@ -33,7 +33,7 @@ from minialign.methods import sft
 from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
 from toy.closed_form import sft_flow
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import sft as figures
 
 # %% [markdown]
@@ -184,14 +184,14 @@ for n_tokens in (None, 100):
     mine = my_sft_loss(logps, mask, n_tokens)
     theirs, _ = sft.sft_loss(logps, mask, n_tokens=n_tokens)
     gradients = [torch.autograd.grad(value, logps)[0] for value in (mine, theirs)]
-    torch.testing.assert_close(mine, theirs, msg="my_sft_loss equals minialign's sft_loss.")
-    torch.testing.assert_close(*gradients, msg="The gradient of my_sft_loss equals minialign's.")
+    equal(mine, theirs, msg="my_sft_loss equals minialign's sft_loss.")
+    equal(*gradients, msg="The gradient of my_sft_loss equals minialign's.")
 
 p = torch.rand(5, 7, generator=generator).softmax(1)
 q_logs = torch.rand(5, 7, generator=generator).log_softmax(1)
 by_torch = F.kl_div(q_logs, p, reduction="none").sum(1)
-torch.testing.assert_close(my_kl(p, q_logs), by_torch,
-                           msg=lambda report: f"my_kl equals torch's KL.\n{report}")
+equal(my_kl(p, q_logs), by_torch,
+                           msg="my_kl equals torch's KL.")
 
 torch.manual_seed(0)
 mine = GPT(GPTConfig.tiny(tokenizer.vocab_size))
@@ -209,7 +209,7 @@ for batch in (batch_of(few[:8]), batch_of(few[8:])):
 V = tokenizer.vocab_size
 print(f"loss of the second step {loss:.3f}, log {V} = {math.log(V):.3f}")
 for my_weights, their_weights in zip(mine.parameters(), theirs.parameters(), strict=True):
-    torch.testing.assert_close(my_weights, their_weights,
+    equal(my_weights, their_weights,
                                msg="my_sft_step changes the weights like minialign's step.")
 
 # %% [markdown]

@@ -32,7 +32,7 @@ from minialign.methods import ift, sft
 from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
 from toy.closed_form import ift_law
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import sft as figures
 
 # %% [markdown]
@@ -138,7 +138,7 @@ def my_lookahead_embeds(policy, batch, mix):
 some = batch_of(rows[:4])
 for mix in (0.2, 1.0):
     mine, theirs = my_lookahead_embeds(base, some, mix), ift.lookahead_embeds(base, some, mix=mix)
-    torch.testing.assert_close(mine, theirs, msg="my_lookahead_embeds equals minialign's.")
+    equal(mine, theirs, msg="my_lookahead_embeds equals minialign's.")
 guesses = base(some.inputs).argmax(-1)
 for b in range(3):
     print("demonstrated:", tokenizer.decode(some.targets[b][some.mask[b]].tolist()))
@@ -217,7 +217,7 @@ worked = my_ift_weights(ell, four, 0.95)
 print("weights", worked[0].numpy().round(3))
 print("loss   ", round(my_ift_loss(-ell, four, 0.95).item(), 4), "  plain mean", ell.mean().item())
 by_hand = 4 * torch.tensor([[6.78075, 6.085, 4.3, 4.0]]) / 21.16575
-torch.testing.assert_close(worked, by_hand, msg="my_ift_weights gives the worked numbers.")
+equal(worked, by_hand, msg="my_ift_weights gives the worked numbers.")
 
 generator = torch.Generator().manual_seed(0)
 holes = torch.rand(5, 8, generator=generator) < 0.7
@@ -227,8 +227,8 @@ for discount in (0.5, 0.95, 1.0):
     mine = my_ift_loss(logps, holes, discount)
     theirs, _ = ift.ift_loss(logps, holes, decay=discount)
     gradients = [torch.autograd.grad(loss, logps)[0] for loss in (mine, theirs)]
-    torch.testing.assert_close(mine, theirs, msg="my_ift_loss equals minialign's ift_loss.")
-    torch.testing.assert_close(*gradients, msg="The gradient of my_ift_loss equals minialign's.")
+    equal(mine, theirs, msg="my_ift_loss equals minialign's ift_loss.")
+    equal(*gradients, msg="The gradient of my_ift_loss equals minialign's.")
 figures.weights(ell[0].tolist(), worked[0].tolist())
 
 # %% [markdown]
@@ -389,7 +389,7 @@ this_run(max(measured["SFT"], measured["IFT"]) < 0.5 * measured["base"], "Both c
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 c = ell.flip(1).cumsum(1).flip(1)
-torch.testing.assert_close(4 * c / c.sum(1, keepdim=True), my_ift_weights(ell, four, 1.0),
+equal(4 * c / c.sum(1, keepdim=True), my_ift_weights(ell, four, 1.0),
                            msg="my_ift_weights at γ = 1 sums from the end.")
 (slopes,) = torch.autograd.grad(my_ift_loss(-ell_2, four, 0.95), ell_2)
 print("gradient with detached weights", slopes[0].numpy().round(3))

@@ -27,7 +27,7 @@ import torch
 from minialign.methods.rft import reward_alignment_loss
 from minialign.task import gold_reward
 from toy import closed_form
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import inverse_rl as figures
 
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean ten digits
@@ -39,9 +39,8 @@ def show(numbers, digits=4):
     return "[" + " ".join(f"{number:.{digits}f}" for number in numbers) + "]"
 
 
-def same(values, expected, meaning, atol=1e-9):
-    torch.testing.assert_close(values, torch.as_tensor(expected), atol=atol, rtol=0,
-                               msg=lambda report: f"{meaning}\n{report}")
+def same(values, expected, msg, atol=1e-9):
+    equal(values, torch.as_tensor(expected), msg, atol=atol, rtol=0)
 
 
 # %% [markdown]

@@ -28,7 +28,7 @@ from torch.nn.functional import softplus
 from minialign.methods.irft import irft_loss
 from minialign.methods.irl import irl_loss
 from toy import closed_form
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import inverse_rl as figures
 from tutorials.figures import style
 
@@ -41,9 +41,8 @@ def show(numbers, digits=4):
     return "[" + " ".join(f"{number:.{digits}f}" for number in numbers) + "]"
 
 
-def same(values, expected, meaning, atol=1e-9):
-    torch.testing.assert_close(values, torch.as_tensor(expected), atol=atol, rtol=0,
-                               msg=lambda report: f"{meaning}\n{report}")
+def same(values, expected, msg, atol=1e-9):
+    equal(values, torch.as_tensor(expected), msg, atol=atol, rtol=0)
 
 
 # %% [markdown]

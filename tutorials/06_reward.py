@@ -33,17 +33,11 @@ from minialign.rewards import score
 from minialign.sample import sample
 from toy import closed_form
 from toy.tiny_language import Language, tiny_gpt
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import reward as figures
 from tutorials.figures.loop import rlhf_loop
 
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean twelve digits
-
-
-def close(values, right, msg):
-    """Like always(…), for tensors: if they differ, say what should hold and what torch found."""
-    meaning = f"This should hold, and does not: {msg}"
-    torch.testing.assert_close(values, right, msg=lambda report: f"{meaning}\n{report}")
 
 
 def show(numbers, digits=3):
@@ -129,7 +123,7 @@ def log_likelihood(wins, rewards):
 
 trial = torch.tensor([0.3, -0.2, 1.0], requires_grad=True)
 (expected_gradient,) = torch.autograd.grad(log_likelihood(wins, trial), trial)
-close(my_gradient(wins, trial.detach()), expected_gradient, msg="my_gradient equals autograd's.")
+equal(my_gradient(wins, trial.detach()), expected_gradient, msg="my_gradient equals autograd's.")
 print("my_gradient: equal to autograd's")
 
 # %% [markdown]
@@ -167,7 +161,7 @@ this_run((odds - torch.tensor([1.0, 2, 6])).abs().max() < 1e-3, "The odds are 2 
 
 # %%
 shifted = log_likelihood(wins, fitted + 100)
-close(log_likelihood(wins, fitted), shifted, msg="100 more for all changes nothing.")
+equal(log_likelihood(wins, fitted), shifted, msg="100 more for all changes nothing.")
 never_lost = torch.tensor([[0.0, 4, 0], [8, 0, 0], [12, 9, 0]])
 gaps = [(fit(never_lost, steps)[2] - fit(never_lost, steps)[1]).item() for steps in (1000, 10_000)]
 print("the third never lost: its lead after 1000 and 10000 steps:", [round(gap, 2) for gap in gaps])
@@ -237,7 +231,7 @@ for c in [*ref[0].argsort(descending=True)[:8].tolist(), *best_two.tolist()]:
     y = language.completions[c]
     print(f"   {text(y):4}  probability {ref[0, c]:.4f}   reward {rewards[0, c]:5.2f}")
 print(f"mean reward of the policy: {(ref * rewards).sum(1).mean():.3f}")
-close(ref.sum(1), torch.ones(2), msg="All completions together have probability 1.")
+equal(ref.sum(1), torch.ones(2), msg="All completions together have probability 1.")
 
 # %% [markdown]
 # ## 3. Build it yourself: the reward model
@@ -291,11 +285,11 @@ chosen, rejected = torch.randn(2, 16, generator=generator).requires_grad_()
 for options in ({}, {"margin": 0.3}, {"centre": 0.01}):
     mine = my_bradley_terry_loss(chosen, rejected, **options)
     theirs, _ = reward_model.bradley_terry_loss(chosen, rejected, **options)
-    close(mine, theirs, msg=f"my_bradley_terry_loss with {options} equals the project's.")
+    equal(mine, theirs, msg=f"my_bradley_terry_loss with {options} equals the project's.")
     for number in (chosen, rejected):
         (my_slope,) = torch.autograd.grad(mine, number, retain_graph=True)
         (their_slope,) = torch.autograd.grad(theirs, number, retain_graph=True)
-        close(my_slope, their_slope,
+        equal(my_slope, their_slope,
               msg=f"The gradient of my_bradley_terry_loss with {options} equals the project's.")
 far = my_bradley_terry_loss(torch.tensor([-500.0]), torch.tensor([500.0]))
 always(bool(far.isfinite()), "my_bradley_terry_loss is finite for a pair far off.")
@@ -304,7 +298,7 @@ torch.manual_seed(0)
 untrained = policy.with_scalar_head()
 with torch.no_grad():
     theirs = score(untrained, everything)
-    close(my_score(untrained, everything), theirs, msg="my_score equals the project's score.")
+    equal(my_score(untrained, everything), theirs, msg="my_score equals the project's score.")
 print("my_bradley_terry_loss, my_score: equal to minialign's")
 
 # %% [markdown]
@@ -466,13 +460,13 @@ def winners_of(places):
 for r in (torch.tensor([0.0, 1, 2]), torch.tensor([0.0, 1, 1])):
     mine = my_best_of_n(three, r, 4)
     print(f"rewards {r.tolist()}: best of 4 {show(mine, 4)}")
-    close(mine, winners_of(best_of_n.pick(r[draws])), msg="my_best_of_n equals the enumeration.")
+    equal(mine, winners_of(best_of_n.pick(r[draws])), msg="my_best_of_n equals the enumeration.")
 for n in (1, 4, 64):
     theirs = torch.tensor(closed_form.best_of_n_law(ref[0].numpy(), rewards[0].numpy(), n))
-    close(my_best_of_n(ref[0], rewards[0], n), theirs, msg="my_best_of_n equals best_of_n_law.")
+    equal(my_best_of_n(ref[0], rewards[0], n), theirs, msg="my_best_of_n equals best_of_n_law.")
 rising = torch.tensor([0.0, 1, 2])
 twice = my_best_of_n(my_best_of_n(three, rising, 4), rising, 4)
-close(twice, my_best_of_n(three, rising, 16), msg="Best of 4 of best of 4 is best of 16.")
+equal(twice, my_best_of_n(three, rising, 16), msg="Best of 4 of best of 4 is best of 16.")
 print("my_best_of_n: equal to minialign's. Best of 4 of the best-of-4 policy is best of 16.")
 
 # %% [markdown]
@@ -733,7 +727,7 @@ def expected_max(rewards, n):
 sampled = drawn_rewards[0, :12]
 by_listing = [max(subset) for subset in combinations(sampled.tolist(), 4)]
 for theirs in (sum(by_listing) / len(by_listing), best_of_n.expected_max(sampled, 4)):
-    close(expected_max(sampled, 4), theirs, msg="expected_max equals listing and the project's.")
+    equal(expected_max(sampled, 4), theirs, msg="expected_max equals listing and the project's.")
 print(f"expected best of 4: {expected_max(drawn_rewards[0], 4):.4f} from samples, "
       f"{my_best_of_n(ref[0], rewards[0], 4) @ rewards[0]:.4f} exactly")
 

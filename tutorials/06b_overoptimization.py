@@ -29,17 +29,10 @@ import torch
 from minialign.methods.best_of_n import kl_bound
 from toy import closed_form, overoptimization
 from toy.tiny_language import Language, tiny_gpt
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import reward as figures
 
 torch.set_default_dtype(torch.float64)
-
-
-def close(values, right, msg, **tolerances):
-    """Like always(…), for numbers and tensors: say what should hold and what torch found."""
-    torch.testing.assert_close(
-        values, right, **tolerances,
-        msg=lambda report: f"This should hold, and does not: {msg}\n{report}")
 
 
 # %% [markdown]
@@ -91,7 +84,7 @@ three = torch.tensor([0.5, 0.3, 0.2])
 best_of_4 = torch.tensor(closed_form.best_of_n_law(three.numpy(), [0.0, 1.0, 2.0], 4))
 for one in (best_of_4, torch.tensor([0.0, 0.4, 0.6]), three):
     theirs = closed_form.kl(one.numpy(), three.numpy())
-    close(my_kl(one, three).item(), theirs, msg="my_kl equals closed_form.kl.")
+    equal(my_kl(one, three).item(), theirs, msg="my_kl equals closed_form.kl.")
 print(f"my_kl: equal to minialign's;   KL of best of 4 from ref: {my_kl(best_of_4, three):.3f}")
 
 # %% [markdown]
@@ -195,12 +188,12 @@ for beta in (10.0, 0.3, 0.001):
     mine = my_tilt(ref, gold, beta)
     for x in range(3):
         theirs = torch.tensor(closed_form.tilt(ref[x].numpy(), gold[x].numpy(), beta))
-        close(mine[x], theirs, msg=f"my_tilt equals closed_form.tilt at beta = {beta}.")
+        equal(mine[x], theirs, msg=f"my_tilt equals closed_form.tilt at beta = {beta}.")
 trial = [my_tilt(ref, unpunished, 0.5), my_tilt(ref, unpunished, 0.1), ref]
 for mine, policy in zip(my_curve(trial, ref, unpunished, gold), trial, strict=True):
     numpys = [tensor.numpy() for tensor in (ref, policy, unpunished, gold)]
     theirs = torch.tensor(overoptimization.point(*numpys))
-    close(mine, theirs, atol=1e-7, rtol=0, msg="my_curve equals overoptimization.point.")
+    equal(mine, theirs, atol=1e-7, rtol=0, msg="my_curve equals overoptimization.point.")
 print("my_tilt, my_curve: equal to minialign's")
 
 # %% [markdown]
@@ -343,7 +336,7 @@ weights = {"blind": my_linear_fit(counts, compared), "seeing": my_linear_fit(see
 print("weights of the letters 0 to 5 after the prompt's, of the full stop (and of repeats²):")
 for name, features in (("blind", counts), ("seeing", seeing)):
     theirs = overoptimization.fit(features, compared, 1.0).weight[0].detach()
-    close(weights[name], theirs, atol=1e-3, rtol=0, msg="my_linear_fit equals the project's fit.")
+    equal(weights[name], theirs, atol=1e-3, rtol=0, msg="my_linear_fit equals the project's fit.")
     print(f"   {name:7} {'  '.join(f'{weight:5.2f}' for weight in weights[name].tolist())}")
 
 # %% [markdown]

@@ -41,20 +41,13 @@ from minialign.task import (
     gold_reward,
 )
 from toy import closed_form
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import policy_gradient as figures
 from tutorials.figures.loop import rlhf_loop
 
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean twelve digits
 torch.set_num_threads(1)  # the models are so small that a second core only waits
 
-
-def close(values, right, msg, **tolerances):
-    """Like always(…), for tensors: say what should hold and what torch found."""
-    torch.testing.assert_close(
-        values, right, **tolerances,
-        msg=lambda report: f"This should hold, and does not: {msg}\n{report}",
-    )
 
 # %% [markdown]
 # ## The question
@@ -106,7 +99,7 @@ for y in range(3):
     )
 averaged = pi @ (r[:, None] * grad_logp)  # the right side: the mean of the three rows
 print("their mean:", averaged.numpy().round(2), "  by autograd:", exact.numpy().round(2))
-close(averaged, exact, "The two sides of the policy gradient theorem are equal.")
+equal(averaged, exact, "The two sides of the policy gradient theorem are equal.")
 
 # %% [markdown]
 # The mean says: more of y = 2, less of y = 1. Half of the time, though, we draw y = 0, and its gradient pushes the
@@ -126,7 +119,7 @@ for b in (0.0, 0.9, 2.0, -10.0):
     mean = pi @ estimates
     noises[b] = (pi @ (estimates - mean).pow(2).sum(1)).item()
     print(f"b = {b:5.1f}   mean {mean.numpy().round(2)}   noise {noises[b]:6.2f}")
-    close(mean, exact, "A constant baseline does not change the mean gradient.")
+    equal(mean, exact, "A constant baseline does not change the mean gradient.")
 figures.arrows(pi.numpy(), r.numpy(), grad_logp.numpy(), (0.0, 0.9))
 
 # %% [markdown]
@@ -168,8 +161,8 @@ some = torch.randn(24, generator=generator, requires_grad=True)
 mine = my_reinforce_loss(logps, some, mask)
 theirs, _ = reinforce.reinforce_loss(logps, some, mask)
 gradients = [torch.autograd.grad(loss, logps)[0] for loss in (mine, theirs)]
-close(mine, theirs, "my_reinforce_loss equals minialign's reinforce_loss.")
-close(*gradients, "The gradient of my_reinforce_loss equals that of minialign's.")
+equal(mine, theirs, "my_reinforce_loss equals minialign's reinforce_loss.")
+equal(*gradients, "The gradient of my_reinforce_loss equals that of minialign's.")
 always(
     not torch.autograd.grad(my_reinforce_loss(logps, some, mask) + 0 * some.sum(), some)[0].any(),
     "my_reinforce_loss detaches the advantages: no gradient flows into them.",
@@ -327,7 +320,7 @@ for number in means:
     theirs.append(baseline.value)
     baseline.update(torch.tensor([number]))
 mine = torch.tensor([my_running_mean(means[:k]) for k in range(30)])
-close(mine, torch.tensor(theirs), "my_running_mean equals minialign's Baseline.")
+equal(mine, torch.tensor(theirs), "my_running_mean equals minialign's Baseline.")
 print("after rewards 4, 4, 0:", round(my_running_mean([4.0, 4.0, 0.0]), 3))
 
 # %% [markdown]
@@ -372,7 +365,7 @@ many[:4] = 0.5  # a group of equals
 print("leave one out:", my_leave_one_out(four, 4).numpy().round(3))
 for size in (2, 4, 8):
     theirs = rloo.leave_one_out(many, group_size=size)
-    close(my_leave_one_out(many, size), theirs, "my_leave_one_out equals rloo.leave_one_out.")
+    equal(my_leave_one_out(many, size), theirs, "my_leave_one_out equals rloo.leave_one_out.")
 always(refused(my_leave_one_out), "my_leave_one_out raises ValueError for G = 1, which gives 0/0.")
 
 # %% [markdown]
@@ -404,7 +397,7 @@ def my_group_advantages(rewards, group_size, std_eps=1e-4):
 print("group:", my_group_advantages(four, 4).numpy().round(3))
 for size in (2, 4, 8):
     theirs = grpo.group_advantages(many, group_size=size)
-    close(my_group_advantages(many, size), theirs, "my_group_advantages equals minialign's.")
+    equal(my_group_advantages(many, size), theirs, "my_group_advantages equals minialign's.")
 always(refused(my_group_advantages), "my_group_advantages raises ValueError for G = 1 (std: NaN).")
 
 # %% [markdown]
@@ -565,7 +558,7 @@ true_kl = pi @ (pi.log() - ref.log())
 print(f"KL(π‖ref) = {true_kl:.3f}")
 for k, theirs in zip(my_kl_estimators(pi.log(), ref.log()), (kl.k1, kl.k2, kl.k3), strict=True):
     name = theirs.__name__
-    close(k, theirs(pi.log(), ref.log()), f"{name} of my_kl_estimators equals minialign's {name}.")
+    equal(k, theirs(pi.log(), ref.log()), f"{name} of my_kl_estimators equals minialign's {name}.")
     spread = (pi @ (k - pi @ k) ** 2).sqrt()
     print(f"{name}: values {k.numpy().round(3)}   mean {pi @ k:.3f}   spread {spread:.3f}")
 
@@ -596,10 +589,10 @@ for name, value in (
     ("k1 in the reward", in_reward),
 ):
     print(f"{name:17} {value.numpy().round(3) + 0.0}")
-close(in_loss[0], torch.zeros(3), "k1 in the loss has mean gradient 0.", atol=1e-12, rtol=0)
-close(in_loss[1], reverse, "k2 in the loss has the gradient of the KL.")
-close(in_loss[2], forward, "k3 in the loss has the gradient of the other KL.")
-close(in_reward, reverse, "k1 in the reward has the gradient of the KL.")
+equal(in_loss[0], torch.zeros(3), "k1 in the loss has mean gradient 0.", atol=1e-12, rtol=0)
+equal(in_loss[1], reverse, "k2 in the loss has the gradient of the KL.")
+equal(in_loss[2], forward, "k3 in the loss has the gradient of the other KL.")
+equal(in_reward, reverse, "k1 in the reward has the gradient of the KL.")
 
 # %% [markdown]
 # $k_1$ in the loss does nothing on average. $k_3$ in the loss, where GRPO puts it, follows the *other* divergence.
@@ -643,8 +636,8 @@ for name, end in {"π*": star, **ends}.items():
     print(f"{name:17} {end.numpy().round(3)}")
 figures.ends(star.numpy(), {name: end.numpy() for name, end in ends.items()})
 k3_end = torch.tensor(closed_form.sequence_k3_law(ref.numpy(), r.numpy(), 0.8))
-close(ends["k1 in the reward"], star, "k1 in the reward ends at π*.", atol=1e-6, rtol=0)
-close(ends["k3 in the loss"], k3_end, "k3 in the loss ends at β·ref/(c − r).", atol=1e-6, rtol=0)
+equal(ends["k1 in the reward"], star, "k1 in the reward ends at π*.", atol=1e-6, rtol=0)
+equal(ends["k3 in the loss"], k3_end, "k3 in the loss ends at β·ref/(c − r).", atol=1e-6, rtol=0)
 print("R at π*:", with_penalty(star.log(), 0.8).numpy().round(3))
 
 # %% [markdown]
@@ -677,7 +670,7 @@ for place in ("reward", "loss"):
         print(f"KL in the {place:6}  {baseline:14} {end.numpy().round(3)}")
         right = double if place == "loss" and share == 0.5 else star
         where = "π* of 2β" if right is double else "π*"
-        close(end, right, f"KL in the {place}, {baseline}: ends at {where}.", atol=1e-6, rtol=0)
+        equal(end, right, f"KL in the {place}, {baseline}: ends at {where}.", atol=1e-6, rtol=0)
 
 # %% [markdown]
 # Only one of the four combinations ends at the wrong policy. With the KL in the reward, a test of the final policy
@@ -755,7 +748,7 @@ always(
 # %% tags=["solution"] jupyter={"source_hidden": true}
 root = (ref * (r / 0.8).exp()).sqrt()
 end_attached = root / root.sum()
-close(attached, end_attached, "Without detach it ends at √(ref·e^(r/β)).", atol=1e-6, rtol=0)
+equal(attached, end_attached, "Without detach it ends at √(ref·e^(r/β)).", atol=1e-6, rtol=0)
 
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
@@ -835,4 +828,4 @@ for beta in (2.0, 1.5, 0.8):
         f"π* {tilted.numpy().round(3)}"
     )
     always((a[2].item() > 0.99) == (beta < threshold), "(a) collapses exactly below the threshold.")
-    close(b, tilted, "(b) ends at π*.", atol=1e-3, rtol=0)
+    equal(b, tilted, "(b) ends at π*.", atol=1e-3, rtol=0)

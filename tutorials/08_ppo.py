@@ -26,7 +26,6 @@ import re
 from types import SimpleNamespace
 
 import torch
-from torch.testing import assert_close
 
 from minialign import task
 from minialign.batch import collate, whiten
@@ -34,7 +33,7 @@ from minialign.logps import token_logps
 from minialign.methods import ppo
 from minialign.sample import sample
 from toy.tiny_language import tiny_gpt
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import ppo as figures
 from tutorials.figures.loop import rlhf_loop
 
@@ -146,9 +145,9 @@ old, change, A, ref, v = torch.randn(5, 6, 9, generator=generator, dtype=torch.f
 new = (old + 0.3 * change).requires_grad_()
 mine = my_policy_loss(new, old, A, mask, 0.2)
 theirs = ppo.policy_loss(new, old, A, mask, eps=0.2)[0]
-assert_close(mine, theirs, msg=lambda report: f"my_policy_loss equals the project's.\n{report}")
+equal(mine, theirs, msg="my_policy_loss equals the project's.")
 slopes = [torch.autograd.grad(loss, new)[0] for loss in (mine, theirs)]
-assert_close(*slopes, msg=lambda report: f"my_policy_loss has the project's gradient.\n{report}")
+equal(*slopes, msg="my_policy_loss has the project's gradient.")
 print("my_policy_loss equals minialign.methods.ppo.policy_loss")
 
 # %% [markdown]
@@ -217,11 +216,11 @@ print("token rewards", by_hand.numpy().round(4))
 # ### Checkpoint
 
 # %%
-assert_close(by_hand, torch.tensor([[-0.01, 0.025, 0.99]]),
-             msg=lambda report: f"my_shape_rewards gives the rewards by hand.\n{report}")
+equal(by_hand, torch.tensor([[-0.01, 0.025, 0.99]]),
+             msg="my_shape_rewards gives the rewards by hand.")
 six_rewards = torch.randn(6, generator=generator, dtype=torch.float64)
 token_rewards = my_shape_rewards(six_rewards, old, ref, mask, 0.3)
-assert_close(token_rewards, ppo.shape_rewards(six_rewards, old, ref, mask, beta=0.3),
+equal(token_rewards, ppo.shape_rewards(six_rewards, old, ref, mask, beta=0.3),
              msg="my_shape_rewards equals the project's, also in rows that end early.")
 print("my_shape_rewards equals minialign.methods.ppo.shape_rewards")
 
@@ -285,12 +284,12 @@ for lam in (0, 0.5, 1):
 # (Stop in `my_gae` at the call above: the first `delta` is 0.7.)
 
 # %%
-assert_close(my_gae(rewards, values, three, 1.0, 0.5)[0], torch.tensor([[0.025, 0.25, 0.7]]),
-             msg=lambda report: f"my_gae gives the advantages by hand.\n{report}")
+equal(my_gae(rewards, values, three, 1.0, 0.5)[0], torch.tensor([[0.025, 0.25, 0.7]]),
+             msg="my_gae gives the advantages by hand.")
 for gamma, lam in ((1.0, 0.95), (0.9, 0.8), (1.0, 0.0)):
     found = my_gae(token_rewards, v, mask, gamma, lam)
     expected = ppo.gae(token_rewards, v, mask, gamma=gamma, lam=lam)
-    assert_close(found, expected, msg=f"my_gae equals the project's for γ = {gamma}, λ = {lam}.")
+    equal(found, expected, msg=f"my_gae equals the project's for γ = {gamma}, λ = {lam}.")
 A, returns = ppo.gae(token_rewards, v, mask, gamma=1.0, lam=0.95)
 print("my_gae equals minialign.methods.ppo.gae")
 
@@ -331,17 +330,17 @@ def my_value_loss(values, old_values, returns, mask, eps):
 # ### Checkpoint
 
 # %%
-assert_close(my_whiten(A, mask), whiten(A, mask),
-             msg=lambda report: f"my_whiten equals the project's whiten.\n{report}")
+equal(my_whiten(A, mask), whiten(A, mask),
+             msg="my_whiten equals the project's whiten.")
 one = torch.ones(1, 1)
 by_hand = my_value_loss(one, 0.5 * one, 2 * one, one.bool(), 0.2).item()
 always(abs(by_hand - 0.845) < 1e-5, "my_value_loss gives 0.845 in the example by hand.")
 new_v = (v + 0.3 * change).requires_grad_()
 mine = my_value_loss(new_v, v, returns, mask, 0.2)
 theirs = ppo.value_loss(new_v, v, returns, mask, eps=0.2)[0]
-assert_close(mine, theirs, msg=lambda report: f"my_value_loss equals the project's.\n{report}")
+equal(mine, theirs, msg="my_value_loss equals the project's.")
 slopes = [torch.autograd.grad(loss, new_v)[0] for loss in (mine, theirs)]
-assert_close(*slopes, msg=lambda report: f"my_value_loss has the project's gradient.\n{report}")
+equal(*slopes, msg="my_value_loss has the project's gradient.")
 print("my_whiten and my_value_loss equal minialign's")
 
 # %% [markdown]

@@ -23,22 +23,28 @@ sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign")
 
 import copy
 import math
-import re
 
 import torch
 from torch.nn.functional import softplus
 
-from minialign.batch import Pairs, collate
+from minialign.batch import Pairs
 from minialign.logps import seq_logps
 from minialign.methods import dpo
 from minialign.methods.reward_model import bradley_terry_loss
-from minialign.model import GPT, GPTConfig
-from minialign.sample import sample
-from minialign.task import RUDE, builtin_law, builtin_prompt, gold_reward
 from toy import closed_form
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import dpo as figures
 from tutorials.figures.loop import rlhf_loop
+from tutorials.word_requests import (
+    all_logps,
+    prompts,
+    rewards,
+    rows_of,
+    rude_gpt,
+    show_samples,
+    speaker,
+    texts,
+)
 
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean ten digits
 
@@ -46,12 +52,6 @@ torch.set_default_dtype(torch.float64)  # so that "equal" can mean ten digits
 def row(numbers, digits=3):
     return (
         "[" + " ".join(f"{number:.{digits}f}" for number in torch.as_tensor(numbers).tolist()) + "]"
-    )
-
-
-def close(values, right, meaning, **tolerance):
-    torch.testing.assert_close(
-        values, right, msg=lambda report: f"{meaning}\n{report}", **tolerance
     )
 
 
@@ -85,15 +85,6 @@ rlhf_loop(
 # judge chooses: the first of two answers wins with probability $\sigma(r_1 - r_2)$.
 
 # %%
-THINGS = ("tea", "bread", "soap", "honey")
-prompts = [builtin_prompt(thing) for thing in THINGS]
-texts = [list(builtin_law(prompt, RUDE)) for prompt in prompts]  # 36 answers for each prompt
-laws = [list(builtin_law(prompt, RUDE).values()) for prompt in prompts]
-speaker = torch.tensor(laws)  # watch: speaker (4, 36): how likely each answer is
-judged = [gold_reward([x] * 36, ys) for x, ys in zip(prompts, texts, strict=True)]
-rewards = torch.tensor(judged)  # watch: rewards (4, 36)
-
-
 def my_judged_pairs(probs, rewards, n_pairs, generator):
     """probs, rewards (N, C), for N prompts with C answers -> a tensor (3, n_pairs) of indices.
 
@@ -133,6 +124,8 @@ always(
 )
 always((better != worse).all(), "The two answers in a pair of my_judged_pairs differ.")
 
+# From tutorials/word_requests.py: prompts, 36 texts for each, and of each text the probability
+# under our speakers (speaker) and the judge's reward (rewards), both (4, 36).
 PAIRS = my_judged_pairs(speaker, rewards, 100, generator)  # watch: PAIRS (3, 100)
 PROMPT, CHOSEN, REJECTED = PAIRS  # watch: PROMPT (100,)
 for x, yes, no in PAIRS.T[:4]:
@@ -192,7 +185,7 @@ print(
     "  the judge:",
     prefer[2, 0].item(),
 )
-close(
+equal(
     (BETA * (log_ratio[:, None] - log_ratio)).sigmoid(),
     prefer,
     "σ(β·Δ) at π* is the judge's probability, for every pair.",
@@ -228,8 +221,8 @@ four = (
 for flip in (0.0, 0.1):
     mine = my_dpo(*four, BETA, flip).mean()
     theirs, _ = dpo.dpo_loss(*four, beta=BETA, label_smoothing=flip)
-    close(mine, theirs, "my_dpo equals minialign's dpo_loss.")
-    close(
+    equal(mine, theirs, "my_dpo equals minialign's dpo_loss.")
+    equal(
         torch.autograd.grad(mine, four),
         torch.autograd.grad(theirs, four),
         "The gradient of my_dpo equals that of minialign's dpo_loss.",
@@ -237,7 +230,7 @@ for flip in (0.0, 0.1):
 as_reward_model, _ = bradley_terry_loss(BETA * (four[0] - four[2]), BETA * (four[1] - four[3]))
 print(f"DPO                                                  {my_dpo(*four, BETA).mean():.10f}")
 print(f"reward model's loss, with β·log(π/ref) as the reward {as_reward_model:.10f}")
-close(
+equal(
     my_dpo(*four, BETA).mean(),
     as_reward_model,
     "my_dpo is the reward model's loss with the reward β·log(π/ref).",
@@ -298,7 +291,7 @@ writers = {
 for name, mu in writers.items():
     end = land(lambda *logps: my_dpo(*logps, BETA), mu)
     print(f"pairs written by {name:24} DPO ends at {row(end, 5)}")
-    close(end, best, "DPO ends at π*, whoever wrote the pairs.", atol=1e-5, rtol=0)
+    equal(end, best, "DPO ends at π*, whoever wrote the pairs.", atol=1e-5, rtol=0)
 
 # %% [markdown]
 # It ends at π\* each time. For each pair, the label frequency depends on the judge only, not on who wrote it, and one
@@ -389,55 +382,9 @@ figures.certain_labels(paths, {"β = 0.5, flip = 0.1": stop})
 
 
 # %%
-def split(text):
-    return re.findall(r"\w+|[^\w\s]", text)  # words and punctuation marks
-
-
-words = [
-    "<end>",
-    *sorted({word for n in range(4) for text in (prompts[n], *texts[n]) for word in split(text)}),
-]
-ids = {word: i for i, word in enumerate(words)}
-prompts_ids = [[ids[word] for word in split(prompt)] for prompt in prompts]
-answers_ids = [[[*(ids[word] for word in split(y)), 0] for y in ys] for ys in texts]
-answers = collate(
-    [x for x in prompts_ids for _ in range(36)], [y for ys in answers_ids for y in ys], pad_id=0
-)  # row 36·n + c: answer c to prompt n
-
-
-def rows_of(n, c):
-    return answers[(36 * n + c).tolist()]
-
-
-def all_logps(policy):
-    with torch.no_grad():
-        return seq_logps(policy, answers).view(4, 36).double()
-
-
-def show_samples(policy, n=2):
-    drawn = sample(policy, prompts_ids, max_new=16, n=n, eos_id=0, seed=1)
-    for i in range(0, len(drawn.completions), n):
-        said = [
-            " ".join(words[token] for token in y if token) for y in drawn.completions[i : i + n]
-        ]
-        print(
-            f"    {prompts[i // n]}"
-            + "   |   ".join(re.sub(r" (\W)", r"\1", text) for text in said)
-        )
-
-
-torch.manual_seed(0)
-base = GPT(GPTConfig.tiny(len(words), max_len=32)).float()
-optimizer = torch.optim.Adam(base.parameters(), lr=5e-3)
-for k in range(300):
-    n = torch.randint(4, (32,), generator=generator)
-    c = torch.multinomial(speaker[n], 1, generator=generator)[:, 0]
-    loss = -seq_logps(base, rows_of(n, c)).mean()
-    optimizer.param_groups[0]["lr"] = 5e-3 * (1 - k / 300)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-base.requires_grad_(False)
+# From tutorials/word_requests.py: rude_gpt does the SFT, rows_of(n, c) is the Batch of answers c to
+# prompts n, and all_logps gives log π of all 36 answers to the 4 prompts.
+base = rude_gpt(generator)
 ref_logps = all_logps(base)  # watch: ref_logps (4, 36)
 print(
     f"probability of well-formed answers: {ref_logps.exp().sum(1).mean():.3f}. The base model says:"
@@ -474,7 +421,7 @@ with torch.no_grad():
 batch = Pairs(rows_of(PROMPT[:8], CHOSEN[:8]), rows_of(PROMPT[:8], REJECTED[:8]))
 mine = my_dpo_step(moved, thawed, batch.chosen, batch.rejected, 0.1)
 theirs, _ = dpo.step(moved, thawed, batch, dpo.Config(beta=0.1))
-close(mine, theirs, "my_dpo_step equals minialign's dpo.step.")
+equal(mine, theirs, "my_dpo_step equals minialign's dpo.step.")
 mine.backward()
 always(
     all(p.grad is None for p in thawed.parameters()),
@@ -695,13 +642,13 @@ for slip, score in own_score.items():
         "Each slip orders all pairs rightly and misses π*.",
     )
 without_ref = (r / BETA).softmax(0)
-close(land(no_ref), without_ref, "Without ref DPO ends at e^(r/β).", atol=1e-4, rtol=0)
+equal(land(no_ref), without_ref, "Without ref DPO ends at e^(r/β).", atol=1e-4, rtol=0)
 prompt = -9 * torch.rand(16)
 ref_prompt = -9 * torch.rand(16)
 scored_too = my_dpo(
     four[0] + prompt, four[1] + prompt, four[2] + ref_prompt, four[3] + ref_prompt, BETA
 )
-close(scored_too, my_dpo(*four, BETA), "The prompt's log-prob cancels in my_dpo.")
+equal(scored_too, my_dpo(*four, BETA), "The prompt's log-prob cancels in my_dpo.")
 print("slip 4, prompt tokens scored as well: no change")
 
 # %% [markdown]
@@ -848,7 +795,7 @@ ends = {
 }
 for name, end in ends.items():
     print(f"written by {name:6} DPO ends at {row(end)}   log π/ref {row((end / ref).log())}")
-close(ends["evenly"], ref, "Written evenly, a circle changes nothing.", atol=1e-6, rtol=0)
+equal(ends["evenly"], ref, "Written evenly, a circle changes nothing.", atol=1e-6, rtol=0)
 always(
     ends["ref"][2] > ref[2] and ends["ref"][1] < ref[1],
     "Written by ref, the third answer gains and the second loses.",

@@ -21,7 +21,6 @@ sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign")
 
 import copy
 import math
-import re
 from functools import partial
 
 import torch
@@ -30,12 +29,19 @@ from torch.nn.functional import softplus
 from minialign.batch import collate
 from minialign.logps import seq_logps
 from minialign.methods import gpo, ipo, kto, orpo, rebel, simpo, slic
-from minialign.model import GPT, GPTConfig
-from minialign.sample import sample
-from minialign.task import RUDE, builtin_law, builtin_prompt, gold_reward
 from toy import closed_form
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import dpo as figures
+from tutorials.word_requests import (
+    all_logps,
+    answers_ids,
+    prompts_ids,
+    rewards,
+    rows_of,
+    rude_gpt,
+    show_samples,
+    speaker,
+)
 
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean ten digits
 
@@ -43,12 +49,6 @@ torch.set_default_dtype(torch.float64)  # so that "equal" can mean ten digits
 def row(numbers, digits=3):
     return (
         "[" + " ".join(f"{number:.{digits}f}" for number in torch.as_tensor(numbers).tolist()) + "]"
-    )
-
-
-def close(values, right, meaning, **tolerance):
-    torch.testing.assert_close(
-        values, right, msg=lambda report: f"{meaning}\n{report}", **tolerance
     )
 
 
@@ -133,9 +133,9 @@ four = (
 
 
 def same(mine, theirs, name, logps=four):
-    close(mine.mean(), theirs[0], f"Your loss equals minialign's {name}.")
+    equal(mine.mean(), theirs[0], f"Your loss equals minialign's {name}.")
     slopes = torch.autograd.grad(mine.mean(), logps), torch.autograd.grad(theirs[0], logps)
-    close(*slopes, f"The gradient of your loss equals that of minialign's {name}.")
+    equal(*slopes, f"The gradient of your loss equals that of minialign's {name}.")
     print(f"equal to minialign's {name}, value and gradient")
 
 
@@ -171,7 +171,7 @@ for name, labels in (("Bradley-Terry", prefer), ("certain", certain)):
     wins = labels @ ref
     print(f"labels {name:14} IPO ends at {row(end)}   how often each wins: {row(wins)}")
     law = (ref.log() + wins / BETA).softmax(0)
-    close(end, law, "my_ipo ends at the distribution ∝ ref·e^(wins/β).", atol=1e-5, rtol=0)
+    equal(end, law, "my_ipo ends at the distribution ∝ ref·e^(wins/β).", atol=1e-5, rtol=0)
 
 # %% [markdown]
 # It ends at a finite policy, $\propto \mathrm{ref}\cdot e^{g/\beta}$. Here $g(y)$ is how often $y$ wins against a
@@ -454,7 +454,7 @@ for name, (end, law) in ends.items():
         f"{closed_form.kl(end.numpy(), ref_np):8.3f}"
     )
     if law is not None:
-        close(end, torch.as_tensor(law), f"{name} ends at its closed form.", atol=1e-4, rtol=0)
+        equal(end, torch.as_tensor(law), f"{name} ends at its closed form.", atol=1e-4, rtol=0)
 
 # %% [markdown]
 # Three end at π\*. The others minimise something else. SimPO with $m = 0$ ends at
@@ -464,20 +464,10 @@ for name, (end, law) in ends.items():
 #
 # ## 8 · One data set, seven runs
 #
-# The GPT and the requests are those of [09](09_dpo.ipynb), section 7, in the same code. The pairs are drawn anew, so the
-# row of DPO differs from 09.
+# The GPT and the requests are those of [09](09_dpo.ipynb), section 7 (tutorials/word_requests.py). The pairs are drawn
+# anew, so the row of DPO differs from 09.
 
 # %%
-THINGS = ("tea", "bread", "soap", "honey")
-prompts = [builtin_prompt(thing) for thing in THINGS]
-texts = [
-    list(builtin_law(prompt, RUDE)) for prompt in prompts
-]  # 36 well-formed answers for each prompt
-laws = [list(builtin_law(prompt, RUDE).values()) for prompt in prompts]
-speaker = torch.tensor(laws)  # watch: speaker (4, 36): how likely each answer is
-rewards = torch.tensor([gold_reward([x] * 36, ys) for x, ys in zip(prompts, texts, strict=True)])
-
-
 def draw_pairs(n_pairs, generator):
     """prompt, chosen, rejected (n_pairs,): two different answers, labelled by the judge."""
     n = torch.arange(n_pairs) % 4
@@ -493,55 +483,7 @@ PROMPT, CHOSEN, REJECTED = draw_pairs(100, generator)  # watch: PROMPT (100,)
 
 
 # %%
-def split(text):
-    return re.findall(r"\w+|[^\w\s]", text)  # words and punctuation marks
-
-
-words = [
-    "<end>",
-    *sorted({word for n in range(4) for text in (prompts[n], *texts[n]) for word in split(text)}),
-]
-ids = {word: i for i, word in enumerate(words)}
-prompts_ids = [[ids[word] for word in split(prompt)] for prompt in prompts]
-answers_ids = [[[*(ids[word] for word in split(y)), 0] for y in ys] for ys in texts]
-answers = collate(
-    [x for x in prompts_ids for _ in range(36)], [y for ys in answers_ids for y in ys], pad_id=0
-)  # row 36·n + c: answer c to prompt n
-
-
-def rows_of(n, c):
-    return answers[(36 * n + c).tolist()]
-
-
-def all_logps(policy):
-    with torch.no_grad():
-        return seq_logps(policy, answers).view(4, 36).double()
-
-
-def show_samples(policy, n=2):
-    drawn = sample(policy, prompts_ids, max_new=16, n=n, eos_id=0, seed=1)
-    for i in range(0, len(drawn.completions), n):
-        said = [
-            " ".join(words[token] for token in y if token) for y in drawn.completions[i : i + n]
-        ]
-        print(
-            f"    {prompts[i // n]}"
-            + "   |   ".join(re.sub(r" (\W)", r"\1", text) for text in said)
-        )
-
-
-torch.manual_seed(0)
-base = GPT(GPTConfig.tiny(len(words), max_len=32)).float()
-optimizer = torch.optim.Adam(base.parameters(), lr=5e-3)
-for k in range(300):
-    n = torch.randint(4, (32,), generator=generator)
-    c = torch.multinomial(speaker[n], 1, generator=generator)[:, 0]
-    loss = -seq_logps(base, rows_of(n, c)).mean()
-    optimizer.param_groups[0]["lr"] = 5e-3 * (1 - k / 300)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-base.requires_grad_(False)
+base = rude_gpt(generator)
 ref_logps = all_logps(base)  # watch: ref_logps (4, 36)
 print(
     f"probability of well-formed answers: {ref_logps.exp().sum(1).mean():.3f}. The base model says:"
@@ -732,7 +674,7 @@ print("average log-probs for SimPO:", row(averages))
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 at_half = torch.tensor(closed_form.ipo_law(ref_np, prefer_np, BETA / 2, ref_np))
-close(land(quick_ipo), at_half, "The squared GPO loss is IPO at half the β.", atol=1e-5, rtol=0)
+equal(land(quick_ipo), at_half, "The squared GPO loss is IPO at half the β.", atol=1e-5, rtol=0)
 
 # %% [markdown]
 # <details><summary>Puzzle 2</summary>

@@ -30,7 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the one switch of thi
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run as Python
 
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import kernels as figures
 
 try:
@@ -137,7 +137,7 @@ x, y = torch.randn(2, 1000, generator=generator).to(DEVICE)
 memory = torch.full((1024,), -1.0, device=DEVICE)
 my_add[(triton.cdiv(1000, 256),)](x, y, memory, 1000, BLOCK=256)
 message = "my_add must give x + y in its first 1000 places."
-torch.testing.assert_close(memory[:1000], x + y, msg=lambda report: f"{message}\n{report}")
+equal(memory[:1000], x + y, msg=f"{message}")
 always(bool((memory[1000:] == -1).all()), "my_add writes nothing behind n: its store has the mask.")
 print("my_add equals torch's sum and leaves the memory behind it alone")
 
@@ -181,7 +181,7 @@ for width in (700, 512, 3):  # also only the first columns of each row: the stri
     my_row_sum[(5,)](matrix, sums, matrix.stride(0), width, BLOCK=256)
     expected = matrix[:, :width].float().sum(1)
     message = f"my_row_sum must equal torch's sum for rows of {width} numbers."
-    torch.testing.assert_close(sums, expected, atol=1e-4, rtol=0, msg=message)
+    equal(sums, expected, atol=1e-4, rtol=0, msg=message)
 print("my_row_sum equals torch's sum of each row")
 
 # %% [markdown]
@@ -275,9 +275,9 @@ for width in (1, 333, 1000):
     found = finish(state)
     message = f"In slices of {width}, my_fold must equal minialign's update_statistics."
     expected = (theirs.target - theirs.lse(), theirs.entropy(), theirs.lse())
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0, msg=message)
+    equal(found, expected, atol=1e-12, rtol=0, msg=message)
     message = f"In slices of {width}, my_fold's log-sum-exp must equal torch's."
-    torch.testing.assert_close(found[2], logits.logsumexp(1), msg=message)
+    equal(found[2], logits.logsumexp(1), msg=message)
 print("in slices of 1, 333 and 1000: equal to minialign's, and to torch.logsumexp")
 
 # %% [markdown]
@@ -338,13 +338,13 @@ expected = line_by_line(stored, targets, 0.7)
 for block in (1024, 256):  # a row in one block, and in four
     found = launch(stored, targets, 0.7, block)
     message = f"In blocks of {block}, my_logprob_kernel must equal line_by_line of section 1."
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=message)
+    equal(found, expected, atol=1e-4, rtol=0, msg=message)
 if logprob.kernels() is not None:  # None without Triton
     theirs = logprob.Statistics.empty(6, torch.float32, DEVICE)
     logprob.kernels().update_statistics(stored, targets, theirs, 0.7, True)  # tau; with entropy
     expected = (theirs.target - theirs.lse(), theirs.entropy())
     message = "my_logprob_kernel must equal minialign's kernel."
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=message)
+    equal(found, expected, atol=1e-4, rtol=0, msg=message)
 print("the kernel equals line_by_line, and minialign's kernel")
 
 # %% [markdown]
@@ -529,7 +529,7 @@ found = [
     for part in (slice(0, 333), slice(333, 1000))
 ]
 message = "my_slice_gradient must equal autograd."
-torch.testing.assert_close(torch.cat(found, 1), expected, atol=1e-12, rtol=0, msg=message)
+equal(torch.cat(found, 1), expected, atol=1e-12, rtol=0, msg=message)
 print("my_slice_gradient equals autograd")
 
 
@@ -604,7 +604,7 @@ for name, body in (
 ):
     theirs = forward_backward(body, *inputs)
     message = f"InSlices, with my_fold and my_slice_gradient, must equal {name}."
-    torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=0, msg=message)
+    equal(mine, theirs, atol=1e-10, rtol=0, msg=message)
 print("log-probs, entropies and both gradients: equal to autograd's and to minialign's")
 
 # %% [markdown]
@@ -737,9 +737,9 @@ def checked_launch(logits, targets, tau=1.0):
 
 
 message = "checked_launch must equal launch on good inputs."
-torch.testing.assert_close(checked_launch(one, targets), launch(one, targets), msg=message)
+equal(checked_launch(one, targets), launch(one, targets), msg=message)
 found = checked_launch(other.contiguous(), targets)
-torch.testing.assert_close(found, launch(one, targets), atol=1e-4, rtol=0, msg=message)
+equal(found, launch(one, targets), atol=1e-4, rtol=0, msg=message)
 refused = 0
 for bad in ((other, targets), (one, marked)):
     try:
@@ -805,5 +805,5 @@ other = my_fold(logits[:, 400:], targets - 400, empty)
 expected = finish(my_fold(logits, targets, empty))
 for merged in (merge(one, other), merge(other, one)):
     message = "merge of two halves must equal my_fold of the whole."
-    torch.testing.assert_close(finish(merged), expected, atol=1e-12, rtol=0, msg=message)
+    equal(finish(merged), expected, atol=1e-12, rtol=0, msg=message)
 print("merged in either order: equal")

@@ -41,7 +41,7 @@ from minialign.model import GPT, GPTConfig
 from minialign.recipes import MODELS, plan, print_plan, sft_tldr_pythia
 from minialign.task import THINGS
 from minialign.weights import load_pretrained
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import kernels as figures
 
 torch.set_num_threads(1)
@@ -131,7 +131,7 @@ for cards in (1, 2, 8):
     mine = torch.tensor(my_resident(my_parameters(PYTHIA), cards))
     theirs = torch.tensor([planned["weights"], planned["gradients and moments"]])
     message = f"my_resident must equal the plan on {cards} cards."
-    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0, msg=message)
+    equal(mine, theirs, atol=1e-5, rtol=0, msg=message)
 print(f"7B, float32, one card: {sum(my_resident(7_241_732_096, 1)):.0f} GiB stay")
 
 # %% [markdown]
@@ -222,7 +222,7 @@ for _ in range(5):  # in turn, so that both meet the same load of this machine
         model.zero_grad()
         seconds[recompute].append(time.perf_counter() - start)
 message = "With and without checkpointing the gradients must be the same."
-torch.testing.assert_close(gradients[True], gradients[False], msg=message)
+equal(gradients[True], gradients[False], msg=message)
 ratio = (torch.tensor(seconds[True]) / torch.tensor(seconds[False])).median()
 print(f"kept for each position: {again:.0f} numbers instead of {plain:.0f}")
 print(f"time: {ratio:.2f} of that without (arithmetic: {8 / 6:.2f})")
@@ -290,7 +290,7 @@ expected = gradient_of(model)
 for micro in (1, 3, 8):
     my_accumulate(model, inputs, targets, mask, micro)
     message = f"my_accumulate, {micro} rows a pass, must give the gradient of the whole batch."
-    torch.testing.assert_close(gradient_of(model), expected, atol=1e-12, rtol=0, msg=message)
+    equal(gradient_of(model), expected, atol=1e-12, rtol=0, msg=message)
     kept = kept_bytes(model, inputs[:micro]) / 2**20
     print(f"{micro} rows at a time: the same gradient, {kept:.1f} MiB kept")
 
@@ -359,7 +359,7 @@ always(bool(mine == loss), "my_mixed_backward returns the loss of the bfloat16 m
 for p, q in zip(model.parameters(), half.parameters(), strict=True):
     always(p.grad.dtype == torch.float32, "Gradients of float32 weights are float32.")
     message = "my_mixed_backward must give the gradients of the bfloat16 model."
-    torch.testing.assert_close(p.grad, q.grad.float(), msg=message)
+    equal(p.grad, q.grad.float(), msg=message)
 print("mixed: the bfloat16 model's gradients, in float32")
 
 # %% [markdown]
@@ -559,11 +559,11 @@ for step in range(60):
 copies = torch.load(FOLDER / "copies.pt")
 for name, p in model.state_dict().items():
     message = "60 steps of my_data_parallel_step must equal 60 steps of one process."
-    torch.testing.assert_close(copies[name], p, atol=1e-8, rtol=0, msg=message)
+    equal(copies[name], p, atol=1e-8, rtol=0, msg=message)
 shards = [torch.load(FOLDER / f"shard{rank}.pt") for rank in (0, 1)]
 vector = torch.cat(shards)  # watch: vector (weights,)
 message = "5 steps of my_sharded_step must equal 5 steps of one process."
-torch.testing.assert_close(vector, after_five, atol=1e-10, rtol=0, msg=message)
+equal(vector, after_five, atol=1e-10, rtol=0, msg=message)
 print(f"sharded against one process: largest difference {(vector - after_five).abs().max():.0e}")
 
 
@@ -719,7 +719,7 @@ figures.cards(plans, 79.6, "10b_cards.png", "Sharding divides only what stays in
 rows = torch.randperm(8, generator=torch.Generator().manual_seed(0))[:2]
 my_accumulate(model, inputs[rows], targets[rows], mask[rows], micro=2)
 message = "Two processes with the same seed must compute what one process does with two rows."
-torch.testing.assert_close(gradient_of(model), summed, atol=1e-12, rtol=0, msg=message)
+equal(gradient_of(model), summed, atol=1e-12, rtol=0, msg=message)
 print("the summed gradient is that of two rows, not of four")
 
 # %% [markdown]
@@ -767,7 +767,7 @@ parts = [part.clone() for part in expected.chunk(2)]
 squares = [part.square().sum() for part in parts]  # one number in each process
 whole = torch.stack(squares).sum().sqrt()  # what all_reduce and the root give
 message = "The norm from two parts must equal the norm of the whole gradient."
-torch.testing.assert_close(whole, expected.norm(), msg=message)
+equal(whole, expected.norm(), msg=message)
 own = torch.cat([part / part.norm().clamp(min=1) for part in parts])
 cosine = (own @ expected / own.norm() / expected.norm()).item()
 print("norms of the parts:", [round(part.norm().item(), 2) for part in parts])

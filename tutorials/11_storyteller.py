@@ -38,7 +38,7 @@ from minialign.methods.rloo import leave_one_out
 from minialign.rewards import score
 from minialign.sample import sample
 from toy import closed_form
-from tutorials.checks import always, this_run
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import storyteller as figures
 
 torch.set_num_threads(1)  # the model is so small that a second core only waits
@@ -214,9 +214,9 @@ theirs, _ = reinforce_loss(
 mine = my_rloo_loss(logps, ref_logps, ref_rewards[:16], BETA)
 gradients = [torch.autograd.grad(loss, logps)[0] for loss in (mine, theirs)]
 message = "my_rloo_loss must equal minialign's loss."
-torch.testing.assert_close(mine, theirs, msg=lambda report: f"{message}\n{report}")
+equal(mine, theirs, msg=f"{message}")
 message = "The gradient of my_rloo_loss must equal minialign's."
-torch.testing.assert_close(*gradients, msg=lambda report: f"{message}\n{report}")
+equal(*gradients, msg=f"{message}")
 print("my_rloo_loss: equal")
 
 

@@ -62,11 +62,11 @@ class Watcher:
                 others |= zip(map(str, zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)), values.tolist(), strict=True)
         found, known = [], set()
         for _, batch, values in trained:
+            if id(batch) in known:
+                continue  # a later epoch on the same rollout
+            known.add(id(batch))
             for b in range(len(batch.inputs)):
                 inputs, targets, mask = (part[b].tolist() for part in (batch.inputs, batch.targets, batch.mask))
-                if str((inputs, targets)) in known:
-                    continue  # a later epoch on the same rollout
-                known.add(str((inputs, targets)))
                 row = {"ids": [inputs[0], *targets], "mask": mask}
                 if values.dim() == 1:
                     row |= {"reward": values[b].item(), "push": [-values.grad[b].item() * scored for scored in mask]}
@@ -96,29 +96,39 @@ def look(method, cfg, snapshot=None, watcher=None):
         raise Looked
 
     module = importlib.import_module(f"minialign.methods.{method}")
+    # With --precompute_ref the policy computes the reference's log-probs, which it must not do with a snapshot's weights.
+    remembered = {"precompute_ref": False} if hasattr(cfg, "precompute_ref") else {}
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(tracking, "watcher", watcher), \
             mock.patch.object(Run, "register", with_snapshot), mock.patch.object(Run, "end_of_step", end):
         with contextlib.suppress(Looked), contextlib.redirect_stdout(io.StringIO()):
-            module.main(dataclasses.replace(cfg, micro_batch=0, snapshots=False, resume="", log="", out=str(Path(folder) / "run")))
+            module.main(dataclasses.replace(cfg, snapshots=False, resume="", log="", out=str(Path(folder) / "run"), **remembered))
     return watcher.rows(), watcher.loss
 
 
 def made(word, argv):
     """(method, Config, run folder) of a run folder that is there, or of a run of the method `word`, made now with snapshots."""
-    if (Path(word) / "config.json").is_file():
-        stored = read_json(Path(word) / "config.json")
+    folder = Path(word) if (Path(word) / "config.json").is_file() else None
+    if folder:
+        stored = read_json(folder / "config.json")
         method = stored.pop("method")
-        config = importlib.import_module(f"minialign.methods.{method}").Config
-        return method, config(**stored), Path(word)
-    try:
-        module = importlib.import_module(f"minialign.methods.{word}")
-    except ModuleNotFoundError:
-        raise BadInput(f"{word}: is neither a method nor a run folder (`python -m minialign` lists the methods)") from None
-    cfg = cli(module.Config, argv, prog=f"python -m minialign microscope {word}", description=module.__doc__)
+        cfg = importlib.import_module(f"minialign.methods.{method}").Config(**stored)
+    else:
+        method = word
+        try:
+            module = importlib.import_module(f"minialign.methods.{method}")
+        except ModuleNotFoundError:
+            raise BadInput(f"{word}: is neither a method nor a run folder (`python -m minialign` lists the methods)") from None
+        cfg = cli(module.Config, argv, prog=f"python -m minialign microscope {method}", description=module.__doc__)
+        if cfg.resume:
+            raise BadInput(f"--resume {cfg.resume}: to look at a run, name its folder in the place of the method")
+    if cfg.lora:
+        raise BadInput(f"{word}: has adapters (--lora), which the microscope cannot exchange; look at a run without")
+    if folder:
+        return method, cfg, folder
     steps = cfg.steps if any(flag.startswith("--steps") for flag in argv) else STEPS
-    out = cfg.out or f"runs/{word}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = cfg.out or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}"
     cfg = dataclasses.replace(cfg, steps=steps, eval_every=-(-steps // LOOKS), snapshots=True, out=out)
-    return word, cfg, Path(module.main(cfg))
+    return method, cfg, Path(module.main(cfg))
 
 
 def pieces(tokenizer, ids):
@@ -145,8 +155,6 @@ def by_prompt(rows):
 
 def view(method, folder, cfg, limit):
     """What the page shows of one run: {"method", "looks": [{"step", "loss", "rows"}]}."""
-    if cfg.lora:
-        raise BadInput(f"{folder}: has adapters (--lora), which the microscope cannot exchange; look at a run without")
     snapshots = sorted((folder / "snapshots").glob("[0-9]*"))
     if not snapshots:
         raise BadInput(f"{folder}: has no snapshots; make the run with --snapshots, or name its method instead of the folder")

@@ -1,5 +1,6 @@
 """The microscope: its numbers by finite differences of the method's own loss and by hand; its page in a browser."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -80,6 +81,24 @@ def test_every_method_can_be_looked_at(small, method):
     assert tracking.watcher is None
 
 
+def test_micro_batches_and_remembered_references_change_nothing(small, tmp_path):
+    """The same pushes in passes of 3 rows, and with --precompute_ref, for which the policy stands in for the reference before step 1."""
+    _, cfg = small("dpo", steps=2, snapshots=True, eval_every=1, lr=0.1)
+    snapshot = dpo.main(cfg) / "snapshots/000002"
+
+    def pushes(**changes):
+        rows, _ = microscope.look("dpo", dataclasses.replace(cfg, **changes), snapshot)
+        assert len(rows) == 2 * cfg.batch_size  # also where one pair's chosen answer is another's rejected one
+        return sorted((row["ids"], round(sum(row["push"]), 9), row["push"], row["ref"], row["logp"]) for row in rows)
+
+    plain = pushes()
+    assert any(abs(logp - ref) > 0.01 for row in plain for logp, ref in zip(row[4], row[3], strict=True))
+    for changes in ({"micro_batch": 3}, {"precompute_ref": True}):
+        for mine, theirs in zip(plain, pushes(**changes), strict=True):
+            for part, other in zip(mine, theirs, strict=True):
+                assert part == pytest.approx(other, rel=1e-9, abs=1e-12), changes
+
+
 def test_texts_are_cut_at_tokens():
     tokenizer = CharTokenizer("abc")
     assert microscope.pieces(tokenizer, [0, 1, 2, 3, 0]) == ["", "a", "b", "c", "⏎"]
@@ -87,7 +106,8 @@ def test_texts_are_cut_at_tokens():
 
 def test_what_cannot_be_looked_at_is_named(small, tmp_path):
     for argv, sentence in ((["nothing"], "nothing: is neither a method nor a run folder"), (["dpo", "--rows", "0"], "--rows 0: must be"),
-                           (["dpo", "ipo", "--out", "x"], "--out: names one run folder"), (["dpo", "--page"], "--page: needs a value")):
+                           (["dpo", "ipo", "--out", "x"], "--out: names one run folder"), (["dpo", "--page"], "--page: needs a value"),
+                           (["dpo", "--lora", "4"], r"dpo: has adapters \(--lora\)"), (["dpo", "--resume", "x"], "--resume x: to look")):
         with pytest.raises(BadInput, match=sentence):
             microscope.main(argv)
     _, cfg = small("dpo", steps=2)

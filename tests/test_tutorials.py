@@ -78,6 +78,9 @@ def test_code_fits_the_page_and_checks_say_what_they_mean(path):
             assert node.msg is not None, f"line {node.lineno}: an assertion without a sentence; use always or this_run"
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("always", "this_run"):
             assert len(node.args) == 2, f"line {node.lineno}: a check needs a sentence that says what it means when it fails"
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "equal":
+            starred = any(isinstance(arg, ast.Starred) for arg in node.args)
+            assert len(node.args) + starred == 3 or any(word.arg == "msg" for word in node.keywords), f"line {node.lineno}: no sentence"
 
 
 @every_lesson

@@ -116,6 +116,7 @@ always(abs(sum(expert.values()) - 1) < 1e-12, "The probabilities of all completi
 # The tutorials check what they say. Each check carries a sentence for you, which appears if the check fails:
 #
 # - `always(…)` holds for any setting: a formula, or your function against the project's. If it fails, something is wrong.
+#   `equal(…)` is the same for tensors.
 # - `this_run(…)` holds for the printed settings, such as "the loss falls below 0.02". If you have changed a setting, a failure is a
 #   result to think about, not an error. Set `checks.TINKER = True` (or run the script with `TINKER=1` before the command), and it is
 #   printed instead of raised.

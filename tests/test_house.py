@@ -213,6 +213,13 @@ def test_documents_link_to_what_exists():
             assert (page.parent / target).exists(), (page.name, target)
 
 
+def test_every_picture_is_shown():
+    """Each figure in docs/ stands in README or on a page of docs/."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    for picture in (ROOT / "docs").glob("*.png"):
+        assert re.search(rf'[("/]{picture.name}', pages), picture.name
+
+
 def test_named_tests_and_documents_exist():
     """A docstring that says `tests/...py` or `docs/...md` names a file that is there."""
     for path in [*MODULES, ROOT / "minialign/__main__.py"]:

@@ -168,23 +168,23 @@ def wrong(value):
 
 
 def in_a_fork(work):
-    """The name of the exception with which work() ends in a process of its own, or ''."""
+    """The exception with which work() ends in a process of its own, as "name: text", or ''."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
-        name = ""
+        ending = ""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 work()
         except BaseException as error:
-            name = type(error).__name__
-        os.write(write, name.encode())
+            ending = f"{type(error).__name__}: {error}"
+        os.write(write, ending.encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
-        name = pipe.read()
+        ending = pipe.read()
     os.waitpid(pid, 0)
-    return name
+    return ending
 
 
 def other_bodies(node, part, names):
@@ -241,5 +241,6 @@ def test_it_runs_and_its_checkpoints_grade(path, tmp_path):
     grades = json.loads(result.stdout.split("GRADES ")[1])
     assert set(grades) == set(my_functions(source(path)))
     for name, (blank, changed) in grades.items():
-        assert blank in ("NotImplementedError", "InterpreterError"), (name, blank)  # the second: in a Triton kernel
-        assert changed in ("AssertionError", "AttributeError"), (name, changed)  # the second: of one that leaves no gradients
+        # A blank says so itself, inside a Triton kernel (InterpreterError), or in the text of a checkpoint on torchrun's processes.
+        assert "NotImplementedError" in blank or blank.startswith("InterpreterError"), (name, blank)
+        assert changed.split(":")[0] in ("AssertionError", "AttributeError"), (name, changed)  # the second: of one that leaves no gradients

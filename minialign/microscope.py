@@ -67,11 +67,11 @@ class Watcher:
             known.add(id(batch))
             for b in range(len(batch.inputs)):
                 inputs, targets, mask = (part[b].tolist() for part in (batch.inputs, batch.targets, batch.mask))
-                row = {"ids": [inputs[0], *targets], "mask": mask}
+                row = {"ids": [inputs[0], *targets], "mask": mask, "push": (-values.grad[b] * batch.mask[b]).tolist()}
                 if values.dim() == 1:
-                    row |= {"reward": values[b].item(), "push": [-values.grad[b].item() * scored for scored in mask]}
+                    row["reward"] = values[b].item()
                 else:
-                    row |= {"logp": values[b].tolist(), "push": (-values.grad[b]).tolist()}
+                    row["logp"] = values[b].tolist()
                     row["ref"] = batch.ref_logps[b].tolist() if hasattr(batch, "ref_logps") else others.get(str((inputs, targets)))
                     row["old"] = batch.old_logps[b].tolist() if hasattr(batch, "old_logps") else None
                     if getattr(batch, "advantages", None) is not None:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,12 @@ from minialign import microscope
 from minialign.engine import tracking
 from minialign.engine.common import BadInput
 from minialign.methods import dpo, sft
-from minialign.tokenizer import CharTokenizer
-from tests.conftest import LEARNING, METHODS, ONLINE
+from minialign.tokenizer import CharTokenizer, load_tokenizer
+from tests.conftest import LEARNING, METHODS, ONLINE, PREFERRING
 
 # Not the online methods, whose ratio is 1 whatever log π is, and not IFT, whose weights are constants made from log π.
 DIFFERENTIABLE = [method for method in METHODS if method not in (*ONLINE, "ift")]
+ROOT = Path(__file__).parent.parent
 QUICK = ("sft", "dpo", "kto", "reward_model")
 
 
@@ -66,6 +69,136 @@ def test_the_push_of_an_online_method_is_its_advantage(small, method):
         for push, counts in zip(row["push"], row["mask"], strict=True):
             assert push == pytest.approx(row["advantage"] / cfg.batch_size * counts, abs=1e-12)
         assert row["old"] == pytest.approx(row["logp"]) and row["ref"] == pytest.approx(row["logp"])
+
+
+def of_row(row, name):
+    """The sum over the scored tokens of a row."""
+    return sum(value for value, counts in zip(row[name], row["mask"], strict=True) if counts)
+
+
+def moved(row):
+    """log π/ref of the completion, in nats."""
+    return of_row(row, "logp") - of_row(row, "ref")
+
+
+def length(row):
+    return sum(row["mask"])
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def of_pairs(weights):
+    """weights(chosen, rejected, cfg) -> those of the two rows. In a batch the chosen rows come first, then the rejected ones."""
+    def both(rows, cfg, seen):
+        half = len(rows) // 2
+        found = [weights(chosen, rejected, cfg) for chosen, rejected in zip(rows[:half], rows[half:], strict=True)]
+        return [chosen for chosen, _ in found] + [rejected for _, rejected in found]
+    return both
+
+
+def opposite(weight):
+    """Of pairs whose rejected answer gets the negative of what the chosen one gets: weight(chosen's Δ − rejected's, cfg)."""
+    return of_pairs(lambda chosen, rejected, cfg: (w := weight(moved(chosen) - moved(rejected), cfg), -w))
+
+
+def ift_weights(rows, cfg, seen):
+    found = []
+    for row in rows:
+        scored = [t for t, counts in enumerate(row["mask"]) if counts]
+        sums = {t: sum(-cfg.decay ** (later - t) * row["logp"][later] for later in scored if later >= t) for t in scored}
+        found.append([sums.get(t, 0) / sum(sums.values()) for t in range(len(row["mask"]))])  # w_t / n: the w have mean 1
+    return found
+
+
+def slic_weights(chosen, rejected, cfg):
+    short = of_row(chosen, "logp") - of_row(rejected, "logp") < cfg.delta
+    return short + cfg.weight, -short
+
+
+def simpo_weights(chosen, rejected, cfg):
+    gap = of_row(chosen, "logp") / length(chosen) - of_row(rejected, "logp") / length(rejected)
+    w = cfg.scale * sigmoid(cfg.target_margin - cfg.scale * gap)
+    return w / length(chosen), -w / length(rejected)
+
+
+def orpo_weights(chosen, rejected, cfg):
+    likely, other = (math.exp(of_row(row, "logp") / length(row)) for row in (chosen, rejected))
+    odds, other_odds = likely / (1 - likely), other / (1 - other)
+    w = cfg.weight * other_odds / (odds + other_odds)  # α σ(−log odds ratio)
+    return (1 + w / (1 - likely)) / length(chosen), -w / (1 - other) / length(rejected)
+
+
+def kto_weights(rows, cfg, seen):
+    (_, _, logps), (_, _, ref_logps) = seen[:2]  # of the answers to other prompts
+    z = max(0, (logps - ref_logps).sum(1).mean().item())
+    signs = [1 if tuple(row["ids"][1:-1]) in seen.liked else -1 for row in rows]
+    return [sign * cfg.beta * sigmoid(cfg.beta * (moved(row) - z)) * sigmoid(cfg.beta * (z - moved(row)))
+            for sign, row in zip(signs, rows, strict=True)]
+
+
+# The last column of the second table in docs/METHODS.md, computed by hand from what the page shows: the weight of ∇ log π(token) for all
+# scored tokens of a row or for each of them. Of reward_model, rft and irl (reward steps) it is the weight of ∇r.
+COEFFICIENTS = {
+    "sft": lambda rows, cfg, seen: [len(rows) / sum(map(length, rows))] * len(rows),
+    "ift": ift_weights,
+    "best_of_n": lambda rows, cfg, seen: [1] * len(rows),
+    "rest": lambda rows, cfg, seen: [1] * len(rows),
+    "irft": opposite(lambda gap, cfg: cfg.beta * sigmoid(-cfg.beta * gap)),
+    "dpo": opposite(lambda gap, cfg: cfg.beta * sigmoid(-cfg.beta * gap)),
+    "gpo": opposite(lambda gap, cfg: cfg.beta * sigmoid(-cfg.beta * gap)),
+    "ipo": opposite(lambda gap, cfg: 1 / cfg.beta - 2 * gap),
+    "slic": of_pairs(slic_weights),
+    "simpo": of_pairs(simpo_weights),
+    "orpo": of_pairs(orpo_weights),
+    "kto": kto_weights,
+    "reward_model": of_pairs(lambda chosen, rejected, cfg: (w := sigmoid(rejected["reward"] - chosen["reward"]), -w)),
+    "rft": of_pairs(lambda demo, own, cfg: (1 / cfg.beta, -1 / cfg.beta)),
+    "irl": of_pairs(lambda demo, own, cfg: (1 / cfg.beta, -1 / cfg.beta)),
+    "reinforce": lambda rows, cfg, seen: [row["advantage"] for row in rows],
+    "rloo": lambda rows, cfg, seen: [row["advantage"] for row in rows],
+    "grpo": lambda rows, cfg, seen: [[(row["advantage"] + cfg.beta * math.expm1(ref - logp)) / length(row)
+                                      for logp, ref in zip(row["logp"], row["ref"], strict=True)] for row in rows],
+    "ppo": lambda rows, cfg, seen: [[a * len(rows) / sum(map(length, rows)) for a in row["advantage"]] for row in rows],
+    "rebel": lambda rows, cfg, seen: [2 / cfg.eta * (own - seen.rewards[i ^ 1]) for i, own in enumerate(seen.rewards)],
+}
+PAIRED = (*PREFERRING, "irft", "reward_model", *LEARNING, "rebel")  # an example is two rows
+
+
+class Seen(list):
+    """What a watcher saw, with what the page does not show: the rewards of a rollout (REBEL's), the answers that somebody liked (KTO's)."""
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in METHODS])
+def test_the_coefficients_are_those_of_the_table(small, method, pairs_file, tmp_path):
+    """What a step multiplies ∇ log π(token) with, away from the reference, is what docs/METHODS.md says; and each method stands there."""
+    changes = {"grpo": {"batch_size": 16}, "irl": {"mode": "linear"}}.get(method, {})
+    changes |= {"reward_share": 0.5, "beta": 0.7, "reward_lr": 0.03} if method in LEARNING else {}
+    if method == "kto":  # each answer stands there once, so that its label can be looked up
+        pairs = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+        both = {(pair["prompt"], pair[side]): side == "chosen" for pair in pairs for side in ("chosen", "rejected")}
+        answers = [{"prompt": prompt, "completion": answer, "label": label} for (prompt, answer), label in both.items()]
+        changes["feedback"] = str(tmp_path / "feedback.jsonl")
+        Path(changes["feedback"]).write_text("".join(json.dumps(row) + "\n" for row in answers))
+    module, cfg = small(method, steps=2, snapshots=True, eval_every=1, lr=0.03, seed=2, **changes)
+    watcher = microscope.Watcher()
+    rows, _ = microscope.look(method, cfg, module.main(cfg) / "snapshots/000002", watcher)
+    trained = [(batch, values) for _, batch, values in watcher.seen if values.grad is not None]
+    seen = Seen(watcher.seen)
+    if method == "rebel":
+        seen.rewards = trained[0][0].rewards.tolist()
+    if method == "kto":
+        tokenizer = load_tokenizer(cfg.policy)
+        seen.liked = {(*tokenizer.encode(row["prompt"]), *tokenizer.encode(row["completion"])) for row in answers if row["label"]}
+    weights = COEFFICIENTS[method](rows, cfg, seen)
+    examples = len(rows) / (2 if method in PAIRED else 1)
+    for row, weight in zip(rows, weights, strict=True):
+        each = weight if isinstance(weight, list) else [weight] * len(row["mask"])
+        expected = [w * counts / examples for w, counts in zip(each, row["mask"], strict=True)]
+        assert row["push"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert any(push for row in rows for push in row["push"])
+    assert f"| [{method}](../minialign/methods/{method}.py) | " in (ROOT / "docs/METHODS.md").read_text().split("## What a step does")[1]
 
 
 @pytest.mark.slow

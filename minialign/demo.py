@@ -272,7 +272,7 @@ def draw_figure(table, exact, paths, accuracy, path):
     for name in (SFT, IFT, SPIN, irft_name(5), RFT, IRL):
         x, start = [0, *(point["step"] for point in paths[name][0])], statistics.mean(table["base"]["gap"])
         band(axes[0], x, [[start, *(point["gap"] for point in run)] for run in paths[name]], color=colors[name], label=name)
-    axes[0].set(xlabel="steps", ylabel="log π(better) − log π(worse), nats", title="Log-prob gap on held-out pairs")
+    axes[0].set(xlabel="steps", ylabel="log π(better) − log π(worse), nats", title="Log-prob gap, held-out pairs (log scale above 1)")
     axes[0].set_yscale("symlog", linthresh=1)
     axes[0].set_yticks([-0.5, 0, 0.5, 1, 2, 5], ["−0.5", "0", "0.5", "1", "2", "5"])
     axes[0].minorticks_off()
@@ -307,7 +307,7 @@ def draw_figure(table, exact, paths, accuracy, path):
     axes[3].set(xlabel="steps", ylabel="share of pairs", title="Pairs in the order of the gold reward")
     axes[3].set_ylim(0.48, 0.8)
     for axis in (axes[0], axes[1], axes[3]):
-        axis.legend(fontsize=9, frameon=False)
+        axis.legend(fontsize=9, edgecolor="none", framealpha=1)  # it hides the lines behind it
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -348,8 +348,8 @@ def draw_figure(table, rows, judge, out):
             if "law" in results[0]:
                 left.plot([results[0]["law"][level]] * 2, [y - 0.13, y + 0.13], color="k", lw=2)
         needed, wasted = (np.mean([found[part][0] for found in results]) for part in ("needed", "wasted"))
-        right.barh(i, needed, 0.55, color="C2", label="needed" if not i else None)
-        right.barh(i, max(0, wasted), 0.55, left=needed, color="C3", label="wasted" if not i else None)
+        right.barh(i, needed, 0.55, color="#3f5368", label="needed" if not i else None)
+        right.barh(i, max(0, wasted), 0.55, left=needed, color="#e8b23a", label="wasted" if not i else None)
     left.plot([], [], color="k", lw=2, label="closed form")
     left.set(yticks=range(len(names)), yticklabels=names, xlabel="share of the stories", xlim=(0, None))
     left.invert_yaxis()
@@ -358,7 +358,7 @@ def draw_figure(table, rows, judge, out):
     left.legend(fontsize=10, frameon=False, loc="lower right")
     right.legend(fontsize=10, frameon=False, loc="upper right")
     left.set_title("who the stories are about", fontsize=12)
-    right.set_title("what it cost", fontsize=12)
+    right.set_title("how far they are from the model", fontsize=12)
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

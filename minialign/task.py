@@ -64,7 +64,7 @@ def builtin_texts(n=2000, seed=0):
 
 
 def builtin_demos(n=200, seed=0, low_quality=0.3):
-    """Demonstrations of the expert. Each one comes from a rude speaker instead with probability `low_quality`."""
+    """Each demonstration comes from the polite speaker, or with probability `low_quality` from a rude one."""
     rng = random.Random(derive_seed("demos", seed))
     return [Demo(*_speak(rng, RUDE if rng.random() < low_quality else EXPERT)) for _ in range(n)]
 

@@ -63,6 +63,12 @@ def test_form(path):
     assert text.count("<details><summary>Puzzle ") == 2 and text.count("<details><summary>Exercise ") >= 3
     words = sum(len(re.sub(r"(?m)^# ?", "", part).split()) - 2 for _, markdown, part in cells_of(path) if markdown)
     assert words <= 2200, f"{words} words of prose are more than half an hour"
+    minutes = int(re.search(r"\*\*Time:\*\* (\d+) minutes of reading", text)[1])  # at 110 words or 40 lines of code a minute
+    code = sum(bool(line.strip()) and not line.startswith("#") for line in text.splitlines())
+    assert minutes <= 30 and abs(minutes - words / 110 - code / 40) < 2, (words, code)
+    for page in ("README.md", "tutorials/README.md"):
+        row = re.search(rf"^\| .*notebooks/{path.stem}\.ipynb.*$", (ROOT / page).read_text(encoding="utf-8"), re.M)[0]
+        assert f"| {minutes} |" in row, (page, row)
     assert "import matplotlib" not in text and "plt." not in text, "plot code belongs into tutorials/figures"
     assert text.count("figures.") + text.count("from tutorials.figures") >= 1
 

@@ -5,9 +5,9 @@
 # will count how many mistakes and how many rare answers truncation removes, and see which probabilities a sampler
 # must record if its samples are to be used for training.
 #
-# **Time:** 30 minutes of reading, 30 seconds of computer.
+# **Time:** 26 minutes of reading, 30 seconds of computer.
 #
-# **You need:** [01](01_gpt.ipynb) A GPT, from text to a loss (logits, softmax, the causal mask, the KV cache).
+# **You need:** [01 · A GPT, from text to a loss](01_gpt.ipynb) (logits, softmax, the causal mask).
 #
 # Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
 # through with a debugger.
@@ -20,21 +20,18 @@ from pathlib import Path
 here = Path(globals().get("__file__", "cell")).resolve()
 sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign").is_dir()][:1]
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from minialign.batch import collate
 from minialign.engine.common import derive_seed
-from minialign.model import GPT, GPTConfig, KVCache
+from minialign.model import GPT, GPTConfig
 from minialign.sample import draw_tokens, keep_top_k, keep_top_p, sample
 from minialign.task import (
-    POLITE_ENDINGS,
     POLITE_OPENINGS,
-    RUDE_ENDINGS,
-    RUDE_OPENINGS,
-    THINGS,
+    RUDE,
+    builtin_law,
+    builtin_prompts,
     builtin_texts,
     builtin_tokenizer,
 )
@@ -60,9 +57,9 @@ figures.path(tokens, probs[0].tolist())
 
 # %% [markdown]
 # Alignment adds a second question. Many of its methods train a model on texts that it wrote itself. The model that is
-# being trained is called the [policy](../GLOSSARY.md#policy), written π, whatever it is trained on. The text that it
-# is given is the [prompt](../GLOSSARY.md#prompt) x, the text that it adds is the completion y. Which probability must
-# we record for each token that the policy writes?
+# being trained is called the [policy](../GLOSSARY.md#policy), written π. The text that it is given is the
+# [prompt](../GLOSSARY.md#prompt) x, the text that it adds is the completion y. Which probability must the sampler record
+# for each token that the policy writes?
 
 # %% [markdown]
 # ## 1. Temperature, on five tokens
@@ -75,7 +72,7 @@ figures.path(tokens, probs[0].tolist())
 # $$\pi_\tau(v) = \frac{e^{z_v/\tau}}{\sum_w e^{z_w/\tau}} \;\propto\; \pi(v)^{1/\tau}$$
 #
 # Here v is a token, and the sum runs over all tokens w. With τ = ½ the probabilities are squared: 1/64, 1/4, 1/256,
-# 1/16, 1/256. Their sum is 86/256, so tea goes from 1/2 to 64/86 = 0.744.
+# 1/16, 1/256. Their sum is 86/256, so tea goes from 1/2 to 64/86 = 0.744. Find this number in the second row:
 
 # %%
 logits = probs.log()  # watch: logits (B, V)
@@ -93,40 +90,7 @@ equal((logits / 0.5).softmax(-1), squares, msg="tau 1/2 squares the probabilitie
 
 # %% [markdown]
 # A very small τ always takes the likeliest token, which is called *greedy*. A very large one makes all tokens equally
-# likely.
-#
-# **Entropy** measures in one number how open the choice is: the average of −log π(v). Its unit is the
-# [nat](../GLOSSARY.md#nats), because the logarithm is natural. A choice among n equally likely tokens has entropy ln
-# n. So $e^{entropy}$ reads as "about so many choices".
-
-
-# %%
-def my_entropy(logits):
-    """logits (..., V) -> the entropy of their softmax in nats, (...,): -(sum of p * log p).
-
-    A logit may be -inf. Then p is 0 and the token adds 0 (but 0 * -inf is NaN: avoid that product).
-    """
-    logps = logits.log_softmax(-1)  # watch: logps (..., V)
-    return -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0.0)).sum(-1)
-
-
-for tau in (0.5, 1.0, 2.0):
-    entropy = my_entropy(logits / tau).item()
-    print(f"tau {tau:g}: {entropy:.3f} nats, about {math.exp(entropy):.2f} choices of 5")
-
-# %% [markdown]
-# ### Checkpoint: entropy
-
-# %%
-many = (2 * torch.randn(50, 30, generator=generator, dtype=torch.float64)).requires_grad_()
-mine, theirs = my_entropy(many), torch.distributions.Categorical(logits=many).entropy()
-meaning = "my_entropy equals the entropy of torch.distributions"
-equal(mine, theirs, msg=f"{meaning}.")
-grads = [torch.autograd.grad(h.sum(), many)[0] for h in (mine, theirs)]
-equal(*grads, msg=f"{meaning}, also in its gradient.")
-many = many.detach()
-coin = torch.tensor([0.0, 0.0, -torch.inf])  # two equal tokens and a forbidden one
-equal(my_entropy(coin).item(), math.log(2), msg="my_entropy of this coin is ln 2.")
+# likely. τ = 1 changes nothing.
 
 # %% [markdown]
 # ## 2. Forbid tokens: top-k and top-p
@@ -137,7 +101,9 @@ equal(my_entropy(coin).item(), math.log(2), msg="my_entropy of this coin is ln 2
 #
 # - **top-k** (Fan et al. 2018): keep the k likeliest tokens.
 # - **top-p**, also *nucleus sampling* (Holtzman et al. 2020): keep the smallest set of likeliest tokens whose
-#   probabilities sum to at least p. We call this number `mass`.
+#   probabilities sum to at least p. We call this number `mass`, and the kept set the *nucleus*.
+#
+# Both together are called *truncation*. The output shows the five probabilities afterwards.
 
 
 # %%
@@ -176,12 +142,10 @@ show("top-p 0.8", my_top_p(logits, 0.8).softmax(-1))
 # Stop in `my_top_p` at its first call (mass 0.7): `collected` is 0.5 after tea and 0.75 after bread, and there it
 # stops.
 #
-# The order is: temperature, then top-k, then top-p. A higher temperature moves probability from likely tokens to
-# unlikely ones, so top-p 0.7 keeps more tokens.
-#
 # ### Checkpoint: truncation
 
 # %%
+many = 2 * torch.randn(50, 30, generator=generator, dtype=torch.float64)
 for case, some in (("five tokens", logits), ("random logits", many)):
     for k in (1, 2, 3, 4, 5, 1000):  # of the five tokens, two tie for the fourth place
         mine, theirs = my_top_k(some, k), keep_top_k(some, k)
@@ -189,15 +153,14 @@ for case, some in (("five tokens", logits), ("random logits", many)):
     for mass in (0.1, 0.7, 0.8, 0.95):
         mine, theirs = my_top_p(some, mass), keep_top_p(some, mass)
         equal(mine, theirs, msg=f"my_top_p equals keep_top_p ({case}, mass {mass}).")
-for tau in (0.5, 1.0, 2.0):
-    kept = my_top_p(logits / tau, 0.7).isfinite().sum().item()
-    print(f"tau {tau:g}: top-p 0.7 keeps {kept} of 5")
+print("my_top_k and my_top_p equal the project's")
 
 # %% [markdown]
 # ## 3. Draw a token
 #
 # Lay the probabilities side by side on the interval from 0 to 1, as in the picture. Draw a uniform random number. The
-# token whose piece it falls into is the one to write.
+# token whose piece it falls into is the one to write. We try sixteen numbers that are spread evenly. Each token should
+# come up as often as its probability says.
 
 
 # %%
@@ -205,10 +168,11 @@ def my_draw(logits, uniform):
     """logits (B, V), uniform (B,) in [0, 1) -> ids (B,).
 
     In each row, the first token whose cumulative probability is above `uniform`. The cumulative
-    probability is the softmax, summed in the order of the vocabulary.
+    probability is the softmax, summed in the order of the vocabulary. Rounding may end this sum a
+    little below 1. If no token is above `uniform` for this reason, take the last one, V - 1.
     """
     cumulative = logits.softmax(-1).cumsum(-1)  # watch: cumulative (B, V)
-    return (cumulative <= uniform[:, None]).sum(-1)
+    return (cumulative <= uniform[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
 points = (torch.arange(16, dtype=torch.float64) + 0.5) / 16  # the middles of sixteen equal pieces
@@ -222,44 +186,37 @@ print([tokens[v] for v in drawn])
 counts = drawn.bincount(minlength=5)
 always(counts.tolist() == [2, 8, 1, 4, 1],
        "From sixteen even points, my_draw draws the tokens 2, 8, 1, 4 and 1 times.")
+always(my_draw(logits, torch.ones(1)).tolist() == [4], "my_draw never gives a token above V - 1.")
 uniform = torch.rand(50, generator=generator, dtype=torch.float64)
 theirs = draw_tokens(many.softmax(-1), uniform)
 always(torch.equal(my_draw(many, uniform), theirs), "my_draw draws what draw_tokens draws.")
 
 # %% [markdown]
-# ## 4. A language, and a policy that writes it
+# ## 4. A policy that writes
 #
-# From here on we need a policy. It learns a small artificial language, which most tutorials use. A prompt names one
-# of 24 things, and the completion asks for it, politely or rudely:
-
-# %%
-texts = builtin_texts()
-print(*texts[:5], sep="\n")
-print("openings:", *POLITE_OPENINGS, "|", *RUDE_OPENINGS, sep="  ")
-print("endings: ", *POLITE_ENDINGS, "|", *RUDE_ENDINGS, sep="  ")
-
-# %% [markdown]
-# There are three polite and three rude openings, and the same for endings. In these texts an opening is polite with
-# probability ¼; then each of the three polite ones is equally likely. The ending is chosen in the same way,
-# independently. So every prompt has 6 · 6 = 36 valid answers, and we know the probability of each.
+# From here on we need a policy. It learns the language of requests from [start here](00_start_here.ipynb). A prompt names
+# one of 24 things, and the completion asks for it, for example `ask for tea: give me tea now!`. In these texts an opening
+# is polite with probability ¼, and so is an ending. There are six openings and six endings, so every prompt has 36 *valid*
+# answers.
 #
-# Training is that of tutorial 01, with batches of 32 texts. `collate` makes rows of equal length by *padding* the
-# shorter ones with id 0 on the right; `mask` is True where a target belongs to the text.
+# Training is that of tutorial 01, with batches of 32 texts. `collate` makes rows of equal length: it fills up (*pads*) the
+# shorter ones with id 0 on the right. `mask` is True where a target belongs to the text. Compare the samples before and
+# after training, and from one temperature to the next:
 
 # %%
 tokenizer = builtin_tokenizer()
 eos, V = tokenizer.eos_id, tokenizer.vocab_size  # id 0 begins and ends each text
-rows = [tokenizer.encode(text) + [eos] for text in texts]
+rows = [tokenizer.encode(text) + [eos] for text in builtin_texts()]
 torch.manual_seed(0)
 policy = GPT(GPTConfig.tiny(V))
-things = ("tea", "honey", "a lamp", "rope")
-prompts = [[eos] + tokenizer.encode(f"ask for {thing}: ") for thing in things]
+all_prompts = [[eos] + tokenizer.encode(prompt) for prompt in builtin_prompts()]  # 24
+prompts = [[eos] + tokenizer.encode(f"ask for {thing}: ") for thing in ("tea", "honey", "rope")]
 
 
 def print_samples(**how):
-    """Print three completions of each of three prompts."""
-    rollout = sample(policy, prompts[:3], n=3, max_new=40, eos_id=eos, seed=3, **how)
-    for b, thing in enumerate(things[:3]):
+    """Print three completions of each of two prompts."""
+    rollout = sample(policy, prompts[:2], n=3, max_new=40, eos_id=eos, seed=3, **how)
+    for b, thing in enumerate(("tea", "honey")):
         said = [tokenizer.decode(ids) for ids in rollout.completions[3 * b : 3 * b + 3]]
         print(f"   {thing:7}", "  |  ".join(said))
 
@@ -285,37 +242,26 @@ for tau in (0.5, 1.0, 2.0):
 this_run(loss.item() < 0.3, "The policy has learned most of the language.")
 
 # %% [markdown]
-# Greedy sampling always writes the same sentence for a given prompt. τ = ½ gives correct sentences with some variety.
-# τ = 1 is the distribution that was trained. It has more variety, and some mistakes: the policy is tiny and was trained
-# briefly, so it may misspell a word or ask for another thing than the prompt names. At τ = 2 hardly a word is right.
+# Greedy sampling always writes the same sentence for a given prompt. τ = ½ gives mostly correct sentences with some
+# variety. τ = 1 is the distribution that was trained. It has more variety, and some mistakes: the policy is tiny and was
+# trained briefly. At τ = 2 nearly every answer contains mistakes.
 
 # %% [markdown]
 # ## 5. Truncation removes mistakes, and rare answers
 #
-# We know the language, so we can count. For each setting we sample 16 answers to each of the 24 prompts, and ask
-# three things. How many are valid answers to their prompt? How many begin politely (¼ in the language)? How many of
-# the 36 combinations of opening and ending occur?
+# We know the language, so we can count. For each setting we sample 16 answers to each of the 24 prompts, and ask two
+# questions. How many are valid answers to their prompt? How many begin politely (¼ in the language)?
+
 
 # %%
-all_prompts = [[eos] + tokenizer.encode(f"ask for {thing}: ") for thing in THINGS]
-openings, endings = POLITE_OPENINGS + RUDE_OPENINGS, POLITE_ENDINGS + RUDE_ENDINGS
-pairs = [(opening, ending) for opening in openings for ending in endings]  # 36
-
-
 def measure(**how):
-    """Shares of valid answers and of polite openings, number of combinations, invalid texts."""
+    """Shares of valid answers and of polite openings among 16 answers to each prompt."""
     rollout = sample(policy, all_prompts, n=16, max_new=40, eos_id=eos, seed=0, **how)
-    used, polite, invalid = [], 0, []
-    for b, ids in enumerate(rollout.completions):
-        thing, text = THINGS[b // 16], tokenizer.decode(ids)
-        valid = {f"{opening} {thing}{ending}": (opening, ending) for opening, ending in pairs}
-        polite += text.startswith(POLITE_OPENINGS)
-        if text in valid:
-            used.append(valid[text])
-        else:
-            invalid.append(f"{thing}: {text}")
-    n = len(rollout.completions)
-    return len(used) / n, polite / n, len(set(used)), invalid
+    said = [tokenizer.decode(ids) for ids in rollout.completions]
+    asked = [prompt for prompt in builtin_prompts() for _ in range(16)]
+    valid = sum(text in builtin_law(x, RUDE) for x, text in zip(asked, said, strict=True))
+    polite = sum(text.startswith(POLITE_OPENINGS) for text in said)
+    return {"valid": valid / len(said), "polite": polite / len(said)}
 
 
 settings = {
@@ -329,27 +275,21 @@ settings = {
     "greedy": dict(greedy=True),
 }
 table = {name: measure(**how) for name, how in settings.items()}
-for name, (valid, polite, combinations, _) in table.items():
-    print(f"{name:10}  valid {valid:4.0%}   polite {polite:4.0%}   combinations {combinations:2}")
-print("\ninvalid at tau 1, for example:", *table["tau 1"][3][:40:8], sep="\n  ")
-figures.shares([(name, valid, polite) for name, (valid, polite, *_) in table.items()], 0.25)
-this_run(table["top-p 0.9"][0] > table["tau 1"][0] + 0.03, "top-p 0.9 makes more answers valid.")
-this_run(table["top-p 0.7"][1] < 0.6 * table["tau 1"][1], "top-p 0.7 leaves few polite openings.")
+for name, row in table.items():
+    print(f"{name:10}  valid {row['valid']:4.0%}   polite {row['polite']:4.0%}")
+figures.shares([(name, row["valid"], row["polite"]) for name, row in table.items()], 0.25)
+plain = table["tau 1"]
+this_run(table["top-p 0.9"]["valid"] > plain["valid"] + 0.03, "top-p 0.9 makes more answers valid.")
+this_run(table["top-p 0.7"]["polite"] < 0.75 * plain["polite"], "top-p 0.7 leaves fewer of them.")
 
 # %% [markdown]
 # This is why programs truncate when they *show* text: most mistakes disappear, as Holtzman et al. found for large
-# models. But rare answers disappear too. With top-p 0.7 far fewer answers begin politely, although the policy knows
-# how. A temperature of ½ has the same effect, and greedy sampling has one answer for each prompt. Section 6 shows why
-# top-k 4 removes fewer mistakes, and that some openings can no longer be written at all. A method that learns from a
-# [reward](../GLOSSARY.md#reward) for such openings would never see one. So: **truncate for display, not for
-# training.**
-
-# %% [markdown]
-# ## 6. Where does the policy have a choice?
+# models. But rare answers disappear too. Compare the polite openings of "tau 1" and "top-p 0.7". A temperature of ½ makes
+# rare answers rarer too, but forbids none.
 #
-# At some positions it has a real choice, at others none. The picture shows the sentence `i want honey, thank you.`.
-# Each column lists the likeliest tokens of one position, from the top down. The orange box is the token that was
-# written, which need not be the likeliest.
+# **Which openings are forbidden?** The picture shows the sentence `i want honey, thank you.`. Each column lists the
+# likeliest tokens of one position, from the top down. The orange box is the token that was written, which need not be the
+# likeliest. Look at the first column: how many letters are above the red line, and how many above the green one?
 
 # %%
 completion = "i want honey, thank you."
@@ -365,108 +305,29 @@ ranked = [
 ]
 kept = my_top_p(seen, 0.9).isfinite().sum(-1)  # how many tokens it keeps, (T,)
 figures.choices([*completion.replace(" ", "␣"), "⏎"], ranked, kept.tolist(), k=4)
-
-first = {letter: round(prob, 3) for letter, prob in ranked[0][:5]}
-twelfths = torch.tensor([4.0, 3.0, 3.0, 1.0, 1.0])  # i, h, g, m, c in the language
-in_language = my_entropy(twelfths.log()).item()
-print("first letter:", first)
-print(f"its entropy: {my_entropy(seen[0]).item():.2f} nats, in the language {in_language:.2f}")
+print("first letter:", {letter: round(prob, 3) for letter, prob in ranked[0][:5]})
 nucleus = my_top_p(seen[:1], 0.7)[0].isfinite().nonzero().flatten().tolist()
 print("top-p 0.7 keeps there:", *[labels[v] for v in nucleus])
-this_run(abs(my_entropy(seen[0]).item() - in_language) < 0.3, "The two entropies are close.")
+this_run(len(nucleus) < 5, "Five first letters are right, and top-p 0.7 keeps fewer.")
 
 # %% [markdown]
-# The red line follows the choice: top-p 0.9 keeps one token where only one is plausible, and up to four elsewhere.
-# Top-k 4 always keeps four. Where only one letter is right, it also keeps three wrong ones. At the first letter five
-# are right, and here both rules forbid the fifth, `m`.
+# Top-p 0.9 keeps one token where only one is plausible, and up to four elsewhere. Top-k 4 always keeps four, also where
+# three of them are wrong.
 #
-# There are three polite openings (1/12 each) and three rude ones (1/4 each). One polite and one rude opening begin
-# with `i`, so P(i) = 1/12 + 1/4. The other polite ones begin with `m` and `c`. Top-p 0.7 forbids both letters here,
-# so `may i have` and `could i get` cannot be written.
-#
-# Why is τ = 2 so bad? A high temperature gives probability to every token, also where only one letter is right. In a
-# sentence of some twenty letters, some then go wrong:
-
-# %%
-after, inside = completion.index(","), completion.index("ney")
-places = {"first letter": 0, "after “honey”": after, "inside “honey”": inside}
-taus = torch.logspace(-1, 1, 60, dtype=torch.float64)
-curves = {name: [my_entropy(seen[t] / tau).item() for tau in taus] for name, t in places.items()}
-figures.entropies(taus.tolist(), curves, math.log(V))
+# At the first letter five are right. The three rude openings (¼ each) and the three polite ones (1/12 each) begin with
+# `i` (one of each kind), `g`, `h`, `m` and `c`. Top-p 0.7 forbids `m` and `c` here, so `may i have` and `could i get`
+# cannot be written. If a [reward](../GLOSSARY.md#reward) is given for these openings, training on such samples never finds
+# it. So: **truncate for display, not for training.**
 
 # %% [markdown]
-# ## 7. The probabilities that a sampler must record
+# ## 6. The whole sampler
 #
-# Methods that train on their own samples often use each sample for several updates, because sampling is slow. After
-# the first update the policy is no longer the one that wrote the sample. To correct for that, they multiply what each
-# token adds to the loss by the token's [probability ratio](../GLOSSARY.md#ratio):
+# Now all parts together. The sampler also records the log-prob of each token that it writes, after the temperature and
+# *before* truncation. Section 7 says what for.
 #
-# $$\rho_t = \frac{\pi(y_t \mid x, y_{<t})}{\pi_{\text{old}}(y_t \mid x, y_{<t})}
-# = e^{\,\texttt{logps}_t - \texttt{old\_logps}_t}$$
-#
-# $\pi_{\text{old}}$ is the policy at the time of sampling. So the sampler records `old_logps`, the log-probability of
-# each token that it writes. Here is the test of it: **before the first update both policies are the same, so every
-# ratio must be 1.** `sample` records the log-probs after the temperature and *before* truncation.
-
-
-# %%
-def logps_of(policy, batch, tau):
-    """The log-probs of the targets, (B, T)."""
-    logps = (policy(batch.inputs) / tau).log_softmax(-1)
-    return logps.gather(-1, batch.targets[..., None]).squeeze(-1)
-
-
-how = dict(tau=0.8, top_p=0.8, max_new=40, eos_id=eos, seed=0)
-rollout = sample(policy, prompts, n=16, **how)  # B = 64: inputs, targets, mask, old_logps (B, T)
-mask = rollout.mask  # True for tokens of the completion
-with torch.no_grad():
-    logps = logps_of(policy, rollout, tau=0.8)  # watch: logps (B, T)
-    forgot_tau = logps_of(policy, rollout, tau=1.0)
-ratio = (logps - rollout.old_logps).exp()[mask]  # watch: ratio (completion tokens,)
-forgotten = (forgot_tau - rollout.old_logps).exp()[mask]
-print(f"ratios between {ratio.min():.4f} and {ratio.max():.4f}")
-print(f"with tau forgotten: between {forgotten.min():.3f} and {forgotten.max():.3f}")
-always((ratio - 1).abs().max() < 1e-3, "The ratio of an unchanged policy is 1.")
-always((forgotten - 1).abs().max() > 0.01, "Another temperature gives other ratios.")
-
-# %% [markdown]
-# ## 8. Break it: record the truncated probabilities
-#
-# The tokens were drawn from the truncated distribution. What happens if the sampler records *its* probabilities?
-# Truncation divides each kept probability by the sum S of all kept ones. So the ratio of an unchanged policy becomes
-# π / (π / S) = S, which is below 1.
-
-# %%
-with torch.no_grad():
-    tempered = policy(rollout.inputs).double()[mask] / 0.8  # (completion tokens, V)
-truncated = keep_top_p(tempered, 0.8)
-targets = rollout.targets[mask][:, None]
-inside = truncated.isfinite()
-kept_sum = (tempered.softmax(-1) * inside).sum(-1)  # watch: kept_sum (completion tokens,)
-all_ratios = (tempered.log_softmax(-1) - truncated.log_softmax(-1)).exp()
-to_truncated = all_ratios.gather(1, targets).squeeze(1)
-equal(to_truncated, kept_sum, msg="The ratio to the truncated probability is the kept sum.")
-ones = torch.ones(mask.shape, dtype=torch.float64)
-per_completion = ones.masked_scatter(mask, to_truncated).prod(1)
-print(f"ratio of a token: mean {to_truncated.mean():.3f}, smallest {to_truncated.min():.3f}")
-print(f"product over a completion: {per_completion.mean():.3f} on average")
-this_run(per_completion.mean() < 0.8, "The mean product over a completion is below 0.8.")
-
-# %% [markdown]
-# Per token the ratio is near 1, over a completion it is not. The product is the **correct** importance weight: the
-# completion's probability under the full policy, divided by that under the sampler. Its mean estimates how likely the
-# full policy, at τ = 0.8, is to write only kept tokens.
-#
-# But methods read a ratio below 1 as a policy that has moved since it wrote the sample, and this one has not. With log
-# π as the record the ratio is 1, and the method does not notice the truncation. Neither record brings back the
-# forbidden texts. So do not truncate when you sample for training: then both records agree.
-
-# %% [markdown]
-# ## 9. Many prompts at once
-#
-# **Random numbers.** If the rows of a batch share one generator, a sample depends on what else is in the batch, and
-# an experiment changes with its batch size. So each row gets its own generator, seeded by the seed, the prompt, and
-# the number of the sample. (`derive_seed` turns any values into a seed.)
+# One detail is new. If all rows of a batch share one random generator, a sample depends on what else is in the
+# batch. So each completion gets a generator of its own. `derive_seed` makes its seed from the seed of the run, the prompt,
+# and the number of the sample.
 
 
 # %%
@@ -476,56 +337,6 @@ def uniforms_of(seed, prompt, number, max_new):
     return torch.rand(max_new, generator=own, dtype=torch.float64)
 
 
-how = dict(top_p=0.9, max_new=40, eos_id=eos, seed=5)
-alone, together = sample(policy, prompts[2:3], **how), sample(policy, prompts, n=2, **how)
-print(tokenizer.decode(alone.completions[0]), "|", tokenizer.decode(together.completions[4]))
-always(alone.completions[0] == together.completions[4], "A sample does not depend on the batch.")
-
-# %% [markdown]
-# **Lengths.** The rows of a tensor are equally long, and prompts are not. Padding on the *right* changes nothing: the
-# causal mask hides what comes later. Padding on the *left* puts foreign tokens before the prompt, and every token sees
-# them (unless they are masked as well, as many libraries do):
-
-# %%
-lengths = torch.tensor([len(prompt) for prompt in prompts])
-longest = int(lengths.max())
-padding = [[0] * (longest - len(prompt)) for prompt in prompts]
-right = torch.tensor([prompt + pad for prompt, pad in zip(prompts, padding, strict=True)])
-left = torch.tensor([pad + prompt for prompt, pad in zip(prompts, padding, strict=True)])
-with torch.no_grad():
-    singles = [policy(torch.tensor([prompt]))[:, -1] for prompt in prompts]  # (1, V) each
-    one_by_one = torch.cat(singles)  # (B, V)
-    gap_right = (policy(right)[torch.arange(4), lengths - 1] - one_by_one).abs().amax(1)
-    gap_left = (policy(left)[:, -1] - one_by_one).abs().amax(1)
-for b, thing in enumerate(things):
-    gaps = f"{gap_right[b]:.4f} (right), {gap_left[b]:.4f} (left)"
-    print(f"{thing:7} {len(padding[b])} of padding   logits differ by {gaps}")
-always(gap_right.max() < 1e-3, "Padding on the right changes no logit.")
-always(gap_left.max() > 1e-2, "Padding on the left changes logits.")
-
-# %% [markdown]
-# When the rows grow, each writes its next token at its **own** position, over its padding. The KV cache stores the
-# length of each row. Below, the likeliest token is appended twelve times:
-
-# %%
-cache = KVCache(policy.config, len(prompts), longest + 12)
-columns = []
-with torch.no_grad():
-    last = policy(right, cache=cache, lengths=lengths)[torch.arange(4), lengths - 1]
-    for step in range(12):
-        if step < 3:
-            print(f"step {step}: lengths {cache.lengths.tolist()}")
-        columns.append(last.argmax(-1))
-        last = policy(columns[-1][:, None], cache=cache)[:, -1]
-print([tokenizer.decode(ids) for ids in torch.stack(columns, dim=1).tolist()])
-
-# %% [markdown]
-# ## 10. The whole sampler
-#
-# Everything together, one row at a time and without a cache: slow, and short enough to be checked by reading.
-
-
-# %%
 def my_sample(policy, prompts, *, max_new, tau, top_k, top_p, seed):
     """-> (completions, all_logps): for each prompt (a list of ids) a list of ids, and of floats.
 
@@ -551,7 +362,10 @@ def my_sample(policy, prompts, *, max_new, tau, top_k, top_p, seed):
 
 
 # %% [markdown]
-# ### Checkpoint: the same tokens as minialign's batched sampler
+# ### Checkpoint: the same tokens as minialign's sampler
+#
+# Yours is slow and short enough to be checked by reading. `minialign`'s writes all rows at once. It also keeps the keys and
+# values of earlier positions (the *KV cache*): with the causal mask they do not change when a token is appended.
 
 # %%
 how = dict(max_new=40, tau=1.3, top_k=8, top_p=0.95, seed=3)
@@ -564,6 +378,75 @@ always(completions == rollout.completions, "my_sample writes the same tokens as 
 flat = torch.tensor([logp for logps in all_logps for logp in logps])
 recorded = rollout.old_logps[rollout.mask]
 equal(flat, recorded, atol=1e-3, rtol=0, msg="my_sample records sample's log-probs.")
+
+# %% [markdown]
+# ## 7. What the recorded log-probs are for
+#
+# Sampling is slow, so methods use each sample for several updates. After the first update the policy π is no longer the
+# policy $\pi_{\text{old}}$ that wrote the sample. There is an exact correction. For any function f,
+#
+# $$\sum_y \pi(y|x)\, f(y) = \sum_y \pi_{\text{old}}(y|x)\, \frac{\pi(y|x)}{\pi_{\text{old}}(y|x)}\, f(y)$$
+#
+# if $\pi_{\text{old}}(y|x) > 0$ wherever $\pi(y|x) > 0$. On the left is the average of f over π. On the right is an average
+# over $\pi_{\text{old}}$, which samples of $\pi_{\text{old}}$ can estimate: each one is multiplied by $\pi/\pi_{\text{old}}$,
+# its *importance weight*. A completion is written token by token, so its weight is the product of the [probability
+# ratios](../GLOSSARY.md#ratio) of all its tokens,
+#
+# $$\rho_t = \frac{\pi(y_t \mid x, y_{<t})}{\pi_{\text{old}}(y_t \mid x, y_{<t})}
+# = e^{\,\texttt{logps}_t - \texttt{old\_logps}_t}.$$
+#
+# PPO (08) gives each token its own ratio instead of the product. This is an approximation, which is good while all ratios
+# are near 1.
+#
+# So the sampler must record `old_logps`, the log-probability of each token that it writes. There is a simple test for
+# such a record. **Before the first update both policies are the same, so every ratio must be 1.** The second line of the
+# output shows a program that forgot to divide by τ:
+
+
+# %%
+def logps_of(policy, batch, tau):
+    """The log-probs of the targets, (B, T)."""
+    logps = (policy(batch.inputs) / tau).log_softmax(-1)
+    return logps.gather(-1, batch.targets[..., None]).squeeze(-1)
+
+
+rollout = sample(policy, prompts, n=20, tau=0.8, top_p=0.8, max_new=40, eos_id=eos, seed=0)
+mask = rollout.mask  # (B, T), True for tokens of the completion
+with torch.no_grad():
+    logps = logps_of(policy, rollout, tau=0.8)  # watch: logps (B, T)
+    forgot_tau = logps_of(policy, rollout, tau=1.0)
+ratio = (logps - rollout.old_logps).exp()[mask]  # watch: ratio (completion tokens,)
+forgotten = (forgot_tau - rollout.old_logps).exp()[mask]
+print(f"right:         ratios between {ratio.min():.4f} and {ratio.max():.4f}")
+print(f"tau forgotten: ratios between {forgotten.min():.4f} and {forgotten.max():.4f}")
+always((ratio - 1).abs().max() < 1e-3, "The ratio of an unchanged policy is 1.")
+always((forgotten - 1).abs().max() > 0.01, "Another temperature gives other ratios.")
+
+# %% [markdown]
+# ## Break it: record the truncated probabilities
+#
+# The tokens above were drawn with top-p 0.8. What happens if the sampler records the probabilities *after* truncation?
+# Truncation divides each kept probability by the sum S of all kept ones. So the ratio of an unchanged policy becomes
+# π / (π / S) = S, which is at most 1. The output shows S for the tokens, and its product over a completion.
+
+# %%
+with torch.no_grad():
+    tempered = policy(rollout.inputs).double() / 0.8  # (B, T, V)
+truncated = keep_top_p(tempered.flatten(0, 1), 0.8).view_as(tempered)
+kept_sum = (tempered.softmax(-1) * truncated.isfinite()).sum(-1)  # watch: kept_sum (B, T)
+recorded = truncated.log_softmax(-1).gather(-1, rollout.targets[..., None]).squeeze(-1)
+with_truncated = (logps.double() - recorded).exp()[mask]  # the ratio, (completion tokens,)
+equal(with_truncated, kept_sum[mask], atol=1e-3, rtol=0, msg="The ratio is the kept sum S.")
+per_completion = kept_sum.masked_fill(~mask, 1.0).prod(1)  # (B,)
+print(f"ratio of a token: mean {with_truncated.mean():.3f}, smallest {with_truncated.min():.3f}")
+print(f"product over a completion: {per_completion.mean():.3f} on average")
+this_run(per_completion.mean() < 0.9, "The mean product over a completion is below 0.9.")
+
+# %% [markdown]
+# A method such as PPO takes a ratio below 1 as a sign that the policy has changed since sampling. Here it has not
+# changed. If the sampler records log π instead, the ratio is 1, and the truncation goes unnoticed. In both cases the
+# forbidden texts are never sampled, so no weight can correct for them: the condition of section 7 does not hold. So do not
+# truncate when you sample for training. Then the two records are the same.
 
 # %% [markdown]
 # ## What is wrong here? (1)
@@ -608,8 +491,10 @@ print(f"second equals first: {(draws[:, 0] == draws[:, 1]).float().mean():.3f}")
 # - Temperature raises probabilities to the power 1/τ; top-k and top-p forbid unlikely tokens; a uniform number picks
 #   one of the others.
 # - Truncation removes mistakes and everything rare. Use it to show text, not to sample for training.
-# - A sampler records log-probs after the temperature and before truncation. Then the ratio of an unchanged policy is
-#   exactly 1. The record does not show whether the sampler truncated.
+# - A sampler records log-probs after the temperature and before truncation. Then the ratio of an unchanged policy is 1.
+#   The record does not show whether the sampler truncated.
+# - The product of a completion's ratios is its importance weight, which turns an average over old samples into one over
+#   the present policy.
 # - A sample should depend on its seed and prompt only, not on the batch.
 #
 # Next: [03](03_logps.ipynb), the log-probability of a completion.
@@ -617,7 +502,7 @@ print(f"second equals first: {(draws[:, 0] == draws[:, 1]).float().mean():.3f}")
 # ## Exercises
 #
 # 1. **Try this** (easy, 5 minutes). Add `top-p 0.99` and `top-p 0.5` to `settings` in section 5. Write down first
-#    what you expect for the three columns.
+#    what you expect for the two columns.
 # 2. **Gumbel-max** (medium, 10 minutes). Add $-\ln(-\ln u_v)$ to each logit, with one uniform number $u_v$ per token,
 #    and take the largest. Show by counting that this draws from the softmax (Gumbel 1954; Maddison et al. 2014).
 # 3. **Cooling each token is not cooling the whole text** (hard, 15 minutes). *Cooling* means a τ below 1. A language has
@@ -647,23 +532,24 @@ print(f"second equals first: {(draws[:, 0] == draws[:, 1]).float().mean():.3f}")
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# 0.99 keeps nearly everything: it removes many of the mistakes and almost no polite openings. 0.5 makes nearly every
-# answer valid and leaves a few rude combinations.
+# 0.99 keeps nearly everything: it removes some of the mistakes and almost no polite openings. 0.5 makes nearly every
+# answer valid, and few answers begin politely.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 for mass in (0.99, 0.5):
-    valid, polite, combinations, _ = measure(top_p=mass)
-    print(f"top-p {mass}  valid {valid:.0%}  polite {polite:.0%}  combinations {combinations}")
-this_run(combinations < table["tau 1"][2], "top-p 0.5 leaves fewer combinations than tau 1.")
+    row = measure(top_p=mass)
+    print(f"top-p {mass}  valid {row['valid']:.0%}  polite {row['polite']:.0%}")
+this_run(row["polite"] < plain["polite"], "top-p 0.5 leaves fewer polite openings than tau 1.")
 
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# $e_v = -\ln u_v$ is an exponential random number. The largest $z_v - \ln e_v$ belongs to the smallest $e_v\,e^{-z_v}$,
-# which has rate $e^{z_v}$, and the smallest of several exponentials is number v with a probability proportional to its
-# rate: the softmax. With 100,000 draws a frequency is off by about 0.0016 (one standard deviation).
+# $e_v = -\ln u_v$ is an exponential random number: $P(e_v > t) = e^{-t}$. The largest $z_v - \ln e_v$ belongs to the
+# smallest $t_v = e_v\,e^{-z_v}$. With $w_v = e^{z_v}$, $P(t_v > t) = e^{-w_v t}$. So $t_v$ is the smallest with probability
+# $\int_0^\infty w_v e^{-w_v t} \prod_{j \ne v} e^{-w_j t}\,dt = w_v / \sum_j w_j$. This is the softmax. With 100,000 draws
+# a frequency is off by about 0.0016 (one standard deviation).
 #
 # </details>
 

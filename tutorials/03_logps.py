@@ -37,12 +37,12 @@ from tutorials.figures import logps as figures
 # ## The question
 #
 # In 02 the model wrote text. Now it writes nothing. We have a [prompt](../GLOSSARY.md#prompt) $x$ **and** a completion
-# $y$, and ask: *how likely was the model to write exactly this?*
+# $y$, and ask: *how likely is the model to write exactly this?*
 #
 # The answer is one number, the [log-prob](../GLOSSARY.md#log-prob) $\log \pi(y|x)$. Here $\pi$ is the
 # [policy](../GLOSSARY.md#policy): the language model that is being trained. Most methods in this course change the
 # policy by raising this number for some completions and lowering it for others. A program that computes the number
-# wrongly still runs and still trains. It just trains towards something else.
+# wrongly still runs and still trains, but towards something else.
 #
 # The picture shows the whole computation for the prompt `ab` and the completion `cd⏎`. The sign `⏎` is EOS, the token
 # with which the model says that it is done.
@@ -71,7 +71,7 @@ figures.row_cut(list("ab"), list("cd⏎"))
 # ## 1. One token, by hand
 #
 # Three tokens have the [logits](../GLOSSARY.md#logits) 1, 2 and 3. The token that was written is number 2, the last
-# one.
+# one. Compare the last two lines of the output:
 
 # %%
 logits = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
@@ -87,14 +87,15 @@ print("onehot − p    ", [round(number, 4) for number in (onehot - p).tolist()]
 equal(logits.grad, onehot - p, msg="The gradient of a log-prob is onehot − p.")
 
 # %% [markdown]
-# The gradient of the log-prob in the logits is $\mathrm{onehot} - p$. A step along it raises the logit of the token
-# that was written and lowers all others, the likeliest of them most. The entries sum to zero. Nearly every loss on a
-# policy in this course reaches the model through this expression.
+# The gradient of the log-prob in the logits is $\mathrm{onehot} - p$. The reason is in the formula above. The first term,
+# the logit of the target, has the derivative 1 for the target and 0 for the others: *onehot*. The second term, $\log \sum_u
+# e^{\mathrm{logit}_u}$, has the derivative $p$.
 #
-# ## 2. `gather`, on two rows
+# So a step along this gradient raises the logit of the token that was written and lowers all others, the likeliest of them
+# most. Nearly every loss on a policy in this course reaches the model through this expression.
 #
-# `gather` takes one entry from each row of a table. The index needs as many dimensions as the table, so we write `[:,
-# None]` to make the list of targets a column.
+# **Many tokens at once: `gather`.** It takes one entry from each row of a table. The index needs as many dimensions as the
+# table, so `[:, None]` makes the list of targets a column.
 
 # %%
 table = torch.tensor([[0.25, 0.75], [0.875, 0.125]])  # two positions, two tokens
@@ -103,7 +104,7 @@ picked = table.gather(1, written[:, None]).squeeze(1)  # watch: picked (2,)
 print("gather ", picked.tolist(), "   by hand", [table[0, 1].item(), table[1, 0].item()])
 
 # %% [markdown]
-# ## 3. Build it yourself: cut the row
+# ## 2. Build it yourself: cut the row
 #
 # Write the function that cuts one row into inputs, targets and mask. A prompt of $n$ tokens gives $n - 1$ positions
 # whose target is still in the prompt. From the next position on, the targets are completion tokens.
@@ -161,7 +162,7 @@ for b in range(2):
 # is a choice of the policy too. The others are padding. Their ids are equal, so only the *lengths* of the rows can tell
 # them apart.
 #
-# ## 4. Build it yourself: the log-probs of the targets
+# ## 3. Build it yourself: the log-probs of the targets
 #
 # One more detail. At a masked position the log-prob may be $-\infty$: some programs forbid certain tokens, and a prompt
 # may contain one of them. Multiplying by the mask gives $-\infty \cdot 0$, which is NaN, and with one NaN the whole sum
@@ -192,7 +193,8 @@ def seq_logps(policy, batch):
 #
 # We need a policy whose probabilities differ, so we give a small GPT larger random weights than usual. It uses float64,
 # so "equal" can mean twelve digits. Its vocabulary is `a`, `b` and EOS. The last completion below has no EOS: it was
-# cut off before it could stop. Stop in `my_token_logps` at the first call: `all_logps` is 3 × 4 × 3.
+# cut off before it could stop. Stop in `my_token_logps` at the first call: `all_logps` is 3 × 4 × 3. The last two lines of
+# the output compare a multiplication by the mask with your `torch.where`.
 
 # %%
 tiny = CharTokenizer("ab")
@@ -217,7 +219,7 @@ for name, (mine, theirs) in pairs.items():
     gradients = [torch.autograd.grad(value.sum(), policy.head_weight)[0] for value in values]
     equal(*values, atol=1e-12, rtol=0, msg=f"{name} equals minialign's.")
     equal(*gradients, atol=1e-12, rtol=0,
-                               msg=f"{name} equals minialign's, also in its gradient.")
+          msg=f"{name} equals minialign's, also in its gradient.")
 
 
 def without_a(inputs):
@@ -235,7 +237,7 @@ always(my_token_logps(without_a, asked).isfinite().all(),
        "my_token_logps is finite, although there is a −∞ at a position that is not scored.")
 
 # %% [markdown]
-# ## 5. The test: all completions together
+# ## 4. The test: all completions together
 #
 # Agreement with another program is good evidence, unless both have the same bug. An identity is better. For a given
 # prompt, $\pi$ is a [distribution](../GLOSSARY.md#distribution) over completions, so
@@ -243,7 +245,7 @@ always(my_token_logps(without_a, asked).isfinite().all(),
 # $$\sum_y e^{\log \pi(y|x)} = 1 .$$
 #
 # With two letters, EOS, and at most three tokens, we can list every $y$: those that stopped, and those that were cut
-# off after three tokens.
+# off after three tokens. The cell prints the probability of each, and the totals for four prompts:
 
 # %%
 MAX_NEW = 3
@@ -274,10 +276,12 @@ always(all(abs(number - 1) < 1e-9 for number in totals(seq_logps)),
        "The probabilities of all completions sum to 1.")
 
 # %% [markdown]
-# ## 6. Break it: two errors that raise no exception
+# ## 5. Break it: two errors that raise no exception
 #
 # - **Prompt scored**: the prompt's own tokens are added to the sum, although the policy did not write them.
 # - **Never shifted**: each prediction is compared with the token that was just *read*, not with the next one.
+#
+# In the table, a right program has 1 in every column. Which prompts give each error away?
 
 
 # %%
@@ -315,8 +319,11 @@ this_run(all(abs(number - 1) > 0.01 for number in totals(never_shifted)),
 
 # %% [markdown]
 # *Prompt scored* multiplies every probability by that of the prompt's own tokens. For `bba` this is $\pi(ba|b)$,
-# printed below the table. It goes unnoticed with `a` and `b`, because a prompt of one token has no prediction inside
-# it. So test with short prompts and with long ones.
+# printed below the table. You do not see the error with the prompts `a` and `b`: a prompt of one token contains no
+# prediction. So test with short prompts and with long ones.
+#
+# *Never shifted* multiplies probabilities of tokens that were read, not written. These products are not the probabilities
+# of a distribution, so the total can be anything.
 #
 # Now you search. Each of the next two programs has one mistake. Read it, look at its totals, and say what it is.
 #
@@ -354,11 +361,11 @@ print_totals("mystery 2", mystery_2)
 # %% [markdown]
 # Two prompts pass. Two give 3.0000, and it is exactly 3. Why 3, and why do the others pass?
 #
-# ## 7. A second test: ask the sampler
+# ## 6. A second test: ask the sampler
 #
-# The sum alone misses an error for some prompts. A second test needs no list of completions. The sampler of 02 notes
-# the log-prob of each token when it draws the token, in `old_logps`. Another path to the same number must agree with
-# it.
+# The sum alone misses an error for some prompts. A second test needs no list of completions. The sampler of 02 records
+# the log-prob of each token when it draws the token, in `old_logps`. Your program must give the same number. Here the
+# prompt is `bba`, for which mystery 2 passed the first test:
 
 # %%
 rollout = sample(policy, [tiny.encode("bba")] * 200, max_new=MAX_NEW, eos_id=EOS, seed=0)
@@ -369,16 +376,22 @@ for name, program in programs.items():
     with torch.no_grad():
         gap = (program(policy, rollout) - sampled_logps).abs().max().item()
     print(f"{name:14} differs from the sampler's log π(y|x) by up to {gap:.4f}")
-    always((gap < 1e-9) == (name == "right"), "Only the right program agrees with the sampler.")
+    if name == "right":
+        always(gap < 1e-9, "The right program agrees with the sampler.")
+    else:
+        this_run(gap > 1e-3, "With this prompt, each wrong program disagrees with the sampler.")
 
 # %% [markdown]
-# ## 8. Where does a completion lose its probability?
+# ## 7. Read the log-probs of answers: sum and mean
 #
 # In the language of requests (02), a rude speaker answers `ask for tea: ` with one of six openings, the thing, and one
 # of six endings. The opening is rude with probability 0.75, one of three, and the ending likewise. So `give me tea
-# now!` has probability $0.75/3 \cdot 0.75/3 = 1/16$. We train a small GPT on 2000 such requests. The loss is your
-# log-prob per token, with a minus sign. Here it scores the whole text, prompt and answer: the model must first learn
-# the language. From 04 on, only answers are scored.
+# now!` has probability $0.75/3 \cdot 0.75/3 = 1/16$.
+#
+# We train a small GPT on 2000 such requests. The loss is your log-prob per token, with a minus sign. Here it scores the
+# whole text, prompt and answer: the model must first learn the language. From 04 on, only answers are scored. The
+# learning rate rises for 30 steps and then falls to 0, and long gradients are shortened to length 1. With a constant rate,
+# as in 02, the model came less close to the language in 300 steps.
 
 # %%
 tokenizer = task.builtin_tokenizer()
@@ -402,6 +415,10 @@ for k in range(STEPS):
         print(f"after {k + 1:3} steps: {loss.item():.3f} nats per token")
 this_run(loss.item() < 0.3, "The base model has learned the language.")
 
+# %% [markdown]
+# Now ask it for five answers. The table has the sum of the log-probs, the log of the true probability, and the mean per
+# token. In the figure a dark letter has a low log-prob.
+
 # %%
 PROMPT = "ask for tea: "
 ANSWERS = ["give me tea now!", "hand over tea, quick!", "may i have tea, please.",
@@ -410,77 +427,37 @@ answers = collate([data.encode_prompt(tokenizer, PROMPT)] * len(ANSWERS),
                   [data.encode_completion(tokenizer, answer) for answer in ANSWERS], pad_id=EOS)
 with torch.no_grad():
     answer_logps = my_token_logps(base, answers)  # watch: answer_logps (B, T)
+sums, lengths = answer_logps.sum(1), answers.mask.sum(1)
 truth = task.builtin_law(PROMPT, task.RUDE)  # {completion: its probability}, for a rude speaker
 
-print("log π(y|x)   log of the true probability")
-for answer, number in zip(ANSWERS, answer_logps.sum(1).tolist(), strict=True):
+print("    sum    true   tokens    mean")
+for b, answer in enumerate(ANSWERS):
     true = math.log(truth[answer]) if answer in truth else -math.inf
-    print(f"{number:9.2f}   {true:9.2f}   {answer}")
-    this_run(true == -math.inf or abs(number - true) < 1.5,
+    mean = sums[b] / lengths[b]
+    print(f"{sums[b]:7.2f} {true:7.2f} {lengths[b]:6}  {mean:9.3f}   {answer}")
+    this_run(true == -math.inf or abs(sums[b] - true) < 1.5,
              "The log-prob comes close to that of the language.")
+this_run(answer_logps[4].min() < sums[:4].min(), "The i of ink is unlikelier than a whole answer.")
 
 texts = [shown(tokenizer, row) for row in answers.targets.tolist()]
 figures.choices(texts, answer_logps, answers.mask,
                 "Probability is lost where the speaker has a choice")
-
-# %% [markdown]
-# Each box is a completion. A dark letter has a low log-prob. In the first four rows the dark letters are the choices:
-# which opening, which ending. The letters between them are nearly certain. Once `give m` is written, `e` must follow.
-#
-# The last row asks for ink although the prompt says tea. The base model has learned to copy the thing from the prompt,
-# so the `i` of `ink` alone costs more than a whole sentence above. The letters after `ink` look normal here. Is that
-# always so? After `give me ink` a speaker can only go on with a space or a comma. Below, the policy is asked for the
-# probability of these two, for all 24 things in the prompt times 24 things in the answer.
-
-# %%
-go_on = torch.tensor(tokenizer.encode(" ,"))
-asked = [data.encode_prompt(tokenizer, prompt) for prompt in task.builtin_prompts()]
-chance = torch.zeros(24, 24)  # row: the thing in the prompt; column: the thing in the answer
-for column, thing in enumerate(task.THINGS):
-    begun = tokenizer.encode(f"give me {thing}")
-    for row in range(24):
-        with torch.no_grad():
-            logits = base(torch.tensor([asked[row] + begun]))[0, -1]  # watch: logits (V,)
-        chance[row, column] = logits.softmax(-1)[go_on].sum()
-
-same = torch.eye(24, dtype=torch.bool)
-worst = divmod(chance.argmin().item(), 24)
-print(f"the right one: mean {chance[same].mean():.3f}, lowest {chance[same].min():.3f}")
-print(f"another thing: mean {chance[~same].mean():.3f}, lowest {chance[~same].min():.3f},",
-      f"for 'ask for {task.THINGS[worst[0]]}: give me {task.THINGS[worst[1]]}'")
-this_run(chance[same].min() > 0.9 and chance[~same].min() < 0.6,
-         "Only after a wrong thing may the policy lose its way.")
-
-# %% [markdown]
-# With the right thing the policy is always sure. With a wrong thing it is mostly sure, but at some pairs it fails,
-# because in training it never saw a request for something that the prompt does not name. Remember this when a method
-# trains on text that something else than the present policy wrote, called [off-policy](../GLOSSARY.md#on-policy) text.
-# Some of it may be text that the policy would hardly ever write, and there the log-probs can be odd.
-#
-# ## 9. Sum or mean?
-#
-# Some programs divide the sum by the number of tokens. The mean is a different quantity: its exponentials do not sum to
-# 1, and compared with the sum it favours long answers. By hand: one token of log-prob −1 is likelier than four tokens
-# of −0.9 each, but its mean is lower.
-
-# %%
-short, long = torch.tensor([-1.0]), torch.tensor([-0.9] * 4)
-print(f"sum    short {short.sum():.2f}   long {long.sum():.2f}   the short one is likelier")
-print(f"mean   short {short.mean():.2f}   long {long.mean():.2f}   the mean prefers the long one")
 means = totals(lambda policy, batch: seq_logps(policy, batch) / batch.mask.sum(1))
-print("exp(mean), summed over all completions:", [round(number, 2) for number in means])
+print("sum of exp(mean), completions of section 4:", *(f"{number:.2f}" for number in means))
 
 # %% [markdown]
-# Some methods (SimPO and ORPO, [09b](09b_siblings.ipynb)) use the mean on purpose, so that long answers are not at
-# a disadvantage. In this course, $\log\pi(y|x)$ and `seq_logps` always mean the sum.
+# In the first four rows the dark letters are the choices: which opening, which ending. The letters between them are
+# nearly certain. Once `give m` is written, `e` must follow. The last row asks for ink although the prompt says tea. The
+# base model has learned to copy the thing from the prompt, so the `i` of `ink` alone has a lower log-prob than any whole
+# answer above.
 #
-# A remark on memory: `all_logps` holds $B \cdot T \cdot V$ numbers, and we keep one in $V$. For a real model this is
-# the largest tensor of a training step. `minialign/logps.py` therefore computes large logits slice by slice, and again
-# in the backward pass. [10](10_kernels.ipynb) builds that.
-
-# %%
-gigabytes = 8 * 1024 * 151936 * 4 / 1e9
-print(f"8 rows of 1024 tokens, vocabulary of Qwen2.5 (151,936), float32: {gigabytes:.1f} GB")
+# **The mean is another quantity.** The first two answers have the same true probability, 1/16. But `hand over tea, quick!`
+# has more tokens, so the same logarithm divided by its length is nearer to 0. A long answer with the same probability has
+# the higher mean. And the exponentials of the means do not sum to 1, so they are not probabilities (last line of the
+# output).
+#
+# Some methods (SimPO and ORPO, [09c](09c_no_reference.ipynb)) use the mean on purpose, so that the length of an answer counts
+# less. In this course, $\log\pi(y|x)$ and `seq_logps` always mean the sum.
 
 # %% [markdown]
 # ## What you now know
@@ -490,12 +467,14 @@ print(f"8 rows of 1024 tokens, vocabulary of Qwen2.5 (151,936), float32: {gigaby
 # - The mask comes from lengths. EOS belongs to the completion; the prompt and the padding do not.
 # - Two tests find wrong programs: all completions sum to 1, and the sampler's own log-probs agree.
 # - The sum is the log of a probability, the mean is not.
+# - `all_logps` holds $B \cdot T \cdot V$ numbers, and only one in $V$ is kept. In a real model it is often the largest tensor
+#   of a training step. [10](10_kernels.ipynb) avoids it.
 #
 # Next: [04 · Supervised fine-tuning](04_sft.ipynb), the first method made of this number.
 #
 # ## Exercises
 #
-# **Exercise 1** (easy, 5 minutes; try this). Set `MAX_NEW = 5` in section 5 and run from there to section 7. Before you
+# **Exercise 1** (easy, 5 minutes; try this). Set `MAX_NEW = 5` in section 4 and run from there to section 6. Before you
 # look: how many completions are there, and which of the printed totals change?
 #
 # **Exercise 2** (medium, 10 minutes). Temperature $\tau$ divides the logits. Write `tempered_seq_logps(policy, batch,
@@ -509,9 +488,9 @@ print(f"8 rows of 1024 tokens, vocabulary of Qwen2.5 (151,936), float32: {gigaby
 #
 # <details><summary>Puzzle 1</summary>
 #
-# EOS is not scored. The padding has the id of EOS, so a mask made from ids removes the EOS that ends the answer as
-# well. The policy pays nothing for stopping, so the totals are too large. A policy that is trained with this mask never
-# learns to stop. Make masks from lengths, as `my_cut` does.
+# EOS is not scored. The padding has the id of EOS, so a mask made from ids also removes the EOS that ends the answer. The
+# probability of stopping is left out of the product, so the totals are too large. A policy that is trained with this mask
+# never learns to stop. Make masks from lengths, as `my_cut` does.
 #
 # </details>
 #
@@ -519,9 +498,9 @@ print(f"8 rows of 1024 tokens, vocabulary of Qwen2.5 (151,936), float32: {gigaby
 #
 # It shifts twice: `collate` has shifted already. Each completion token is now predicted from one token too few. With a
 # prompt of two or more tokens this still *is* a distribution over completions, of a policy that never reads the newest
-# token. So the sum is 1. With a prompt of one token, nothing stands before the first completion token to predict it
-# from, and the token falls out of the sum. It is free: each of the three possible first tokens (`a`, `b`, `⏎`) counts
-# as probability 1, so the total is 3. The sampler's test finds the error with every prompt.
+# token. So the sum is 1. With a prompt of one token, nothing stands before the first completion token, so the token falls
+# out of the sum. Each of the three possible first tokens (`a`, `b`, `⏎`) then counts as probability 1, so the total is 3.
+# The sampler's test finds the error with every prompt.
 #
 # </details>
 

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 05b · IRFT, SPIN and iterative IRL: learning from one's own answers
 #
-# **You will build** the loss of IRFT and SPIN, in which the policy is its own reward, and the rounds of iterative
-# IRL. You will compute where each of them ends, and see which of them never settles.
+# **You will build** the loss of IRFT, in which the policy is its own reward model, the training loop of IRFT and
+# SPIN, and the rounds of iterative IRL. You will derive where each of them ends. One of them never settles.
 #
-# **Time:** 28 minutes of reading, 25 seconds of computer.
+# **Time:** 25 minutes of reading, 30 seconds of computer.
 #
 # **You need:** [05 · Inverse RL](05_inverse_rl.ipynb), above all its section [From a reward to the best
 # policy](05_inverse_rl.ipynb#From-a-reward-to-the-best-policy).
@@ -19,8 +19,6 @@ from pathlib import Path
 # minialign runs from its checkout: put the folder that holds it on the path (`pip install -e .` makes this unnecessary).
 here = Path(globals().get("__file__", "cell")).resolve()
 sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign").is_dir()][:1]
-
-import math
 
 import torch
 from torch.nn.functional import softplus
@@ -48,60 +46,177 @@ def same(values, expected, msg, atol=1e-9):
 # %% [markdown]
 # ## The question
 #
-# RFT needs two models that take turns. Since every policy has a reward, $\beta \log(\pi/\mathrm{ref})$, could the
-# policy be its own reward model? Then one model would do: raise the policy's reward of a
-# [demonstration](../GLOSSARY.md#demonstration) above its reward of another answer.
+# In 05, inverse RL needed two models: a [reward](../GLOSSARY.md#reward) model, and a
+# [policy](../GLOSSARY.md#policy) that follows it. **Can one align a policy to
+# [demonstrations](../GLOSSARY.md#demonstration) without a reward model?**
+#
+# Every policy π already has a reward: 05 showed that π is the best policy for $\beta \log(\pi/\mathrm{ref})$. So
+# let the policy be its own reward model. Training raises its reward of a demonstration above its reward of another
+# answer:
 
 # %%
 figures.pair()
 
 # %% [markdown]
-# The picture leaves three choices open:
+# The green answer comes from the [expert](../GLOSSARY.md#expert), the red one from the model itself. The main
+# question will be *when* the red answers are sampled.
 #
-# 1. **Who writes the other answers?** *Fresh*: the present policy. *Stale*: the policy from the beginning of a round.
-#    (A *round* samples once and then trains on those answers.)
-# 2. **Which [reference](../GLOSSARY.md#reference)?** *Fixed*: the policy before training. *Moving*: a recent policy.
-# 3. **Which h?** *Identity*, $h(z) = -z$, or *logistic*, $h(z) = \log(1 + e^{-z})$.
+# **IRFT** is implicit reward-learning fine-tuning (Li et al. 2024, "Getting More Juice Out of the SFT Data").
+# **SPIN** is self-play fine-tuning (Chen et al. 2024). **Iterative IRL**, iterative inverse reinforcement learning,
+# is from "From Demonstrations to Rewards" (Zeng et al. 2025).
 #
-# The names: **RFT**, reward-learning fine-tuning, and **IRFT**, implicit reward-learning fine-tuning, are from Li et
-# al. 2024, "Getting More Juice Out of the SFT Data". **SPIN** is self-play fine-tuning (Chen et al. 2024).
-# **Iterative IRL** (inverse reinforcement learning) is from "From Demonstrations to Rewards" (Zeng et al. 2025,
-# arXiv:2503.13538).
+# ## 1. The loss
 #
-# ## 1. Where everything ends
+# Let y be the demonstration and ỹ the other answer. The *margin* Δ is the difference of their log-ratios, and the
+# scaled margin βΔ is the difference of their rewards. The loss is small if the demonstration has the higher reward:
 #
-# We use the three answers of 05 and exact averages. E must give every answer some probability (*full support*,
-# E > 0); section 7 drops this. Then all methods that settle end on one line of policies,
+# $$\text{loss} = \log\left(1 + e^{-\beta\Delta}\right), \qquad
+#   \Delta = \log\frac{\pi(y)}{\mathrm{ref}(y)} - \log\frac{\pi(\tilde y)}{\mathrm{ref}(\tilde y)} .$$
 #
-# $$\pi_s \;\propto\; \mathrm{ref}\,\left(\frac{E}{\mathrm{ref}}\right)^{s},$$
+# The policy's reward is known only up to a constant for each prompt. It cancels in the difference. That is why these
+# methods work with pairs.
+
+
+# %%
+def my_irft_losses(demo_logps, other_logps, ref_demo_logps, ref_other_logps, beta):
+    """The loss of each pair. All inputs (B,), log-probs of whole answers. Returns (B,).
+
+    The margin is the log-ratio of the demonstration minus that of the other answer. The loss is
+    log(1 + e^(−beta·margin)). Use softplus(z), which is log(1 + e^z).
+    """
+    margins = (demo_logps - ref_demo_logps) - (other_logps - ref_other_logps)  # watch: margins (B,)
+    return softplus(-beta * margins)
+
+
+# %% [markdown]
+# ### Checkpoint
 #
-# so one number $s$ says where a method ends (its [closed form](../GLOSSARY.md#closed-form)): the reference is
-# $s = 0$, the [expert](../GLOSSARY.md#expert) is $s = 1$, and $s > 1$ is beyond the expert. (In 09b, s is SimPO's
-# scale.) By hand for $s = 2$: the weights are .5·.2², .3·.667², .2·3.5² = .02, .133, 2.45; divided by their sum, .008,
-# .051, .941.
+# Random numbers stand for log-probs. Value and gradient must equal the project's.
+
+# %%
+BETA = 0.6
+a, b, c, d = torch.randn(4, 16).unbind()
+a.requires_grad_(), b.requires_grad_()
+mine, (theirs, _) = my_irft_losses(a, b, c, d, BETA).mean(), irft_loss(a, b, c, d, beta=BETA)
+same(mine, theirs, "The mean of my_irft_losses is minialign's irft_loss.")
+slopes, their_slopes = torch.autograd.grad(mine, (a, b)), torch.autograd.grad(theirs, (a, b))
+same(torch.stack(slopes), torch.stack(their_slopes), "So is the gradient of my_irft_losses.")
+print("my_irft_losses equals irft_loss, value and gradient")
+
+# %% [markdown]
+# ## 2. IRFT on three answers
 #
-# The sections below explain the rows; you need not understand them yet. "As printed" means as in the paper's
-# algorithm, where each round forgets the reward of the round before.
+# We take the three answers of 05, so the policy has three logits. There are nine pairs (y, ỹ), and each occurs with
+# probability E(y)·sampler(ỹ). The *sampler* is the distribution of the other answers. Every average is exact.
 #
-# |method|other answers|reference|h|where it ends|
-# |---|---|---|---|---|
-# |SFT|none|none|none|s = 1, the expert|
-# |RFT without a bound|fresh|fixed|identity|s = 1: it is SFT|
-# |IRFT, identity|fresh|any|identity|s = 1: it is SFT|
-# |IRFT, moving reference|fresh|moving|logistic|s = 1: it is SFT|
-# |IRFT, fixed reference|fresh|fixed|logistic|s = 1/(1+β), short of the expert|
-# |SPIN, one round|stale|fixed|logistic|s = 1/β, beyond the expert if β < 1|
-# |SPIN, many rounds|stale|moving|logistic|s = 1 if β > ½, else it never settles|
-# |iterative IRL, as printed|stale|fixed|logistic|s = 1/(1+β) if β > 1, else it never settles|
-# |iterative IRL, rewards added|stale|fixed|logistic|s = 1 if β > ½, else it never settles|
+# In IRFT the other answers are *fresh*: the sampler is the present policy. The [reference](../GLOSSARY.md#reference)
+# is fixed. `my_irft` is gradient descent on the average loss. The switch `fresh=False` is for section 4.
 
 # %%
 ANSWERS = ["i want tea or else!", "give me tea, please.", "may i have tea, please."]
 ref = torch.tensor([0.5, 0.3, 0.2])
 E = torch.tensor([0.1, 0.2, 0.7])
-BETA = 0.6
+DEMO, OTHER = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(1)  # the nine pairs
 
 
+def average(losses, expert, sampler):
+    """losses (9,), weighted by how often each pair occurs."""
+    return (expert[DEMO] * sampler[OTHER]) @ losses
+
+
+def my_irft(expert, ref, beta, fresh=True, steps=1500, size=4.0):
+    """Gradient descent on the logits, from log ref. Returns the policies (steps + 1, 3), first ref.
+
+    fresh: the sampler is the present policy, otherwise ref. It is a constant: no gradient flows
+    through it. Each step subtracts size/(beta·(1 + beta)) times the gradient of the average of
+    my_irft_losses over the nine pairs.
+    """
+    logits, path = ref.log(), [ref]
+    for _ in range(steps):
+        sampler = path[-1] if fresh else ref
+        logits = logits.detach().requires_grad_()
+        logps, ref_logps = logits.log_softmax(0), ref.log()  # watch: logps (3,)
+        losses = my_irft_losses(logps[DEMO], logps[OTHER], ref_logps[DEMO], ref_logps[OTHER], beta)
+        gradient = torch.autograd.grad(average(losses, expert, sampler), logits)[0]
+        logits = logits.detach() - size / (beta * (1 + beta)) * gradient
+        path.append(logits.softmax(0))
+    return torch.stack(path)
+
+
+# %% [markdown]
+# The factor 1/(β(1+β)) makes the speed similar for every β.
+#
+# ### Checkpoint
+#
+# At the start all margins are 0. There the loss has the slope −β/2, and one step adds size/(2(1+β))·(E − sampler) to
+# the logits. Stop in `my_irft` at the first call: logps is log ref, (−.69, −1.20, −1.61). Then look at the last two
+# lines: does IRFT end at the expert?
+
+# %%
+one = my_irft(E, ref, BETA, steps=1)[1]
+same(one, (ref.log() + 4.0 / (2 * (1 + BETA)) * (E - ref)).softmax(0),
+     "The first step of my_irft adds (E − ref)·size/(2(1 + β)).")
+irft = my_irft(E, ref, BETA)[-1]  # watch: irft (3,)
+expected = closed_form.geometric_mixture(E.numpy(), ref.numpy(), BETA)
+same(irft, expected, "my_irft with fresh answers ends where the project says.", atol=1e-6)
+stale = my_irft(E, ref, BETA, fresh=False)[-1]
+expected = closed_form.converged_round(E.numpy(), ref.numpy(), ref.numpy(), BETA)
+same(stale, expected, "So does my_irft with fresh=False.", atol=1e-4)
+print("reference     ", show(ref))
+print("IRFT ends at  ", show(irft))
+print("expert        ", show(E))
+
+# %% [markdown]
+# It does not. It ends between the reference and the expert. Why there?
+#
+# ## 3. Where IRFT ends
+#
+# We need one fact, a lemma about this loss. Give each answer a free score f. Demonstrations come from E, the other
+# answers from any distribution q, and both are above 0 everywhere. Which scores make the average loss smallest?
+#
+# $$\arg\min_f \;\mathbb{E}_{y \sim E,\, \tilde y \sim q}\, \log\left(1 + e^{-(f(y) - f(\tilde y))}\right)
+#   \;=\; \log\frac{E}{q} + \mathrm{const} .$$
+#
+# *Proof.* Take two answers a and b. The pair (a shown, b sampled) occurs with probability E(a)q(b), the pair (b
+# shown, a sampled) with E(b)q(a). The loss predicts with probability σ(f(a) − f(b)) that it is the first of the two.
+# A log loss is smallest if the predicted probability equals the true one, so the odds must be equal: $e^{f(a) - f(b)}
+# = E(a)q(b) / E(b)q(a)$. The scores f = log E/q satisfy this for all pairs at once. ∎
+#
+# The best scores compare the expert with the sampler; the reference does not occur. The cell finds them by gradient
+# descent, for three different q:
+
+# %%
+for name, q in (("ref", ref), ("uniform", torch.ones(3) / 3), ("E itself", E)):
+    f = torch.zeros(3)
+    for _ in range(1500):
+        f = f.detach().requires_grad_()
+        loss = average(softplus(-(f[DEMO] - f[OTHER])), E, q)
+        f = f.detach() - 4 * torch.autograd.grad(loss, f)[0]
+    ratio = (E / q).log()
+    print(f"other answers from {name:9}", show(f - f[0]), "  log E/q", show(ratio - ratio[0]))
+    always((f - f[0] - ratio + ratio[0]).abs().max() < 1e-6, "The best scores are log E/q.")
+
+# %% [markdown]
+# In IRFT the score is $\beta\log(\pi/\mathrm{ref})$, and q is the policy itself. Where training ends, the gradient is
+# 0 with the sampler kept constant. The loss is convex in the scores, so they are the best ones for q = π:
+#
+# $$\beta \log\frac{\pi}{\mathrm{ref}} = \log\frac{E}{\pi} + \mathrm{const} .$$
+#
+# Write $\log\frac{E}{\pi} = \log\frac{E}{\mathrm{ref}} - \log\frac{\pi}{\mathrm{ref}}$ and bring the last term to the
+# left:
+#
+# $$(1+\beta) \log\frac{\pi}{\mathrm{ref}} = \log\frac{E}{\mathrm{ref}} + \mathrm{const}
+#   \quad\Longrightarrow\quad
+#   \pi \;\propto\; \mathrm{ref}\,\left(\frac{E}{\mathrm{ref}}\right)^{s}, \quad s = \frac{1}{1+\beta} .$$
+#
+# So IRFT ends at the reference times a *power* s of E/ref. The reference itself is s = 0, the expert s = 1. The
+# methods below have other s. All these policies $\pi_s$ lie on one line, the grey curve in the figure.
+#
+# Each point of the triangle is a policy over the three answers. A corner is a policy that writes only that answer.
+# The nearer a point is to a corner, the likelier is that answer.
+
+
+# %%
 def on_the_line(s):
     return (ref.log() + s * (E / ref).log()).softmax(0)
 
@@ -112,201 +227,25 @@ def position(logps):
     return (part[..., 2] - part[..., 0]) / (whole[2] - whole[0])
 
 
-print("s = 2:", show(on_the_line(2)), "  its position:", f"{position(on_the_line(2).log()):.4f}")
+print(f"IRFT ends at s = {position(irft.log()):.4f},   1/(1 + β) = {1 / (1 + BETA):.4f}")
+same(position(irft.log()), 1 / (1 + BETA), "IRFT ends at s = 1/(1 + β).", atol=1e-6)
 figures.ends(ANSWERS, torch.stack([on_the_line(k / 50) for k in range(200)]).numpy(), {
     "reference, s = 0": (ref.numpy(), style.GREY, (0.12, 0.35)),
-    "IRFT, fixed reference": (on_the_line(1 / (1 + BETA)).numpy(), style.PURPLE, (0.80, 0.46)),
-    "expert: SFT, RFT": (E.numpy(), style.GREEN, (0.80, 0.62)),
+    "IRFT": (on_the_line(1 / (1 + BETA)).numpy(), style.PURPLE, (0.80, 0.46)),
+    "expert, s = 1": (E.numpy(), style.GREEN, (0.80, 0.62)),
     f"SPIN, one round (β = {BETA})": (on_the_line(1 / BETA).numpy(), style.ORANGE, (0.72, 0.78)),
 })
 
 # %% [markdown]
-# ## 2. The loss
+# ## 4. SPIN samples once in a round
 #
-# Let y be the demonstration and ỹ the other answer. The margin Δ is the difference of their log-ratios. The scaled
-# margin βΔ is the difference of their rewards. The unknown constant cancels in it; that is why all these methods work
-# with pairs.
-#
-# $$\text{loss} = h(\beta\Delta), \qquad
-#   \Delta = \log\frac{\pi(y)}{\mathrm{ref}(y)} - \log\frac{\pi(\tilde y)}{\mathrm{ref}(\tilde y)} .$$
-
-
-# %%
-def identity(z):
-    return -z
-
-
-def logistic(z):
-    return softplus(-z)  # log(1 + e^−z)
-
-
-def my_irft_losses(demo_logps, other_logps, ref_demo_logps, ref_other_logps, beta, h):
-    """The loss of each pair. All inputs (B,), log-probs of whole answers. h: a function of the
-    scaled margins beta·Δ (B,). Returns (B,).
-    """
-    margins = (demo_logps - ref_demo_logps) - (other_logps - ref_other_logps)  # watch: margins (B,)
-    return h(beta * margins)
-
-
-# %% [markdown]
-# ### Checkpoint
-
-# %%
-a, b, c, d = torch.randn(4, 16).unbind()
-a.requires_grad_(), b.requires_grad_()
-for h, name in ((identity, "identity"), (logistic, "logistic")):
-    mine = my_irft_losses(a, b, c, d, BETA, h).mean()
-    theirs, _ = irft_loss(a, b, c, d, beta=BETA, h=name)
-    same(mine, theirs, f"my_irft_losses equals minialign's irft_loss with h = {name}.")
-    slopes, their_slopes = torch.autograd.grad(mine, (a, b)), torch.autograd.grad(theirs, (a, b))
-    same(torch.stack(slopes), torch.stack(their_slopes), "So does the gradient of my_irft_losses.")
-print("my_irft_losses equals irft_loss, value and gradient, for both h")
-
-# %% [markdown]
-# Now the training, with the three choices as arguments. The average loss is a sum over nine pairs; (y, ỹ) has the
-# weight E(y)·sampler(ỹ).
-
-# %%
-DEMO, OTHER = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(1)  # the nine pairs
-
-
-def average(losses, expert, sampler):
-    """losses (9,), weighted by how often each pair occurs."""
-    return (expert[DEMO] * sampler[OTHER]) @ losses
-
-
-def my_irft(expert, ref, beta, *, fresh, moving=False, h=logistic, steps=1500, size=4.0):
-    """Gradient descent on the logits, from log ref. Returns the policies (steps + 1, 3).
-
-    fresh: the sampler is the present policy, otherwise ref. moving: the reference is the present
-    policy, otherwise ref. Both are constants: no gradient flows through them. Each step subtracts
-    size/(beta·(1 + beta)) times the gradient of the average of my_irft_losses over the nine pairs.
-    """
-    logits, path = ref.log(), [ref]
-    for _ in range(steps):
-        sampler = path[-1] if fresh else ref
-        reference = path[-1] if moving else ref
-        logits = logits.detach().requires_grad_()
-        logps, ref_logps = logits.log_softmax(0), reference.log()  # watch: logps (3,)
-        losses = my_irft_losses(
-            logps[DEMO], logps[OTHER], ref_logps[DEMO], ref_logps[OTHER], beta, h
-        )
-        gradient = torch.autograd.grad(average(losses, expert, sampler), logits)[0]
-        logits = logits.detach() - size / (beta * (1 + beta)) * gradient
-        path.append(logits.softmax(0))
-    return torch.stack(path)
-
-
-# %% [markdown]
-# The factor 1/(β(1+β)) makes the speed similar for every β. It does not change the end, unless the step is too large
-# (exercise 1).
-#
-# ### Checkpoint
-#
-# One step with h = identity must move the logits by size/(1+β)·(E − sampler). Stop in `my_irft` at the first call:
-# logps is log ref, (−.69, −1.20, −1.61).
-
-# %%
-step = 1.0 / (1 + BETA)
-one = my_irft(E, ref, BETA, fresh=True, h=identity, steps=1, size=1.0)[1]
-same(one, (ref.log() + step * (E - ref)).softmax(0),
-     "One step of my_irft adds (E − ref)·size/(1 + β).")
-stale = my_irft(E, ref, BETA, fresh=False, h=identity, steps=20, size=1.0)[-1]
-expected = closed_form.identity_round(E.numpy(), ref.numpy(), 20 * step)
-same(stale, expected, "With stale answers all steps of my_irft are equal.")
-mixture = my_irft(E, ref, BETA, fresh=True)[-1]  # watch: mixture (3,)
-expected = closed_form.geometric_mixture(E.numpy(), ref.numpy(), BETA)
-same(mixture, expected, "my_irft, fresh, fixed reference, ends at s = 1/(1 + β).", atol=1e-6)
-moving = my_irft(E, ref, BETA, fresh=True, moving=True)[-1]
-same(moving, E, "my_irft, fresh, moving reference, ends at the expert.", atol=1e-6)
-print("fresh, fixed reference :", show(mixture), f"  s = {position(mixture.log()):.4f}")
-print("fresh, moving reference:", show(moving), f"  s = {position(moving.log()):.4f}")
-
-# %% [markdown]
-# ## 3. Two rows that are SFT
-#
-# Take h = identity. The reference is a constant and has no gradient. In the logits, the gradients of log π(y) and log
-# π(ỹ) both contain −π, which cancels in the difference. What remains on average is β·(sampler − E). With fresh answers
-# that is β·(π − E): **SFT's gradient times β**, with more noise when it is sampled.
-#
-# Take the logistic h and let the reference be the present policy. Then every margin is 0, where h has the slope −½:
-# SFT's gradient times β/2. So with fresh answers IRFT differs from SFT only if the slope of h differs from pair to
-# pair. It depends on the margin, and margins leave 0 only if the reference stays behind the policy.
-
-# %%
-sft = my_irft(E, ref, BETA, fresh=True, h=identity, size=1.0, steps=200)
-half = my_irft(E, ref, BETA, fresh=True, moving=True, size=2.0, steps=200)
-print(f"the two paths differ by at most {(sft - half).abs().max():.0e}")
-same(sft, half, "Logistic with a moving reference is identity at half the speed.")
-
-# %% [markdown]
-# ## 4. A lemma: the logistic loss finds a density ratio
-#
-# For the other rows we need to know where the logistic loss is smallest. Give each answer a free score f. Let
-# demonstrations come from E and the other answers from any distribution q that is above 0 wherever E is. Which scores
-# are best?
-#
-# $$\arg\min_f \;\mathbb{E}_{y \sim E,\, \tilde y \sim q}\, \log\left(1 + e^{-(f(y) - f(\tilde y))}\right)
-#   \;=\; \log\frac{E}{q} + \mathrm{const} .$$
-#
-# *Proof.* Look at two answers a and b. The pair (a shown, b sampled) has the weight E(a)q(b), and the pair (b shown,
-# a sampled) has E(b)q(a). The loss predicts with σ(f(a) − f(b)) which of the two it is, and the best prediction gives
-# the true odds: $e^{f(a) - f(b)} = E(a)q(b) / E(b)q(a)$. The scores f = log E/q do this for all pairs at once. ∎
-#
-# In words: the scores tell the expert from the sampler, and the reference plays no part. We check it with iterative
-# IRL's loss, which subtracts what earlier rounds have learned (here nothing).
-
-
-# %%
-def my_irl_losses(demo_rewards, other_rewards, base_demo_rewards, base_other_rewards):
-    """The logistic loss of what this round adds to the reward. All inputs (B,). Returns (B,).
-
-    base: the rewards when the round began. h is applied to the increase of the demonstration's
-    reward since then, minus the increase of the other answer's reward.
-    """
-    increase = demo_rewards - base_demo_rewards
-    return logistic(increase - (other_rewards - base_other_rewards))
-
-
-# %% [markdown]
-# ### Checkpoint
-
-# %%
-mine, (theirs, _) = my_irl_losses(a, b, c, d).mean(), irl_loss(a, b, c, d)
-same(mine, theirs, "The mean of my_irl_losses is minialign's irl_loss.")
-slopes, their_slopes = torch.autograd.grad(mine, (a, b)), torch.autograd.grad(theirs, (a, b))
-same(torch.stack(slopes), torch.stack(their_slopes), "So is the gradient of my_irl_losses.")
-
-zeros = torch.zeros(9)
-for name, q in (("ref", ref), ("uniform", torch.ones(3) / 3), ("E itself", E)):
-    f = torch.zeros(3)
-    for _ in range(1500):
-        f = f.detach().requires_grad_()
-        loss = average(my_irl_losses(f[DEMO], f[OTHER], zeros, zeros), E, q)
-        f = f.detach() - 4 * torch.autograd.grad(loss, f)[0]
-    ratio = (E / q).log()
-    print(f"other answers from {name:9}", show(f - f[0]), "  log E/q", show(ratio - ratio[0]))
-    same(f - f[0], ratio - ratio[0], "The best scores of my_irl_losses are log E/q.", atol=1e-6)
-
-# %% [markdown]
-# ## 5. IRFT and SPIN
-#
-# In IRFT the score of an answer is $\beta\log(\pi/\mathrm{ref})$.
-#
-# **Fresh answers, fixed reference.** At the end the slope is 0 with the sampler kept constant, so the lemma holds
-# with q = π:
-#
-# $$\beta \log\frac{\pi}{\mathrm{ref}} = \log\frac{E}{\pi} + \mathrm{const}
-#   \quad\Longrightarrow\quad \pi \propto E^{\frac{1}{1+\beta}}\, \mathrm{ref}^{\frac{\beta}{1+\beta}} ,$$
-#
-# which is $s = 1/(1+\beta)$. The reference holds the policy back, and it never gets to E.
-#
-# **SPIN, one round.** Sample once from the reference, train to the end. The lemma with q = ref:
+# Sampling at every step is slow. **SPIN** samples once from the reference and then trains on these *stale* answers.
+# What does that change? If it trains to its end, the lemma with q = ref gives
 #
 # $$\beta \log\frac{\pi}{\mathrm{ref}} = \log\frac{E}{\mathrm{ref}} + \mathrm{const}
-#   \quad\Longrightarrow\quad \pi \propto \mathrm{ref} \left(\frac{E}{\mathrm{ref}}\right)^{1/\beta} ,$$
+#   \quad\Longrightarrow\quad s = \frac{1}{\beta} .$$
 #
-# which is $s = 1/\beta$.
+# With β < 1 this is beyond the expert. Look at s, and at how far the policy is from E, as β falls:
 
 # %%
 def kl_from_E(policies):
@@ -317,8 +256,7 @@ for beta in (2.0, 1.0, 0.6, 0.3, 0.1):
     spin = my_irft(E, ref, beta, fresh=False, size=8.0)[-1]  # watch: spin (3,)
     kl = kl_from_E(spin)
     print(f"β = {beta:3.1f}: {show(spin)}   s = {position(spin.log()):6.3f}   KL(E‖π) = {kl:.3f}")
-    expected = closed_form.converged_round(E.numpy(), ref.numpy(), ref.numpy(), beta)
-    same(spin, expected, "One round of my_irft, not fresh, ends at s = 1/β.", atol=1e-4)
+    same(spin, on_the_line(1 / beta), "A round of my_irft, not fresh, ends at s = 1/β.", atol=1e-4)
 kls = kl_from_E(my_irft(E, ref, 0.1, fresh=False, size=0.5, steps=200))
 print(f"β = 0.1 in small steps: the lowest KL(E‖π) is {kls.min():.3f}, at step {int(kls.argmin())}")
 
@@ -327,37 +265,61 @@ for name, policy in (("before", ref), ("SPIN, β = 0.1", spin)):
     print(f"{name:14}", " | ".join(ANSWERS[i] for i in samples))
 
 # %% [markdown]
-# With β = 1 one round lands on the expert. With β < 1 it goes beyond: what the expert writes more often than the
-# reference becomes too frequent, the rest disappears. SPIN's own β = 0.1 leaves one answer. That can help if some
-# demonstrations are bad, but it is extrapolation. In small steps the path first passes near the expert, so training
-# that stops early can end there.
+# Beyond the expert, the answers with the largest E/ref become too frequent and the others too rare (exercise 2). At
+# SPIN's own β = 0.1 a round that is trained to its end leaves one answer. In small steps the path first passes near
+# the expert, so a run that stops early can end near it.
 #
-# ## 6. Iterative IRL: the loop that oscillates
+# **More rounds.** The next round starts from the policy $\pi_k$ that the last one left. It samples from $\pi_k$ and
+# takes $\pi_k$ as its reference. The lemma with q = ref = $\pi_k$ gives
 #
-# Iterative IRL has a reward model again. Each round trains it to the end, with the logistic loss, to tell
-# demonstrations from answers of the present policy. Then the policy follows the reward from the reference. The
-# printed algorithm has β = 1. By hand:
+# $$\beta \log\frac{\pi_{k+1}}{\pi_k} = \log\frac{E}{\pi_k} + \mathrm{const} .$$
 #
-# - **Round 1.** The policy is ref. By the lemma r = log E/ref, and the policy becomes ref·$e^r$ = E.
-# - **Round 2.** The policy is E. Nothing tells its answers from demonstrations, so r = 0, and the policy becomes
-#   ref·$e^0$ = ref.
+# Let $\pi_k$ be at position s, so $\log\pi_k = \log\mathrm{ref} + s \log(E/\mathrm{ref})$ plus a constant. Then
+# $\log(E/\pi_k) = (1 - s) \log(E/\mathrm{ref})$ plus a constant, and the round adds it, divided by β:
 #
-# So two rounds lead back to ref. The reward of round 2 compares the expert with the *present* policy, but the policy
-# step applies it to the *reference*. The repair is to *add* each new reward to the old one. We use the lemma in place
-# of an optimiser.
+# $$s \;\leftarrow\; s + \frac{1-s}{\beta} .$$
+#
+# So each round multiplies the distance to the expert, 1 − s, by 1 − 1/β. It shrinks exactly if β > ½; then SPIN ends
+# at the expert. With β = 0.6 it jumps over the expert and back, closer each time:
+
+# %%
+policy, s = ref, 0.0
+for k in range(3):
+    policy, s = my_irft(E, policy, BETA, fresh=False, steps=2000)[-1], s + (1 - s) / BETA
+    print(f"round {k + 1}: {show(policy)}   s = {position(policy.log()):.3f}, predicted {s:.3f}")
+    this_run(abs(position(policy.log()) - s) < 0.01, "A round of SPIN moves s to s + (1 − s)/β.")
+
+# %% [markdown]
+# ## 5. Iterative IRL: a loop that oscillates
+#
+# Iterative IRL has a reward model again. Each round trains it to tell demonstrations from answers of the present
+# policy, with the loss of the lemma. So it finds $r = \log(E/\pi_k)$, up to a constant. Then the policy becomes the
+# best one for this reward, the [tilt](../GLOSSARY.md#tilt) ref·$e^{r/\beta}$ of the *original* reference. The printed
+# algorithm has β = 1. By hand:
+#
+# - **Round 1.** The policy is ref. The reward is log E/ref, and the policy becomes ref·E/ref = E.
+# - **Round 2.** The policy is E. Its answers and the demonstrations now have the same distribution, so the best
+#   reward is constant. The policy becomes ref.
+#
+# Two rounds lead back to the start. The new reward compares the expert with the *present* policy, but it is applied
+# to the *reference*. The repair is to **add** each new reward to the old one.
+#
+# From position s the round finds $r = (1 - s)\log(E/\mathrm{ref})$. As printed this replaces the old reward, so
+# $s \leftarrow (1-s)/\beta$. Added to the old reward, which is $\beta s \log(E/\mathrm{ref})$, it gives
+# $s \leftarrow s + (1-s)/\beta$. That is SPIN's recursion.
 
 
 # %%
-def my_irl(expert, ref, beta, rounds, accumulate):
+def my_irl(expert, ref, beta, rounds, add):
     """Iterative IRL with exact rounds. Returns the policies' log-probs (rounds + 1, 3), first ref.
 
-    Each round finds log E/π by the lemma. accumulate: this is added to the reward, otherwise it
-    replaces the reward. Then the policy is the tilt of ref by the reward.
+    Each round finds log E/π of the present policy. add: this is added to the reward (from 0),
+    otherwise it replaces the reward. Then the policy is the tilt of ref by the reward.
     """
     reward, path = torch.zeros(3), [ref.log()]
     for _ in range(rounds):
         found = expert.log() - path[-1]  # watch: found (3,)
-        reward = reward + found if accumulate else found
+        reward = reward + found if add else found
         path.append((ref.log() + reward / beta).log_softmax(0))
     return torch.stack(path)
 
@@ -365,118 +327,58 @@ def my_irl(expert, ref, beta, rounds, accumulate):
 # %% [markdown]
 # ### Checkpoint
 #
-# Put $\pi_s$ into a round: as printed $s \leftarrow (1 - s)/\beta$, added up $s \leftarrow s + (1 - s)/\beta$.
+# The rounds must equal the project's, and their positions the two recursions. In which lines does s settle?
 
 # %%
-for accumulate in (False, True):
-    mine = my_irl(E, ref, BETA, 2, accumulate)[1:].exp()
-    law = closed_form.rounds_law(E.numpy(), ref.numpy(), BETA, 2, ref_update=accumulate)
+mine, (theirs, _) = my_irft_losses(a, b, c, d, 1.0).mean(), irl_loss(a, b, c, d)
+same(mine, theirs, "irl_loss is IRFT's loss with β = 1 and rewards as inputs: new, new, old, old.")
+for add in (False, True):
+    mine = my_irl(E, ref, BETA, 2, add)[1:].exp()
+    law = closed_form.rounds_law(E.numpy(), ref.numpy(), BETA, 2, ref_update=add)
     same(mine, law, "The rounds of my_irl are those of closed_form.rounds_law.")
 
 print("s after round             0      1      2      3      4      5      6")
-for name, accumulate in (("as printed", False), ("added up", True)):
+for name, add in (("as printed", False), ("added up", True)):
     for beta in (2.0, 1.0, 0.6):
-        places, s = position(my_irl(E, ref, beta, 6, accumulate)), 0.0
+        places, s = position(my_irl(E, ref, beta, 6, add)), 0.0
         print(f"{name:10}   β = {beta}   ", " ".join(f"{place:6.2f}" for place in places))
         for place in places:
             always(abs(place - s) < 1e-6 * (1 + abs(s)), "my_irl moves s by the formula above.")
-            s = s + (1 - s) / beta if accumulate else (1 - s) / beta
+            s = s + (1 - s) / beta if add else (1 - s) / beta
 
 # %% [markdown]
-# As printed, a round multiplies the distance to $s = 1/(1+\beta)$ by −1/β: it settles for β > 1, oscillates without
-# end at β = 1, and ever wider below. Added up, a round multiplies the distance to the expert by 1−1/β: it settles for
-# β > ½. At β = ½ it jumps between s = 0 and s = 2.
-#
-# SPIN in rounds, each with the last policy as sampler *and* reference, is the second recursion: adding log-ratios is
-# adding rewards.
+# Two of the lines as a figure, with two more rounds:
 
 # %%
-policy = ref
-for k in range(2):
-    policy = my_irft(E, policy, BETA, fresh=False, steps=3000)[-1]
-    added = my_irl(E, ref, BETA, k + 1, True)[-1].exp()
-    print(f"round {k + 1}: SPIN {show(policy)}   IRL, added up {show(added)}")
-    this_run((policy - added).abs().max() < 1e-3, "SPIN in rounds is IRL with added rewards.")
-
-printed_loop = position(my_irl(E, ref, 1.0, 8, False)).numpy()
-added_up = position(my_irl(E, ref, BETA, 8, True)).numpy()
 figures.swing({
-    "IRL as printed, β = 1": (printed_loop, style.RED, 0.12),
-    f"IRL with added rewards,\nSPIN in rounds (β = {BETA})": (added_up, style.GREEN, 1.2),
+    "IRL as printed, β = 1": (position(my_irl(E, ref, 1.0, 8, False)).numpy(), style.RED, 0.12),
+    f"IRL with added rewards,\nSPIN in rounds (β = {BETA})":
+        (position(my_irl(E, ref, BETA, 8, True)).numpy(), style.GREEN, 1.2),
 })
 
 # %% [markdown]
-# Real runs train few steps in each round, and then the oscillation hardly shows.
+# In the printed loop, a round multiplies the distance to s = 1/(1+β) by −1/β. So it settles there for β > 1,
+# oscillates between reference and expert at β = 1, and diverges below. With added rewards it settles at the expert
+# for β > ½. If a run trains only a few steps in each round, the oscillation hardly shows.
 #
-# ## 7. One demonstration for each prompt
+# ## 6. Break it: one demonstration for each prompt
 #
-# So far E > 0. Real data shows one answer to a prompt. The expert may write others too, but the data look like E = (0,
-# 0, 1). The lemma then has no finite answer: log 0. What does each method do? For comparison we add RFT with a bound
-# and with a ridge (05, exercise 3). Step sizes differ from method to method, so compare the ends, not the speeds.
+# So far E > 0. Real data shows one answer to a prompt, so the data look like E = (0, 0, 1), and log E/q is −∞ for the
+# other two. Do IRFT and SPIN keep some probability for them? (Compare where they go, not how fast.)
 
 # %%
 only_y3 = torch.tensor([0.0, 0.0, 1.0])
-
-
-def rft(expert, beta, steps, bound=math.inf, ridge=0.0):
-    """RFT of tutorial 05: rewards in [0, bound], or with a price `ridge` on squared rewards."""
-    size = beta**2 / (1 + 4 * ridge * beta**2)
-    reward, path = torch.zeros(3), [ref]
-    for _ in range(steps):
-        up = (expert - path[-1]) / beta - 2 * ridge * (expert + path[-1]) * reward
-        reward = (reward + size * up).clamp(0.0 if bound < math.inf else -math.inf, bound)
-        path.append((ref.log() + reward / beta).softmax(0))
-    return torch.stack(path)
-
-
-STEPS = 3000
-paths = {
-    "SFT; IRFT, identity": my_irft(only_y3, ref, BETA, fresh=True, h=identity, steps=STEPS),
-    "IRFT, fixed reference": my_irft(only_y3, ref, BETA, fresh=True, steps=STEPS),
-    "SPIN; IRL, one round": my_irft(only_y3, ref, BETA, fresh=False, steps=STEPS),
-    "RFT, bound r_max = 2β": rft(only_y3, BETA, STEPS, bound=2 * BETA),
-    "RFT, ridge c = 0.5": rft(only_y3, BETA, STEPS, ridge=0.5),
-}
-print(f"{'probability of the two unshown answers':40} after 10  100      {STEPS} steps")
-for name, path in paths.items():
-    unshown = path[[10, 100, STEPS], :2].sum(1)
+print("probability of the two unshown answers   after 10  100      3000 steps")
+for name, fresh in (("IRFT", True), ("SPIN, one round", False)):
+    path = my_irft(only_y3, ref, BETA, fresh=fresh, steps=3000)
+    unshown = path[[10, 100, 3000], :2].sum(1)  # watch: unshown (3,)
     print(f"{name:40}    ", "  ".join(f"{p:.1e}" for p in unshown))
-    keeps = "bound" in name or "ridge" in name
-    always(keeps or unshown[2] < unshown[1] < unshown[0], "Without a limit it keeps falling.")
-    this_run(not keeps or unshown[2] > 0.001, "A bound or a ridge keeps probability.")
-
-# %%
-COLORS = (style.GREY, style.PURPLE, style.ORANGE, style.GREEN, style.BLUE)
-figures.unshown(range(1, STEPS + 1), {
-    name: (path[1:, :2].sum(1).numpy(), color, None)
-    for (name, path), color in zip(paths.items(), COLORS, strict=True)
-})
+    always(unshown[2] < unshown[1] < unshown[0], "It keeps falling.")
 
 # %% [markdown]
-# SPIN goes to the corner (0, 0, 1). So does IRFT: its formula has a zero wherever E has one, so the reference does not
-# protect the other answers at all. Only a bound, a ridge, or stopping early keeps them. (What a network learns from
-# other prompts is not in this toy.)
-#
-# ## Break it: two slips in print
-#
-# Algorithm 2 of Li et al. leaves out β in the margin, and its h reads as the logarithm of a logarithm, log(log(1 +
-# e^−z)). Their code has neither slip.
-
-# %%
-def printed(z):
-    return softplus(-z).log()
-
-
-runs = (("right", BETA, logistic), ("without β", 1.0, logistic), ("log log", BETA, printed))
-for name, beta, h in runs:
-    fresh = my_irft(E, ref, beta, fresh=True, h=h)[-1]
-    stale = my_irft(E, ref, beta, fresh=False, h=h, steps=1500 if h == logistic else 200)[-1]
-    print(f"{name:10} fresh {show(fresh)}   stale {show(stale)}")
-
-# %% [markdown]
-# Without β the ends are those of β = 1: SPIN lands on the expert, whatever β you set. The logarithm of a logarithm has
-# no smallest value: at large scaled margins it falls as steeply as the identity. Stale answers drive it into the
-# corner, fresh answers end beyond the expert. Neither run raises an error.
+# No. Both fall towards 0. IRFT's formula has a zero wherever E has one, so the reference does not protect these
+# answers. A bound or a ridge on the reward (05) or stopping early keeps them. (What a network learns from other
+# prompts is not in this toy.)
 #
 # ## What is wrong here? (1)
 #
@@ -489,7 +391,7 @@ optimizer = torch.optim.SGD([logits], lr=4.0)
 for _ in range(1500):
     logps = logits.log_softmax(0)
     margins = (logps[DEMO] - ref.log()[DEMO]) - (logps[OTHER] - ref.log()[OTHER])
-    loss = average(logistic(BETA * margins), E, policy)
+    loss = average(softplus(-BETA * margins), E, policy)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -502,7 +404,7 @@ print(f"s = {position(logps.detach()):.3f}, expected {1 / (1 + BETA):.3f}")
 # as often as any."
 
 # %%
-for name, end in (("IRFT", mixture), ("expert", E), ("SPIN, β = 0.1", spin)):
+for name, end in (("IRFT", irft), ("expert", E), ("SPIN, β = 0.1", spin)):
     log_ratio = (end / ref).log()
     margins = log_ratio[DEMO] - log_ratio[OTHER]
     wins = average((margins > 0).double() + 0.5 * (margins == 0), E, ref)
@@ -513,42 +415,49 @@ for name, end in (("IRFT", mixture), ("expert", E), ("SPIN, β = 0.1", spin)):
 #
 # ```
 # python -m minialign irft                                 # SPIN: one round of stale answers
-# python -m minialign irft --rounds 60 --ref initial       # 60 steps, 60 rounds: fresh, fixed
+# python -m minialign irft --rounds 60 --ref initial       # 60 steps, 60 rounds: fresh answers, fixed reference
 # python -m minialign irl --mode literal --rounds 6 --steps 360 --schedule constant   # the printed loop
 # python -m minialign irl --mode accumulate --rounds 6     # rewards added up
 # ```
 #
 # ## What you now know
 #
-# - IRFT, SPIN and iterative IRL differ in three choices: who writes the other answers, which reference, which h.
-# - The logistic loss finds log E/q, the ratio of the expert to whoever wrote the other answers.
-# - With E > 0 a method that settles ends on the line ref·(E/ref)^s: IRFT with a fixed reference short of the expert,
-#   SPIN beyond it for β < 1.
-# - Rounds that forget the old reward settle only for β > 1, at s = 1/(1+β). Rounds that add to it settle at the expert
-#   for β > ½.
-# - With one demonstration for each prompt all of them go to a corner, unless something stops them.
+# One can do without a reward model, because the policy's log-ratio to the reference is a reward. The loss finds log
+# E/q, the ratio of the expert to whoever wrote the other answers. With E > 0, exact averages and rounds that are
+# trained to their end, the methods of this lesson end at ref·(E/ref)^s:
 #
-# Next: [06 · Rewards](06_reward.ipynb) learns a reward from comparisons, with the lemma of section 4.
+# |method|other answers from|reference|s|
+# |---|---|---|---|
+# |IRFT|the present policy|fixed|1/(1+β), short of the expert|
+# |SPIN, one round|ref|fixed|1/β, beyond the expert if β < 1|
+# |SPIN, many rounds|the last round's policy|moves with each round|1 if β > ½, else it never settles|
+# |IRL, rewards added|the last round's policy|fixed|1 if β > ½, else it never settles|
+# |IRL, as printed|the last round's policy|fixed|1/(1+β) if β > 1, else it never settles|
+#
+# With one demonstration for each prompt, IRFT and SPIN drive all other answers towards 0, unless something stops
+# them.
+#
+# Next: [06 · Rewards](06_reward.ipynb) learns a reward from comparisons.
 #
 # ## Exercises
 #
-# **1** (easy, 5 minutes). Try this: set BETA = 1.5, with TINKER on, and run everything again, then 0.4. Predict s for
-# IRFT and one round of SPIN first. Then try `size=20` in `my_irft` with fresh answers.
+# **Exercise 1** (easy, 5 minutes). Try this: set BETA = 1.5, with TINKER on, and run everything again, then 0.4.
+# Predict s for IRFT and for one round of SPIN first. Where do both end if you forget β in the margin?
 #
-# **2** (medium, 10 minutes). How many rounds does SPIN need until s is within .01 of the expert, for β = 0.5, 0.6,
-# 0.9, 2?
+# **Exercise 2** (medium, 15 minutes). E = (.1, .3, .6) and ref = (.6, .25, .15): the expert writes the second answer
+# more often than the reference. Does it become more frequent still beyond the expert? Hint: derive $\log\pi_s(y)$ in
+# s.
 #
-# **3** (hard, 20 minutes). Iterative IRL without the arg min: one small step of `my_irl_losses` a round, the reward
-# goes on from round to round, the policy follows exactly. Derive where it ends and run it, (a) with base rewards from
-# the start of each round, (b) with all base rewards 0. Which rows of the table are they?
+# **Exercise 3** (hard, 15 minutes). Replace the loss by −βΔ, IRFT's *identity* loss. Show that its average gradient
+# in the logits is β·(sampler − E). Where does IRFT end then, with fresh and with stale answers?
 #
 # ## Answers
 
 # %% [markdown]
 # <details><summary>Puzzle 1</summary>
 #
-# `policy` is computed once, before the loop. So the answers are stale, and the run is SPIN: s = 1/β. Compute the policy
-# inside the loop.
+# `policy` is computed once, before the loop. So the answers are stale, and the run is one round of SPIN: s = 1/β.
+# Compute the policy inside the loop.
 #
 # </details>
 
@@ -565,56 +474,62 @@ this_run(abs(position(logps.detach()) - 1 / BETA) < 1e-2, "Stale answers end at 
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-distances = kl_from_E(torch.stack([mixture, E, spin]))
+distances = kl_from_E(torch.stack([irft, E, spin]))
 print("KL(E‖π):", show(distances))
 this_run(distances[2] > distances[0] > distances[1], "SPIN is the farthest from the expert.")
 
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# β = 1.5: .4 and .667, both short of the expert. β = 0.4: .714 and 2.5, and added-up IRL swings ever wider, since
-# 1−1/β = −1.5. With size = 20 each step overshoots the end by more than it corrects.
+# β = 1.5: .4 and .667, both short of the expert. β = 0.4: .714 and 2.5, and SPIN's rounds swing ever wider, since 1 −
+# 1/β = −1.5. Without β both end as with β = 1, at ½ and 1, and no error is raised. (Algorithm 2 of Li et al. leaves β
+# out, their code does not.)
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-for size in (4.0, 20.0):
-    last = my_irft(E, ref, BETA, fresh=True, size=size)[-2:]
-    print(f"size {size:4}: last two policies {show(last[0])} {show(last[1])}")
+for beta in (1.5, 0.4, 1.0):
+    ends = [my_irft(E, ref, beta, fresh=fresh)[-1].log() for fresh in (True, False)]
+    print(f"β = {beta}: IRFT s = {position(ends[0]):.3f}, SPIN s = {position(ends[1]):.3f}")
 
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# The distance starts at 1 and is multiplied by |1−1/β| each round: 1, .667, .111, .5. So never, 12, 3 and 7 rounds.
+# No: it falls from .3 to .18 at s = 1/.6. The derivative of $\log\pi_s(y)$ is $\log\frac{E(y)}{\mathrm{ref}(y)}$
+# minus the mean of this log-ratio under $\pi_s$, which at s = 1 is KL(E‖ref). So just beyond the expert only answers
+# with $\log(E/\mathrm{ref}) > \mathrm{KL}(E\|\mathrm{ref})$ rise. For any s > 1, $\pi_s/E$ grows with E/ref: answers
+# above some value of E/ref are more frequent than in E, the others rarer.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-for beta, rounds in ((0.5, None), (0.6, 12), (0.9, 3), (2.0, 7)):
-    near = (position(my_irl(E, ref, beta, 30, True)) - 1).abs() < 0.01
-    print(f"β = {beta}:", int(near.int().argmax()) if near.any() else "never")
-    found = int(near.int().argmax()) if near.any() else None
-    always(found == rounds, "The distance after k rounds is |1 − 1/β|^k.")
+other_E, other_ref = torch.tensor([0.1, 0.3, 0.6]), torch.tensor([0.6, 0.25, 0.15])
+ratio = (other_E / other_ref).log()
+beyond = (other_ref.log() + ratio / 0.6).softmax(0)
+print("at s = 1/.6:", show(beyond), "  log E/ref:", show(ratio), f"  KL {other_E @ ratio:.3f}")
+near = (other_ref.log() + 1.001 * ratio).softmax(0)
+rising = near > other_E
+always((rising == (ratio > other_E @ ratio)).all(), "Just beyond E these rise, and no others.")
 
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
 #
-# (a) Each step starts with all increases 0, where the slope is −½ for every pair. So the step is a multiple of RFT's,
-# and ends at the expert, s = 1. (b) The reward stops where the logistic loss with q = π has slope 0. By the lemma
-# r = log E/π + const there. The policy follows it: β log π/ref = r + const. That is IRFT with fresh answers and a fixed
-# reference, s = 1/(1+β).
+# In the logits, the gradient of log π(y) is 1[y] − π, and that of log π(ỹ) is 1[ỹ] − π. The π cancels in the
+# difference, and the average of −β(1[y] − 1[ỹ]) is β(sampler − E). With fresh answers this is β(π − E), **SFT's
+# gradient times β**, so it ends at the expert. With stale answers the gradient never changes, so the logits grow
+# without end. (With the logistic loss and the *present* policy as reference, all margins stay 0, where the slope is
+# −½: SFT at half the speed.)
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-for name, from_start, end in (("start of the round", True, E), ("0", False, mixture)):
-    reward = torch.zeros(3)
-    for _ in range(4000):
-        policy = (ref.log() + reward / BETA).softmax(0)
-        base = reward.clone() if from_start else torch.zeros(3)
-        reward = reward.requires_grad_()
-        losses = my_irl_losses(reward[DEMO], reward[OTHER], base[DEMO], base[OTHER])
-        slope = torch.autograd.grad(average(losses, E, policy), reward)[0]
-        reward = reward.detach() - 0.5 * min(1.0, BETA) * slope
-    print(f"base rewards: {name:18}", show(policy), f"  s = {position(policy.log()):.4f}")
-    same(policy, end, "It ends at E from the round's start, at IRFT's mixture from 0.", atol=1e-6)
+for name, fresh in (("fresh", True), ("stale", False)):
+    policy = ref
+    for _ in range(200):
+        logits = policy.log().requires_grad_()
+        logps, sampler = logits.log_softmax(0), policy if fresh else ref
+        loss = average(-BETA * (logps[DEMO] - logps[OTHER]), E, sampler)
+        gradient = torch.autograd.grad(loss, logits)[0]
+        same(gradient, BETA * (sampler - E), "The average gradient is β(sampler − E).")
+        policy = (logits.detach() - gradient).softmax(0)
+    print(f"identity, {name}:", show(policy))

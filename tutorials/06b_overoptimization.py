@@ -1,14 +1,14 @@
 # %% [markdown]
-# # 06b · Over-optimisation: what a wrong reward costs
+# # 06b · Over-optimisation: when the reward is wrong
 #
-# **You will build** the KL divergence of a policy from its reference, the policy that gets the most reward for its KL,
-# and the curve of reward against KL. On it you watch a policy exploit a flaw in its reward, first a flaw that we
-# wrote, then one that a reward model learned.
+# **You will build** the KL divergence of a policy from its reference, the policy that has the most reward for its KL,
+# and the curve of reward against KL. On it you see how training makes use of a flaw in the reward, first of a flaw
+# that we wrote, then of one that a reward model learned.
 #
 # **Time:** 25 minutes of reading, 10 seconds of computer.
 #
-# **You need:** [06 · Rewards](06_reward.ipynb): Bradley-Terry, best-of-n, ReST and the toy language. The derivation of
-# the tilt is in [05 · Inverse RL](05_inverse_rl.ipynb).
+# **You need:** [06 · Rewards](06_reward.ipynb): Bradley-Terry, best-of-n and the toy language.
+# [05 · Inverse RL](05_inverse_rl.ipynb): the tilt.
 #
 # Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
 # through with a debugger.
@@ -39,27 +39,28 @@ torch.set_default_dtype(torch.float64)
 # ## The question
 #
 # Nobody can write down what a good answer is. So we optimise a stand-in, a **proxy**: a reward model trained on
-# comparisons, or a program that tests what is easy to test. The proxy agrees with what we want on ordinary answers. Is
-# that enough if a policy is trained to make the proxy as high as possible?
+# comparisons, or a program that tests what is easy to test. The proxy agrees with what we want on ordinary answers.
+# **Is that enough if a policy is trained to make the proxy as high as possible?**
 
 # %%
 figures.proxy_diagram()
 
 # %% [markdown]
-# In practice one cannot look: people are too expensive to ask at every step. Stiennon et al. (2020) trained policies
-# to several strengths against a reward model for summaries and then asked people. Up to a point people preferred the
-# stronger policies. After it they liked them less and less, while the learned reward still rose. Gao et al. (2023)
-# measured the same with a large reward model in the place of people. They call it **gold**. We do what they did, in a
-# language so small that nothing has to be sampled or trained: every number below is a sum over all completions.
+# In practice it is too expensive to ask people at every step. Stiennon et al. (2020) trained policies against a
+# reward model for summaries, some a little and some a lot, and then asked people. Up to a point people preferred the
+# policies that were trained more. After it they liked them less and less, while the learned reward still rose. Gao et
+# al. (2023) measured the same with a large reward model in the place of people, which they call **gold**. We do what
+# they did in a language that is so small that every policy is known exactly: its numbers below are sums over all
+# completions.
 #
 # ## 1. How far has a policy moved?
 #
-# The strength of the optimisation is measured by the [KL divergence](../GLOSSARY.md#kl) from the
-# [reference](../GLOSSARY.md#reference), the policy before:
+# We measure how strongly a policy was optimised by its [KL divergence](../GLOSSARY.md#kl) from the
+# [reference](../GLOSSARY.md#reference), the policy before training:
 #
 # $$\mathrm{KL}(\pi \,\|\, \mathrm{ref}) = \sum_y \pi(y) \log \frac{\pi(y)}{\mathrm{ref}(y)} .$$
 #
-# It is measured in [nats](../GLOSSARY.md#nats). By hand, with ref = (.5, .3, .2) and the best of 4 from tutorial 06,
+# Its unit is the [nat](../GLOSSARY.md#nats). By hand, with ref = (.5, .3, .2) and the best of 4 from tutorial 06,
 # (.0625, .3471, .5904):
 #
 # $$.0625 \log\frac{.0625}{.5} + .3471 \log\frac{.3471}{.3} + .5904 \log\frac{.5904}{.2}
@@ -67,7 +68,7 @@ figures.proxy_diagram()
 
 
 # %%
-def my_kl(policy, ref):
+def my_kl_from_ref(policy, ref):
     """KL(policy‖ref) in nats. policy, ref (…, K), the last dimension sums to 1. Return (…).
 
     ref is positive everywhere. policy may be 0 somewhere; such a completion contributes 0, not NaN.
@@ -78,34 +79,38 @@ def my_kl(policy, ref):
 
 # %% [markdown]
 # ### Checkpoint
+#
+# The KL of three distributions, one with a zero, must equal the project's.
 
 # %%
 three = torch.tensor([0.5, 0.3, 0.2])
 best_of_4 = torch.tensor(closed_form.best_of_n_law(three.numpy(), [0.0, 1.0, 2.0], 4))
 for one in (best_of_4, torch.tensor([0.0, 0.4, 0.6]), three):
     theirs = closed_form.kl(one.numpy(), three.numpy())
-    equal(my_kl(one, three).item(), theirs, msg="my_kl equals closed_form.kl.")
-print(f"my_kl: equal to minialign's;   KL of best of 4 from ref: {my_kl(best_of_4, three):.3f}")
+    equal(my_kl_from_ref(one, three).item(), theirs, msg="my_kl_from_ref equals closed_form.kl.")
+print("my_kl_from_ref: equal to minialign's")
+print(f"KL of best of 4 from ref: {my_kl_from_ref(best_of_4, three):.3f}")
 
 # %% [markdown]
-# ### What best-of-n costs
+# ### The KL of best-of-n
 #
-# Suppose that there are many completions, all rare, with different rewards. Rank them by reward and let $u$ be the
-# share of ref's probability below a completion. For a sample of ref, $u$ is uniform on $[0, 1]$. The best of $n$ is
-# below $u$ if all are, with probability $u^n$, so its density is $n u^{n-1}$. The KL between the two is
+# Best-of-n has a KL that depends on little but $n$. Suppose that there are many completions, all rare, with different
+# rewards. Rank them by reward and let $u$ be the share of ref's probability below a completion. For a sample of ref,
+# $u$ is uniform on $[0, 1]$. The best of $n$ is below $u$ if all are, with probability $u^n$, so its density is $n
+# u^{n-1}$. The KL between the two is
 #
-# $$\int_0^1 n u^{n-1} \log\!\big(n u^{n-1}\big)\, du = \log n - \frac{n-1}{n} .$$
+# $$\int_0^1 n u^{n-1} \big(\log n + (n-1) \log u\big)\, du = \log n - \frac{n-1}{n} ,$$
 #
-# It depends on nothing but $n$: 8 samples cost 1.20 nats, 32 cost 2.50. With few completions, or equal rewards, the KL
-# is smaller. Outcomes are then grouped together, and grouping can only lower a KL. (This is the data-processing
-# inequality.) You will see it in a table below.
+# because the integral of $n u^{n-1} \log u$ is $-1/n$. So 8 samples give 1.20 nats, and 32 give 2.50. With few
+# completions, or equal rewards, the KL is smaller: then several values of $u$ count as one outcome, and grouping
+# outcomes can only lower a KL. Section 3 compares the two.
 #
 # ## 2. A language, and what we really want
 #
 # The language is that of 06, a size larger: letters a to f, at most four tokens, three prompts, 1555 completions.
-# `law_of` gives the reference's exact probabilities. Gold, what we really want, is $0.5$ for each letter that equals
-# the prompt, $-0.5$ for each letter three further on, $0.3$ for a full stop, and $-0.7 \cdot (\text{repeats})^2$. A
-# repeat is a letter that equals the one before it.
+# Gold, what we really want, is $0.5$ for each letter that equals the prompt, $-0.5$ for each letter three further on,
+# $0.3$ for a full stop, and $-0.7 \cdot (\text{repeats})^2$. A repeat is a letter that equals the one before it.
+# `unpunished` is gold without the last part. Where do the two rewards differ?
 
 # %%
 language = Language(n_content=6, max_new=4, n_prompts=3)
@@ -142,19 +147,22 @@ for c in likely + chosen_by_us:
 print(f"   {'mean of ref':24} {ref[0] @ gold[0]:7.2f} {ref[0] @ unpunished[0]:8.2f}")
 
 # %% [markdown]
-# The two rewards differ only where letters repeat. `aaaa` is the extreme case. Without the penalty it is the best of
-# all answers; by gold it is far below ref's mean. And it is very rare in ref.
+# They differ only where letters repeat. `aaaa` is the extreme case. Without the penalty it is the best of all
+# answers; by gold it is far below ref's mean. And it is very rare in ref.
 #
 # ## 3. Build it yourself: the most reward for its KL
 #
-# Which policy gets the most gold for its KL? [05](05_inverse_rl.ipynb) derives the answer. The policy that maximises
-# $\mathbb{E}_\pi[r] - \beta\, \mathrm{KL}(\pi\|\mathrm{ref})$ is
+# Which policy has the most reward for its KL? [05](05_inverse_rl.ipynb) showed that
+# $J(\pi) = \mathbb{E}_\pi[r] - \beta\, \mathrm{KL}(\pi\|\mathrm{ref})$ is largest for
 #
 # $$\pi^*(y) = \frac{1}{Z}\, \mathrm{ref}(y)\, e^{r(y)/\beta} ,$$
 #
-# where $\beta$ is the price of one nat and $Z$ makes the probabilities sum to 1. We call $\pi^*$ the
-# [tilt](../GLOSSARY.md#tilt) of ref: the reward tilts ref towards high rewards, more so for small $\beta$. It is also
-# where RL with a KL penalty ends, which you will see in 07 and 08. So the tilt shows what a perfect RL run would do.
+# where $Z$ makes the probabilities sum to 1. We call $\pi^*$ the [tilt](../GLOSSARY.md#tilt) of ref. A smaller
+# $\beta$ tilts ref further towards high rewards.
+#
+# The tilt answers our question too. A policy with the same KL and more reward would have a higher $J$, and there is
+# none. **So the tilt has the most reward among all policies with its KL.** It is also where exact RL with a KL
+# penalty ends, as you will see in 07. So the tilt shows what a perfect RL run would do.
 
 
 # %%
@@ -175,13 +183,15 @@ def my_curve(policies, ref, proxy, gold):
     """
     rows = []
     for policy in policies:
-        d = my_kl(policy, ref).mean().clamp(min=0).sqrt()  # watch: d ()
+        d = my_kl_from_ref(policy, ref).mean().clamp(min=0).sqrt()  # watch: d ()
         rows.append(torch.stack([d, (policy * proxy).sum(1).mean(), (policy * gold).sum(1).mean()]))
     return torch.stack(rows)
 
 
 # %% [markdown]
 # ### Checkpoint
+#
+# Both must equal the project's, from a weak tilt to a very strong one.
 
 # %%
 for beta in (10.0, 0.3, 0.001):
@@ -197,10 +207,9 @@ for mine, policy in zip(my_curve(trial, ref, unpunished, gold), trial, strict=Tr
 print("my_tilt, my_curve: equal to minialign's")
 
 # %% [markdown]
-# Each method has one setting: $n$ for best-of-n, the threshold for ReST, $\beta$ for the tilt. As it changes, the
-# policy moves along a curve, from ref towards the best completions. First with gold itself as the reward. Best-of-n is
-# the function that you wrote in 06. The axis is $d = \sqrt{\mathrm{KL}}$, as in Gao et al., because close to ref the
-# reward grows in proportion to it.
+# Best-of-n has one setting, $n$, and the tilt has $\beta$. As the setting changes, the policy moves along a curve,
+# from ref towards the best completions. First with gold itself as the reward. The axis is $d = \sqrt{\mathrm{KL}}$,
+# as in Gao et al.: for small $d$ the tilt's reward grows in proportion to it (exercise 2). Which curve is higher?
 
 # %%
 BETAS = torch.logspace(2, -1.5, 40).tolist()  # from 100 to 0.03
@@ -208,52 +217,48 @@ NS = [2**k for k in range(15)]  # from 1 to 16384
 
 
 def best_of_n(reward, n):
-    """The distribution of the best of n samples from ref, (3, 1555)."""
+    """The distribution of the best of n samples from ref, (3, 1555), as you wrote it in 06."""
     pairs = zip(ref.numpy(), reward.numpy(), strict=True)
     return torch.stack([torch.tensor(closed_form.best_of_n_law(p, r, n)) for p, r in pairs])
 
 
-def above(reward, threshold):
-    """ref restricted to the completions above the threshold, (3, 1555)."""
-    kept = ref * (reward > threshold)
-    return kept / kept.sum(1, keepdim=True)
-
-
 tilts = [my_tilt(ref, gold, beta) for beta in BETAS]
-levels = [level for level in gold.unique().tolist() if level < gold.amax(1).min()]
-by_gold = {"tilt": my_curve(tilts, ref, gold, gold),
-           "best of n": my_curve([best_of_n(gold, n) for n in NS], ref, gold, gold),
-           "ReST": my_curve([above(gold, level) for level in levels], ref, gold, gold)}
+winners = [best_of_n(gold, n) for n in NS]
+by_gold = {"tilt": my_curve(tilts, ref, gold, gold),  # (40, 3)
+           "best of n": my_curve(winners, ref, gold, gold)}  # (15, 3)
 figures.reward_per_kl(by_gold)
 
-passed = (gold > 0.4).double()  # a reward that says only pass or fail
-print("    n   KL, gold   KL, pass or fail   log n − (n − 1)/n   mean gold")
-for n in (2, 8, 32, 128, 512):
-    costs = [my_kl(best_of_n(reward, n), ref).mean().item() for reward in (gold, passed)]
-    print(f"{n:5} {costs[0]:10.3f} {costs[1]:14.3f} {kl_bound(n):20.3f} "
-          f"{(best_of_n(gold, n) * gold).sum(1).mean():15.3f}")
-    always(max(costs) <= kl_bound(n) + 1e-9, "The KL of best-of-n is at most log n − (n − 1)/n.")
+# %% [markdown]
+# The tilt is nowhere below, and best-of-n stays close to it. The next cell checks the reason: for each $\beta$, no
+# best-of-n policy has a higher $J$ than the tilt.
+
+# %%
 for beta, (d, _, value) in zip(BETAS, by_gold["tilt"].tolist(), strict=True):
-    for other in ("best of n", "ReST"):
-        worth = by_gold[other][:, 2] - beta * by_gold[other][:, 0] ** 2
-        highest = (worth <= value - beta * d**2 + 1e-9).all().item()
-        always(highest, "Reward minus beta times KL is highest for the tilt.")
+    J_of_n = by_gold["best of n"][:, 2] - beta * by_gold["best of n"][:, 0] ** 2
+    always((J_of_n <= value - beta * d**2 + 1e-9).all().item(), "J is highest for the tilt.")
 
 # %% [markdown]
-# No policy gets above the tilt's curve. Best-of-n stays close to it. ReST's hard threshold pays more: it forbids
-# everything below and treats everything above alike. With a pass-or-fail reward the KL stops growing, since a winner
-# can do no better than pass, which costs $-\log P(\text{pass})$.
-#
+# And the KL of best-of-n: is it below $\log n - (n-1)/n$, and by how much?
+
+# %%
+print("    n       KL   log n − (n − 1)/n   mean gold")
+for n in (2, 8, 32, 128, 512):
+    policies = best_of_n(gold, n)
+    kl = my_kl_from_ref(policies, ref).mean().item()
+    print(f"{n:5} {kl:8.3f} {kl_bound(n):19.3f} {(policies * gold).sum(1).mean():11.3f}")
+    always(kl <= kl_bound(n) + 1e-9, "The KL of best-of-n is at most log n − (n − 1)/n.")
+
+# %% [markdown]
 # ## 4. A reward with a known hole
 #
-# Now forget the penalty for repeats. The proxy is `unpunished`, and the policy is optimised for it. We keep an eye on
-# gold.
+# Now forget the penalty for repeats. The proxy is `unpunished`, and the policies are optimised for it. Follow the two
+# columns "proxy" and "gold" from top to bottom, and look at the samples.
 
 # %%
 tilts = [my_tilt(ref, unpunished, beta) for beta in BETAS]
 winners = [best_of_n(unpunished, n) for n in NS]
-known = {"tilt": my_curve(tilts, ref, unpunished, gold),  # (40, 3)
-         "best of n": my_curve(winners, ref, unpunished, gold)}  # (15, 3)
+known = {"tilt": my_curve(tilts, ref, unpunished, gold),
+         "best of n": my_curve(winners, ref, unpunished, gold)}
 print("tilt:  beta       d    proxy    gold    six samples for prompt a")
 generator = torch.Generator().manual_seed(0)
 for k in range(0, 40, 3):
@@ -262,6 +267,11 @@ for k in range(0, 40, 3):
         d, proxy_value, gold_value = known["tilt"][k].tolist()
         print(f"     {BETAS[k]:6.3f}  {d:6.2f}  {proxy_value:6.2f}  {gold_value:6.2f}    "
               f"{' '.join(f'{text(c):5}' for c in drawn.tolist())}")
+
+# %% [markdown]
+# The same as a figure, with best-of-n. It shows what was gained over ref.
+
+# %%
 figures.proxy_and_gold(known)
 for name, curve in known.items():
     peak = curve[curve[:, 2].argmax()]
@@ -278,20 +288,21 @@ for at, proxy_of_n, gold_of_n in known["best of n"][3:].tolist():  # from n = 8 
 
 # %% [markdown]
 # At first both rise: letters like the prompt's are good by both rewards. Then the proxy goes on rising and gold falls
-# far below ref, until the policy writes `aaaa`. In a run you see only the proxy, and it shows nothing but success.
-# This is [over-optimisation](../GLOSSARY.md#overoptimization).
+# far below ref, until the policy writes `aaaa`. In a run you see only the proxy, and it looks like success. This is
+# [over-optimisation](../GLOSSARY.md#overoptimization).
 #
-# The tilt has more proxy at every KL, and *less gold* once gold has begun to fall: it reaches the hole earlier.
-# `aaaa` is rare in ref, so it rarely is among $n$ samples, but $e^{r/\beta}$ lifts it however rare it is. Gao et al.
-# found different shapes too: a parabola in $d$ for best-of-n, a curve with $d \log d$ for RL.
+# At the same $d$ the tilt has more proxy than best-of-n, and less gold once gold has begun to fall. It reaches the
+# hole earlier. `aaaa` is rare in ref, so it rarely is among $n$ samples, but the tilt multiplies its probability by
+# $e^{r/\beta}$ however rare it is.
 #
 # ## 5. Build it yourself: a reward model that learns the hole
 #
-# Nobody wrote this hole on purpose. Could a reward model that was trained on *correct* comparisons have it? Yes, if it
-# cannot see what matters. Ours gets only the seven counts of an answer. So `aba.` and `aab.` get the same reward from
-# it, although gold differs by 0.7. It is linear: its reward is `counts @ weights`. The comparisons are pairs of ref's
-# own completions, chosen by Bradley-Terry on gold. Stop in `my_linear_fit` at its first step: all weights and gaps are
-# 0, so every comparison counts with a half.
+# We wrote this hole on purpose. Could a reward model that was trained on *correct* comparisons have one? Yes, if it
+# cannot see what matters. Ours sees only the seven counts of an answer: how often it holds each letter, and the full
+# stop. So `aba.` and `aab.` get the same reward from it, although gold differs by 0.7.
+#
+# Its reward is `counts @ weights`. It learns from pairs of ref's own completions, chosen by Bradley-Terry on gold.
+# Stop in `my_linear_fit` at its first step: all weights and gaps are 0, so every comparison counts with a half.
 
 
 # %%
@@ -310,7 +321,7 @@ def compare(policy, how_many, seed):
 def my_linear_fit(features, compared, ridge=1.0, steps=1000, lr=1.0):
     """The weights (F,) of a linear reward model, by gradient descent from 0.
 
-    features (N, C, F); compared (B, 3) holds prompt, chosen, rejected. The loss is the mean of
+    features (N, K, F); compared (B, 3) holds prompt, chosen, rejected. The loss is the mean of
     −log σ(gap), where gap (B,) is the reward of chosen minus that of rejected, plus
     ridge/(2B)·|weights|². (The ridge keeps the weights finite.) The gradient of −log σ(gap) is
     −(1 − σ(gap))·(features of chosen − features of rejected).
@@ -327,6 +338,8 @@ def my_linear_fit(features, compared, ridge=1.0, steps=1000, lr=1.0):
 
 # %% [markdown]
 # ### Checkpoint
+#
+# The weights must equal those of the project's optimiser. Compare them with gold's, which stand below.
 
 # %%
 compared, fresh = compare(ref, 999, seed=0), compare(ref, 9999, seed=1)  # watch: compared (999, 3)
@@ -360,16 +373,20 @@ missed = accuracy(gold, fresh) - accuracy(proxies["one blind model"], fresh)
 this_run(missed < 0.06, "The test hardly warns.")
 
 # %% [markdown]
-# Hardly. Gold itself is right in only two of three, because the judges are unsure, and the blind model is only 3
-# points below gold. (That the model that sees repeats is 0.2 points above gold is chance: each share has a standard
-# error of 0.5 points.) The test uses pairs from ref, where two and more repeats are rare. Optimisation will make them
-# common.
+# Hardly. Even gold predicts only two of three choices, because the judges choose at random in part. The blind model
+# is only 3 points below gold. (A difference of less than 0.5 points may be chance.) The test uses pairs from ref,
+# where two and more repeats are rare. Optimisation will make them common.
 #
 # ## 6. Break it: try to repair the reward
 #
-# Five ideas, each as a proxy for the tilt: ten times the comparisons; the mean of five models, each fitted to its own
-# comparisons; for each answer the minimum of the five; blind again, but with comparisons of what the *optimised
-# policy* writes; and the missing feature.
+# Four ideas, each as a proxy for the tilt:
+#
+# - ten times the comparisons,
+# - the mean of five models, each fitted to its own comparisons,
+# - asking again: blind, but with comparisons of what the *optimised policy* writes,
+# - the missing feature: a model that sees repeats.
+#
+# Look at the last column. Which idea keeps gold from falling?
 
 # %%
 fits = [my_linear_fit(counts, compare(ref, 999, seed=10 + k)) for k in range(5)]
@@ -377,7 +394,7 @@ five = torch.stack([counts @ one for one in fits])  # watch: five (5, 3, 1555)
 optimised = my_tilt(ref, proxies["one blind model"], 0.3)
 asked_again = torch.cat([compared, compare(optimised, 2997, seed=3)])
 proxies |= {"10 × the comparisons": counts @ my_linear_fit(counts, compare(ref, 9990, seed=2)),
-            "mean of five": five.mean(0), "minimum of five": five.amin(0),
+            "mean of five": five.mean(0),
             "asked again": counts @ my_linear_fit(counts, asked_again)}
 repaired = {}
 print("proxy                   gold at its peak   at d =    gold at the end")
@@ -393,17 +410,16 @@ for name, curve in repaired.items():
     this_run(as_printed, f"Gold falls by more than 1, unless the proxy sees repeats: {name}.")
 
 # %% [markdown]
-# More comparisons and averages remove *noise*, which differs from model to model. All five models are blind to the
-# same thing, so they rise and fall together; here their mean and their minimum end even a little lower than the one
-# model. Asking again about the policy's own answers helps more: repeats are now common in the comparisons, and the
-# model lowers the weights of the letters for them. (It has four times the comparisons of the first model. Their
-# number is not what helps: with ten times as many of ref's answers gold still falls to −3.77.) It still cannot tell
-# `aba.` from `aab.`. The missing feature removes the fall. (On ensembles see Coste et al. 2023 and Eisenstein et al.
-# 2023; on averaged weights Ramé et al. 2024. `toy/overoptimization.py` repeats this with ten draws of the comparisons
-# and with neural reward models.)
+# - **More comparisons and averages** remove *noise*, which differs from model to model. But all five models are blind
+#   to the same thing, so they are wrong together. (On ensembles see Coste et al. 2023 and Eisenstein et al. 2023.)
+# - **Asking again** helps more. Repeats are now common in the comparisons, and the model lowers the weights of the
+#   letters for them. It still cannot tell `aba.` from `aab.`. (It has four times as many comparisons, but their
+#   number is not the reason: see the row with ten times as many.)
+# - **The missing feature** removes the fall.
 #
 # In practice nobody knows the missing feature. So three habits remain: hold the policy near ref with a KL penalty,
-# stop early, and ask people again about what the policy *now* writes.
+# stop early, and ask people again about what the policy *now* writes. (`toy/overoptimization.py` repeats this lesson
+# with ten draws of the comparisons and with neural reward models.)
 #
 # ## What is wrong here? (1)
 #
@@ -430,13 +446,15 @@ print("how often each model is the minimum:", shares.tolist())
 # %% [markdown]
 # ## What you now know
 #
-# - KL measures how far a policy has moved, and the tilt gets the most reward for its KL. Best-of-n comes close.
-# - If the reward is wrong somewhere, more optimisation first helps and then hurts. The learned reward rises all the
-#   way, so it does not show where to stop.
-# - Accuracy on the reference's pairs does not warn, because the hole is where the reference seldom goes.
+# - KL measures how far a policy has moved. The tilt has the most reward of all policies with its KL, and best-of-n
+#   comes close here.
+# - If the reward is far too high for some rare answers, more optimisation may first help and then hurt. Along the
+#   tilt and best-of-n the proxy never falls, so it does not show where to stop.
+# - Accuracy on the reference's pairs hardly warns, because the reference seldom writes the answers that are wrong.
 # - Ensembles help against noise, not against what no member can see.
 #
-# Next: [07](07_policy_gradient.ipynb) trains a policy with the reward and the KL penalty, and arrives at the tilt.
+# Next: [07](07_policy_gradient.ipynb) trains a policy with a reward, and [07b](07b_kl.ipynb) adds the KL penalty. With it
+# the training ends near the tilt.
 #
 # ## Exercises
 #
@@ -444,12 +462,13 @@ print("how often each model is the minimum:", shares.tolist())
 # here](00_start_here.ipynb)). Look at the tilt of "one blind model" in section 6. Its gold ends at the gold of one
 # completion for each prompt. Which one, and what decides it?
 #
-# **Exercise 2** (medium, 15 minutes). You could afford to measure gold once, for one blind model, and found the $d$ of
-# its peak. Use this $d$ as a KL budget for five other blind models, for the tilt and for best-of-n. How much gold is
-# lost against their own peaks?
+# **Exercise 2** (medium, 15 minutes). Show that close to ref the tilt gains reward in proportion to $d$: the gain is
+# about $\sqrt2\, \sigma d$, where $\sigma$ is the standard deviation of the reward under ref. Hint: for small
+# $1/\beta$, the tilt is about $\mathrm{ref} \cdot (1 + (r - \mathbb{E}_{\mathrm{ref}}[r])/\beta)$.
 #
 # **Exercise 3** (hard, 20 minutes). Let the reward be $u$, uniform on $[0, 1]$. Compare best-of-n with a threshold
-# $t$: the mean reward at equal KL, and at an equal number of samples for each kept one. Which is better at what?
+# $t$, as in ReST: the mean reward at equal KL, and at an equal number of samples for each kept one. Which is better
+# at what?
 #
 # ## Answers
 #
@@ -504,28 +523,20 @@ for name, (start, proxy) in trials.items():
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# With the tilt little is lost: where the peak is depends on what the proxy cannot see, and that is the same for all.
-# Best-of-n loses more, because it reaches repeats later and could have gone further. So a KL budget that was found
-# with one method does not suit another.
+# Put the hint into the expected reward: the gain is $\sigma^2/\beta$. Close to ref the KL is half the mean square of
+# $\pi/\mathrm{ref} - 1$, that is $\sigma^2/2\beta^2$. So $d = \sigma/(\sqrt2 \beta)$, and the gain is $\sqrt2\,
+# \sigma d$.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-curve = repaired["one blind model"]
-budget = curve[curve[:, 2].argmax(), 0].item()
-lost = {"tilt": [], "best of n": []}
-for k in range(5):
-    proxy = five[k].round(decimals=6)
-    walks = {"tilt": [my_tilt(ref, proxy, beta) for beta in BETAS],
-             "best of n": [best_of_n(proxy, n) for n in NS]}
-    for name, policies in walks.items():
-        curve = my_curve(policies, ref, proxy, gold)
-        within = curve[curve[:, 0] <= budget + 1e-9]
-        lost[name].append((curve[:, 2].max() - within[-1, 2]).item())
-print(f"budget d = {budget:.2f}")
-for name, numbers in lost.items():
-    print(f"   {name:10} gold lost: {[round(number, 3) for number in numbers]}")
-this_run(sum(lost["tilt"]) < sum(lost["best of n"]), "The tilt's budget suits the tilt better.")
+mean = ref[0] @ gold[0]
+sigma = (ref[0] @ (gold[0] - mean) ** 2).sqrt()
+for beta in (0.3, 3.0, 100.0):
+    near = my_tilt(ref[0], gold[0], beta)
+    d, gain = my_kl_from_ref(near, ref[0]).sqrt(), near @ gold[0] - mean
+    print(f"β = {beta:5}: d = {d:.3f}, gain {gain:.4f}, √2·σ·d {math.sqrt(2) * sigma * d:.4f}")
+always(abs(gain / (math.sqrt(2) * sigma * d) - 1) < 0.02, "Close to ref the gain is √2·σ·d.")
 
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
@@ -542,11 +553,11 @@ this_run(sum(lost["tilt"]) < sum(lost["best of n"]), "The tilt's budget suits th
 u, even = (torch.arange(3000.0) + 0.5) / 3000, torch.full((3000,), 1 / 3000)
 for n in (4, 16):
     best = torch.tensor(closed_form.best_of_n_law(even.numpy(), u.numpy(), n))
-    print(f"best of {n}: {n} samples, KL {my_kl(best, even):.3f}, mean {best @ u:.3f}")
+    print(f"best of {n}: {n} samples, KL {my_kl_from_ref(best, even):.3f}, mean {best @ u:.3f}")
     always(abs((best @ u).item() - n / (n + 1)) < 1e-3, "The mean of best-of-n is n/(n + 1).")
     for what, samples in (("equal KL", n * math.exp(-(n - 1) / n)), ("equal samples", float(n))):
         kept = even * (u > 1 - 1 / samples)
         kept = kept / kept.sum()
-        print(f"   threshold, {what}: {samples:.1f} samples, KL {my_kl(kept, even):.3f}, "
+        print(f"   threshold, {what}: {samples:.1f} samples, KL {my_kl_from_ref(kept, even):.3f}, "
               f"mean {kept @ u:.3f}")
         always(abs((kept @ u).item() - 1 + 1 / (2 * samples)) < 1e-3, "The mean above a threshold.")

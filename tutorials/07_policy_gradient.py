@@ -2,12 +2,12 @@
 # # 07 · Policy gradients: REINFORCE, RLOO, GRPO
 #
 # **You will build** the loop that trains a language model from a reward: sample, score, compute a loss, update,
-# repeat. Then you will build three [baselines](../GLOSSARY.md#baseline) for it, those of REINFORCE, RLOO and GRPO,
-# and see which one learns fastest and why. At the end you add the KL penalty, and find out where it belongs.
+# repeat. You also build the [baselines](../GLOSSARY.md#baseline) of REINFORCE, RLOO and GRPO, and measure how fast each
+# one learns and how noisy its gradient is.
 #
-# **Time:** 25 minutes of reading, about 35 seconds of computer.
+# **Time:** 26 minutes of reading, about 40 seconds of computer.
 #
-# **You need:** [03](03_logps.ipynb) (log-probs of a completion), [05](05_inverse_rl.ipynb) (π\* ∝ ref·e^(r/β)) and
+# **You need:** [03](03_logps.ipynb) (log-probs of a completion), [04](04_sft.ipynb) (SFT) and
 # [06](06_reward.ipynb) (what a reward is).
 #
 # Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
@@ -25,25 +25,14 @@ import copy
 
 import torch
 
-from minialign import kl
-from minialign.batch import collate
 from minialign.logps import token_logps
 from minialign.methods import grpo, reinforce, rloo
-from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
-from minialign.task import (
-    POLITE_ENDINGS,
-    POLITE_OPENINGS,
-    RUDE_ENDINGS,
-    RUDE_OPENINGS,
-    THINGS,
-    builtin_prompt,
-    gold_reward,
-)
-from toy import closed_form
+from minialign.task import THINGS
 from tutorials.checks import always, equal, this_run
 from tutorials.figures import policy_gradient as figures
 from tutorials.figures.loop import rlhf_loop
+from tutorials.phrase_requests import EOS, MAX_NEW, bonus, manners, rude_gpt, show_answers
 
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean twelve digits
 torch.set_num_threads(1)  # the models are so small that a second core only waits
@@ -53,9 +42,9 @@ torch.set_num_threads(1)  # the models are so small that a second core only wait
 # ## The question
 #
 # In tutorial 04 somebody wrote good answers, and the model imitated them. Now nobody shows a better answer. The
-# [policy](../GLOSSARY.md#policy) writes one, and a program or a reward model returns a number. The number has no
-# gradient: a program cannot be differentiated, and neither can a token that was drawn at random. How does the number
-# change the weights?
+# [policy](../GLOSSARY.md#policy) writes one, and a program or a model returns a number, the
+# [reward](../GLOSSARY.md#reward). We cannot differentiate this number: a program has no gradient, and drawing a token
+# at random has none either. How can the number change the weights?
 
 # %%
 rlhf_loop(
@@ -66,23 +55,26 @@ rlhf_loop(
 
 # %% [markdown]
 # The completions of one turn of this loop, with their rewards, are a [rollout](../GLOSSARY.md#rollout). We use each
-# rollout for one update and then throw it away, because it must come from the present policy. That is called
-# [on-policy](../GLOSSARY.md#on-policy) training.
+# rollout for one update. Then we throw it away, because the formula below needs samples of the present policy. This is
+# called [on-policy](../GLOSSARY.md#on-policy) training. The grey box, the reference, comes in [07b](07b_kl.ipynb).
 #
-# ## 1 · Three actions by hand
+# ## 1 · The policy gradient, on three actions
 #
-# We want a policy with a high *expected* reward. The expectation does have a gradient, because it contains the
+# We want a policy with a high *expected* reward. The expected reward does have a gradient, because it contains the
 # policy's probabilities:
 #
 # $$\nabla \sum_y \pi(y)\, r(y) = \sum_y r(y)\, \nabla \pi(y) = \sum_y \pi(y)\, r(y)\, \nabla \log \pi(y)
 # = \mathbb{E}_{y \sim \pi}\big[ r(y)\, \nabla \log \pi(y) \big]$$
 #
-# First step: rewards do not depend on the weights, so the gradient goes past them. Second: $\nabla \log \pi = \nabla
-# \pi / \pi$, the *log-derivative trick*. Third: a sum weighted with π is an average over the policy's own samples. So
-# we can estimate it from samples. This is the *policy gradient theorem* for one action; Williams (1992) called the
-# method REINFORCE.
+# 1. The reward of a given y does not depend on the weights. So the gradient acts on π(y) only.
+# 2. $\nabla \log \pi = \nabla \pi / \pi$, so $\nabla \pi = \pi\, \nabla \log \pi$.
+# 3. A sum weighted with π is an average over samples of the policy. So we can estimate it from samples.
 #
-# Take three answers. For logits, $\nabla \log \pi(y)$ is a vector with 1 at place y, minus π: row y of `grad_logp`.
+# This is the *policy gradient theorem* for a single action. Williams (1992) called the method REINFORCE.
+#
+# We check it on a policy with three answers, whose weights are three logits. Then $\nabla \log \pi(y)$ is a vector with
+# 1 at place y, minus π: row y of `grad_logp`. In the last line of the output, the mean of the three one-sample
+# gradients, weighted with their probabilities, is the gradient that autograd computes.
 
 # %%
 pi = torch.tensor([0.5, 0.3, 0.2])
@@ -92,49 +84,46 @@ grad_logp = torch.eye(3) - pi  # watch: grad_logp (3, 3)
 logits = pi.log().requires_grad_()
 (exact,) = torch.autograd.grad((logits.softmax(0) * r).sum(), logits)  # the left side, by autograd
 for y in range(3):
-    step = (r[y] * grad_logp[y] + 0.0).tolist()
-    print(
-        f"y = {y}   probability {pi[y]:.1f}   reward {r[y]:.0f}   one-sample gradient",
-        [round(number, 2) for number in step],
-    )
+    gradient = (r[y] * grad_logp[y] + 0.0).numpy().round(2)  # + 0.0 turns −0.0 into 0.0
+    print(f"y = {y}   probability {pi[y]:.1f}   reward {r[y]:.0f}   one-sample gradient {gradient}")
 averaged = pi @ (r[:, None] * grad_logp)  # the right side: the mean of the three rows
 print("their mean:", averaged.numpy().round(2), "  by autograd:", exact.numpy().round(2))
 equal(averaged, exact, "The two sides of the policy gradient theorem are equal.")
 
 # %% [markdown]
-# The mean says: more of y = 2, less of y = 1. Half of the time, though, we draw y = 0, and its gradient pushes the
-# best answer *down*. Only the average is right.
+# The mean raises the logit of y = 2, the best answer, and lowers that of y = 1, the worst. But half of the time we draw
+# y = 0, and this one-sample gradient *lowers* the logit of the best answer. Single gradients are noisy. Only their
+# average is right.
 #
-# ## 2 · A baseline costs nothing
+# ## 2 · A baseline makes it less noisy
 #
-# Subtract a constant b from all rewards. The mean gradient stays, because $\mathbb{E}[\nabla \log \pi] = \sum_y \nabla
-# \pi(y) = \nabla 1 = 0$. The noise changes. We measure it as the mean squared distance between a one-sample gradient
-# and the true one.
+# Subtract a constant b, the baseline, from all rewards. The mean gradient does not change, because
+# $\mathbb{E}[b\, \nabla \log \pi] = b \sum_y \nabla \pi(y) = b\, \nabla 1 = 0$. The noise does change. We measure it
+# as the mean squared distance between a one-sample gradient and the true gradient. Look at the column "noise".
 
 # %%
-noises = {}
 for b in (0.0, 0.9, 2.0, -10.0):
-    A = r - b
-    estimates = A[:, None] * grad_logp  # watch: estimates (3, 3)
+    estimates = (r - b)[:, None] * grad_logp  # watch: estimates (3, 3)
     mean = pi @ estimates
-    noises[b] = (pi @ (estimates - mean).pow(2).sum(1)).item()
-    print(f"b = {b:5.1f}   mean {mean.numpy().round(2)}   noise {noises[b]:6.2f}")
+    noise = (pi @ (estimates - mean).pow(2).sum(1)).item()
+    print(f"b = {b:5.1f}   mean {mean.numpy().round(2)}   noise {noise:6.2f}")
     equal(mean, exact, "A constant baseline does not change the mean gradient.")
 figures.arrows(pi.numpy(), r.numpy(), grad_logp.numpy(), (0.0, 0.9))
 
 # %% [markdown]
-# 0.9 is the mean reward. With it an answer is pushed up only if it was *better than usual*; what is left of a reward
-# after the baseline is the [advantage](../GLOSSARY.md#advantage) A. The last row is like a reward raised by 10: the
-# same task, with almost a hundred times the noise.
+# The noise is lowest in the second row, where b is the mean reward, 0.9. With this baseline a sample raises the
+# probability of an answer only if the answer was *better than usual*. The reward minus the baseline is called the
+# [advantage](../GLOSSARY.md#advantage) A. The last row, b = −10, is the same as rewards that are higher by 10: the task
+# is the same, and the noise is almost a hundred times as large.
 #
 # ## 3 · Build it yourself: the loss
 #
-# PyTorch minimises a scalar. We write down one whose gradient is minus the estimate:
+# PyTorch minimises a scalar. So we write down a scalar whose gradient is minus the estimate:
 #
 # $$L = -\frac1B \sum_{i=1}^{B} A_i \log \pi(y_i | x_i)$$
 #
-# B is the number of sampled completions, x their prompts. A completion of several tokens is one action: the log-probs
-# of its tokens are added. The value of L means nothing; only its gradient does.
+# B is the number of sampled completions, $x_i$ their prompts. The log-probs of the tokens of a completion are added.
+# The value of L does not tell you whether training works; watch the rewards for that.
 
 
 # %%
@@ -170,110 +159,60 @@ always(
 print("reinforce_loss: equal")
 
 # %% [markdown]
-# ## 4 · The loop
+# ## 4 · The loop, on a small GPT
 #
-# The language of polite and rude requests again. To be fast, a [token](../GLOSSARY.md#token) is a whole phrase here: a
-# thing, an opening or an ending. The prompt is a thing, and a good completion is opening, thing, ending, end. We train
-# a small GPT on rude speakers.
+# The task is that of tutorial 00: ask for a thing politely. As in 04, a small GPT was first trained on rude speakers.
+# To make sampling fast, a [token](../GLOSSARY.md#token) is a whole phrase here (tutorials/phrase_requests.py). The
+# prompt is a thing, and a good answer is opening, thing, ending, end.
+#
+# The reward is a program, the gold reward of tutorial 00 plus 2. So it gives 0 to 5 *marks* for manners: 1 for naming
+# the thing, and 2 each for a polite opening and a polite ending (1 each if there is none, 0 if it is rude).
+#
+# Real prompts are not equally easy. So every answer about a thing with "a", such as *a map*, gets a *bonus* of 2,
+# however good it is.
+#
+# Before training, the model answers like this:
 
 # %%
-PHRASES = [*THINGS, *POLITE_OPENINGS, *RUDE_OPENINGS, *POLITE_ENDINGS, *RUDE_ENDINGS]
-OPENING = len(THINGS)  # 24, the id of the first opening: 3 polite ones, then 3 rude ones
-ENDING = OPENING + 6  # 30, the id of the first ending: 3 polite ones, then 3 rude ones
-EOS = len(PHRASES)  # 36, the end token
-
-
-def text(ids):
-    spaced = [PHRASES[i] if i >= ENDING else " " + PHRASES[i] for i in ids if i != EOS]
-    return "".join(spaced).strip()
-
-
-def rude_requests(n, generator):
-    """Prompts and completions (two lists of ids) of speakers who choose each phrase politely with
-    probability 1/4.
-    """
-    things = torch.randint(len(THINGS), (n,), generator=generator)
-    kinds = 3 * (torch.rand(2, n, generator=generator) < 0.75)  # 0 is polite, 3 is rude
-    opening, ending = kinds + torch.randint(3, (2, n), generator=generator)
-    end = torch.full((n,), EOS)
-    said = torch.stack([OPENING + opening, things, ENDING + ending, end], dim=1)
-    return things[:, None].tolist(), said.tolist()
-
-
-torch.manual_seed(0)
-base = GPT(GPTConfig(EOS + 1, n_layer=1, n_head=2, n_kv_head=2, n_embd=64, max_len=8))
-optimizer = torch.optim.Adam(base.parameters(), lr=1e-2)
-for k in range(200):
-    optimizer.param_groups[0]["lr"] = 1e-2 * (1 - k / 200)
-    batch = collate(*rude_requests(64, generator), pad_id=EOS)
-    loss = -token_logps(base, batch).sum(1).mean()  # SFT, tutorial 04
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def tell(policy, shown=6, each=16):
-    """Print an answer to each of a few prompts, and how many of 24 · 16 are whole requests."""
-    asked = [[i] for i in range(len(THINGS))]
-    answers = sample(policy, asked, max_new=4, n=each, eos_id=EOS, seed=0)
-    for i in range(shown):
-        print(f"   {THINGS[i]:8} -> {text(answers.completions[each * i])}")
-    whole = [
-        len(y) == 4 and OPENING <= y[0] < ENDING <= y[2] < EOS and y[1] == i // each
-        for i, y in enumerate(answers.completions)
-    ]
-    print(f"   whole requests: {sum(whole) / len(whole):.0%}")
-
-
-tell(base)
+base = rude_gpt()
+show_answers(base)
 
 # %% [markdown]
-# The reward: 0 to 5 marks for manners. Opening and ending give 2 each if polite, 1 if there is none, 0 if rude; naming
-# the thing gives 1. Real prompts are not equally easy. So every answer about a thing with "a", such as *a map*, gets 2
-# marks more. This bonus changes nothing about which answer is better.
-#
-# Stop in `train` at its first call, at `advantages`: B is 32, and none is negative.
-
+# Now the loop. Each turn has four steps: sample, score, compute the loss, update. Methods differ only in
+# `advantages_of`, which turns rewards into advantages. The simplest choice takes the rewards as they are.
 
 # %%
-def manners(prompts, completions):
-    """Lists of ids -> marks (B,) from 0 to 5."""
-    asked = [builtin_prompt(PHRASES[x[0]]) for x in prompts]
-    return torch.tensor(gold_reward(asked, [text(y) for y in completions])) + 2
-
-
-def bonus(prompts):
-    return torch.tensor([2.0 * PHRASES[x[0]].startswith("a ") for x in prompts])
-
-
-GROUP = 4  # G: completions of each prompt in a rollout
 PROMPTS = 8  # N: prompts in a rollout
+GROUP = 4  # G: completions of each prompt
 
 
-def train(advantages_of, seed=0, steps=80, lr=1e-3):
-    """Returns the trained policy and the mean marks of each step. advantages_of(rewards (B,), past)
-    -> (B,).
+def train(advantages_of, seed=0, steps=60, lr=1e-3):
+    """Returns the trained policy and the mean marks of each turn, (steps,).
+    advantages_of(rewards (B,), past) -> (B,), where past lists the mean rewards of earlier turns.
     """
     policy = copy.deepcopy(base)
-    draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
-    past = []
-    marks = []
+    draw = torch.Generator().manual_seed(seed)
+    past, all_marks = [], []
     for k in range(steps):
+        # 1. sample: G answers to each of N prompts; the answers to one prompt are neighbours
         prompts = torch.randperm(len(THINGS), generator=draw)[:PROMPTS, None].tolist()
-        answers = sample(policy, prompts, max_new=4, n=GROUP, eos_id=EOS, seed=(seed, k))  # sample
-        asked = [x for x in prompts for _ in range(GROUP)]  # G answers to a prompt are neighbours
-        graded = manners(asked, answers.completions)  # score
-        rewards = graded + bonus(asked)  # watch: rewards (B,)
+        answers = sample(policy, prompts, max_new=MAX_NEW, n=GROUP, eos_id=EOS, seed=(seed, k))
+        # 2. score
+        asked = [x for x in prompts for _ in range(GROUP)]
+        marks = manners(asked, answers.completions)
+        rewards = marks + bonus(asked)  # watch: rewards (B,)
+        # 3. the loss
         advantages = advantages_of(rewards, past)  # watch: advantages (B,)
         logps = token_logps(policy, answers)  # watch: logps (B, T), with gradient
         loss = my_reinforce_loss(logps, advantages, answers.mask)
+        # 4. one update, then a fresh rollout
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()  # one update, then a fresh rollout
+        optimizer.step()
         past.append(rewards.mean().item())
-        marks.append(graded.mean().item())
-    return policy, torch.tensor(marks)
+        all_marks.append(marks.mean().item())
+    return policy, torch.tensor(all_marks)
 
 
 def no_baseline(rewards, past):
@@ -281,24 +220,24 @@ def no_baseline(rewards, past):
 
 
 policy, marks = train(no_baseline)
-print(f"marks: first ten steps {marks[:10].mean():.2f}, last ten {marks[-10:].mean():.2f}")
-tell(policy)
+print(f"marks: first ten turns {marks[:10].mean():.2f}, last ten {marks[-10:].mean():.2f}")
+show_answers(policy)
 this_run(marks[-10:].mean() > marks[:10].mean() + 0.5, "The marks rise even without a baseline.")
 
 # %% [markdown]
-# The marks rise, and the language breaks: polite phrases are repeated where a thing should stand. No reward is
-# negative. So no sampled answer is made less likely by its own term of the loss, however bad it is, and what happened
-# to be drawn takes over. The loop needs a baseline.
+# The marks rise, but the language breaks: only 40 % of the answers are whole requests any more. The reason is that no
+# reward is negative. The term $-r \log \pi(y)$ of a sampled answer never makes this answer less likely, however bad it
+# is. So whatever happens to be drawn becomes likelier. The loop needs a baseline.
 #
 # ## 5 · Three baselines
 #
-# **REINFORCE** takes a mean of earlier rewards, in which older batches count less.
+# **REINFORCE** usually takes a running mean: the mean of earlier rewards, in which older turns count less.
 
 
 # %%
 def my_running_mean(past, decay=0.9):
-    """past: list of floats, the mean rewards of the batches so far, oldest first -> float, the
-    baseline for the next batch.
+    """past: list of floats, the mean rewards of the turns so far, oldest first -> float, the
+    baseline for the next turn.
 
     A weighted mean: the newest has weight 1, the one before it `decay`, then decay², … Without any
     past it is 0.
@@ -324,53 +263,45 @@ equal(mine, torch.tensor(theirs), "my_running_mean equals minialign's Baseline."
 print("after rewards 4, 4, 0:", round(my_running_mean([4.0, 4.0, 0.0]), 3))
 
 # %% [markdown]
-# **RLOO**, REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024), samples G completions of the same prompt
-# and compares each with the mean of the *others*. This baseline fits the prompt and the present policy. By hand, for
-# rewards 1, 0, 0, 3: the others of the first have mean 1, so A = 0. Those of the last have mean 1/3, so A = 8/3.
+# **RLOO**, REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024), samples G completions of the same prompt,
+# a *group*. The baseline of each completion is the mean reward of the *others* in its group. Take the rewards 1, 0, 0,
+# 3. The others of the first have mean 1, so its advantage is 1 − 1 = 0. The others of the last have mean 1/3, so its
+# advantage is 3 − 1/3 = 8/3.
+#
+# The baseline of $y_i$ is now random, but it does not depend on $y_i$: the others were drawn independently. So the
+# proof of section 2 still holds, and the mean gradient does not change.
 
 
 # %%
 def my_leave_one_out(rewards, group_size):
-    """rewards (B,), the G completions of one prompt adjacent -> advantages (B,): each minus the
-    mean of its G − 1 others.
-
-    Raises ValueError for G below 2: there are no others.
+    """rewards (B,), the G completions of one prompt adjacent -> advantages (B,): each reward minus
+    the mean of the G − 1 others of its group. G is at least 2.
     """
-    if group_size < 2:
-        raise ValueError(
-            f"group_size {group_size}: leave-one-out needs at least 2 completions of a prompt"
-        )
     groups = rewards.view(-1, group_size)  # watch: groups (N, G)
-    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)  # (N, G)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)  # watch: others (N, G)
     return (groups - others).flatten()
 
 
 # %% [markdown]
 # ### Checkpoint
 
-
 # %%
-def refused(advantages_of):
-    """True if a group of one completion raises ValueError."""
-    try:
-        advantages_of(torch.ones(3), 1)
-    except ValueError:
-        return True
-    return False
-
-
 four = torch.tensor([1.0, 0, 0, 3])
 many = torch.randn(24, generator=generator)
-many[:4] = 0.5  # a group of equals
 print("leave one out:", my_leave_one_out(four, 4).numpy().round(3))
 for size in (2, 4, 8):
     theirs = rloo.leave_one_out(many, group_size=size)
     equal(my_leave_one_out(many, size), theirs, "my_leave_one_out equals rloo.leave_one_out.")
-always(refused(my_leave_one_out), "my_leave_one_out raises ValueError for G = 1, which gives 0/0.")
 
 # %% [markdown]
-# **GRPO** (Shao et al. 2024) subtracts the mean of the *whole* group and divides by the group's standard deviation. A
-# small number, `std_eps`, is added to that, so that a group of equal rewards gives 0 and not 0/0.
+# **GRPO** (Shao et al. 2024) also compares the answers of a group, with two differences.
+#
+# First, it subtracts the mean of the *whole* group, which contains $r_i$ itself. This only scales the advantage:
+# if $m_i$ is the mean of the others, the group's mean is $\frac1G r_i + \frac{G-1}{G} m_i$, so
+# $r_i - \text{mean} = \frac{G-1}{G} (r_i - m_i)$.
+#
+# Second, it divides by the group's standard deviation. A small number, `std_eps`, is added to the standard deviation.
+# So a group of equal rewards gives 0 and not 0/0.
 
 
 # %%
@@ -378,13 +309,8 @@ def my_group_advantages(rewards, group_size, std_eps=1e-4):
     """rewards (B,), the G of one prompt adjacent -> advantages (B,): (reward − mean of its group) /
     (std of its group + std_eps).
 
-    std is the sample standard deviation (divide by G − 1). Raises ValueError for G below 2: there
-    is no spread.
+    std is the sample standard deviation (divide by G − 1). G is at least 2.
     """
-    if group_size < 2:
-        raise ValueError(
-            f"group_size {group_size}: a group needs at least 2 completions of a prompt"
-        )
     groups = rewards.view(-1, group_size)  # watch: groups (N, G)
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + std_eps)).flatten()
@@ -392,17 +318,31 @@ def my_group_advantages(rewards, group_size, std_eps=1e-4):
 
 # %% [markdown]
 # ### Checkpoint
+#
+# The last lines of the cell compare RLOO and GRPO on the same rewards in three units.
 
 # %%
-print("group:", my_group_advantages(four, 4).numpy().round(3))
 for size in (2, 4, 8):
     theirs = grpo.group_advantages(many, group_size=size)
     equal(my_group_advantages(many, size), theirs, "my_group_advantages equals minialign's.")
-always(refused(my_group_advantages), "my_group_advantages raises ValueError for G = 1 (std: NaN).")
+share = (four - four.mean()) / my_leave_one_out(four, 4)  # 0/0 in the first place
+equal(share[1:], torch.full((3,), 3 / 4), "r − group mean is (G − 1)/G of leave-one-out.")
+for unit in (1, 100, 0.01):
+    print(
+        f"rewards {str((unit * four).tolist()):24} "
+        f"RLOO {my_leave_one_out(unit * four, 4).numpy().round(3)}   "
+        f"GRPO {my_group_advantages(unit * four, 4).numpy().round(2)}"
+    )
 
 # %% [markdown]
-# Without the two checks a group of one makes every weight NaN, without an error. Now the same loop four times, each
-# with three seeds.
+# After the division the unit of the reward does not matter (up to `std_eps`). But a prompt whose answers differ by 0.03
+# now counts as much as one whose answers differ by 3. So over several prompts the mean gradient is in general no longer
+# that of the expected reward.
+#
+# ## 6 · Four methods side by side
+#
+# We run the loop with four `advantages_of`, each with three seeds. Look at how fast the marks rise in the first 40
+# turns, and at the share of whole requests at the end.
 
 # %%
 methods = {
@@ -411,270 +351,107 @@ methods = {
     "leave one out (RLOO)": lambda rewards, past: my_leave_one_out(rewards, GROUP),
     "group (GRPO)": lambda rewards, past: my_group_advantages(rewards, GROUP),
 }
-trained = {}
 curves = {}
+print(f"{'mean marks in turns':24}  1-10  11-20  21-40  41-60")
 for name, advantages_of in methods.items():
     runs = [train(advantages_of, seed) for seed in range(3)]
-    trained[name] = runs[0][0]  # of seed 0
     curves[name] = torch.stack([marks for _, marks in runs])  # (3, steps)
-
-print(f"{'mean marks in updates':24}  1-10  11-20  21-40  41-80")
-for name, seeds in curves.items():
-    parts = [seeds[:, a:b].mean() for a, b in ((0, 10), (10, 20), (20, 40), (40, 80))]
+    parts = [curves[name][:, a:b].mean() for a, b in ((0, 10), (10, 20), (20, 40), (40, 60))]
     print(f"{name:24}" + "".join(f"{part:7.2f}" for part in parts))
+    show_answers(runs[0][0], shown=6 if "RLOO" in name else 0)
 figures.curves({name: seeds.numpy() for name, seeds in curves.items()})
 early = {name: seeds[:, :40].mean().item() for name, seeds in curves.items()}
 best = min(early["leave one out (RLOO)"], early["group (GRPO)"])
 this_run(early["no baseline"] + 0.2 < early["running mean"], "No baseline learns slowest by far.")
 this_run(early["running mean"] < best + 0.05, "Groups learn at least as fast as the running mean.")
 
-# %%
-for name, policy in trained.items():
-    print(name)
-    tell(policy, shown=6 if "RLOO" in name else 0)
-
 # %% [markdown]
-# Nobody has shown the model better requests. It said polite ones by chance, and they were made likelier. Without a
-# baseline most answers of seed 0 are no whole requests any more; with any of the three nearly all are. The few that
-# broke are a reason for the penalty of section 7.
+# Nobody has shown the model a better request. It wrote polite ones by chance, and their probability rose. Without a
+# baseline it learns most slowly, and most answers of seed 0 are broken at the end. With a baseline 71 % to 96 % are
+# whole. Some broken ones get full marks, such as "could i get give me tea, please.", because the program looks only at
+# the beginning, the thing and the ending. 07b comes back to this.
 #
-# ## 6 · Why: the noise of four gradients
+# ## 7 · Why: the noise of their gradients
 #
-# Back to the three actions, with a second prompt: higher rewards, and less at stake (3.2, 3.0, 3.4). An update draws
-# twelve completions of each prompt, in groups of G. With three actions there are only $3^G$ groups, so we sum over
-# all: mean and noise are exact. We divide the noise by the squared length of the mean gradient, because the learning
-# rate can make up for a factor.
+# Three seeds are few, so we also compute the noise exactly, for the three actions and two prompts. An update draws
+# twelve completions of each prompt, in groups of G. There are only $3^G$ different groups, so we can sum over all of
+# them. We divide the noise by the squared length of the mean gradient, because a common factor acts like a learning
+# rate.
+#
+# In the first column the rewards of the second prompt are higher by 2. In the second column both prompts have the same
+# rewards. Compare the running mean with RLOO in both columns.
 
 
 # %%
-prompts_r = torch.stack([r, 3 + r / 5])  # (2, 3)
-
-
-def measure(advantages_of, group_size):
-    """Of one update: (relative noise, cosine to the true gradient, relative length along it).
-    advantages_of(rewards (B,), G) -> (B,).
-    """
+def exact_mean_and_noise(advantages_of, group_size, rewards):
+    """(mean (3,), noise) of the gradient from twelve completions of a prompt with rewards (3,)."""
     groups = torch.cartesian_prod(*[torch.arange(3)] * group_size)
     groups = groups.view(-1, group_size)  # watch: groups (3^G, G)
-    chance = pi[groups].prod(1)  # (3^G,) the probability of each group
-    means = []
-    noise = 0.0
-    for rewards in prompts_r:
-        advantages = advantages_of(rewards[groups].flatten(), group_size).view(-1, group_size, 1)
-        estimates = (advantages * grad_logp[groups]).mean(1)  # (3^G, 3) one gradient for each group
-        means.append(chance @ estimates)
-        of_one_group = chance @ (estimates - means[-1]).pow(2).sum(1)
-        noise += of_one_group * group_size / 12  # an update takes the mean of 12/G groups
-    mean = torch.cat(means)
-    true = torch.cat([pi * (rewards - pi @ rewards) for rewards in prompts_r])  # both prompts
-    cosine = (mean @ true / mean.norm() / true.norm()).item()
-    length = (mean @ true / (true @ true)).item()
-    return (noise / (mean @ mean)).item(), cosine, length
+    chance = pi[groups].prod(1)  # watch: chance (3^G,)
+    advantages = advantages_of(rewards[groups].flatten()).view(-1, group_size, 1)
+    estimates = (advantages * grad_logp[groups]).mean(1)  # (3^G, 3) one gradient for each group
+    mean = chance @ estimates
+    noise_of_one_group = chance @ (estimates - mean).pow(2).sum(1)
+    return mean, noise_of_one_group * group_size / 12  # the mean of 12/G groups
 
 
-def group_mean(rewards, group_size):  # GRPO without the division
-    groups = rewards.view(-1, group_size)
-    return (groups - groups.mean(1, keepdim=True)).flatten()
+def relative_noise(advantages_of, group_size, height):
+    """Noise / squared length of the mean gradient, for prompts with rewards r and r + height."""
+    parts = [exact_mean_and_noise(advantages_of, group_size, r + h) for h in (0, height)]
+    return (sum(noise for _, noise in parts) / sum(mean @ mean for mean, _ in parts)).item()
 
 
-overall = (prompts_r @ pi).mean()  # where a running mean over all prompts settles
-rows = {
-    "no baseline": measure(lambda rewards, _: rewards, 1),
-    "running mean": measure(lambda rewards, _: rewards - overall, 1),
-}
-for name, function in (
-    ("leave one out (RLOO)", my_leave_one_out),
-    ("group mean", group_mean),
-    ("group (GRPO)", my_group_advantages),
-):
-    for size in (2, 4, 6):
-        rows[name, size] = measure(function, size)
-for name, (noise, cosine, length) in rows.items():
-    label = name if isinstance(name, str) else f"{name[0]}, G = {name[1]}"
-    print(f"{label:28} noise {noise:5.2f}   cosine {cosine:.3f}   length {length:.3f}")
-    if "GRPO" not in label:
-        always(cosine > 1 - 1e-9, "Without a division the mean gradient has the true direction.")
-        factor = (name[1] - 1) / name[1] if "group mean" in label else 1
-        always(abs(length - factor) < 1e-9, "The length is (G − 1)/G for the group mean, else 1.")
-figures.noise(
-    {name: rows[name][0] for name in ("no baseline", "running mean")},
-    {
-        name: {size: rows[name, size][0] for size in (2, 4, 6)}
-        for name in ("leave one out (RLOO)", "group (GRPO)")
-    },
+rows = {}
+for height in (2, 0):
+    overall = pi @ r + height / 2  # the mean over both prompts, near which a running mean stays
+    rows["no baseline", height] = relative_noise(lambda rewards: rewards, 1, height)
+    rows["running mean", height] = relative_noise(lambda rewards, b=overall: rewards - b, 1, height)
+    for name, function in (("RLOO", my_leave_one_out), ("GRPO", my_group_advantages)):
+        for size in (2, 4, 6):
+
+            def compare(rewards, function=function, size=size):
+                return function(rewards, size)
+
+            rows[f"{name}, G = {size}", height] = relative_noise(compare, size, height)
+            if name == "RLOO":
+                mean, _ = exact_mean_and_noise(compare, size, r + height)
+                equal(mean, exact, "The mean gradient of RLOO is the true one.")
+print("relative noise     prompts differ by 2   same mean")
+for name in [name for name, height in rows if height == 0]:
+    print(f"{name:18} {rows[name, 2]:19.2f} {rows[name, 0]:11.2f}")
+figures.noise(rows)
+this_run(
+    rows["RLOO, G = 2", 2] < rows["running mean", 2] < rows["no baseline", 2],
+    "If prompts differ by 2, RLOO with one other sample is less noisy than the running mean.",
 )
-always(
-    rows["leave one out (RLOO)", 2][0] < rows["running mean"][0] < rows["no baseline"][0],
-    "RLOO with a single other sample is less noisy than a mean over both prompts.",
+this_run(
+    rows["running mean", 0] < rows["RLOO, G = 6", 0],
+    "If prompts have the same mean reward, the running mean is less noisy than RLOO.",
 )
 
 # %% [markdown]
-# - **No baseline**: most of the noise is the average height of the rewards.
-# - **Running mean**: too high for one prompt, too low for the other.
-# - **RLOO**: with only one other sample (G = 2) it beats the running mean. And it is unbiased: the others do not
-#   depend on $y_i$.
-# - **Group mean**: it contains $r_i$ itself, so the gradient is exactly $\frac{G-1}{G}$ of the true one.
-# - **GRPO**: dividing by the spread gives both prompts equal weight, though five times more is at stake in the first.
-#   That turns the gradient (cosine below 1). In return the unit of the reward does not matter:
-
-# %%
-for group in ([1.0, 0, 0, 3], [100.0, 0, 0, 300], [0.01, 0, 0, 0.03]):
-    rewards = torch.tensor(group)
-    print(
-        f"{str(group):22} RLOO {my_leave_one_out(rewards, 4).numpy().round(3)}   "
-        f"GRPO {my_group_advantages(rewards, 4).numpy().round(2)}"
-    )
-
-# %% [markdown]
-# ## 7 · Stay near the reference: three estimators of the KL
+# - **No baseline.** Most of the noise comes from the average height of the rewards.
+# - **Running mean.** If prompts differ, it is too high a baseline for the first prompt and too low for the second. If
+#   both have the same mean reward, it is the least noisy of the three, because it averages over many samples.
+# - **RLOO.** Its baseline fits the prompt, so the height of a prompt makes no difference. But it is a mean of only
+#   G − 1 samples, so it is noisy itself. This noise falls as G grows.
+# - **GRPO.** Its noise is near that of RLOO, a little higher here.
 #
-# A reward alone drives the policy to whatever pays. So one subtracts β times the [KL divergence](../GLOSSARY.md#kl)
-# from the [reference](../GLOSSARY.md#reference); the best policy is then π\* ∝ ref·e^(r/β) (tutorial 05). The KL must
-# be estimated from samples too. With the log-ratio $d = \log \pi(y) - \log \mathrm{ref}(y)$ of a sample, three
-# estimators are in use (Schulman 2020):
+# ## Break it: ten times the learning rate
 #
-# $$k_1 = d, \qquad k_2 = \tfrac12 d^2, \qquad k_3 = d + (e^{-d} - 1)$$
-#
-# $k_1$ is the definition: its mean is the KL, but single values may be negative. $k_2$ is never negative but biased:
-# its mean is the KL only to second order, near ref. $k_3$ adds a term of mean zero, since $\mathbb{E}_\pi[e^{-d}] =
-# \sum_y \pi(y)\, \mathrm{ref}(y)/\pi(y) = 1$. All values of $k_3$ are non-negative, because $e^{-d} \ge 1 - d$.
-
+# Even a gradient without noise is right only near the policy at which it was computed. So a step must not be too large.
+# Train RLOO with `lr=1e-2`, and read the answers.
 
 # %%
-def my_kl_estimators(logps, ref_logps):
-    """logps, ref_logps: log-probs of the same samples, any one shape -> (k1, k2, k3), three tensors
-    of that shape.
-    """
-    d = logps - ref_logps
-    return d, d**2 / 2, d + (-d).exp() - 1
-
+wild, marks = train(methods["leave one out (RLOO)"], lr=1e-2)
+print("marks in the last ten turns:", round(marks[-10:].mean().item(), 2))
+show_answers(wild)
+this_run(marks[-10:].mean() < 4.1, "With ten times the learning rate the marks stop near 4.")
 
 # %% [markdown]
-# ### Checkpoint: values and means
-
-# %%
-ref = torch.tensor([0.2, 0.3, 0.5])
-true_kl = pi @ (pi.log() - ref.log())
-print(f"KL(π‖ref) = {true_kl:.3f}")
-for k, theirs in zip(my_kl_estimators(pi.log(), ref.log()), (kl.k1, kl.k2, kl.k3), strict=True):
-    name = theirs.__name__
-    equal(k, theirs(pi.log(), ref.log()), f"{name} of my_kl_estimators equals minialign's {name}.")
-    spread = (pi @ (k - pi @ k) ** 2).sqrt()
-    print(f"{name}: values {k.numpy().round(3)}   mean {pi @ k:.3f}   spread {spread:.3f}")
-
-# %% [markdown]
-# As a number to watch, $k_3$ is best while π is near ref: the right mean, and here a third of the spread of $k_1$.
-# (Far away $e^{-d}$ can be huge.) In a *loss* the order is another. There the samples are fixed, and autograd returns
-# the mean of $\nabla k$, which is not the gradient of the mean of k:
-
-# %%
-logits = pi.log().requires_grad_()
-live = logits.log_softmax(0)
-
-
-def gradient(scalar):
-    return torch.autograd.grad(scalar, logits, retain_graph=True)[0]
-
-
-reverse = gradient(live.exp() @ (live - ref.log()))  # of KL(π‖ref)
-forward = gradient(ref @ (ref.log() - live))  # of KL(ref‖π)
-in_loss = [gradient(pi @ k) for k in my_kl_estimators(live, ref.log())]
-in_reward = gradient(pi @ ((pi.log() - ref.log()) * live))  # k1 as a number, times log π
-for name, value in (
-    ("∇ KL(π‖ref)", reverse),
-    ("∇ KL(ref‖π)", forward),
-    ("k1 in the loss", in_loss[0]),
-    ("k2 in the loss", in_loss[1]),
-    ("k3 in the loss", in_loss[2]),
-    ("k1 in the reward", in_reward),
-):
-    print(f"{name:17} {value.numpy().round(3) + 0.0}")
-equal(in_loss[0], torch.zeros(3), "k1 in the loss has mean gradient 0.", atol=1e-12, rtol=0)
-equal(in_loss[1], reverse, "k2 in the loss has the gradient of the KL.")
-equal(in_loss[2], forward, "k3 in the loss has the gradient of the other KL.")
-equal(in_reward, reverse, "k1 in the reward has the gradient of the KL.")
-
-# %% [markdown]
-# $k_1$ in the loss does nothing on average. $k_3$ in the loss, where GRPO puts it, follows the *other* divergence.
-# $k_1$ in the reward, $R = r - \beta d$ as a constant, is right. R depends on the policy too, but that part of the
-# gradient would be $-\beta\, \mathbb{E}[\nabla \log \pi] = 0$. To see where each choice ends, we follow the expected
-# update until nothing changes.
-
-
-# %%
-def settle(loss_of, beta=0.8, steps=1500, lr=1.0):
-    """Gradient descent from ref on Σ π(y)·loss(y), π(y) held fixed as sampling does -> the last
-    policy (3,).
-    """
-    logits = ref.log().requires_grad_()
-    for _ in range(steps):
-        logps = logits.log_softmax(0)
-        (slope,) = torch.autograd.grad(logps.exp().detach() @ loss_of(logps, beta), logits)
-        logits = (logits - lr * slope).detach().requires_grad_()
-    return logits.softmax(0).detach()
-
-
-def with_penalty(logps, beta):
-    """R = r − β·d, a constant."""
-    return (r - beta * (logps - ref.log())).detach()
-
-
-star = torch.tensor(closed_form.tilt(ref.numpy(), r.numpy(), 0.8))  # π*
-ends = {
-    "k1 in the reward": settle(lambda logps, beta: -with_penalty(logps, beta) * logps),
-    "k2 in the loss": settle(
-        lambda logps, beta: -r * logps + beta * my_kl_estimators(logps, ref.log())[1]
-    ),
-    "k3 in the loss": settle(
-        lambda logps, beta: -r * logps + beta * my_kl_estimators(logps, ref.log())[2]
-    ),
-    "k1 in the loss": settle(
-        lambda logps, beta: -r * logps + beta * my_kl_estimators(logps, ref.log())[0]
-    ),
-}
-for name, end in {"π*": star, **ends}.items():
-    print(f"{name:17} {end.numpy().round(3)}")
-figures.ends(star.numpy(), {name: end.numpy() for name, end in ends.items()})
-k3_end = torch.tensor(closed_form.sequence_k3_law(ref.numpy(), r.numpy(), 0.8))
-equal(ends["k1 in the reward"], star, "k1 in the reward ends at π*.", atol=1e-6, rtol=0)
-equal(ends["k3 in the loss"], k3_end, "k3 in the loss ends at β·ref/(c − r).", atol=1e-6, rtol=0)
-print("R at π*:", with_penalty(star.log(), 0.8).numpy().round(3))
-
-# %% [markdown]
-# With $k_3$ in the loss the [fixed point](../GLOSSARY.md#closed-form) is $\pi = \beta\,\mathrm{ref}/(c - r)$. Here c
-# is the one number above all rewards for which the probabilities sum to 1. It is the fixed point of GRPO *without*
-# the division by the spread, for large groups and completions of one token. With the division see
-# `group_normalised_law` in toy/closed_form.py, for several tokens `token_k3_law`. At π\* all R are equal (last line),
-# so RLOO's advantages are 0 and it stops.
-#
-# ## Break it: count yourself among the others
-#
-# Use the group mean instead of leave-one-out. In pairs (G = 2) every advantage is halved. With the KL in the reward,
-# that acts like a smaller learning rate. With the KL in the loss, only the reward is halved, so β counts double.
-# (GRPO without the division is this: β acts as $\beta\, G/(G-1)$.)
-
-# %%
-double = torch.tensor(closed_form.tilt(ref.numpy(), r.numpy(), 1.6))
-for place in ("reward", "loss"):
-    for share, baseline in (
-        (1.0, "leave one out"),
-        (0.5, "group mean"),
-    ):  # E[A|y] = share · (r − mean)
-
-        def loss_of(logps, beta, share=share, place=place):
-            if place == "reward":
-                return -share * with_penalty(logps, beta) * logps
-            return -share * r * logps + beta * my_kl_estimators(logps, ref.log())[1]
-
-        end = settle(loss_of, steps=3000)
-        print(f"KL in the {place:6}  {baseline:14} {end.numpy().round(3)}")
-        right = double if place == "loss" and share == 0.5 else star
-        where = "π* of 2β" if right is double else "π*"
-        equal(end, right, f"KL in the {place}, {baseline}: ends at {where}.", atol=1e-6, rtol=0)
-
-# %% [markdown]
-# Only one of the four combinations ends at the wrong policy. With the KL in the reward, a test of the final policy
-# would miss the bug. The table of section 6 catches it (length 0.5 at G = 2), because it tests the estimator.
+# The marks stop near 4: the answers begin and end politely, but none of the six names its thing. A few large steps made
+# polite phrases likely in every place. After that hardly any sample names the thing, and the loop can only make
+# likelier what it samples. [07b](07b_kl.ipynb) holds the policy near the model from which it started.
 #
 # ## What is wrong here? (1)
 #
@@ -688,44 +465,45 @@ print(dict(enumerate(zip(prompts, my_leave_one_out(rewards, group_size=2).tolist
 # %% [markdown]
 # ## What is wrong here? (2)
 #
-# The KL in the reward, as it should be. Nothing crashes. But it does not end at π\*.
+# To make the training less noisy, somebody samples without randomness: `greedy=True` always takes the likeliest token.
+# What will this run learn?
 
 # %%
-attached = settle(lambda logps, beta: -(r - beta * (logps - ref.log())) * logps)
-print("ends at", attached.numpy().round(3), "  π* is", star.numpy().round(3))
+calm = sample(base, [[0]], max_new=MAX_NEW, n=4, eos_id=EOS, seed=0, greedy=True)
+rewards = manners([[0]] * 4, calm.completions)
+print("rewards", rewards.tolist(), "  advantages", my_leave_one_out(rewards, 4).tolist())
 
 # %% [markdown]
 # ## What you now know
 #
-# - $\mathbb{E}[r\, \nabla \log \pi]$ is the gradient of the expected reward, so samples and their rewards suffice to
-#   train.
-# - A baseline that does not depend on the sample leaves the mean of the gradient and removes noise; of the three,
-#   other answers to the same prompt make the least noisy one.
-# - Dividing by the group's spread (GRPO) makes the unit of the reward irrelevant and changes the direction.
-# - The KL belongs in the reward as a constant. In the loss, $k_1$ does nothing, and $k_3$ has another fixed point.
+# - $\mathbb{E}[r\, \nabla \log \pi]$ is the gradient of the expected reward. So samples and their rewards are enough to
+#   train a policy.
+# - A baseline that does not depend on the sample leaves the mean gradient as it is, and a good one makes it much less
+#   noisy.
+# - Other answers to the same prompt make the least noisy baseline of the three, if prompts differ much in their mean
+#   reward.
+# - GRPO divides by the group's spread. Then the unit of the reward does not matter, but prompts get other weights.
 #
-# [Tutorial 08](08_ppo.ipynb) uses each rollout several times, and learns a baseline for every token: PPO.
+# Next: [07b](07b_kl.ipynb) adds the KL penalty to the loop, and shows where it must be put.
 #
 # ## Exercises
 #
-# 1. **Try this** (easy, 5 minutes): train with leave-one-out and ten times the learning rate, `lr=1e-2`. What do you
-#    expect of marks and text?
-# 2. **The best constant** (medium, 15 minutes): the mean reward is not quite the best baseline. Find the b with the
+# 1. **A hundred marks more** (easy, 5 minutes). Add 100 to every reward. For which of the four methods do the
+#    advantages change, and in which turns?
+# 2. **The best constant** (medium, 15 minutes). The mean reward is not quite the best baseline. Find the b with the
 #    least noise for the three actions, by algebra. Why does nobody use it?
-# 3. **Divide, but what?** (hard, 20 minutes): (a) divide r by *its own* spread under the policy, and then subtract
-#    $\beta k_1$, undivided. Follow it with `settle` for β = 2, 1.5 and 0.8. (b) First form $R = r - \beta k_1$, then
-#    divide R by the spread of R. Which one has π\* as its fixed point? `closed_form.collapse_threshold(ref, r)` says
-#    below which β the other one breaks.
+# 3. **Where the running mean wins** (hard, 20 minutes). In section 7 let the second prompt have rewards r + h. For
+#    which h are the running mean and RLOO with G = 2 equally noisy?
 #
 # ## Answers
 
 # %% [markdown]
 # <details><summary>Puzzle 1</summary>
 #
-# Groups must be adjacent: the order has to be map, map, tea, tea. Here each answer about tea is compared with one
-# about a map, gets a negative advantage, and is pushed down, the good one too. The mean gradient is still right,
-# because the other answer is independent of this one. The noise grows, so learning only seems slow. In the right
-# order the advantages are −1, 1 and 1, −1.
+# The answers to one prompt must be adjacent: map, map, tea, tea. Here each answer about tea is compared with one about
+# a map, and gets a negative advantage, the good one too. The mean gradient is still right, because the other answer is
+# independent of this one. But the noise grows, so learning only seems slow. In the right order the advantages are −1, 1
+# and 1, −1.
 #
 # </details>
 
@@ -739,37 +517,38 @@ always(
 # %% [markdown]
 # <details><summary>Puzzle 2</summary>
 #
-# R was not detached. The product rule adds $-\beta \log \pi \cdot \nabla \log \pi$, which is not 0 on average, and the
-# fixed point becomes $\propto \sqrt{\mathrm{ref} \cdot e^{r/\beta}}$. Even with r = 0 it would leave the reference.
-# `my_reinforce_loss` detaches.
+# Nothing. All answers to a prompt are the same, so all advantages are 0. The policy learns from *differences* between
+# its own answers, sampled from π itself. For the same reason a prompt that it always solves, or never solves, gives no
+# gradient.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-root = (ref * (r / 0.8).exp()).sqrt()
-end_attached = root / root.sum()
-equal(attached, end_attached, "Without detach it ends at √(ref·e^(r/β)).", atol=1e-6, rtol=0)
+always(len(set(map(tuple, calm.completions))) == 1, "Greedy answers to one prompt are all equal.")
 
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# The marks rise to about 3 and stay there, with answers such as "i would like i would like i would like". A polite
-# opening alone pays that much. A few large steps made one phrase likely in every place, so no sample names the thing
-# or ends politely any more, and what is never sampled cannot be made likelier.
+# RLOO and GRPO compare within a group, so nothing changes. With the running mean only the first turn changes, when
+# there is no past and the baseline is 0. Without a baseline all advantages are higher by 100 in all turns.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-wild, marks = train(methods["leave one out (RLOO)"], lr=1e-2)
-print("last ten steps:", round(marks[-10:].mean().item(), 2))
-tell(wild)
+for name, advantages_of in methods.items():
+    rewards, past = torch.tensor([1.0, 0, 0, 3]), [2.0, 3.0]
+    before = advantages_of(rewards, past)
+    change = advantages_of(rewards + 100, [number + 100 for number in past]) - before
+    first = advantages_of(rewards + 100, []) - advantages_of(rewards, [])
+    print(f"{name:22} first turn +{first.abs().max():.0f}   later +{change.abs().max():.0f}")
+    always((change.abs().max() > 1e-9) == (name == "no baseline"), "Later only the first changes.")
 
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
 # The noise is $\mathbb{E}[(r - b)^2\, \|\nabla \log \pi\|^2]$ minus a constant: a parabola in b, lowest at $b =
-# \mathbb{E}[r\, \|\nabla \log \pi\|^2] / \mathbb{E}[\|\nabla \log \pi\|^2]$. It is a mean reward in which rare answers
-# count more. It needs the gradient of every single completion, and gains little.
+# \mathbb{E}[r\, \|\nabla \log \pi\|^2] / \mathbb{E}[\|\nabla \log \pi\|^2]$. To compute it one needs the gradient of
+# every single completion, and here it lowers the noise by only 0.3 %.
 #
 # </details>
 
@@ -791,41 +570,20 @@ always(
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
 #
-# (b) ends at π\* for every β: there R is the same for all answers, and the division only scales the step. (a) has the
-# fixed point ref·e^(r/(β·spread)), with the spread of r under it. A smaller spread makes r count more, which sharpens
-# the policy, which makes the spread smaller. Below the threshold this never stops, and the policy collapses onto the
-# best answer.
+# The running mean is too high by h/2 for the first prompt and too low by h/2 for the second. In the squares of $r - b
+# \pm h/2$ the mixed terms of the two prompts cancel. So the relative noise is that at h = 0 plus $\frac{h^2}{4}
+# \mathbb{E}[\|\nabla \log \pi\|^2] / (12\, \|\nabla \mathbb{E}[r]\|^2)$. That of RLOO does not depend on h. Beyond the
+# h below RLOO is less noisy.
 #
 # </details>
 
-
 # %% tags=["solution"] jupyter={"source_hidden": true}
-def spread_of(values, p):
-    return (p @ (values - p @ values) ** 2).sqrt() + 1e-9
-
-
-def divide_r(logps, beta):
-    p = logps.exp().detach()
-    d = (logps - ref.log()).detach()
-    return -((r - p @ r) / spread_of(r, p) - beta * d) * logps
-
-
-def divide_all(logps, beta):
-    p = logps.exp().detach()
-    R = with_penalty(logps, beta)
-    # 0.05, because the spread of R goes to 0 near π*, and the steps would grow without bound
-    return -(R - p @ R) / (spread_of(R, p) + 0.05) * logps
-
-
-threshold, _ = closed_form.collapse_threshold(ref.numpy(), r.numpy())
-print(f"threshold: β = {threshold:.3f}")
-for beta in (2.0, 1.5, 0.8):
-    a = settle(divide_r, beta, steps=4000, lr=0.2)
-    b = settle(divide_all, beta, steps=4000, lr=0.05)
-    tilted = torch.tensor(closed_form.tilt(ref.numpy(), r.numpy(), beta))
-    print(
-        f"β = {beta}:  (a) {a.numpy().round(3)}   (b) {b.numpy().round(3)}   "
-        f"π* {tilted.numpy().round(3)}"
-    )
-    always((a[2].item() > 0.99) == (beta < threshold), "(a) collapses exactly below the threshold.")
-    equal(b, tilted, "(b) ends at π*.", atol=1e-3, rtol=0)
+slope = (pi @ lengths / (4 * 12 * exact @ exact)).item()
+h = ((rows["RLOO, G = 2", 0] - rows["running mean", 0]) / slope) ** 0.5
+b = pi @ r + h / 2
+print(f"equal at h = {h:.3f}")
+equal(
+    relative_noise(lambda rewards: rewards - b, 1, h),
+    relative_noise(lambda rewards: my_leave_one_out(rewards, 2), 2, h),
+    "At this h the running mean and RLOO with G = 2 are equally noisy.",
+)

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # 08 · PPO: credit for each token, several updates from each rollout
+# # 08 · PPO: several updates from each rollout, credit for each token
 #
-# **You will build** the five functions of PPO. They train a policy to type a sentence and a GPT to ask politely. Then
-# you take out the clip and the critic, to measure what each is for.
+# **You will build** the three functions of PPO: the clipped loss, the rewards of the tokens, and their advantages. A
+# loop of a dozen lines trains a policy with them. Then you measure what the clip, the critic and λ are for.
 #
-# **Time:** 30 minutes of reading, 30 seconds of computer.
+# **Time:** 27 minutes of reading, 30 seconds of computer.
 #
 # **You need:** [07 · Policy gradients](07_policy_gradient.ipynb), and the formula for π\* from
 # [05 · Inverse RL](05_inverse_rl.ipynb).
@@ -20,19 +20,12 @@ from pathlib import Path
 here = Path(globals().get("__file__", "cell")).resolve()
 sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign").is_dir()][:1]
 
-import copy
 import math
-import re
-from types import SimpleNamespace
 
 import torch
 
-from minialign import task
-from minialign.batch import collate, whiten
-from minialign.logps import token_logps
+from minialign.batch import whiten
 from minialign.methods import ppo
-from minialign.sample import sample
-from toy.tiny_language import tiny_gpt
 from tutorials.checks import always, equal, this_run
 from tutorials.figures import ppo as figures
 from tutorials.figures.loop import rlhf_loop
@@ -43,12 +36,12 @@ from tutorials.figures.loop import rlhf_loop
 # In tutorial 07 all tokens of a completion shared one [advantage](../GLOSSARY.md#advantage), made from one
 # [reward](../GLOSSARY.md#reward). After one update the completions were thrown away. Two questions remain:
 #
-# 1. A completion has many tokens and one reward. Which tokens earned it?
-# 2. Sampling is slow. Can one [rollout](../GLOSSARY.md#rollout) serve for several updates?
+# 1. Sampling is slow. Can one [rollout](../GLOSSARY.md#rollout) serve for several updates?
+# 2. A completion has many tokens and one reward. Which tokens earned it?
 #
-# PPO (proximal policy optimisation, Schulman et al. 2017) answers the first with a [critic](../GLOSSARY.md#critic),
-# which predicts the reward from a prefix, and the second with a clip: a token whose probability has changed enough
-# stops counting.
+# PPO (proximal policy optimisation, Schulman et al. 2017) answers the first with a probability ratio and a clip
+# (sections 1 and 2), and the second with a [critic](../GLOSSARY.md#critic), a model that predicts the reward from a
+# prefix (sections 3 and 4).
 
 # %%
 rlhf_loop(["completions", "reward", "reference", "update"], "08_loop.png",
@@ -56,66 +49,53 @@ rlhf_loop(["completions", "reward", "reference", "update"], "08_loop.png",
               "PPO changes what happens from reward to update.")
 
 # %% [markdown]
-# ## 1. The algorithm
+# ## 1. Reuse a rollout: the ratio
 #
-# > **repeat**
-# > 1. sample a rollout from the [policy](../GLOSSARY.md#policy); keep its log-probs as `old_logps`
-# > 2. ask for the rewards and for the log-probs of the [reference](../GLOSSARY.md#reference)
-# > 3. `my_shape_rewards`: put the KL penalty on every token, the reward on the last one
-# > 4. let the critic predict a value for every prefix
-# > 5. `my_gae`: advantages of the tokens, and the returns that the critic should have predicted
-# > 6. `my_whiten`: bring the advantages to mean 0 and variance 1
-# > 7. **several times:** one step of the policy on `my_policy_loss`, one step of the critic on `my_value_loss`
+# Tutorial 07 maximised the mean of $A \log \pi$ over samples of the present [policy](../GLOSSARY.md#policy) π. The
+# gradient is the [policy gradient](../GLOSSARY.md#policy-gradient), $\mathbb{E}_\pi[A\,\nabla\log\pi]$. After one
+# update the samples are from an older policy, π_old: we are [off-policy](../GLOSSARY.md#on-policy).
 #
-# ## 2. A task: type a sentence
+# *Importance sampling* repairs this: weight every sample with its [ratio](../GLOSSARY.md#ratio)
+# $\rho = \pi/\pi_\mathrm{old}$.
 #
-# The policy types 32 characters, each chosen from 27. The reward is the share of right ones, paid once at the end.
-# The policy is a table of logits, (32, 27), all 0 at first: it types at random. So does the reference.
+# $$\mathbb{E}_\mathrm{old}[\rho\,f] = \sum_y \pi_\mathrm{old}(y)\,\frac{\pi(y)}{\pi_\mathrm{old}(y)}\,f(y)
+# = \sum_y \pi(y)\,f(y) = \mathbb{E}_\pi[f]$$
 #
-# We maximise $\mathbb{E}_\pi[r] - \beta\,\mathrm{KL}(\pi\|\mathrm{ref})$: reward, minus β for each nat of
-# [KL](../GLOSSARY.md#kl) from the reference. Tutorial 05 showed the [closed form](../GLOSSARY.md#closed-form):
-# $\pi^* \propto \mathrm{ref}\,e^{r/\beta}$. A right letter adds 1/32 to the reward, so π\* takes it $e^{1/(32\beta)}$
-# times as often as each wrong one.
+# So PPO maximises the mean of $\rho A$ in place of $A \log\pi$. Because $\nabla\rho = \rho\,\nabla\log\pi$, its
+# gradient is $\mathbb{E}_\mathrm{old}[\rho\,A\,\nabla\log\pi]$. At the first update ρ is 1, and this is the policy
+# gradient of 07. Check it with autograd, for five tokens: the slope of $A\log\pi$ in a log-prob is A, that of $\rho A$
+# should be ρA.
 
 # %%
-TEXT, ALPHABET, BETA = "generalised advantage estimation", "abcdefghijklmnopqrstuvwxyz ", 0.005
-goal = torch.tensor([ALPHABET.index(letter) for letter in TEXT])
-PLACES, CHOICES = torch.arange(len(goal)), len(ALPHABET)
-
-star = torch.ones(len(goal), CHOICES)
-star[PLACES, goal] = math.exp(1 / (len(goal) * BETA))
-star = star / star.sum(1, keepdim=True)  # watch: star (32, 27)
-BEST = star[0, goal[0]].item()
-
-
-def typed(ids):
-    return "".join(ALPHABET[i] for i in ids)
-
-
-def kl_to_star(logits):
-    """KL(π ‖ π*) in nats, a sum over the places."""
-    all_logps = logits.log_softmax(-1)
-    return (all_logps.exp() * (all_logps - star.log())).sum().item()
-
-
-torch.manual_seed(0)
-print("reference:", typed(torch.randint(CHOICES, (len(goal),))))
-print("π*:       ", typed(torch.multinomial(star, 1).squeeze(1)))
-print(f"π* has the right letter with probability {BEST:.3f} at each place")
-print(f"KL(ref ‖ π*) = {kl_to_star(torch.zeros(len(goal), CHOICES)):.1f} nats")
+generator = torch.Generator().manual_seed(0)
+old_logps, A, moved = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+for name, now in (("first update", old_logps), ("later", old_logps + 0.1 * moved)):
+    logps = now.clone().requires_grad_()
+    ratio = (logps - old_logps).exp()  # watch: ratio (5,)
+    (slope,) = torch.autograd.grad((ratio * A).sum(), logps)
+    print(f"{name:13} slope of ρA, divided by A:", (slope / A).numpy().round(3))
+    equal(slope, ratio.detach() * A, msg="The slope of ρA is ρ times that of A log π.")
 
 # %% [markdown]
-# ## 3. Several updates: the ratio and the clip
+# **One ratio per token is an approximation.** The exact weight of a completion is the *product* of the ratios of its
+# tokens (02). PPO gives each token its own ratio only. Both are near 1 while all ratios are *very* near 1:
+
+# %%
+for ratio in (1.001, 1.01, 1.1, 1.2):
+    print(f"ratio of each token {ratio:5}   product over 32 tokens {ratio ** 32:8.2f}")
+
+# %% [markdown]
+# At 1.2 the exact weight is 342, and one completion would decide the whole update. With one ratio per token there is
+# less noise, but the objective is only right near π_old. So something has to keep π there.
 #
-# After the first update the completions come from an older policy, π_old: we are
-# [off-policy](../GLOSSARY.md#on-policy). *Importance sampling* weights each of them by how much likelier it is now,
-# the [ratio](../GLOSSARY.md#ratio) $\rho = \pi/\pi_\mathrm{old}$. The weights are only reliable while the two
-# policies are close, so PPO ignores tokens whose ratio has moved by more than ε in the direction that the advantage
-# asks for (up for A > 0, down for A < 0):
+# ## 2. The clip
+#
+# PPO stops a token when its ratio has moved by more than ε in the direction that its advantage asks for: up for
+# A > 0, down for A < 0.
 #
 # $$L = -\,\mathrm{mean}_t\,\min\big(\rho_t A_t,\; \mathrm{clip}(\rho_t, 1 - \varepsilon, 1 + \varepsilon)\,A_t\big)$$
 #
-# $\rho_t$ is the ratio of token t, $A_t$ its advantage, and clip moves a number into the interval. ε is usually 0.2.
+# $\rho_t$ and $A_t$ belong to token t, and clip moves a number into the interval. ε is usually 0.2.
 
 
 # %%
@@ -137,7 +117,6 @@ def my_policy_loss(logps, old_logps, advantages, mask, eps):
 # (Stop in `my_policy_loss` at this first call: `ratio` is (6, 9).)
 
 # %%
-generator = torch.Generator().manual_seed(0)
 begins, ends = torch.tensor([0, 1, 2, 3, 0, 5]), torch.tensor([9, 4, 9, 4, 1, 8])
 places = torch.arange(9)
 mask = (places >= begins[:, None]) & (places < ends[:, None])  # watch: mask (B, T)
@@ -146,13 +125,13 @@ new = (old + 0.3 * change).requires_grad_()
 mine = my_policy_loss(new, old, A, mask, 0.2)
 theirs = ppo.policy_loss(new, old, A, mask, eps=0.2)[0]
 equal(mine, theirs, msg="my_policy_loss equals the project's.")
-slopes = [torch.autograd.grad(loss, new)[0] for loss in (mine, theirs)]
-equal(*slopes, msg="my_policy_loss has the project's gradient.")
+equal(*(torch.autograd.grad(loss, new)[0] for loss in (mine, theirs)),
+      msg="my_policy_loss has the project's gradient.")
 print("my_policy_loss equals minialign.methods.ppo.policy_loss")
 
 # %% [markdown]
-# The ratio is below, inside or above the interval, and A is positive or negative. Which of the six cases have a
-# gradient?
+# There are six cases: the ratio is below, inside or above the interval, and A is positive or negative. Which have a
+# gradient? Guess first.
 
 
 # %%
@@ -177,19 +156,21 @@ figures.clip(ratios, {sign: [objective for objective, _ in rows] for sign, rows 
              {sign: [slope for _, slope in rows] for sign, rows in curves.items()}, eps=0.2)
 
 # %% [markdown]
-# - If an update moved a token in the wrong direction, the full gradient remains and brings it back.
-# - If it moved in the right direction by more than ε, its gradient is 0.
-# - The clip is no hard limit: other tokens share the weights and can carry a ratio past 1 ± ε.
+# - Inside the interval every token has its gradient (two cases).
+# - If a token moved in the right direction by more than ε, its gradient is 0 (two cases).
+# - If it moved in the wrong direction, the full gradient remains and brings it back (two cases).
 #
-# > **You should know: the loss says nothing about progress.** At the first update of a rollout the gradient is the
-# > policy gradient of tutorial 07, and the loss is minus the mean advantage, which step 6 makes 0 for every policy.
-# > Plot the reward instead.
+# The clip is no hard limit: gradients of other tokens, which share the weights, can move a ratio past 1 ± ε.
 #
-# ## 4. One reward, many tokens: GAE
+# ## 3. A reward for every token
 #
-# Each token pays the KL penalty, $-\beta(\log\pi - \log\mathrm{ref})$, a number without gradient. The last one also
-# gets the reward of the completion. By hand: β = 0.05, log-probs −1, −2, −0.5, reference −1.2, −1.5, −0.7, reward 1.
-# The token rewards are −0.05·0.2 = −0.01, −0.05·(−0.5) = 0.025, and 1 − 0.05·0.2 = 0.99.
+# Now the second question. As in 07 we maximise $\mathbb{E}_\pi[r] - \beta\,\mathrm{KL}(\pi\|\mathrm{ref})$, so a
+# completion has the reward $R = r - \beta\log(\pi/\mathrm{ref})$. The [KL](../GLOSSARY.md#kl) part is a sum over
+# tokens: each gets its own $-\beta(\log\pi - \log\mathrm{ref})$, a number without gradient. The last token also gets
+# r.
+#
+# By hand: β = 0.05, log-probs −1, −2, −0.5, [reference](../GLOSSARY.md#reference) −1.2, −1.5, −0.7, reward 1. The
+# token rewards are −0.05·0.2 = −0.01, −0.05·(−0.5) = 0.025, and 1 − 0.05·0.2 = 0.99.
 
 
 # %%
@@ -207,32 +188,31 @@ def my_shape_rewards(rewards, logps, ref_logps, mask, beta):
     return token_rewards.detach()
 
 
-three = torch.ones(1, 3, dtype=torch.bool)
-by_hand = my_shape_rewards(torch.tensor([1.0]), torch.tensor([[-1, -2, -0.5]]),
-                           torch.tensor([[-1.2, -1.5, -0.7]]), three, 0.05)
-print("token rewards", by_hand.numpy().round(4))
-
 # %% [markdown]
 # ### Checkpoint
 
 # %%
+three = torch.ones(1, 3, dtype=torch.bool)
+by_hand = my_shape_rewards(torch.tensor([1.0]), torch.tensor([[-1, -2, -0.5]]),
+                           torch.tensor([[-1.2, -1.5, -0.7]]), three, 0.05)
 equal(by_hand, torch.tensor([[-0.01, 0.025, 0.99]]),
-             msg="my_shape_rewards gives the rewards by hand.")
+      msg="my_shape_rewards gives the rewards by hand.")
 six_rewards = torch.randn(6, generator=generator, dtype=torch.float64)
 token_rewards = my_shape_rewards(six_rewards, old, ref, mask, 0.3)
 equal(token_rewards, ppo.shape_rewards(six_rewards, old, ref, mask, beta=0.3),
-             msg="my_shape_rewards equals the project's, also in rows that end early.")
+      msg="my_shape_rewards equals the project's, also in rows that end early.")
 print("my_shape_rewards equals minialign.methods.ppo.shape_rewards")
 
 # %% [markdown]
-# The critic gives each prefix a *value* v, the reward that it expects from here on. A token is judged by what it
-# changed:
+# ## 4. The critic, and GAE
+#
+# The critic gives each prefix a *value* v: the sum of token rewards that it expects from here on. A token is judged
+# by what it changed:
 #
 # $$\delta_t = r_t + \gamma\,v_{t+1} - v_t$$
 #
 # $r_t$ is the token's own reward, $v_t$ the value of the prefix before it, $v_{t+1}$ of the prefix with it (0 after
-# the last token). γ is the *discount*: a reward that comes k tokens later counts γ^k. Language models use γ = 1,
-# games 0.99.
+# the last token). γ is the *discount*: a reward k tokens later counts γ^k. Language models use γ = 1, games 0.99.
 
 # %%
 values, rewards = torch.tensor([[0.5, 0.4, 0.3]]), torch.tensor([[0.0, 0.0, 1.0]])
@@ -240,15 +220,14 @@ figures.chain(values[0].tolist(), rewards[0].tolist(), [-0.1, -0.1, 0.7])
 
 # %% [markdown]
 # Here the critic lowers its prediction twice, and then a reward of 1 arrives. Were the first two tokens bad, or was
-# the critic wrong? *Generalised advantage estimation* (GAE, Schulman et al. 2016) weighs the two with λ:
+# the critic wrong? *Generalised advantage estimation* (GAE, Schulman et al. 2016) adds later errors to a token's own:
 #
 # $$A_t = \delta_t + \gamma\lambda\,\delta_{t+1} + (\gamma\lambda)^2\,\delta_{t+2} + \dots$$
 #
-# - **λ = 0:** $A_t = \delta_t$, the token's own step. There is little noise, but a wrong critic misleads (bias).
-# - **λ = 1:** the values in between cancel, and $A_t$ is all the reward still to come, minus $v_t$. The critic is
-#   only a [baseline](../GLOSSARY.md#baseline) and cannot mislead, but the luck of all later tokens is in $A_t$
-#   (noise).
-# - **In between**, usually 0.95, an error l tokens later counts $\lambda^l$.
+# - **λ = 0:** $A_t = \delta_t$. Later tokens add no noise, but if the critic is wrong, so is $A_t$ (bias).
+# - **λ = 1:** the values in between cancel, and $A_t$ is all rewards still to come, minus $v_t$. The critic is only a
+#   [baseline](../GLOSSARY.md#baseline), so a wrong one gives no bias. But the luck of later tokens is in $A_t$ (noise).
+# - **In between**, usually 0.95, an error l tokens later counts $\lambda^l$ (for γ = 1).
 #
 # By hand, with γ = 1, λ = 0.5: $A = (-0.1 - 0.05 + 0.175,\; -0.1 + 0.35,\; 0.7) = (0.025, 0.25, 0.7)$. The critic's
 # target, the *return*, is $A_t + v_t$.
@@ -260,367 +239,282 @@ def my_gae(token_rewards, values, mask, gamma, lam):
 
     token_rewards, values: (B, T); values[b, t] is v of the prefix before token t. mask: (B, T)
     bool; the True ones of a row are adjacent. The value after the last of them is 0, whatever
-    stands in the padding. δ_t = token_rewards[t] + gamma·v_{t+1} − v_t. Going backwards,
+    stands in the padding. δ_t = token_rewards[:, t] + gamma·v_{t+1} − v_t. Going backwards,
     A_t = δ_t + gamma·lam·A_{t+1}.
     """
     advantages = torch.zeros_like(values)
-    for b in range(len(values)):
-        next_value = next_advantage = 0.0
-        for t in reversed(mask[b].nonzero().squeeze(1).tolist()):
-            delta = token_rewards[b, t] + gamma * next_value - values[b, t]  # watch: delta ()
-            next_advantage = delta + gamma * lam * next_advantage
-            next_value, advantages[b, t] = values[b, t], next_advantage
+    next_value = next_advantage = torch.zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        delta = token_rewards[:, t] + gamma * next_value - values[:, t]  # watch: delta (B,)
+        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0)
+        next_value = torch.where(mask[:, t], values[:, t], 0)
+        advantages[:, t] = next_advantage
     return advantages, torch.where(mask, advantages + values, 0)
 
 
+# %% [markdown]
+# ### Checkpoint
+#
+# (Stop in `my_gae` at its first call: the first `delta` is 0.7.) In the table λ moves the advantages from δ to
+# "reward − v".
+
+# %%
 print("λ      advantages              returns")
 for lam in (0, 0.5, 1):
     advantages, returns = my_gae(rewards, values, three, 1.0, lam)
     print(f"{lam:<5}  {str(advantages[0].numpy().round(3)):23} {returns[0].numpy().round(3)}")
-
-# %% [markdown]
-# ### Checkpoint
-#
-# (Stop in `my_gae` at the call above: the first `delta` is 0.7.)
-
-# %%
 equal(my_gae(rewards, values, three, 1.0, 0.5)[0], torch.tensor([[0.025, 0.25, 0.7]]),
-             msg="my_gae gives the advantages by hand.")
+      msg="my_gae gives the advantages by hand.")
 for gamma, lam in ((1.0, 0.95), (0.9, 0.8), (1.0, 0.0)):
-    found = my_gae(token_rewards, v, mask, gamma, lam)
-    expected = ppo.gae(token_rewards, v, mask, gamma=gamma, lam=lam)
-    equal(found, expected, msg=f"my_gae equals the project's for γ = {gamma}, λ = {lam}.")
-A, returns = ppo.gae(token_rewards, v, mask, gamma=1.0, lam=0.95)
+    equal(my_gae(token_rewards, v, mask, gamma, lam),
+          ppo.gae(token_rewards, v, mask, gamma=gamma, lam=lam),
+          msg=f"my_gae equals the project's for γ = {gamma}, λ = {lam}.")
 print("my_gae equals minialign.methods.ppo.gae")
 
 # %% [markdown]
-# ## 5. Whitening and the critic's loss
+# ## 5. The loop
 #
-# *Whitening* brings the advantages of a rollout to mean 0 and variance 1, so that all rollouts count alike.
+# The policy types 32 characters, each chosen from 27. The reward is the share of right ones, given once at the end.
+# The policy is a table of logits, (32, 27), all 0 at first: it types at random. So does the reference.
 #
-# The critic learns by squared distance to the returns, with a clip of its own: moving a value by more than ε from the
-# old one does not lower its loss any further. By hand: v was 0.5, is 1, should be 2, and ε = 0.2. The clipped value
-# is 0.7, and the loss is $\tfrac12 \max(1^2, 1.3^2) = 0.845$.
+# The best policy is known (05): $\pi^* \propto \mathrm{ref}\,e^{r/\beta}$. A right letter adds 1/32 to the reward,
+# so π\* takes it $e^{1/(32\beta)}$ times as often as each wrong one. With β = 0.005:
+
+# %%
+TEXT, ALPHABET = "generalised advantage estimation", "abcdefghijklmnopqrstuvwxyz "
+BETA, N = 0.005, 64  # N texts in a rollout
+goal = torch.tensor([ALPHABET.index(letter) for letter in TEXT])
+PLACES, T, V = torch.arange(len(TEXT)), len(TEXT), len(ALPHABET)
+MASK, REF_LOGPS = torch.ones(N, T, dtype=torch.bool), torch.full((N, T), -math.log(V))
+
+star = torch.ones(T, V)
+star[PLACES, goal] = math.exp(1 / (T * BETA))
+star = star / star.sum(1, keepdim=True)  # watch: star (T, V)
+BEST = star[0, goal[0]].item()
+torch.manual_seed(0)
+for name, probs in (("reference", torch.full((T, V), 1 / V)), ("π*", star)):
+    text = "".join(ALPHABET[i] for i in torch.multinomial(probs, 1).squeeze(1))
+    print(f"{name:9}  P(right letter) {probs[0, goal[0]]:.3f}   {text}")
+
+# %% [markdown]
+# A language model's critic is a copy of its network with one output. Here two learned numbers per place are enough:
+# v = offset + slope · (share of the text that is right so far). Both are 0 at first.
 
 
 # %%
-def my_whiten(x, mask):
-    """x (B, T) minus its mean, over √(variance + 1e-8). 0 where mask (B, T) is False.
-
-    Mean and variance are over the entries where mask is True. The variance is the mean of squared
-    differences (not divided by n − 1).
-    """
-    real = x[mask]
-    variance = (real - real.mean()).square().mean()
-    return torch.where(mask, (x - real.mean()) / (variance + 1e-8).sqrt(), 0)
+def type_texts(logits, n, generator):
+    """n texts of the policy: y (n, T), and which letters are right (n, T), as 0. and 1."""
+    y = torch.multinomial(logits.softmax(-1), n, replacement=True, generator=generator).T
+    return y, (y == goal).float()
 
 
-def my_value_loss(values, old_values, returns, mask, eps):
-    """½·mean of max((values − returns)², (clipped − returns)²) over mask, where `clipped` are the
-    values moved into the interval old_values ± eps.
+def logps_of(logits, y):
+    return logits.log_softmax(-1)[PLACES, y]
 
-    values, old_values, returns, mask: (B, T). Returns a number.
-    """
-    clipped = old_values + (values - old_values).clamp(-eps, eps)
-    worse = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return 0.5 * worse[mask].mean()
+
+def critic(numbers, hits):
+    """The value of every prefix, (n, T). numbers: (2, T), an offset and a slope for each place."""
+    so_far = (hits.cumsum(1) - hits) / T  # the share that was right before token t
+    return numbers[0] + numbers[1] * so_far
+
+
+def quality(logits):
+    """(mean probability of the right letter, KL(π ‖ π*) in nats)"""
+    logps = logits.detach().log_softmax(-1)
+    kl = (logps.exp() * (logps - star.log())).sum()
+    return logps.exp()[PLACES, goal].mean().item(), kl.item()
 
 
 # %% [markdown]
-# ### Checkpoint
+# This is PPO: sample, score every token, then four updates from the same 64 texts. (Stop at `advantages` in the first
+# rollout: `values` are all 0.)
 
 # %%
-equal(my_whiten(A, mask), whiten(A, mask),
-             msg="my_whiten equals the project's whiten.")
-one = torch.ones(1, 1)
-by_hand = my_value_loss(one, 0.5 * one, 2 * one, one.bool(), 0.2).item()
-always(abs(by_hand - 0.845) < 1e-5, "my_value_loss gives 0.845 in the example by hand.")
-new_v = (v + 0.3 * change).requires_grad_()
-mine = my_value_loss(new_v, v, returns, mask, 0.2)
-theirs = ppo.value_loss(new_v, v, returns, mask, eps=0.2)[0]
-equal(mine, theirs, msg="my_value_loss equals the project's.")
-slopes = [torch.autograd.grad(loss, new_v)[0] for loss in (mine, theirs)]
-equal(*slopes, msg="my_value_loss has the project's gradient.")
-print("my_whiten and my_value_loss equal minialign's")
+generator = torch.Generator().manual_seed(0)
+logits, numbers = torch.zeros(T, V, requires_grad=True), torch.zeros(2, T, requires_grad=True)
+optimizer = torch.optim.Adam([logits, numbers], lr=0.1)
+for k in range(40):
+    with torch.no_grad():  # the policy of now is π_old for the updates below
+        y, hits = type_texts(logits, N, generator)
+        old_logps, values = logps_of(logits, y), critic(numbers, hits)
+    token_rewards = my_shape_rewards(hits.mean(1), old_logps, REF_LOGPS, MASK, BETA)
+    advantages, returns = my_gae(token_rewards, values, MASK, 1.0, 0.95)  # watch: advantages (B, T)
+    for _ in range(4):
+        loss = my_policy_loss(logps_of(logits, y), old_logps, advantages, MASK, 0.2)
+        loss = loss + 0.5 * (critic(numbers, hits) - returns).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if k % 8 == 7:
+        right, kl = quality(logits)
+        text = "".join(ALPHABET[i] for i in y[0])
+        print(f"{k + 1:2} rollouts   P(right letter) {right:.3f}   KL(π ‖ π*) {kl:5.2f}   {text}")
+print(f"the critic's slope, middle of the text: {numbers[1, T // 2]:.2f} (a perfect critic: 1)")
+this_run(abs(right - BEST) < 0.05 and kl < 1, "PPO ends near π*.")
 
 # %% [markdown]
-# ## 6. Put together
+# It ends near π\*. The critic's slope is near 1: it has learned what a right letter adds to the reward.
 #
-# The critic of a language model is a copy of its network with one output instead of V logits. Here two learned
-# numbers per place are enough: value = offset + slope · (share that is right so far), both 0 at first. `train` calls
-# the project's `shape_rewards` and `gae`: your loops give the same and are slow.
+# > **You should know: the loss says nothing about progress.** At the first update of a rollout the policy loss is
+# > minus the mean advantage. With a right critic this is near 0 for any policy. Plot the reward instead.
+#
+# With a GPT the loop is the same, and the critic is a second model: `python -m minialign ppo`. It also *whitens*
+# advantages (mean 0, variance 1 in each rollout; exercise 2) and clips the change of a value.
+#
+# ## 6. What the critic and λ are for
+#
+# Only the line with `my_gae` decides which letters get the credit. `train` is the same loop with this line as an
+# argument, `credit`. The number of updates and ε are arguments too, for section 7.
 
 
 # %%
-def train(*, seed=0, rollouts=40, n=64, lr=0.1, epochs=4, eps=0.2, lam=0.95, beta=BETA,
-          use_critic=True, sees_share=True, whitened=True, loss_of=my_policy_loss,
-          shape=ppo.shape_rewards):
-    """PPO on the sentence. Returns P(right letter), KL(π ‖ π*) and a text of each rollout; also the
-    last rollout and the critic's slopes. Without sees_share the critic knows only the place."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.ones(n, len(goal), dtype=torch.bool)
-    logits = torch.zeros(len(goal), CHOICES, requires_grad=True)  # the policy
-    offset = torch.zeros(len(goal), requires_grad=True)  # the critic: offset + slope · share
-    slope = torch.zeros(len(goal), requires_grad=True)
-    optimizer = torch.optim.Adam([logits, offset, slope], lr=lr)
-    right, kl, texts = [], [], []
-    for k in range(rollouts):
+def with_lambda(lam):
+    def credit(token_rewards, values):
+        every = torch.ones_like(values, dtype=torch.bool)
+        return ppo.gae(token_rewards, values, every, gamma=1.0, lam=lam)
+    return credit
+
+
+USUAL = with_lambda(0.95)
+
+
+def train(credit=USUAL, *, epochs=4, eps=0.2, rollouts=40, loss_of=my_policy_loss):
+    """The loop above. Returns P(right letter) after 0, 1, … rollouts, the logits, the numbers."""
+    generator, path = torch.Generator().manual_seed(0), []
+    logits, numbers = torch.zeros(T, V, requires_grad=True), torch.zeros(2, T, requires_grad=True)
+    optimizer = torch.optim.Adam([logits, numbers], lr=0.1)
+    for _ in range(rollouts):
+        path.append(quality(logits)[0])
         with torch.no_grad():
-            all_logps = logits.log_softmax(-1)
-            right.append(all_logps.exp()[PLACES, goal].mean().item())
-            kl.append(kl_to_star(logits))
-            y = torch.multinomial(all_logps.exp(), n, replacement=True, generator=generator).T
-            old_logps = all_logps[PLACES, y]  # watch: old_logps (B, T)
-            ref_logps = torch.full((n, len(goal)), -math.log(CHOICES))
-            texts.append(typed(y[0]))
-            hits = (y == goal).float()
-            so_far = (hits.cumsum(1) - hits) / len(goal)  # share that was right before token t
-            so_far = so_far * sees_share
-            old_values = (offset + slope * so_far) * use_critic  # watch: old_values (B, T)
-        token_rewards = shape(hits.mean(1), old_logps, ref_logps, mask, beta=beta)
-        advantages, returns = ppo.gae(token_rewards, old_values, mask, gamma=1.0,
-                                      lam=lam if use_critic else 1.0)
-        advantages = my_whiten(advantages, mask) if whitened else advantages
-        optimizer.param_groups[0]["lr"] = lr * (1 - k / rollouts)  # falls to 0
+            y, hits = type_texts(logits, N, generator)
+            old_logps, values = logps_of(logits, y), critic(numbers, hits)
+        token_rewards = ppo.shape_rewards(hits.mean(1), old_logps, REF_LOGPS, MASK, beta=BETA)
+        advantages, returns = credit(token_rewards, values)
         for _ in range(epochs):
-            loss = loss_of(logits.log_softmax(-1)[PLACES, y], old_logps, advantages, mask, eps)
-            if use_critic:
-                values = offset + slope * so_far
-                loss = loss + my_value_loss(values, old_values, returns, mask, 0.2)
+            loss = loss_of(logps_of(logits, y), old_logps, advantages, MASK, eps)
+            loss = loss + 0.5 * (critic(numbers, hits) - returns).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    last = SimpleNamespace(y=y, hits=hits, old_logps=old_logps, ref_logps=ref_logps,
-                           token_rewards=token_rewards, values=old_values)
-    return SimpleNamespace(right=right, kl=kl, texts=texts, last=last, slopes=slope.detach())
+    return [*path, quality(logits)[0]], logits.detach(), numbers.detach()
 
 
-whole = train()
-for k in (0, 6, 12, 18, 24, 39):
-    print(f"rollout {k:2}:  P(right letter) {whole.right[k]:.3f}   KL(π ‖ π*) {whole.kl[k]:5.2f}   "
-          f"{whole.texts[k]}")
-print(f"π*, computed: P(right letter) {BEST:.3f}")
-slope = whole.slopes[len(goal) // 2].item()
-print(f"the critic's slope, middle of the sentence: {slope:.2f} (a perfect critic: 1)")
-this_run(abs(whole.right[-1] - BEST) < 0.05 and whole.kl[-1] < 6, "PPO ends near π*.")
+def report(runs):
+    """Print a line for each run. Returns {name: P(right letter) after 0, 1, … rollouts}."""
+    for name, (path, logits, _) in runs.items():
+        above = sum(right <= 0.9 for right in path)
+        when = f"above 0.9 after {above} rollouts" if above < len(path) else "never above 0.9"
+        print(f"{name:26}  P(right letter) {path[-1]:.3f}   "
+              f"KL(π ‖ π*) {quality(logits)[1]:6.2f}   {when}")
+    return {name: path for name, (path, *_) in runs.items()}
+
 
 # %% [markdown]
-# The policy ends near π\*. (Stop in `train` at its first call: `old_values` are all 0.)
+# **Does one need a critic?** There are three ways to do without it:
 #
-# ## 7. What the critic is for
+# - **RLOO** (07; here with ratio and clip): a letter gets R, the sum of all token rewards, minus the mean R of the
+#   other texts.
+# - **Rewards to go:** a letter gets the sum of the token rewards from it on. It cannot change the earlier ones.
+# - **Rewards to go minus a mean:** the same, minus the mean of the other texts *at that place*.
 #
-# Without a critic (v = 0, λ = 1) there are two ways to credit the letters:
-#
-# - **Rewards to go:** a letter gets what is paid from it on, the reward minus the KL of the letters still to come.
-# - **RLOO** (tutorial 07): every letter gets R, the reward minus the KL of the whole completion. (Here whitening
-#   subtracts the mean, and the ratio stays one per letter.)
-#
-# Advantages in the middle of training:
+# Watch the last two lines.
 
 # %%
-def pay_at_the_end(rewards, logps, ref_logps, mask, *, beta):
-    """All of R at the last letter: with v = 0 and λ = 1 every letter gets R."""
-    token_rewards = ppo.shape_rewards(rewards, logps, ref_logps, mask, beta=beta)
-    paid_last = torch.zeros_like(token_rewards)
-    paid_last[:, -1] = token_rewards.sum(1)
-    return paid_last
+def minus_others(x):
+    """Each number minus the mean of the others in its column."""
+    return (x - x.mean(0)) * len(x) / (len(x) - 1)
 
 
-middle = train(rollouts=16).last
-every = torch.ones_like(middle.y, dtype=torch.bool)
-hit = middle.hits.bool()
-share = middle.hits.mean(1)  # the rewards
-paid_last = pay_at_the_end(share, middle.old_logps, middle.ref_logps, every, beta=BETA)
-no_values = torch.zeros_like(middle.values)
-kinds = (("rewards to go, no critic", middle.token_rewards, no_values, 1.0),
-         ("RLOO: all letters share R", paid_last, no_values, 1.0),
-         ("critic, λ = 0.95: what PPO uses", middle.token_rewards, middle.values, 0.95),
-         ("critic, λ = 0: δ alone", middle.token_rewards, middle.values, 0.0))
-advantages = {}
-print("advantages (whitened)            right minus wrong   first 8 letters   last 8")
-for name, token_rewards, values, lam in kinds:
-    A, _ = ppo.gae(token_rewards, values, every, gamma=1.0, lam=lam)
-    advantages[name] = A = my_whiten(A, every)
-    means = (A[hit].mean() - A[~hit].mean(), A[:, :8].mean(), A[:, -8:].mean())
-    print("{:33}{:17.2f}{:18.2f}{:9.2f}".format(name, *(round(x.item(), 2) + 0.0 for x in means)))
-shown = int((share - share.mean()).abs().argmin())  # a completion of about average quality
-figures.credit(list(typed(middle.y[shown])), hit[shown].tolist(),
-               {name: A[shown].tolist() for name, A in advantages.items()})
+def rloo(token_rewards, values):
+    return minus_others(token_rewards.sum(1, keepdim=True)).expand(-1, T), 0 * values
+
+
+def to_go(token_rewards, values):
+    return with_lambda(1.0)(token_rewards, 0 * values)[0], 0 * values
+
+
+def to_go_minus_mean(token_rewards, values):
+    return minus_others(to_go(token_rewards, values)[0]), 0 * values
+
+
+kinds = {"PPO: critic, λ = 0.95": with_lambda(0.95), "RLOO: all letters share R": rloo,
+         "rewards to go": to_go, "rewards to go minus a mean": to_go_minus_mean}
+runs = {name: train(credit) for name, credit in kinds.items()}
+whole = runs["PPO: critic, λ = 0.95"]
+paths = report(runs)
+ends = [path[-1] for path in paths.values()]
+figures.race(paths, BEST, "08_race.png", "Rewards to go need a baseline",
+             "PPO and RLOO reach the computed optimum after about 20 rollouts, and rewards to go "
+             "minus a mean soon after; rewards to go alone end far below it.")
+this_run(abs(ends[0] - right) < 1e-3, "train() is the loop of section 5.")
+this_run(min(ends[0], ends[1], ends[3]) > 0.9 > ends[2] + 0.1,
+         "With any baseline it ends near π*; rewards to go alone do not.")
 
 # %% [markdown]
-# - **Rewards to go** are low for early letters, which have more KL ahead of them. This slope is larger than the
-#   difference between right and wrong. On average over samples it changes nothing, like any baseline; in 64
-#   completions it is noise.
-# - **RLOO** has no slope. Each letter shares the luck of 31 others.
-# - **A critic's** value rises at a right letter and falls at a wrong one; δ is that change. λ = 0.95 adds the changes
-#   that follow, so a single bar may have the wrong sign.
+# Why do rewards to go fail? Let the policy after 10 rollouts type 4,000 texts. The picture shows the mean advantage of
+# right and of wrong letters, place by place, and how far single ones scatter.
 
 # %%
-to_go = train(use_critic=False)
-shared = train(use_critic=False, shape=pay_at_the_end)
-once = train(epochs=1)
-race = {"PPO": whole, "RLOO: all letters share R": shared, "rewards to go, no critic": to_go,
-        "PPO, one update per rollout": once}
-figures.race({name: run.right for name, run in race.items()}, BEST)
-for name, run in race.items():
-    passed = sum(right <= 0.9 for right in run.right)
-    print(f"{name:28} P(right letter) after 40 rollouts: {run.right[-1]:.3f}   "
-          + (f"above 0.9 from rollout {passed}" if passed < 40 else "never above 0.9"))
-this_run(min(whole.right[-1], shared.right[-1]) > 0.9 > to_go.right[-1] + 0.05,
-         "PPO and RLOO end near π*, and rewards to go without a critic do not.")
-this_run(once.right[-1] < 0.5, "One update per rollout is far slower.")
+_, half, half_numbers = train(rollouts=10)
+y, hits = type_texts(half, 4000, torch.Generator().manual_seed(1))
+hit = hits.bool()
+ref_logps = torch.full_like(hits, -math.log(V))
+token_rewards = ppo.shape_rewards(hits.mean(1), logps_of(half, y), ref_logps,
+                                  torch.ones_like(hit), beta=BETA)
+credits = {name: credit(token_rewards, critic(half_numbers, hits))[0]
+           for name, credit in kinds.items()}
+figures.credit(list(TEXT), {name: (A.numpy(), hit.numpy()) for name, A in credits.items()})
+print("                            right minus wrong   size of A (root mean square)")
+for name, A in credits.items():
+    gap = sum(A[hit[:, t], t].mean() - A[~hit[:, t], t].mean() for t in range(T)) / T
+    print(f"{name:26}{gap:15.3f}{A.square().mean().sqrt():20.3f}")
 
 # %% [markdown]
-# Here the critic is a little faster than RLOO, and it costs memory. Without a critic, do not use rewards to go with
-# their KL.
+# All four separate right from wrong by about 0.02. They differ in size:
 #
-# ## 8. Break it: remove the clip
+# - **Rewards to go** are far from 0, and rise from left to right because early letters have more KL ahead of them.
+#   Nothing subtracts this level. It is the same for right and wrong letters, so it changes no average, but in 64 texts
+#   it is noise, more than ten times as large as the difference. Minus a mean for each place, they reach π\*.
+# - **RLOO** subtracts its level. The luck of the 31 other letters remains.
+# - **The critic** is a baseline for each place *and* for what was typed before. It removes most of that luck.
 #
-# With 4 small updates per rollout you can remove the clip and see little. Try 20, at twice the learning rate.
+# In this short task RLOO is as good as the critic, and needs no second model.
+#
+# **What is λ for?** The same critic, four values:
 
 # %%
-clipped = {"4 epochs, clip": whole, "4 epochs, no clip": train(eps=torch.inf),
-           "20 epochs, lr × 2, clip": train(epochs=20, lr=0.2),
-           "20 epochs, lr × 2, no clip": train(epochs=20, lr=0.2, eps=torch.inf)}
-figures.without_clip({name: run.right for name, run in clipped.items()}, BEST)
-for name, run in clipped.items():
-    print(f"{name:27} P(right letter) {run.right[-1]:.3f}   KL(π ‖ π*) {run.kl[-1]:6.2f}   "
-          f"{run.texts[-1]}")
-hasty, hasty_clipped = clipped["20 epochs, lr × 2, no clip"], clipped["20 epochs, lr × 2, clip"]
-this_run(hasty.right[-1] < 0.7 < hasty_clipped.right[-1],
-         "Without the clip 20 epochs spoil the policy.")
+by_lambda = {f"λ = {lam}": train(with_lambda(lam)) for lam in (0.0, 0.5, 1.0)}
+paths = report(dict(sorted((by_lambda | {"λ = 0.95": whole}).items())))
+this_run(paths["λ = 0.0"][-1] < 0.3 and paths["λ = 1.0"][-1] > 0.9,
+         "λ = 0 fails with a critic that starts from nothing, and λ = 1 does not.")
 
 # %% [markdown]
-# Without the clip the policy fits the luck of 64 completions until it is sure of wrong letters. The right ones are
-# never sampled again.
+# With λ = 0 the target of a value is made from the next value, and at first all are wrong. One rollout corrects only
+# places directly before a place whose value is right. Meanwhile the policy follows wrong values and settles on wrong
+# letters. With λ = 1 a wrong critic gives no bias. So PPO ends near π\* if its critic learns the values in time, or if
+# λ is 1.
 #
-# ## 9. Each detail, measured
+# ## 7. Break it: more updates, and no clip
 #
-# The same run with one detail changed, two seeds each.
+# Does it help to use a rollout four times? What does the clip prevent? Watch the lines with 20 updates.
 
 # %%
-def row(name, **change):
-    runs = [train(seed=seed, **change) for seed in (0, 1)]
-    right = " ".join(f"{run.right[-1]:6.2f}" for run in runs)
-    kl = " ".join(f"{run.kl[-1]:6.2f}" for run in runs)
-    print(f"{name:26}| {right} | {kl} | {runs[0].texts[-1]}")
-    return runs
-
-
-print("detail                    | P(right)      | KL(π ‖ π*)    | last text, seed 0")
-row("all of PPO")
-row("RLOO: all share R", use_critic=False, shape=pay_at_the_end)
-row("rewards to go, no critic", use_critic=False)
-row("critic of places, λ 1", sees_share=False, lam=1.0)
-row("critic of places, λ 0.95", sees_share=False)
-row("one epoch", epochs=1)
-row("no clip, 4 epochs", eps=torch.inf)
-row("no whitening", whitened=False)
-row("λ = 1", lam=1.0)
-trusting = row("λ = 0", lam=0.0)
-row("no KL penalty (β = 0)", beta=0.0)
-this_run(max(run.right[-1] for run in trusting) < 0.3,
-         "λ = 0 fails with a critic that starts from nothing.")
+reuse = {"4 updates, clip": whole, "1 update": train(epochs=1),
+         "20 updates, no clip": train(epochs=20, eps=torch.inf),
+         "20 updates, clip": train(epochs=20)}
+report({"4 updates, no clip": train(eps=torch.inf)})
+paths = report(reuse)
+figures.race(paths, BEST, "08_without_clip.png", "Many updates of one rollout need the clip",
+             "With one update per rollout the policy learns slowly, with four or twenty fast; "
+             "without the clip twenty updates end far below the optimum.")
+this_run(paths["1 update"][-1] < 0.8, "One update per rollout is slower.")
+this_run(paths["20 updates, no clip"][-1] < 0.7 < 0.9 < paths["20 updates, clip"][-1],
+         "Without the clip 20 updates spoil the policy.")
 
 # %% [markdown]
-# - **λ = 0** trusts a critic that knows nothing yet. Each rollout carries the news of the reward only one place
-#   further back.
-# - **λ = 1** does as well as 0.95 here: the critic is still a good baseline.
-# - **A critic of places** does not see how much is right so far. With λ = 1 it only takes the slope out of the
-#   rewards to go, which closes most of their gap to RLOO. The rest is the KL already paid: near π\* it cancels, in R,
-#   the luck in r. With λ = 0.95 the reward hardly reaches early letters.
-# - **Whitening** keeps the steps large, also at the optimum, where true advantages are 0 and it enlarges noise.
-# - **β = 0** goes past π\*: nothing pulls it back to the reference. With a learned reward that is
-#   [over-optimisation](../GLOSSARY.md#overoptimization) (tutorial 06b).
-#
-# ## 10. The same functions train a GPT
-#
-# The built-in language asks for things: "ask for tea: may i have tea, please." The reward is +1 for naming the thing,
-# and for opening and ending +1 each if polite, −1 if rude. Words are tokens. A GPT with one layer first learns from
-# rude speakers. Then comes PPO, β = 0.1, with and without a critic.
-
-# %%
-PROMPTS = task.builtin_prompts()
-
-
-def split(text):
-    return re.findall(r" ?[a-z]+|[^a-z]", text)
-
-
-corpus = [*PROMPTS, *(answer for prompt in PROMPTS for answer in task.builtin_law(prompt, 0.5))]
-WORDS = ["<end>", *sorted({word for text in corpus for word in split(text)})]
-
-
-def encode(text):
-    return [WORDS.index(word) for word in split(text)]
-
-
-def decode(ids):
-    return "".join(WORDS[i] for i in ids if i)
-
-
-torch.manual_seed(0)
-base = tiny_gpt(len(WORDS), max_len=24, dtype=torch.float32)
-pairs = [text.split(": ") for text in task.builtin_texts(1000)]
-demos = [(encode(prompt + ": "), [*encode(answer), 0]) for prompt, answer in pairs]
-optimizer = torch.optim.Adam(base.parameters(), lr=1e-2, betas=(0.9, 0.99))
-for k in range(240):
-    picked = [demos[i] for i in torch.randint(len(demos), (32,)).tolist()]
-    batch = collate(*zip(*picked, strict=True), pad_id=0)
-    loss = -token_logps(base, batch)[batch.mask].mean()
-    optimizer.param_groups[0]["lr"] = 1e-2 * (1 - k / 240)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-asked, asked_ids = PROMPTS * 2, [encode(prompt) for prompt in PROMPTS * 2]
-
-
-def make_polite(use_critic):
-    """PPO on the GPT. Returns the policy and the mean reward of each rollout of 48 completions."""
-    policy, critic = copy.deepcopy(base), base.with_scalar_head()  # a copy with one output number
-    optimizers = [torch.optim.Adam(policy.parameters(), lr=1e-3),
-                  torch.optim.Adam(critic.parameters(), lr=3e-3)]
-    means = []
-    for k in range(24):
-        answers = sample(policy, asked_ids, max_new=12, eos_id=0, seed=k)
-        texts = [decode(ids) for ids in answers.completions]
-        rewards = torch.tensor(task.gold_reward(asked, texts))  # watch: rewards (B,)
-        means.append(rewards.mean().item())
-        with torch.no_grad():
-            old_logps, ref_logps = token_logps(policy, answers), token_logps(base, answers)
-            old_values = critic(answers.inputs) * use_critic  # watch: old_values (B, T)
-        token_rewards = my_shape_rewards(rewards, old_logps, ref_logps, answers.mask, 0.1)
-        lam = 0.95 if use_critic else 1.0
-        advantages, returns = my_gae(token_rewards, old_values, answers.mask, 1.0, lam)
-        advantages = my_whiten(advantages, answers.mask)  # watch: advantages (B, T)
-        for _ in range(4):
-            logps = token_logps(policy, answers)
-            loss = my_policy_loss(logps, old_logps, advantages, answers.mask, 0.2)
-            if use_critic:
-                values = critic(answers.inputs)
-                loss = loss + my_value_loss(values, old_values, returns, answers.mask, 0.2)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-    return policy, means
-
-
-policy, means = make_polite(use_critic=True)
-_, others = make_polite(use_critic=False)
-for name, path in (("critic", means), ("no critic", others)):
-    print(f"{name:9} mean reward of rollouts 0, 4, 8, …:", *(f"{mean:.2f}" for mean in path[::4]))
-before, after = (sample(model, asked_ids[:5], max_new=12, eos_id=0, seed=7).completions
-                 for model in (base, policy))
-for prompt, first, then in zip(PROMPTS, before, after, strict=False):
-    print(f"{prompt:16} before: {decode(first):28} after: {decode(then)}")
-this_run(means[-1] > means[0] + 1.5, "PPO makes the GPT polite.")
-
-# %% [markdown]
-# Ouyang et al. (2022) trained InstructGPT in this way, with a learned reward model. Without a critic it goes as well
-# here, even with rewards to go: the answers are short.
+# Four updates reach after 20 rollouts what one update has not reached after 40. With four you can remove the clip and
+# see no harm. With 20 updates and no clip the policy fits the luck of 64 texts until it is sure of wrong letters. Then
+# the right ones are hardly ever sampled, so nothing corrects it.
 #
 # ## What is wrong here? (1)
 #
@@ -634,59 +528,59 @@ def shortcut(logps, old_logps, advantages, mask, eps):
     return -objective[mask].mean()
 
 
-run = train(loss_of=shortcut)
-print(f"P(right letter) {run.right[0]:.4f} → {run.right[-1]:.4f}   last text: {run.texts[-1]}")
-this_run(run.right[-1] < run.right[0], "The shortcut makes right letters rarer.")
+path, _, _ = train(loss_of=shortcut)
+print(f"P(right letter) {path[0]:.4f} → {path[-1]:.4f}")
+this_run(path[-1] < path[0], "The shortcut makes right letters rarer.")
 
 # %% [markdown]
 # ## What is wrong here? (2)
 #
-# GAE without the loop over rows. The first completion has two tokens, the second three. Which advantages are wrong,
-# and what would a policy learn from them?
+# This GAE lacks one `torch.where` of `my_gae`. The first completion has two tokens, the second three. Which advantages
+# are wrong, and what would a policy learn from them?
 
 
 # %%
-def fast_gae(token_rewards, values, mask, gamma, lam):
-    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
-    delta = token_rewards + gamma * next_values - values
-    advantages, following = torch.zeros_like(values), 0.0
+def shorter_gae(token_rewards, values, mask, gamma, lam):
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros(len(values))
     for t in reversed(range(values.shape[1])):
-        following = torch.where(mask[:, t], delta[:, t] + gamma * lam * following, 0)
-        advantages[:, t] = following
+        delta = token_rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0)
+        next_value, advantages[:, t] = values[:, t], next_advantage
     return advantages
 
 
 two_rows = torch.tensor([[True, True, False], [True, True, True]])
-paid = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-said = torch.full((2, 3), 0.5)  # the critic says 0.5 everywhere, also about the padding
-print(fast_gae(paid, said, two_rows, 1.0, 1.0).numpy(), "what it computes", sep="   ")
+given = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+halves = torch.full((2, 3), 0.5)  # the critic says 0.5 everywhere, also about the padding
+print(shorter_gae(given, halves, two_rows, 1.0, 1.0).numpy())
 
 # %% [markdown]
 # ## What you now know
 #
-# - The ratio π/π_old lets one rollout serve for several updates. The clip stops a token when its ratio has moved by ε
-#   in the right direction. It matters when updates are many or large.
-# - A critic credits each token with the change in value that it caused. Here that is a little faster than RLOO.
-#   Rewards to go without a critic are noisy: they contain the KL still to come.
-# - GAE's λ trades the critic's bias (0) against noise (1).
-# - PPO ends at π\* ∝ ref·e^{r/β}, like REINFORCE and RLOO.
+# - The mean of ρA, with ρ = π/π_old, has the policy gradient at ρ = 1. So one rollout serves for several updates. One
+#   ratio per token is an approximation, good while all ratios are near 1.
+# - The clip stops a token when its ratio has moved by ε in the direction of its advantage.
+# - A critic is a baseline for every prefix. Without a baseline for each place, rewards to go are noisy.
+# - GAE's λ chooses between the critic's bias (0) and noise (1).
+# - PPO ends near π\* ∝ ref·e^{r/β} if its critic learns the values in time, or if λ is 1.
 #
 # Next: [08b · Frozen Lake](08b_frozen_lake.ipynb), where the same functions play a game, or [09 · DPO](09_dpo.ipynb),
 # without rollouts. What to watch in a real run: docs/METRICS.md.
 #
-# **Sources:** Schulman et al. 2017 (PPO, arXiv:1707.06347), Schulman et al. 2016 (GAE, arXiv:1506.02438), Ouyang et
-# al. 2022 (arXiv:2203.02155), Huang et al. 2024 (details, arXiv:2403.17031). The code is `minialign/methods/ppo.py`.
+# **Sources:** Schulman et al. 2017 (PPO, arXiv:1707.06347), Schulman et al. 2016 (GAE, arXiv:1506.02438), Ouyang et al.
+# 2022 (InstructGPT: PPO with a learned reward and an additional pretraining loss, arXiv:2203.02155), Huang et al. 2024
+# (details, arXiv:2403.17031). The code is `minialign/methods/ppo.py`.
 #
 # ## Exercises
 #
-# **Exercise 1** (easy, 5 minutes, try this). Run `train(epochs=20, eps=0.02)`. Before you do: a letter starts at 1/27
-# = 0.037. How far can the clip let it rise in one rollout with ε = 0.02, and with ε = 0.2? And a letter that has 0.9?
+# **Exercise 1** (easy, 5 minutes, try this). Run `train(epochs=20, eps=0.02)`. Before you do: how far can its own clip
+# let a letter rise from 1/27 in one rollout with ε = 0.02, and with ε = 0.2? And from 0.9?
 #
-# **Exercise 2** (medium, 15 minutes). Pay the reward one slot late, at `last + 1`, and run `train(shape=…)`. Hint:
-# add a column of zeros first and remove it at the end. Which gradient is left?
+# **Exercise 2** (medium, 10 minutes). Write a `credit` that whitens: `whiten(advantages, MASK)`. Does it help?
 #
-# **Exercise 3** (hard, 20 minutes). At π\*, show that $v(s) = \beta \log \mathbb{E}_\mathrm{ref}[e^{r/\beta}\,|\,s]$
-# for every prefix s, and that each δ is 0. Check it on samples from π\*.
+# **Exercise 3** (hard, 20 minutes). Let the policy be π\*. Show that $v(s) = \beta \log
+# \mathbb{E}_\mathrm{ref}[e^{r/\beta}\,|\,s]$ for every prefix s, and that each δ is 0. Check it on samples from π\*.
 #
 # ## Answers
 #
@@ -699,71 +593,61 @@ print(fast_gae(paid, said, two_rows, 1.0, 1.0).numpy(), "what it computes", sep=
 #
 # <details><summary>Puzzle 2</summary>
 #
-# Both tokens of the first row should have A = 1 − 0.5 = 0.5 but get 1: the critic's number for the padding is added
-# as if it were a next state, and λ = 1 hands it on to the first token. This is a bonus of 0.5 for stopping early.
+# Both tokens of the first row should have A = 1 − 0.5 = 0.5 but get 1: the critic's number for the padding is added as
+# if it were the value of a next prefix. This is a bonus of 0.5 for stopping early.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-right_ones = my_gae(paid, said, two_rows, 1.0, 1.0)[0]
-always((fast_gae(paid, said, two_rows, 1.0, 1.0) - right_ones)[0].tolist() == [0.5, 0.5, 0.0],
-       "The critic's word about the padding is added to both tokens of the short row.")
+right_ones = my_gae(given, halves, two_rows, 1.0, 1.0)[0]
+always((shorter_gae(given, halves, two_rows, 1.0, 1.0) - right_ones)[0].tolist() == [0.5, 0.5, 0],
+       "The critic's number for the padding is added to both tokens of the short row.")
 print(right_ones.numpy())
 
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# Its own clip lets a letter rise to 1.02/27 = 0.0378 with ε = 0.02, to 1.2/27 = 0.0444 with 0.2. But the other 26
-# fall too: if all fall by 2 %, the right one has 1 − 0.98·26/27 = 0.056. The run reached 0.047. So ε bounds a ratio
-# only loosely. From 0.9, ε = 0.02 allows 0.918; ε = 0.2 is no limit.
+# To 1.02/27 = 0.0378 with ε = 0.02, to 1.2/27 = 0.0444 with 0.2. But if the other 26 all fall by 2 %, it has
+# 1 − 0.98·26/27 = 0.056. So ε bounds a ratio only loosely. From 0.9, ε = 0.02 allows 0.918; ε = 0.2 is no limit. A
+# narrow clip makes learning slow.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-slow = train(epochs=20, eps=0.02)
-print(f"ε = 0.02: P(right letter) {slow.right[1]:.4f} after one rollout, "
-      f"{slow.right[-1]:.3f} at the end")
-this_run(slow.right[-1] < 0.85, "A narrow clip is slow.")
+narrow = train(epochs=20, eps=0.02)
+report({"20 updates, ε = 0.02": narrow})
+print(f"after one rollout {narrow[0][1]:.4f}")
+this_run(narrow[0][-1] < 0.9, "A narrow clip is slow.")
 
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# The reward is cut off with the extra column. Only the gradient of the KL penalty is left, so the policy stays at the
-# reference.
+# It learns a little faster. At π\* the true advantages are all 0 (exercise 3), so there it only enlarges noise.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-def one_late(rewards, logps, ref_logps, mask, *, beta):
-    token_rewards = torch.where(mask, -beta * (logps - ref_logps), 0)
-    padded = torch.cat([token_rewards, torch.zeros(len(rewards), 1)], 1)  # (B, T + 1)
-    for b in range(len(rewards)):
-        padded[b, mask[b].nonzero().max() + 1] += rewards[b]
-    return torch.where(mask, padded[:, :-1], 0)
+def whitened(token_rewards, values):
+    advantages, returns = with_lambda(0.95)(token_rewards, values)
+    return whiten(advantages, MASK), returns
 
 
-late = train(shape=one_late)
-print(f"one slot late: P(right letter) {late.right[-1]:.4f}, as at the start ({1 / CHOICES:.4f})")
-this_run(abs(late.right[-1] - 1 / CHOICES) < 1e-3,
-         "No reward arrives, so the policy stays at the reference.")
+report({"whitened": train(whitened)})
 
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
 #
-# Given s, π\*(y|s) = ref(y|s) e^{r/β}/Z(s) with Z(s) = 𝔼_ref[e^{r/β}|s]. What is still to come is r − β log
-# π\*(y|s)/ref(y|s) = β log Z(s), the same for every y; so this is v(s), and no token changes it: δ = 0. For the
-# sentence, v = (share right so far) + (places left) · β log((e^{1/(32β)} + 26)/27).
+# Given s, π\*(y|s) = ref(y|s) e^{r/β}/Z(s) with Z(s) = 𝔼_ref[e^{r/β}|s]. The token rewards still to come sum to r −
+# β log π\*(y|s)/ref(y|s) = β log Z(s), the same for every y. So this is v(s), and δ = 0. For our text, v = (share right
+# so far) + (places left) · β log((e^{1/(32β)} + 26)/27).
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-y = torch.multinomial(star, 8, replacement=True).T
-hits, every = (y == goal).double(), torch.ones(8, len(goal), dtype=torch.bool)
-star_logps = star.double().log()[PLACES, y]
-ref_logps = torch.full_like(star_logps, -math.log(CHOICES))
-star_rewards = ppo.shape_rewards(hits.mean(1), star_logps, ref_logps, every, beta=BETA)
-step = BETA * math.log((math.exp(1 / (len(goal) * BETA)) + CHOICES - 1) / CHOICES)
-star_values = (hits.cumsum(1) - hits) / len(goal) + (len(goal) - PLACES) * step
-delta, _ = ppo.gae(star_rewards, star_values, every, gamma=1.0, lam=0.0)  # λ = 0: A is δ
+y, hits = type_texts(star.log(), N, torch.Generator().manual_seed(2))
+star_rewards = ppo.shape_rewards(hits.mean(1), logps_of(star.log(), y), REF_LOGPS, MASK, beta=BETA)
+per_place = BETA * math.log((math.exp(1 / (T * BETA)) + V - 1) / V)
+star_values = (hits.cumsum(1) - hits) / T + (T - PLACES) * per_place
+delta, _ = ppo.gae(star_rewards, star_values, MASK, gamma=1.0, lam=0.0)  # λ = 0: A is δ
 print(f"largest |δ| at π*: {delta.abs().max():.0e}")
-always(delta.abs().max() < 1e-6, "At π* no token changes the value.")
+always(delta.abs().max() < 1e-5, "At π* no token changes the value.")

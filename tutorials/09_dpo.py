@@ -2,13 +2,11 @@
 # # 09 · DPO: the policy is its own reward model
 #
 # **You will build** direct preference optimisation (DPO; Rafailov et al. 2023) from two equations, train a small GPT
-# with it until most rude requests become polite, see what else it does to the GPT, and answer a question that many
-# ask about DPO: why do *both* log-probs fall?
+# with it until its rude requests become more polite, and find out why *both* log-probs fall in training.
 #
-# **Time:** 30 minutes of reading, 40 seconds of computer.
+# **Time:** 26 minutes of reading, 40 seconds of computer.
 #
 # **You need:** [05, inverse RL](05_inverse_rl.ipynb) for the tilt, [06, rewards](06_reward.ipynb) for Bradley-Terry.
-# It helps to know what [08, PPO](08_ppo.ipynb) costs.
 #
 # Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
 # through with a debugger.
@@ -31,10 +29,9 @@ from minialign.batch import Pairs
 from minialign.logps import seq_logps
 from minialign.methods import dpo
 from minialign.methods.reward_model import bradley_terry_loss
-from toy import closed_form
 from tutorials.checks import always, equal, this_run
 from tutorials.figures import dpo as figures
-from tutorials.figures.loop import rlhf_loop
+from tutorials.three_completions import land, prefer, r, ref
 from tutorials.word_requests import (
     all_logps,
     prompts,
@@ -60,33 +57,35 @@ def row(numbers, digits=3):
 #
 # People compared answers: for each [prompt](../GLOSSARY.md#prompt) somebody saw two and chose one. Such a
 # [preference](../GLOSSARY.md#preference) can train a reward model (06), and a [reward](../GLOSSARY.md#reward) can
-# train a [policy](../GLOSSARY.md#policy) (07, 08). The second training is expensive: it samples at every step, PPO
-# also trains a critic, and it easily becomes unstable. Can we go from the pairs to the policy directly?
+# train a [policy](../GLOSSARY.md#policy) (07, 08), which is expensive. Can we go from the pairs to the policy directly?
 
 # %%
 figures.two_routes()
 
 # %% [markdown]
-# Of the loop in 06 to 08, DPO keeps the parts in colour:
-
-# %%
-rlhf_loop(
-    {"policy", "reference", "update"},
-    "09_loop.png",
-    "The loop of tutorials 06 to 08; for DPO only policy, reference and update are in colour.",
-)
+# DPO does. This picture shows what one step of it does to the answers of some pairs:
+#
+# ![Pairs of answers: tokens of chosen answers are blue, of rejected ones orange.](../../docs/microscope.png)
+#
+# *Made by `python -m minialign microscope dpo ipo orpo`, after 40 steps. Look at the rows of dpo; the two others come
+# in 09b and 09c.*
+#
+# A step on DPO's loss pushes the tokens of the chosen answer up (blue) and those of the rejected answer down (orange).
+# All tokens of an answer are pushed alike, so a row has one colour. Two things here will need an explanation. Why are
+# some pairs pushed less than others? And why do the log-probs of chosen answers *fall* in training all the same?
 
 # %% [markdown]
 # ## 1 · The data: pairs of requests
 #
 # We use the project's small language of requests. A speaker answers "ask for tea:" with an opening, the thing, and an
-# ending: 36 possible answers to a prompt. Our speakers are mostly rude. The judge's reward counts politeness: it runs
-# from −1 (rude opening and ending) to 3 (both polite). [Bradley-Terry](../GLOSSARY.md#bradley-terry) says how the
-# judge chooses: the first of two answers wins with probability $\sigma(r_1 - r_2)$.
+# ending: 36 possible answers to a prompt. Our speakers are mostly rude. The judge's reward counts politeness: it is −1
+# if opening and ending are rude, 1 if one of them is polite, 3 if both are.
+# [Bradley-Terry](../GLOSSARY.md#bradley-terry) says how the judge chooses: the first of two answers wins with
+# probability $\sigma(r_1 - r_2)$.
 
 # %%
 def my_judged_pairs(probs, rewards, n_pairs, generator):
-    """probs, rewards (N, C), for N prompts with C answers -> a tensor (3, n_pairs) of indices.
+    """probs, rewards (N, K), for N prompts with K answers -> a tensor (3, n_pairs) of indices.
 
     Its rows are prompt, chosen, rejected. Pair k belongs to prompt k % N. Draw two answers from
     probs[prompt] with torch.multinomial and `generator`, and again while they are equal. The first
@@ -110,7 +109,8 @@ def my_judged_pairs(probs, rewards, n_pairs, generator):
 # %% [markdown]
 # ### Checkpoint
 #
-# Two answers whose rewards differ by $\log 3$: the better one must be chosen three times out of four.
+# If two rewards differ by $\log 3$, the better answer must be chosen three times out of four. Then we draw 1000 pairs
+# for training. The judge sometimes chooses the ruder answer.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -126,8 +126,8 @@ always((better != worse).all(), "The two answers in a pair of my_judged_pairs di
 
 # From tutorials/word_requests.py: prompts, 36 texts for each, and of each text the probability
 # under our speakers (speaker) and the judge's reward (rewards), both (4, 36).
-PAIRS = my_judged_pairs(speaker, rewards, 100, generator)  # watch: PAIRS (3, 100)
-PROMPT, CHOSEN, REJECTED = PAIRS  # watch: PROMPT (100,)
+PAIRS = my_judged_pairs(speaker, rewards, 1000, generator)  # watch: PAIRS (3, 1000)
+PROMPT, CHOSEN, REJECTED = PAIRS  # watch: PROMPT (1000,)
 for x, yes, no in PAIRS.T[:4]:
     print(f"{prompts[x]}  chosen: {texts[x][yes]:32} rejected: {texts[x][no]}")
 
@@ -135,56 +135,47 @@ for x, yes, no in PAIRS.T[:4]:
 # ## 2 · DPO from two equations
 #
 # **Equation one** says what the best policy is, if the reward $r$ is known. Let ref be the
-# [reference](../GLOSSARY.md#reference), the policy before training, and let β say how many units of reward one
+# [reference](../GLOSSARY.md#reference), the policy before training, and let β > 0 say how many units of reward one
 # [nat](../GLOSSARY.md#nats) of [KL divergence](../GLOSSARY.md#kl) from ref costs. Tutorial 05 derived the best
 # policy, the [tilt](../GLOSSARY.md#tilt). Solve it for the reward:
 #
 # $$\pi^*(y) = \frac{\mathrm{ref}(y)\, e^{r(y)/\beta}}{Z}
 #   \quad\Longrightarrow\quad r(y) = \beta \log\frac{\pi^*(y)}{\mathrm{ref}(y)} + \beta \log Z .$$
 #
-# $Z$ is a sum over all completions of the prompt, which nobody can compute for a real model.
+# $Z$ is a sum over all completions, far too many for a real model.
 #
 # **Equation two** is Bradley-Terry. It contains only a *difference* of two rewards to the same prompt, so
-# $\beta\log Z$ cancels:
+# $\beta\log Z$ cancels. Let $y^+$ be the chosen answer and $y^-$ the rejected one:
 #
-# $$P(y^+ \text{ chosen over } y^-) = \sigma\big(r(y^+) - r(y^-)\big) = \sigma(\beta\Delta), \qquad
+# $$P(y^+ \text{ chosen over } y^-) = \sigma\big(r(y^+) - r(y^-)\big) =
+#   \sigma\Big(\beta\log\frac{\pi^*(y^+)}{\mathrm{ref}(y^+)} - \beta\log\frac{\pi^*(y^-)}{\mathrm{ref}(y^-)}\Big) .$$
+#
+# **Now the step that makes DPO.** We do not know π\*. So we put the policy π that we train in its place, and read
+# $\beta\log\frac{\pi}{\mathrm{ref}}$ as *its* reward. Then we fit π to the choices by maximum likelihood, as a reward
+# model is fitted. If the fitted reward is right up to a constant, then π is π\*. The loss is
+#
+# $$L_\mathrm{DPO} = -\mathbb{E}\,\log\sigma(\beta\Delta), \qquad
 #   \Delta = \log\frac{\pi(y^+)}{\mathrm{ref}(y^+)} - \log\frac{\pi(y^-)}{\mathrm{ref}(y^-)} .$$
 #
-# $y^+$ is the chosen answer and $y^-$ the rejected one. Δ is the **margin**: how much more the policy has raised the
-# [log-prob](../GLOSSARY.md#log-prob) of $y^+$ than that of $y^-$. (Training logs show $\beta\Delta$ under
-# `rewards/margins`.) Now fit the policy to the choices by maximum likelihood:
+# Δ is the **margin**: how much more the policy has raised the [log-prob](../GLOSSARY.md#log-prob) of $y^+$ than that
+# of $y^-$.
 #
-# $$L_\mathrm{DPO} = -\mathbb{E}\,\log\sigma(\beta\Delta) .$$
-
-# %% [markdown]
-# ## 3 · Three completions, by hand
+# ### By hand
 #
 # Suppose a prompt had only three answers, "tea!", "tea, please" and "could i have tea". Let ref say them with
 # probability .6, .3, .1. The judge prefers each to the one before with odds 2 : 1, so $e^r = 1, 2, 4$. With
 # $\beta = \frac12$, $e^{r/\beta} = 1, 4, 16$. Multiply: $.6,\ 1.2,\ 1.6$, whose sum is $Z = 3.4$. So
-# $\pi^* = \frac{3}{17}, \frac{6}{17}, \frac{8}{17}$.
+# $\pi^* = \frac{3}{17}, \frac{6}{17}, \frac{8}{17}$. The cell checks that π\* agrees with the judge about every pair.
 
 # %%
+# From tutorials/three_completions.py: ref and r (3,), and prefer (3, 3): [a, b] is how often the
+# judge chooses a over b.
 BETA = 0.5
-ref = torch.tensor([0.6, 0.3, 0.1])
-r = torch.tensor([1.0, 2.0, 4.0]).log()
-best = (ref.log() + r / BETA).softmax(0)  # π*
-prefer = (r[:, None] - r).sigmoid()  # watch: prefer (3, 3): [a, b] is how often a is chosen over b
-this_run(torch.allclose(best * 17, torch.tensor([3.0, 6.0, 8.0])), "π* is (3, 6, 8)/17.")
+best = (ref.log() + r / BETA).softmax(0)  # watch: best (3,): π*
 log_ratio = (best / ref).log()
-print(
-    "r            ",
-    row(r),
-    "\nβ·log π*/ref ",
-    row(BETA * log_ratio),
-    f"  each smaller by β·log Z = {BETA * math.log(3.4):.3f}",
-)
-print(
-    "σ(β·Δ), third answer over first:",
-    (BETA * (log_ratio[2] - log_ratio[0])).sigmoid().item(),
-    "  the judge:",
-    prefer[2, 0].item(),
-)
+print("r            ", row(r))
+print("β·log π*/ref ", row(BETA * log_ratio), f"  smaller by β·log Z = {BETA * math.log(3.4):.3f}")
+this_run(torch.allclose(best * 17, torch.tensor([3.0, 6.0, 8.0])), "π* is (3, 6, 8)/17.")
 equal(
     (BETA * (log_ratio[:, None] - log_ratio)).sigmoid(),
     prefer,
@@ -192,208 +183,105 @@ equal(
 )
 
 # %% [markdown]
-# ## 4 · Build it yourself: the loss
+# ## 3 · Build it yourself: the loss
 #
-# The log-probs are sums over the tokens of each answer. We add one option, which section 6 needs: `flip`, the share
-# of labels that we take to be wrong. The loss then is
-# $-(1-\mathrm{flip})\log\sigma(\beta\Delta) - \mathrm{flip}\,\log\sigma(-\beta\Delta)$. (This variant is called
-# cDPO.)
-
+# The log-probs are sums over the tokens of each answer.
 
 # %%
-def my_dpo(chosen, rejected, ref_chosen, ref_rejected, beta, flip=0.0):
+def my_dpo(chosen, rejected, ref_chosen, ref_rejected, beta):
     """Four log-probs of whole answers, each (B,) -> the loss of each pair (B,).
 
-    flip: the share of labels taken to be wrong. Use softplus: −log σ(z) = softplus(−z).
-    Stop in it at the first call: delta has 16 entries; where delta is 0 the loss is log 2 = 0.693.
+    −log σ(z) is softplus(−z). Stop in it at the first call: delta has 16 entries; where delta is 0
+    the loss is log 2 = 0.693.
     """
     delta = (chosen - ref_chosen) - (rejected - ref_rejected)  # watch: delta (B,)
-    return (1 - flip) * softplus(-beta * delta) + flip * softplus(beta * delta)
+    return softplus(-beta * delta)
 
 
 # %% [markdown]
 # ### Checkpoint
+#
+# Your loss must equal minialign's, and also the loss of tutorial 06's reward model with the reward
+# $\beta\log\frac{\pi}{\mathrm{ref}}$.
 
 # %%
-four = (
-    -4 * torch.rand(4, 16, generator=generator)
-).requires_grad_()  # chosen, rejected, and both of ref
-for flip in (0.0, 0.1):
-    mine = my_dpo(*four, BETA, flip).mean()
-    theirs, _ = dpo.dpo_loss(*four, beta=BETA, label_smoothing=flip)
-    equal(mine, theirs, "my_dpo equals minialign's dpo_loss.")
-    equal(
-        torch.autograd.grad(mine, four),
-        torch.autograd.grad(theirs, four),
-        "The gradient of my_dpo equals that of minialign's dpo_loss.",
-    )
-as_reward_model, _ = bradley_terry_loss(BETA * (four[0] - four[2]), BETA * (four[1] - four[3]))
-print(f"DPO                                                  {my_dpo(*four, BETA).mean():.10f}")
-print(f"reward model's loss, with β·log(π/ref) as the reward {as_reward_model:.10f}")
+four = -4 * torch.rand(4, 16, generator=generator)  # chosen, rejected, and both of ref
+four.requires_grad_()
+mine = my_dpo(*four, BETA).mean()
+theirs, _ = dpo.dpo_loss(*four, beta=BETA)
+equal(mine, theirs, "my_dpo equals minialign's dpo_loss.")
 equal(
-    my_dpo(*four, BETA).mean(),
-    as_reward_model,
-    "my_dpo is the reward model's loss with the reward β·log(π/ref).",
+    torch.autograd.grad(mine, four, retain_graph=True),
+    torch.autograd.grad(theirs, four),
+    "The gradient of my_dpo equals that of minialign's dpo_loss.",
 )
+as_reward_model, _ = bradley_terry_loss(BETA * (four[0] - four[2]), BETA * (four[1] - four[3]))
+print(f"DPO                                                  {mine:.10f}")
+print(f"reward model's loss, with β·log(π/ref) as the reward {as_reward_model:.10f}")
+equal(mine, as_reward_model, "my_dpo is the reward model's loss with the reward β·log(π/ref).")
 
 # %% [markdown]
-# DPO is the reward model's loss of tutorial 06, with $\beta\log\frac{\pi}{\mathrm{ref}}$ as the reward. Its gradient
-# is
+# Now we can say why some pairs are pushed less. The gradient of the loss is
 #
 # $$\nabla L = -\beta\,\sigma(-\beta\Delta)\,\big(\nabla\log\pi(y^+) - \nabla\log\pi(y^-)\big) .$$
 #
-# The factor $\sigma(-\beta\Delta)$ is the probability that the policy, read as a reward model, gives to the *wrong*
-# order. A pair that is already in order hardly counts.
+# The further a pair is in order, the less it counts: the factor $\sigma(-\beta\Delta)$ is a half at
+# $\beta\Delta = 0$, about a quarter at $\beta\Delta = 1$, and a twentieth at $\beta\Delta = 3$. In the picture at
+# the top, the paler pair of dpo has the larger Δ.
 #
-# ## 5 · Where it ends, whoever wrote the pairs
+# ## 4 · Where it ends, whoever wrote the pairs
 #
-# With three answers we can replace sampling by sums over all nine pairs. `mu` is the
-# [distribution](../GLOSSARY.md#distribution) of whoever wrote the answers. The optimiser is LBFGS from torch, a
-# quasi-Newton method: it estimates the curvature of the loss from past gradients.
+# With three answers we can replace sampling by a sum over all nine pairs. `mu` is the
+# [distribution](../GLOSSARY.md#distribution) of whoever wrote the answers: ref, somebody else, or π\* itself. `land`
+# (in tutorials/three_completions.py) finds the policy with the smallest expected loss. Does the end depend on `mu`?
 
 # %%
-three = torch.arange(3)
-WON, LOST = torch.cartesian_prod(three, three).T  # watch: WON (9,): all nine pairs
+def dpo_of(pairs):
+    """my_dpo for `land`, which gives the log-probs of nine pairs as one object."""
+    return my_dpo(pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected, BETA)
 
 
-def land(loss_of, mu=ref, prefer=prefer, ref=ref):
-    """The policy (3,) with the smallest expected loss. loss_of: four log-probs (9,) -> (9,)."""
-    logits = ref.log().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [logits],
-        max_iter=300,
-        tolerance_grad=1e-12,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-    weight = mu[WON] * mu[LOST] * prefer[WON, LOST]  # watch: weight (9,): of a pair and label
-
-    def loss():
-        optimizer.zero_grad()
-        logps = logits.log_softmax(0)
-        value = (weight / weight.sum()) @ loss_of(
-            logps[WON], logps[LOST], ref.log()[WON], ref.log()[LOST]
-        )
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return logits.detach().softmax(0)
-
-
-uniform = torch.ones(3) / 3
 writers = {
     "ref": ref,
-    "all answers alike": uniform,
+    "all answers alike": torch.ones(3) / 3,
     "nearly always the third": torch.tensor([0.05, 0.05, 0.9]),
     "π* itself": best,
 }
 for name, mu in writers.items():
-    end = land(lambda *logps: my_dpo(*logps, BETA), mu)
+    end = land(dpo_of, mu)
     print(f"pairs written by {name:24} DPO ends at {row(end, 5)}")
     equal(end, best, "DPO ends at π*, whoever wrote the pairs.", atol=1e-5, rtol=0)
 
 # %% [markdown]
-# It ends at π\* each time. For each pair, the label frequency depends on the judge only, not on who wrote it, and one
-# policy fits all pairs. This includes **online DPO** (Guo et al. 2024), where the policy generates its own pairs; the
-# last row shows its [fixed point](../GLOSSARY.md#closed-form). Who writes the pairs matters for the noise, not for
-# the end.
+# It ends at π\* each time. How often the judge chooses one answer over another does not depend on who wrote them, and
+# one policy, π\*, fits all pairs at once. This needs three assumptions:
 #
-# This needs three assumptions. The judge follows Bradley-Terry (exercise 2 breaks this one). Every answer occurs in
-# the pairs, and the policy can represent π\*. And every pair was judged so often that the label frequencies are right.
-# No real data set is like that. The next section breaks the third assumption, section 7 the last two.
+# 1. The judge follows Bradley-Terry. (Exercise 2 breaks this one.)
+# 2. The pairs connect all answers, directly or through other answers, and the policy can represent π\*.
+# 3. Every pair was judged so often that the label frequencies are right.
 #
-# ## 6 · Break it: labels that never contradict each other
+# The third fails most. In a real data set a prompt mostly has one pair, and it is judged once. So nothing in the data
+# contradicts the label. Then the loss has no minimum: it falls as long as Δ grows, and Δ grows as long as one trains.
+# [09b](09b_siblings.ipynb) computes how fast. So DPO is stopped after one or a few passes over the data.
 #
-# A real data set judges each pair once, so every preference in it is certain. Take one pair, the third answer chosen
-# over the first, again and again, and descend on three logits. The gradient of Δ is +1 for the logit of $y^+$, −1 for
-# that of $y^-$, and 0 for the other; the normaliser of the softmax cancels. So a step of size lr changes Δ by
-# $-2\,\mathrm{lr}\cdot\frac{dL}{d\Delta}$.
-
-
-# %%
-def my_delta_path(beta, steps, lr=0.1, flip=0.0):
-    """Δ before each step and after the last: a list of steps + 1 floats that begins with 0.0.
-
-    Each step adds −2·lr·dL/dΔ, where dL/dΔ = −(1 − flip)·β·σ(−βΔ) + flip·β·σ(βΔ).
-    Use math.exp; no tensors are needed.
-    """
-    path = [0.0]
-    for _ in range(steps):
-        up = 1 / (1 + math.exp(-beta * path[-1]))  # σ(β·Δ)
-        path.append(path[-1] - 2 * lr * beta * (flip * up - (1 - flip) * (1 - up)))
-    return path
-
-
-# %% [markdown]
-# ### Checkpoint
+# ## 5 · A GPT learns from the pairs
 #
-# The same descent with autograd and your loss.
-
-# %%
-for flip in (0.0, 0.1):
-    logits = ref.log()
-    for _ in range(200):
-        logits.requires_grad_()
-        logps = logits.log_softmax(0)
-        (slope,) = torch.autograd.grad(
-            my_dpo(logps[2], logps[0], ref.log()[2], ref.log()[0], BETA, flip), logits
-        )
-        logits = (logits - 0.1 * slope).detach()
-    moved = logits - ref.log()
-    always(
-        abs((moved[2] - moved[0]).item() - my_delta_path(BETA, 200, flip=flip)[-1]) < 1e-9,
-        "my_delta_path follows the Δ of autograd's descent.",
-    )
-
-paths = {f"β = {beta}": my_delta_path(beta, 100_000) for beta in (0.25, 0.5, 1.0)}
-paths["β = 0.5, flip = 0.1"] = my_delta_path(0.5, 100_000, flip=0.1)
-stop = math.log(0.9 / 0.1) / 0.5
-print("Δ after steps         " + "".join(f"{10**k:9}" for k in range(6)))
-for name, path in paths.items():
-    print(f"{name:22}" + "".join(f"{path[10**k]:9.2f}" for k in range(6)))
-for beta in (0.25, 0.5, 1.0):
-    path = paths[f"β = {beta}"]
-    print(
-        f"β = {beta}: the last factor of 10 in steps added {path[-1] - path[10_000]:.2f} nats; "
-        f"log(10)/β = {math.log(10) / beta:.2f}"
-    )
-    this_run(
-        abs(path[-1] - path[10_000] - math.log(10) / beta) < 0.1 / beta,
-        "DPO's margin grows by log(10)/β for ten times the steps.",
-    )
-this_run(
-    abs(paths["β = 0.5, flip = 0.1"][-1] - stop) < 1e-3,
-    "With flip = 0.1 the margin stops at log((1 − flip)/flip)/β.",
-)
-figures.certain_labels(paths, {"β = 0.5, flip = 0.1": stop})
-
-# %% [markdown]
-# DPO's margin grows like $\frac1\beta \log(\text{steps})$, without end. A smaller β ends *further* from ref, and no β
-# stops it: β pulls towards ref only where labels contradict each other. Two things stop it. One is the end of the
-# training. The other is doubt: with flip > 0 no label is certain, and the margin ends at
-# $\frac1\beta\log\frac{1-\mathrm{flip}}{\mathrm{flip}}$. IPO, in [09b](09b_siblings.ipynb), is a third.
-#
-# ## 7 · A GPT learns from the pairs
-#
-# A GPT first learns to speak like the rude speakers ([SFT](../GLOSSARY.md#sft), tutorial 04), then DPO trains it on
-# our 100 pairs. A token is a word here, which makes the training fast. There are 36 well-formed answers to a prompt,
-# so we can compute the probability of all of them at every step.
-
+# A GPT first learns to speak like the rude speakers ([SFT](../GLOSSARY.md#sft), tutorial 04), then DPO trains it on our
+# pairs. A token is a word here. The 36 answers to a prompt are the *well-formed* ones. We compute their probabilities as
+# we go; what they leave of 1 belongs to broken texts. Our 1000 pairs often contradict each other, because four prompts
+# have only 36 answers each.
 
 # %%
 # From tutorials/word_requests.py: rude_gpt does the SFT, rows_of(n, c) is the Batch of answers c to
 # prompts n, and all_logps gives log π of all 36 answers to the 4 prompts.
 base = rude_gpt(generator)
 ref_logps = all_logps(base)  # watch: ref_logps (4, 36)
-print(
-    f"probability of well-formed answers: {ref_logps.exp().sum(1).mean():.3f}. The base model says:"
-)
+formed = ref_logps.exp().sum(1).mean().item()
+print(f"probability of well-formed answers: {formed:.3f}. The base model says:")
 show_samples(base)
 
 # %% [markdown]
-# `my_dpo_step` connects the models with the loss. The reference is a constant, so it needs no gradient.
-
+# `my_dpo_step` connects the models with the loss.
 
 # %%
 def my_dpo_step(policy, ref_policy, chosen, rejected, beta):
@@ -430,243 +318,152 @@ always(
 print(f"my_dpo_step {mine:.6f}, dpo.step {theirs:.6f}")
 
 # %% [markdown]
-# Train for 100 steps with β = 0.1. The printed reward is the mean over well-formed answers; the last column says how
-# likely such an answer is at all.
-
+# Train for 80 steps with β = 1. The printed reward is the mean over well-formed answers; the last column says how
+# likely such an answer is at all. Look at the reward first, then at the two log-probs.
 
 # %%
-def train(loss_of, steps=100, lr=3e-4, pairs=PAIRS):
-    """A trained copy of base, and (steps + 1, 4, 36) log-probs of all answers along the way."""
+def train(beta, pairs=PAIRS, steps=40, lr=3e-4, sft=0.0):
+    """A trained copy of base, and the log-probs of all answers after 0, 5, 10, … steps.
+
+    sft: the weight of −log π of the chosen answers, an extra term that only exercise 1 uses.
+    """
     policy = copy.deepcopy(base).requires_grad_(True)
-    shuffle = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr, betas=(0.9, 0.99))
+    shuffle = torch.Generator().manual_seed(0)
     path = [all_logps(policy)]
-    for _ in range(steps):
-        some = torch.randperm(pairs.shape[1], generator=shuffle)[:32]
-        n, yes, no = pairs[:, some]
-        loss = loss_of(policy, rows_of(n, yes), rows_of(n, no))
+    for k in range(1, steps + 1):
+        n, yes, no = pairs[:, torch.randperm(pairs.shape[1], generator=shuffle)[:32]]
+        loss = my_dpo_step(policy, base, rows_of(n, yes), rows_of(n, no), beta)
+        if sft:
+            loss = loss - sft * seq_logps(policy, rows_of(n, yes)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        path.append(all_logps(policy))
+        if k % 5 == 0:
+            path.append(all_logps(policy))
     return policy, torch.stack(path)
 
 
 def report(name, logps, pairs=PAIRS):
-    """One line: what became of the pairs, and of the language."""
+    """Print what became of the pairs and of the language; return reward and well-formed share."""
     n, yes, no = pairs
     probs = logps.exp()
     formed = probs.sum(1)
-    reward = ((probs * rewards).sum(1) / formed).mean()
+    reward = ((probs * rewards).sum(1) / formed).mean().item()
     print(
-        f"{name:18} log π: chosen {logps[n, yes].mean():6.1f}, "
-        f"rejected {logps[n, no].mean():6.1f}"
+        f"{name:22} log π: chosen {logps[n, yes].mean():6.2f}, rejected {logps[n, no].mean():6.2f}"
         f"   reward {reward:5.2f}   well-formed {formed.mean():.2f}"
     )
+    return reward, formed.mean().item()
 
 
-trained, path = train(lambda policy, *pair: my_dpo_step(policy, base, *pair, 0.1))
-for steps in (0, 10, 30, 80, 100):
-    report(f"DPO, {steps} steps", path[steps])
+trained, path = train(beta=1.0, steps=80)
+for steps in (0, 10, 20, 40, 80):
+    reward, formed = report(f"DPO, {steps} steps", path[steps // 5])
 show_samples(trained)
-chosen = path[:, PROMPT, CHOSEN].mean(1)  # watch: chosen (101,)
-rejected = path[:, PROMPT, REJECTED].mean(1)
-this_run(
-    chosen[-1] < chosen[0] - 2 and rejected[-1] < chosen[-1],
-    "Both log-probs fall, the rejected one more.",
-)
-figures.both_fall(chosen.tolist(), rejected.tolist())
-
-# %%
-in_a_pair = torch.zeros(4, 36, dtype=torch.bool)
-in_a_pair[PROMPT, CHOSEN] = in_a_pair[PROMPT, REJECTED] = True
-probs = path.exp()
-seen = (probs * in_a_pair).sum(2).mean(1)
-figures.where_mass_goes(seen, probs.sum(2).mean(1) - seen)
+at_the_tilt = ((speaker.log() + rewards / 1.0).softmax(1) * rewards).sum(1).mean().item()
+print(f"reward of π*, if the speakers were the reference: {at_the_tilt:.2f}")
+this_run(reward > 1.2 and formed > 0.9, "DPO raises the reward and keeps the language.")
 
 # %% [markdown]
-# After ten steps all is as hoped. At step 30 the language has broken down: well-formed answers have 5 % of the
-# probability. At step 100 they have 54 %, and are mostly polite. But both log-probs fell by many nats (the chosen one
-# not evenly: −16, −12, −15), and much of the probability went to texts that are not well-formed. No pair contains such
-# a text, so the loss says nothing about it.
+# The reward rises from −0.05 to 1.48, on its way to the 1.84 of π\*. Well-formed answers keep 95 % of the probability.
+# So DPO works. Now the log-probs. The rejected answers fall by one nat, as they should. The chosen ones rise a little in
+# the first ten steps, then they fall too, from −3.65 to −3.84.
 #
-# ## 8 · Why do both log-probs fall?
+# ## 6 · Why do both log-probs fall?
 #
-# `logps/chosen` falls, although it is the *chosen* answer. Is a sign wrong? No. The loss sees only the distance Δ. Four
-# other things decide where the two ends go.
-#
-# **Cause 1: probabilities sum to 1.** A chosen answer has won one comparison, but better answers need its
-# probability. At the end of DPO,
+# `logps/chosen` fell, although it is the *chosen* answer. Is a sign wrong? No. The loss contains only the distance Δ.
+# Where its two ends go is decided by π\*:
 #
 # $$\log\frac{\pi^*(y)}{\mathrm{ref}(y)} = \frac{r(y)}{\beta} - \log Z < 0 \iff r(y) < \beta\log Z .$$
 #
-# The number $\beta\log Z = \beta\log\mathbb{E}_{\mathrm{ref}}\,e^{r/\beta}$ is near the mean reward for a large β and
-# near the *best* reward for a small one. Chosen answers below it fall. PPO has the same π\* and lowers them just as
-# much; it only logs no such number. For our speakers we can count exactly:
+# Probabilities sum to 1. A chosen answer has won *one* comparison, but still better answers need its probability. The
+# bound $\beta\log Z = \beta\log\mathbb{E}_{\mathrm{ref}}\,e^{r/\beta}$ is near the mean reward for a large β and near
+# the *best* reward for a small one. Chosen answers below it must fall. We count them in our pairs, with the speakers as
+# ref. Compare β = 1 with the run above.
 
 # %%
-wins = (
-    speaker[0] * speaker[0][:, None] * (rewards[0][:, None] - rewards[0]).sigmoid()
-)  # (36, 36) chosen, rejected
-wins.fill_diagonal_(0)
-wins = wins / wins.sum()
 falls = []
-for beta in (2.0, 0.5, 0.1):
-    soft_best = beta * (speaker[0].log() + rewards[0] / beta).logsumexp(0)
-    change = (rewards[0] - soft_best) / beta  # watch: change (36,): log π*/ref
-    falls.append((wins.sum(1) @ (change < 0).double()).item())
+expected = {}
+for beta in (2.0, 1.0, 0.5, 0.1):
+    soft_best = beta * (speaker.log() + rewards / beta).logsumexp(1)  # watch: soft_best (4,)
+    change = (rewards - soft_best[:, None]) / beta  # watch: change (4, 36): log π*/ref
+    falls.append((change[PROMPT, CHOSEN] < 0).double().mean().item())
+    expected[beta] = [change[PROMPT, side].mean().item() for side in (CHOSEN, REJECTED)]
     print(
-        f"β = {beta:3.1f}: β·log Z = {soft_best:5.2f}; {100 * falls[-1]:3.0f} % of the chosen "
-        "answers fall; mean change of "
-        f"log π: chosen {wins.sum(1) @ change:6.2f}, rejected {wins.sum(0) @ change:6.2f}"
+        f"β = {beta:3.1f}: β·log Z = {soft_best[0]:4.2f}; {100 * falls[-1]:2.0f} % of the chosen "
+        f"answers fall; mean change: chosen {expected[beta][0]:6.2f}, "
+        f"rejected {expected[beta][1]:6.2f}"
     )
 always(falls == sorted(falls), "A smaller β lowers at least as many of the chosen answers.")
-
-# %% [markdown]
-# **Cause 2: SFT came first.** The usual recipe fits ref to the chosen answers, then runs DPO on the same pairs. But
-# SFT puts the mean log-prob of the chosen answers at its maximum, so every change from there lowers it. On the three
-# completions:
-
-# %%
-chosen_share = (ref[:, None] * ref * prefer).sum(1)
-chosen_share = chosen_share / chosen_share.sum()  # SFT on the chosen answers ends here
-after = land(lambda *logps: my_dpo(*logps, BETA), ref=chosen_share)
-print(
-    f"mean log π(chosen): after SFT {chosen_share @ chosen_share.log():.3f}, "
-    f"after DPO {chosen_share @ after.log():.3f}"
-)
-always(
-    chosen_share @ after.log() < chosen_share @ chosen_share.log(),
-    "SFT has put the mean log-prob of the chosen answers at its maximum: DPO lowers it.",
-)
-
-# %% [markdown]
-# **Cause 3: the network shares its weights.** Compare the GPT with a *table of answers*: 36 free logits for each
-# prompt, where changing one answer says nothing about another. Same loss, same pairs. We look when the mean Δ first
-# exceeds 2, 5 and 10.
-#
-# **Cause 4: the learning rate.** The third run is the GPT at a third of the rate.
-
-# %%
-logits = ref_logps.clone().requires_grad_()
-tabled = []
-optimizer = torch.optim.Adam([logits], lr=5e-2, betas=(0.9, 0.99))
-for _ in range(300):
-    logps = logits.log_softmax(1)
-    pair = logps[PROMPT, CHOSEN], logps[PROMPT, REJECTED]
-    ref_pair = ref_logps[PROMPT, CHOSEN], ref_logps[PROMPT, REJECTED]
-    tabled.append([(pair[0] - ref_pair[0]).mean().item(), (pair[1] - ref_pair[1]).mean().item()])
-    optimizer.zero_grad()
-    my_dpo(*pair, *ref_pair, 0.1).mean().backward()
-    optimizer.step()
-_, slow_path = train(
-    lambda policy, *pair: my_dpo_step(policy, base, *pair, 0.1), steps=200, lr=1e-4
-)
-changes = {  # of mean log π: of the chosen, of the rejected answers, (steps + 1,) each
-    "table": torch.tensor(tabled).T,
-    "GPT": (chosen - chosen[0], rejected - rejected[0]),
-    "GPT, slower": [
-        (slow_path - slow_path[0])[:, PROMPT, side].mean(1) for side in (CHOSEN, REJECTED)
-    ],
-}
-print("change of log π                  chosen   rejected")
-fell = {}
-for mark in (2, 5, 10):
-    for name, (up, down) in changes.items():
-        reached = (up - down > mark).nonzero()
-        k = reached[0].item() if len(reached) else len(up) - 1
-        fell[name, mark] = up[k].item()
-        print(f"Δ > {mark:2}  {name:12} step {k:4}   {up[k]:6.2f}     {down[k]:6.2f}")
-    this_run(
-        fell["GPT", mark] < fell["table", mark] - 1,
-        "The GPT lowers the chosen answers more than the table does.",
-    )
+chosen = path[:, PROMPT, CHOSEN].mean(1)  # watch: chosen (17,)
+rejected = path[:, PROMPT, REJECTED].mean(1)
+found = [(ends[-1] - ends[0]).item() for ends in (chosen, rejected)]
+print(f"the GPT after 80 steps, β = 1:  chosen {found[0]:5.2f}, rejected {found[1]:5.2f}")
 this_run(
-    fell["GPT", 5] < fell["GPT, slower", 5] < fell["table", 5],
-    "At Δ = 5 the slower GPT has lowered the chosen answers less, but more than the table.",
+    all(aim < now < 0.1 for now, aim in zip(found, expected[1.0], strict=True)),
+    "Neither of the GPT's log-probs has fallen further than at π*.",
 )
+figures.both_fall(chosen.tolist(), rejected.tolist(), expected[1.0], every=5)
 
 # %% [markdown]
-# The table lowers the chosen answers late, by cause 1: with almost certain labels the answers get ranked, and the top
-# one takes the probability. The GPT lowers them early. It cannot move answers one by one; it moves words. Pushing down
-# "now" and "hand over" after some prefix pushes up every other word there, whether that gives a sentence or not. Large
-# steps add to this: at Δ > 5 the GPT is in the breakdown of section 7, at Δ > 10 past it, so its fall is smaller there.
-# The slower GPT reaches Δ = 5 with half the fall.
+# At β = 1, π\* itself has a lower mean log-prob of the chosen answers, by 0.40 nats, and of the rejected ones, by 1.38.
+# The GPT is on its way there. So here the fall is no damage: it is what the best policy looks like. With β = 0.1 both
+# must fall by more than 20 nats.
 #
-# So falling log-probs alone are no error. Watch the reward, and *read samples*.
+# The usual recipe adds a cause: it runs SFT on the chosen answers first. SFT puts their mean log-prob at its maximum, so
+# every change from there lowers it.
 #
-# ## 9 · Break it: four slips that no accuracy shows
+# ## 7 · Break it: a small β and few pairs
 #
-# Each of the first three slips ranks all pairs correctly by its own score, so `rewards/accuracies` is 1. Look where
-# each ends.
+# β = 0.1 is a usual default, and real data judge each pair once. We change one thing, then the other,
+# then both, and train for 40 steps each. Look at the last column.
 
 # %%
-LENGTHS = torch.tensor([1.0, 2.0, 4.0])  # words in the three completions
-
-
-def averaged(*four):
-    """Slip 1: log-probs averaged over the tokens instead of summed."""
-    return my_dpo(
-        *(x / n for x, n in zip(four, (LENGTHS[WON], LENGTHS[LOST]) * 2, strict=True)), BETA
-    )
-
-
-def no_ref(chosen, rejected, ref_chosen, ref_rejected):
-    """Slip 2: the reference is forgotten."""
-    return my_dpo(chosen, rejected, 0, 0, BETA)
-
-
-def beta_outside(*four):
-    """Slip 3: β stands before the logarithm instead of inside it."""
-    return BETA * my_dpo(*four, 1.0)
-
-
-own_score = {
-    averaged: lambda end: (end / ref).log() / LENGTHS,
-    no_ref: torch.log,
-    beta_outside: lambda end: (end / ref).log(),
+settings = {
+    "100 pairs": {"beta": 1.0, "pairs": PAIRS[:, :100]},
+    "β = 0.1": {"beta": 0.1},
+    "β = 0.1, 100 pairs": {"beta": 0.1, "pairs": PAIRS[:, :100]},
 }
-print(f"right                {row(best)}")
-for slip, score in own_score.items():
-    end = land(slip)
-    accuracy = (
-        (score(end)[:, None] > score(end))[r[:, None] > r].double().mean()
-    )  # over the three pairs of different rewards
-    gap = closed_form.kl(end.numpy(), best.numpy())
-    print(
-        f"{slip.__name__:20} {row(end)}   KL to π*: {gap:.3f}   "
-        f"accuracy by its own score: {accuracy:.2f}"
-    )
-    this_run(
-        (end - best).abs().max() > 0.02 and accuracy == 1,
-        "Each slip orders all pairs rightly and misses π*.",
-    )
-without_ref = (r / BETA).softmax(0)
-equal(land(no_ref), without_ref, "Without ref DPO ends at e^(r/β).", atol=1e-4, rtol=0)
-prompt = -9 * torch.rand(16)
-ref_prompt = -9 * torch.rand(16)
-scored_too = my_dpo(
-    four[0] + prompt, four[1] + prompt, four[2] + ref_prompt, four[3] + ref_prompt, BETA
+runs = {name: train(**setting) for name, setting in settings.items()}
+kept = {"as above": report("as above", path[8])[1]}
+for name, (_, run_path) in runs.items():
+    kept[name] = report(name, run_path[-1])[1]
+broken, broken_path = runs["β = 0.1, 100 pairs"]
+show_samples(broken, n=1)
+this_run(
+    max(kept["β = 0.1"], kept["β = 0.1, 100 pairs"]) < 0.6 < kept["100 pairs"] < kept["as above"],
+    "A small β damages the language, and so do few pairs.",
 )
-equal(scored_too, my_dpo(*four, BETA), "The prompt's log-prob cancels in my_dpo.")
-print("slip 4, prompt tokens scored as well: no change")
+in_a_pair = torch.zeros(4, 36, dtype=torch.bool)
+in_a_pair[PROMPT[:100], CHOSEN[:100]] = in_a_pair[PROMPT[:100], REJECTED[:100]] = True
+probs = broken_path.exp()
+seen = (probs * in_a_pair).sum(2).mean(1)
+figures.where_mass_goes(seen, probs.sum(2).mean(1) - seen, every=5)
 
 # %% [markdown]
-# With averages the second answer ends below the first, although the judge prefers it. Slip 4 does nothing here, because
-# the prompt is in both log-probs of Δ. It does harm when the same code serves SimPO or ORPO (09b), which divide by the
-# length. So test the log-probs too, as in [03](03_logps.ipynb), not only the loss.
+# Either change alone costs language, and the small β costs half of it. Both log-probs now fall by many nats. Three
+# causes act together:
+#
+# - **A small β asks for large margins.** Two answers whose rewards differ by 2 must end $2/\beta$ nats apart: 2 nats at
+#   β = 1, 20 at β = 0.1.
+# - **With few pairs, few labels contradict each other.** So nothing stops the margin (section 4).
+# - **A network shares its weights.** The GPT cannot move answers one by one; it moves words. Pushing down "now" after
+#   some words pushes up every other word there, whether that gives a sentence or not. No pair contains such a broken
+#   text, so the loss says nothing about it.
+#
+# (Does a lower learning rate help? Try `train(0.1, PAIRS[:, :100], lr=1e-4, steps=100)`.) So falling log-probs alone are
+# no error. Watch a reward, stop early, and *read samples*.
 #
 # ## What is wrong here? (1)
 
 # %%
-n, no, yes = my_judged_pairs(speaker, rewards, 100, torch.Generator().manual_seed(2))
+n, no, yes = my_judged_pairs(speaker, rewards, 1000, torch.Generator().manual_seed(2))
 pairs = torch.stack([n, yes, no])
-puzzling, _ = train(
-    lambda policy, *pair: my_dpo_step(policy, base, *pair, 0.1), steps=40, pairs=pairs
-)
+puzzling, _ = train(beta=1.0, pairs=pairs, steps=30)
 with torch.no_grad():
-    loss = my_dpo_step(puzzling, base, rows_of(n, yes), rows_of(n, no), 0.1)
-print(f"loss at the start 0.693, after 40 steps {loss:.3f}: it works")
+    loss = my_dpo_step(puzzling, base, rows_of(n, yes), rows_of(n, no), 1.0)
+print(f"loss at the start 0.693, after 30 steps {loss:.3f}: it works")
 
 # %% [markdown]
 # The loss has fallen, as it should. Would you use this policy?
@@ -674,17 +471,20 @@ print(f"loss at the start 0.693, after 40 steps {loss:.3f}: it works")
 # ## What is wrong here? (2)
 
 # %%
+policy = copy.deepcopy(base).requires_grad_(True)
+frozen = policy
+optimizer = torch.optim.Adam(policy.parameters(), lr=3e-4)
 losses = []
-
-
-def step_and_log(policy, chosen, rejected):
-    losses.append(my_dpo_step(policy, policy, chosen, rejected, 0.1))
-    return losses[-1]
-
-
-odd, _ = train(step_and_log, steps=40)
-print("loss:", ", ".join(f"{losses[k].item():.4f}" for k in (0, 10, 20, 39)))
-report("after 40 steps", all_logps(odd))
+for k in range(30):
+    n, yes, no = PAIRS[:, 32 * k : 32 * k + 32]
+    loss = my_dpo_step(policy, frozen, rows_of(n, yes), rows_of(n, no), 1.0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print("loss:", ", ".join(f"{losses[k]:.4f}" for k in (0, 10, 20, 29)))
+report("before", ref_logps)
+_ = report("after 30 steps", all_logps(policy))
 
 # %% [markdown]
 # The loss does not move at all. The policy does. Why?
@@ -692,110 +492,89 @@ report("after 40 steps", all_logps(odd))
 # ## What you now know
 #
 # - DPO is the reward model's loss with $\beta\log\frac{\pi}{\mathrm{ref}}$ as the reward. With Bradley-Terry labels,
-#   judged often enough, on pairs that contain every answer, it ends at the tilt π\*, whoever wrote them.
-# - If labels never contradict each other it has no end: Δ grows like $\frac1\beta\log(\text{steps})$. Stop early, or
-#   doubt the labels.
-# - Both log-probs may fall: because better answers need the probability, because SFT came first, because a network
-#   shares weights, because steps are large.
-# - Accuracy and loss show neither swapped labels nor a missing reference. Samples and a reward do.
+#   judged often enough, on pairs that connect all answers, it ends at the tilt π\*, whoever wrote them.
+# - If nothing contradicts the labels, the loss has no minimum and Δ grows. So stop early.
+# - Both log-probs may fall, because better answers need the probability. The smaller β, the more they fall.
+# - Pairs say nothing about broken texts, so probability can go there. The loss does not show it, nor does it show swapped
+#   labels. Rewards and samples do.
 #
-# Next: [09b, DPO's siblings](09b_siblings.ipynb). The code is `minialign/methods/dpo.py`; docs/METRICS.md explains
-# each logged number.
+# Next: [09b](09b_siblings.ipynb), what β and the shape of the loss mean. The code is `minialign/methods/dpo.py`;
+# [METRICS](../../docs/METRICS.md) explains each logged number.
 #
 # ## Exercises
 #
-# **Exercise 1** (easy, try this, 5 minutes). Add $-0.1\cdot\log\pi(y^+)$, averaged over the batch, to the loss of
-# section 7: some SFT on the chosen answers. Predict what happens to the chosen log-prob and to the share of
-# well-formed answers in 60 steps. Then run it, and β = 1 without SFT.
+# **Exercise 1** (easy, try this, 5 minutes). The last run of section 7 loses the language. Add some SFT on the chosen
+# answers: `train(0.1, PAIRS[:, :100], sft=0.1)`. Predict what happens to the chosen log-prob, to the well-formed share
+# and to the reward. Then run it.
 #
 # **Exercise 2** (medium, 15 minutes). A judge in a circle: the first answer beats the second, the second the third,
-# and the third the first, each three times out of four. Where does DPO end if the pairs are written evenly? And if
-# ref writes them? Which assumption of section 5 is broken?
+# and the third the first, each three times out of four. Where does DPO end if all answers are written alike? And if ref
+# writes them? Which assumption of section 4 is broken?
 #
-# **Exercise 3** (hard, 20 minutes). Some say that *within* a pair the rejected answer drags the chosen one
-# down, since they share words. A first step on one pair changes $\log\pi(y^+)$ in proportion to
-# $g^+\cdot(g^+ - g^-)$, where $g^\pm$ is the gradient of $\log\pi(y^\pm)$. For how many of the first 40 pairs is that
-# negative at the base model? And after 20 steps of section 7?
+# **Exercise 3** (medium, 10 minutes). The reference is forgotten: Δ is $\log\pi(y^+) - \log\pi(y^-)$. Where does this
+# end on the three completions? Predict, then compute it with `land`.
 #
 # ## Answers
 
 # %% [markdown]
 # <details><summary>Puzzle 1</summary>
 #
-# `my_judged_pairs` returns prompt, chosen, rejected; the cell unpacks them in the wrong order. So DPO learns to prefer
-# what the judge rejected. The loss only says that the policy agrees with its labels. The reward shows the error.
+# The cell unpacks chosen and rejected in the wrong order. So DPO learns to prefer what the judge rejected. The loss only
+# says that the policy agrees with its labels. The reward shows the error.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-report("swapped", all_logps(puzzling), pairs[[0, 2, 1]])  # chosen: what the judge chose
+reward, _ = report("swapped", all_logps(puzzling), pairs[[0, 2, 1]])  # chosen: by the judge
 show_samples(puzzling, n=1)
-probs = all_logps(puzzling).exp()
-this_run(
-    ((probs * rewards).sum(1) / probs.sum(1)).mean() < -0.2,
-    "Swapped labels make the answers ruder.",
-)
+this_run(reward < -0.2, "Swapped labels make the answers ruder.")
 
 # %% [markdown]
 # <details><summary>Puzzle 2</summary>
 #
-# The policy is its own reference: `my_dpo_step(policy, policy, …)`. Then Δ is 0 at every step and the loss is log 2. But
-# the reference is computed without gradient, so the gradient of the loss is not 0: every pair always counts with
-# $\beta\sigma(0) = \beta/2$, and no pair is ever in order. The same happens if ref is a second name for the policy
-# instead of a copy.
+# The policy is its own reference: `frozen` is a second name for it, not a copy. Then Δ is 0 at every step and the loss is
+# log 2. But the reference is computed without gradient, so the gradient of the loss is not 0: every pair always counts
+# with $\beta\sigma(0) = \beta/2$, however far it is in order.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 always(
-    all(abs(loss.item() - math.log(2)) < 1e-5 for loss in losses),
+    all(abs(loss - math.log(2)) < 1e-5 for loss in losses),
     "With the policy as its own reference the loss is log 2.",
 )
-this_run((all_logps(odd) - ref_logps).abs().max() > 1, "The policy has moved all the same.")
+this_run((all_logps(policy) - ref_logps).abs().max() > 1, "The policy has moved all the same.")
 
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# The chosen log-prob stays near its start, the rejected one falls by one nat, and 92 % stays well-formed: SFT on the
-# chosen answers trains on whole sentences. The reward rises less. β = 1 is between: pairs lose weight sooner.
+# 88 % stays well-formed instead of 44 %: SFT trains on whole sentences. Both log-probs fall much less, and the reward
+# rises less too, to 0.87 instead of 2.03.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-def with_sft(policy, chosen, rejected):
-    return my_dpo_step(policy, base, chosen, rejected, 0.1) - 0.1 * seq_logps(policy, chosen).mean()
-
-
-report("DPO, β = 0.1", path[60])
-losses_of = {
-    "DPO, β = 1": lambda policy, *pair: my_dpo_step(policy, base, *pair, 1.0),
-    "β = 0.1, with SFT": with_sft,
-}
-for name, loss_of in losses_of.items():
-    policy, at = train(loss_of, steps=60)
-    report(name, at[-1])
-show_samples(policy, n=1)
-this_run(at[-1].exp().sum(1).mean() > 0.8, "With some SFT most texts stay well-formed.")
+with_sft, sft_path = train(0.1, PAIRS[:, :100], sft=0.1)
+report("without SFT", broken_path[-1])
+_, formed = report("with SFT", sft_path[-1])
+show_samples(with_sft, n=1)
+this_run(formed > 0.8, "With some SFT most texts stay well-formed.")
 
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# No reward makes a circle, so the judge is not Bradley-Terry, and no policy fits the three label frequencies. Written
-# evenly, the three answers are alike: DPO stays at ref. If ref writes, it matters who is compared with whom. Most
-# pairs contain the frequent first answer: the third, which beats it, gains, and the second, which loses to it, falls.
-# Now the end depends on the writer.
+# No reward makes a circle, so the judge is not Bradley-Terry. If all answers are written alike, everything cancels and
+# DPO stays at ref. If ref writes, most pairs contain the frequent first answer: the third, which beats it, gains, and
+# the second, which loses to it, falls. So the end depends on the writer.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 circle = torch.tensor([[0.5, 0.75, 0.25], [0.25, 0.5, 0.75], [0.75, 0.25, 0.5]])
-ends = {
-    name: land(lambda *logps: my_dpo(*logps, BETA), mu, prefer=circle)
-    for name, mu in (("evenly", uniform), ("ref", ref))
-}
+ends = {name: land(dpo_of, writers[name], circle) for name in ("all answers alike", "ref")}
 for name, end in ends.items():
-    print(f"written by {name:6} DPO ends at {row(end)}   log π/ref {row((end / ref).log())}")
-equal(ends["evenly"], ref, "Written evenly, a circle changes nothing.", atol=1e-6, rtol=0)
+    print(f"written by {name:18} DPO ends at {row(end)}   log π/ref {row((end / ref).log())}")
+equal(ends["all answers alike"], ref, "A circle changes nothing.", atol=1e-6, rtol=0)
 always(
     ends["ref"][2] > ref[2] and ends["ref"][1] < ref[1],
     "Written by ref, the third answer gains and the second loses.",
@@ -804,30 +583,16 @@ always(
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
 #
-# At the base model for none of the 40: each pair alone would raise its own chosen answer. After 20 steps, while the
-# mean falls fast, for 6. So it is mostly *other* pairs that lower a chosen answer here. Papers report the effect
-# within a pair for large models and answers that are nearly alike.
+# The fitted reward is now $\beta\log\pi$, so DPO ends at $\propto e^{r/\beta}$: at π\* for a reference that says all
+# answers alike.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-def gradient(model, n, c):
-    """The gradient of log π of answer c to prompt n, all weights in one vector."""
-    grads = torch.autograd.grad(seq_logps(model, rows_of(n, c)).sum(), model.parameters())
-    return torch.cat([grad.flatten() for grad in grads])
+def without_ref(pairs):
+    return my_dpo(pairs.chosen, pairs.rejected, 0, 0, BETA)
 
 
-after_20, _ = train(lambda policy, *pair: my_dpo_step(policy, base, *pair, 0.1), steps=20)
-lowered = {}
-for name, model in {"at the base model": base, "after 20 steps": after_20}.items():
-    model = copy.deepcopy(model).requires_grad_(True)
-    lowered[name] = 0
-    for k in range(40):
-        up = gradient(model, PROMPT[[k]], CHOSEN[[k]])
-        down = gradient(model, PROMPT[[k]], REJECTED[[k]])
-        lowered[name] += (up @ (up - down)).item() < 0
-    print(f"{name}: {lowered[name]} of 40 pairs alone would lower their chosen answer")
-this_run(lowered["at the base model"] == 0, "At the base model each pair raises its chosen answer.")
-this_run(
-    lowered["after 20 steps"] < 20, "After 20 steps most pairs alone raise their chosen answer."
-)
+print("with ref   ", row(best))
+print("without ref", row(land(without_ref)))
+equal(land(without_ref), (r / BETA).softmax(0), "No ref: e^(r/β).", atol=1e-4, rtol=0)

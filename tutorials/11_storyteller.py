@@ -1,14 +1,15 @@
 # %% [markdown]
 # # 11 · A storyteller: your reward, and what it does to a story
 #
-# **You will build** everything around a real, if tiny, language model: a reward of a few lines, the shares of stories
-# where training must end, the loss that gets there, a measure of what training broke besides, and an exact expert.
-# Then you learn from its demonstrations.
+# **You will build** what is needed to align a real, if tiny, language model: a reward of a few lines, the shares of
+# stories at which training must end, the loss, a measure of what training changed besides, and an expert whose
+# distribution is known. Then you learn from its demonstrations.
 #
-# **Time:** 25 minutes of reading, about a minute of computer.
+# **Time:** 25 minutes of reading, one or two of computer.
 #
-# **You need:** [05](05_inverse_rl.ipynb) (π\* ∝ ref·e^(r/β), learning a reward from demonstrations) and
-# [07](07_policy_gradient.ipynb) (leave-one-out, the KL in the reward).
+# **You need:** [04](04_sft.ipynb) (SFT), [05](05_inverse_rl.ipynb) (π\* ∝ ref·e^(r/β)), [06](06_reward.ipynb) (a
+# reward model), [07](07_policy_gradient.ipynb) (leave-one-out) and [07b](07b_kl.ipynb) (the KL in the reward).
+# Section 5 uses the lemma of [05b](05b_irft.ipynb), the break the idea of [06b](06b_overoptimization.ipynb).
 #
 # Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
 # through with a debugger.
@@ -41,7 +42,7 @@ from toy import closed_form
 from tutorials.checks import always, equal, this_run
 from tutorials.figures import storyteller as figures
 
-torch.set_num_threads(1)  # the model is so small that a second core only waits
+torch.set_num_threads(1)  # the model is so small that a second core would not help
 
 # %% [markdown]
 # ## The question
@@ -50,9 +51,10 @@ torch.set_num_threads(1)  # the model is so small that a second core only waits
 # English has far too many completions to list. Can we still say, before training, what a reward will do to it? And
 # afterwards, what it did to the language?
 #
-# The model is Karpathy's stories260K: 260,000 weights, trained on children's stories (TinyStories; Eldan and Li 2023).
-# `python -m minialign stories260K` puts it into `runs/stories260K`, one megabyte. `load_model` returns the model, its
-# tokenizer, and a third value that only adapters need. If the folder is not there, the next cell fetches it.
+# The model is Karpathy's stories260K: 260,000 weights, trained on children's stories (TinyStories; Eldan and Li
+# 2023). `python -m minialign stories260K` puts it into `runs/stories260K`, one megabyte. `load_model` returns the
+# model, its tokenizer, and a third value that only adapters need. If the folder is not there, the next cell fetches
+# it.
 
 # %%
 places = [Path("runs/stories260K"), Path(stories260K.__file__).parents[1] / "runs/stories260K"]
@@ -75,7 +77,7 @@ print(f"{sum(p.numel() for p in ref.parameters()):,} weights, {tokenizer.vocab_s
 tell(ref)
 
 # %% [markdown]
-# No one would publish these stories, but they are English, and they have heroes. So a reward can prefer some heroes to
+# These stories are not good, but they are English, and they have heroes. So a reward can prefer some heroes to
 # others.
 #
 # ## 1 · A reward of your own
@@ -118,7 +120,7 @@ LENGTH = 8
 
 def draw(policy, n, seed):
     """n beginnings: what sample() returns, with .inputs, .targets, .mask (n, T) and .completions;
-    and rewards (n,).
+    and rewards (n,). The seed can be any value; equal seeds draw equal random numbers.
     """
     stories = sample(
         policy, [prompt_ids], max_new=LENGTH, n=n, eos_id=tokenizer.eos_id, seed=[seed]
@@ -142,8 +144,8 @@ print(dict(zip(NAMES, ref_shares.round(3).tolist(), strict=True)))
 # ref(y)·e^(r(y)/β). We cannot list the stories y. But the factor depends on a story only through its reward. So think
 # of three boxes of stories, one for each reward:
 #
-# - each box is made larger or smaller by its factor: $P^*(r) \propto P_\mathrm{ref}(r)\, e^{r/\beta}$, where $P(r)$ is
-#   the share of the box;
+# - each box is made larger or smaller by its factor: $P^*(r) \propto P_\mathrm{ref}(r)\, e^{r/\beta}$, where $P(r)$
+#   is the share of the box;
 # - inside a box nothing changes: among stories about animals, π\* tells each as often as ref does.
 
 
@@ -180,9 +182,9 @@ figures.classes(NAMES, ref_shares, target, np.exp(LEVELS / BETA))
 # %% [markdown]
 # ## 3 · Get there: RLOO
 #
-# One loss, made from the parts of tutorial 07: subtract the KL penalty from each reward, compare with the mean of the
-# others, and make stories likelier in proportion. All stories have the same [prompt](../GLOSSARY.md#prompt) here, so
-# the batch is one group.
+# The loss is made from the parts of 07 and 07b: subtract the KL penalty from each reward, subtract the mean of the
+# others, and weight each story's log-prob with the result. All stories have the same
+# [prompt](../GLOSSARY.md#prompt) here, so the batch is one group.
 
 
 # %%
@@ -214,9 +216,9 @@ theirs, _ = reinforce_loss(
 mine = my_rloo_loss(logps, ref_logps, ref_rewards[:16], BETA)
 gradients = [torch.autograd.grad(loss, logps)[0] for loss in (mine, theirs)]
 message = "my_rloo_loss must equal minialign's loss."
-equal(mine, theirs, msg=f"{message}")
+equal(mine, theirs, msg=message)
 message = "The gradient of my_rloo_loss must equal minialign's."
-equal(*gradients, msg=f"{message}")
+equal(*gradients, msg=message)
 print("my_rloo_loss: equal")
 
 
@@ -229,6 +231,7 @@ def follow(policy, beta, *, steps, lr, batch=64, reward_of=None):
     path = []
     for k in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
+        # The seed is the same in every call of follow: equal settings repeat a run exactly.
         stories, rewards = draw(policy, batch, seed=("follow", k))  # watch: rewards (B,)
         path.append(shares_of(rewards))
         logps = token_logps(policy, stories)  # watch: logps (B, T)
@@ -265,62 +268,62 @@ this_run(
 )
 
 # %% [markdown]
-# They have come close. The rest is hard: near π\* all R are almost equal, so what 64 stories say about the last part is
-# mostly noise. AdamW divides a gradient by its usual size, so its steps do not become smaller near the target. They
-# become smaller because the learning rate falls to 0, and training ends wherever it is then. `python -m
+# They have come close. The last part is slow: near π\* all R are almost equal, so the gradient of 64 stories is
+# mostly noise. And the learning rate falls to 0, which ends the training wherever it is then. `python -m
 # toy.storyteller` takes more steps with more stories each, and tests how near it comes.
 #
-# ## 4 · What it cost: needed and wasted
+# ## 4 · How far it moved: needed and wasted
 #
 # The policy has moved some [nats](../GLOSSARY.md#nats) of [KL](../GLOSSARY.md#kl) away from ref. Was that necessary?
-# Split a story into its box r and the rest. The chain rule of the KL splits the price in the same way:
+# Split a story into its box r and the rest. The chain rule splits the KL in the same way:
 #
 # $$\mathrm{KL}(\pi\,\|\,\mathrm{ref}) = \underbrace{\mathrm{KL}(P_\pi\,\|\,P_\mathrm{ref})}_{\text{needed}}
 # + \underbrace{\textstyle\sum_r P_\pi(r)\,\mathrm{KL}(\pi(\cdot|r)\,\|\,\mathrm{ref}(\cdot|r))}_{\text{wasted}}$$
 #
 # $P_\pi$ and $P_\mathrm{ref}$ are the shares of the boxes, $\pi(\cdot|r)$ is the distribution inside one. The first
-# term is the least that any policy with these shares must pay. The second is what training changed *inside* the boxes:
-# names, words, grammar, nothing that the reward asked for. At π\* it is 0.
+# term is the smallest KL that a policy with these shares can have. The second is what training changed *inside* the
+# boxes: names, words, grammar. That does not change the reward. At π\* it is 0. (The
+# [glossary](../GLOSSARY.md#needed) has both words.)
 
 
 # %%
-def my_price(logps, ref_logps, shares, ref_shares):
+def my_split(logps, ref_logps, shares, ref_shares):
     """logps, ref_logps (B, T): log-probs, 0 outside the story, of B stories *of the policy*;
     shares, ref_shares (K,) NumPy arrays.
 
-    Returns (paid, needed, wasted) in nats. paid: the mean log-ratio of a story, which estimates
+    Returns (kl, needed, wasted) in nats. kl: the mean log-ratio of a story, which estimates
     KL(π‖ref). needed: the KL between the shares; a share of 0 adds nothing. wasted: the rest.
     """
-    paid = (logps - ref_logps).sum(1).mean().item()
+    kl = (logps - ref_logps).sum(1).mean().item()
     seen = shares > 0
     needed = float((shares[seen] * np.log(shares[seen] / ref_shares[seen])).sum())
-    return paid, needed, paid - needed
+    return kl, needed, kl - needed
 
 
 # %% [markdown]
 # ### Checkpoint
 
 # %%
-numbers = my_price(
+numbers = my_split(
     logps.detach(), ref_logps, np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.5, 0.25])
 )
 always(
     np.isclose(numbers[1], closed_form.kl([0.5, 0.5, 0], [0.25, 0.5, 0.25])),
-    "my_price's needed is the KL between the shares.",
+    "my_split's needed is the KL between the shares.",
 )
 always(np.isclose(numbers[1], np.log(2) / 2), "By hand, needed is ½·log 2 + ½·log 1 + 0.")
 always(
     np.isclose(numbers[0], kl_rewards(torch.zeros(16), logps, ref_logps, beta=-1.0).mean()),
-    "my_price's paid is the mean of Σ k1.",
+    "my_split's kl is the mean of Σ k1.",
 )
-always(np.isclose(sum(numbers[1:]), numbers[0]), "my_price: needed + wasted = paid")
+always(np.isclose(sum(numbers[1:]), numbers[0]), "my_split: needed + wasted = kl")
 
 
 # %%
 @torch.no_grad()
-def cost(policy):
-    """(reward, paid, needed, wasted, errors) from 1,024 stories of the policy. errors: the standard
-    errors of paid, needed and wasted.
+def measure(policy):
+    """(reward, kl, needed, wasted, errors) from 1,024 stories of the policy. errors: the standard
+    errors of kl, needed and wasted. (For needed, a story counts with its box's log-ratio.)
     """
     stories, rewards = draw(policy, 1024, seed=3)
     both = token_logps(policy, stories), token_logps(ref, stories)
@@ -328,20 +331,21 @@ def cost(policy):
     log_ratios = (both[0] - both[1]).sum(1).numpy()
     of_boxes = np.log(np.maximum(shares, 1e-9) / ref_shares)[rewards.long().numpy()]
     errors = [x.std() / 1024**0.5 for x in (log_ratios, of_boxes, log_ratios - of_boxes)]
-    return rewards.mean().item(), *my_price(*both, shares, ref_shares), errors
+    return rewards.mean().item(), *my_split(*both, shares, ref_shares), errors
 
 
-table = {"RLOO, your reward": cost(policy)}
-reward, paid, needed, wasted, errors = table["RLOO, your reward"]
-print(f"reward {reward:.2f}; paid {paid:.3f} nats = needed {needed:.3f} + wasted {wasted:.3f}")
+table = {"RLOO, your reward": measure(policy)}
+reward, kl, needed, wasted, errors = table["RLOO, your reward"]
+print(f"reward {reward:.2f}; KL {kl:.3f} nats = needed {needed:.3f} + wasted {wasted:.3f}")
 print("standard errors of the three: ± {:.3f}, {:.3f}, {:.3f}".format(*errors))
-always(wasted > -0.15, "Nothing costs less than it needs (up to the noise of counting).")
+always(wasted > -0.15, "The KL is at least the needed part (up to the noise of counting).")
 
 # %% [markdown]
-# Most of the price paid for the heroes. The rest is what a small network changes besides, because all stories share its
-# weights. (Another 1,024 stories would give other numbers; the standard errors say by about how much.)
+# Most of the KL was needed: about 0.14 of 0.17 nats changed the shares of the heroes. The rest is what the network
+# changed besides, because all stories share its weights. (Another 1,024 stories would give other numbers; the
+# standard errors say by about how much.)
 #
-# ## Break it: let go of ref
+# ## Break it: no reference
 #
 # β holds the policy near the [reference](../GLOSSARY.md#reference). Set it to 0 and change nothing else. Read the
 # stories, not only the numbers.
@@ -350,27 +354,29 @@ always(wasted > -0.15, "Nothing costs less than it needs (up to the noise of cou
 pushed = copy.deepcopy(ref).requires_grad_(True)
 follow(pushed, 0.0, steps=60, lr=1.5e-4)
 tell(pushed)
-pushed_cost = cost(pushed)
-for name, numbers in (("β = 1.25", table["RLOO, your reward"]), ("β = 0", pushed_cost)):
+pushed_numbers = measure(pushed)
+for name, numbers in (("β = 1.25", table["RLOO, your reward"]), ("β = 0", pushed_numbers)):
     print(
         f"{name:9} reward {numbers[0]:.2f}   needed {numbers[2]:.2f}   wasted {numbers[3]:.2f} nats"
     )
 this_run(
-    pushed_cost[0] > reward and pushed_cost[3] > 4 * wasted, "β = 0: more reward, much more waste."
+    pushed_numbers[0] > reward and pushed_numbers[3] > 4 * wasted,
+    "β = 0: more reward, much more waste.",
 )
 
 # %% [markdown]
-# The reward is nearly perfect. It needs a little more than two nats: −log of ref's share of animals, for a policy that
-# tells of nothing else. All other nats are damage, and the reward does not show it, since nearly each of these texts
-# has an animal for its hero. This is [over-optimisation](../GLOSSARY.md#overoptimization). A learning rate of 3e-3
-# destroys the language altogether: try it.
+# The reward is nearly perfect, 1.99 of 2. It needs 2.22 nats: a policy that tells only of animals needs −log of ref's
+# share of animals, which is 2.24. The other 4.90 nats changed something else. The texts show what: syllables and
+# names are repeated. The reward does not show it, since nearly each of these texts has an animal for its hero. This
+# is [over-optimisation](../GLOSSARY.md#overoptimization). A learning rate of 3e-3 destroys the language altogether:
+# try it.
 #
 # ## 5 · From demonstrations alone
 #
 # Now suppose that nobody tells us the reward, but an [expert](../GLOSSARY.md#expert) wrote stories. To check what we
-# learn we need an expert whose distribution is known. Since no reward is above 2, we can have π\* itself: draw a story
-# from ref and keep it with probability e^((r − 2)/β). A kept story is distributed ∝ ref·e^(r/β). This is *rejection
-# sampling*.
+# learn we need an expert whose distribution is known. Since no reward is above 2, we can have π\* itself: draw a
+# story from ref and keep it with probability e^((r − 2)/β). A kept story is distributed ∝ ref·e^(r/β). This is
+# *rejection sampling*.
 
 
 # %%
@@ -425,15 +431,16 @@ for k in range(STEPS):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-table["SFT"] = cost(imitator)
-print("reward {:.2f}; paid {:.3f} = needed {:.3f} + wasted {:.3f}".format(*table["SFT"]))
+table["SFT"] = measure(imitator)
+print("reward {:.2f}; KL {:.3f} = needed {:.3f} + wasted {:.3f}".format(*table["SFT"]))
 tell(imitator)
 
 # %% [markdown]
 # **Recover the reward.** The demonstrations *contain* the reward. Train a scalar head on the storyteller's own layers
-# to tell the expert's stories from ref's, with the logistic loss. Its optimum is log E(y)/ref(y) plus a constant
-# (proof: top of toy/closed_form.py), E being the expert's distribution. For our expert that is r(y)/β plus a constant.
-# So β times the learned number must grow by 1 from class to class.
+# to tell the expert's stories from ref's, with the logistic loss. With exact expectations, its optimum is log
+# E(y)/ref(y) plus a constant, where E is the expert's distribution (the lemma of [05b](05b_irft.ipynb), in the
+# section on where IRFT ends). For our expert that is r(y)/β plus a constant. So β times the learned number should
+# grow by 1 from class to class. (`score` returns the head's number at a story's last token.)
 
 # %%
 reward_model = ref.with_scalar_head(reward_read="last", reward_bound=0.0).requires_grad_(True)
@@ -462,30 +469,32 @@ with torch.no_grad():
 means = [unseen[fresh_rewards == level].mean().item() for level in LEVELS]
 print("true reward    0.00 1.00 2.00")
 print("learned reward", " ".join(f"{mean - means[0]:.2f}" for mean in means))
+nobody = torch.tensor([not HERO.search(tokenizer.decode(ids)) for ids in fresh.completions])
+print(f"stories without a hero (true reward 0): {unseen[nobody].mean() - means[0]:.2f}")
 this_run(means[0] < means[1] < means[2], "The order of the three classes is recovered.")
 
+# %% [markdown]
+# The model was trained without any reward, and it finds the order 0 < 1 < 2. But the first step is 1.25 instead of 1,
+# and the second is 0.39 instead of 1. The last line above shows what is wrong. After 43 updates the model mostly
+# tells girls from all others: stories without a hero get 1.39, more than boys, though their reward is 0 too.
+#
+# **Follow what was learned.** This is the plan of RFT and [inverse RL](../GLOSSARY.md#inverse-rl): put the learned
+# reward where yours was, in the same loop. The target is now the tilt of the *learned* reward. Its shares are ref's,
+# each story counted e^(learned reward/β) times. The cell prints them first; "mean hero" is the mean of your reward.
+
+# %%
 factors = (unseen / BETA).exp()
 sums = [factors[fresh_rewards == level].sum().item() for level in LEVELS]
 learned_target = np.array(sums) / sum(sums)
 for name, wanted in (("true", target), ("learned", learned_target)):
     print(f"target of the {name:7} reward: {wanted.round(3)}, mean hero {wanted @ LEVELS:.2f}")
 
-# %% [markdown]
-# It has never seen a reward, and finds 0 < 1 < 2. The first step comes out too large and the second much too small:
-# animals are rare among ref's stories, and these few steps did not finish the job. (`score` returns the head's number
-# at a story's last token.)
-#
-# **Follow what was learned.** This is the plan of RFT and [inverse RL](../GLOSSARY.md#inverse-rl): put the learned
-# reward where yours was, in the same loop. The target is now the tilt of the *learned* reward. Its shares are ref's,
-# each story counted e^(learned reward/β) times. The last line above has them; "mean hero" is the mean of your reward.
-
-# %%
 follower = copy.deepcopy(ref).requires_grad_(True)
 follow(follower, BETA, steps=40, lr=2e-4, reward_of=judged)
-table["RLOO, learned reward"] = cost(follower)
+table["RLOO, learned reward"] = measure(follower)
 before = ref_shares @ LEVELS  # ref's mean reward
 goal = target @ LEVELS  # that of π*
-print(f"{'':21} reward   paid needed wasted   of the way")
+print(f"{'':21} reward     KL needed wasted   of the way")
 for name, (*numbers, _) in table.items():
     way = (numbers[0] - before) / (goal - before)
     print(f"{name:21}" + "".join(f"{number:7.3f}" for number in numbers) + f"{way:13.0%}")
@@ -493,8 +502,8 @@ figures.cost(table)
 tell(follower)
 
 # %% [markdown]
-# "Of the way" says how far the mean reward has come from ref's towards that of π\*. The policy in the last row is
-# about as far as its own target, so what it lacks comes from the error of the learned reward.
+# "Of the way" says how far the mean reward has come from ref's towards that of π\*. The policy in the last row has
+# reached its own target (mean hero 0.75). So what it lacks comes from the error of the learned reward.
 #
 # ## What is wrong here? (1)
 #
@@ -508,7 +517,8 @@ for beta in (0.5, 1.25, 5.0):
 # %% [markdown]
 # ## What is wrong here? (2)
 #
-# The KL that the policy paid, measured in a hurry with stories that lay around. A KL is never negative.
+# Somebody estimates the policy's KL from ref with stories that were drawn before. A KL is never negative, but this
+# number is.
 
 # %%
 with torch.no_grad():
@@ -519,25 +529,27 @@ print(f"{hurried:.3f} nats")
 # %% [markdown]
 # ## What you now know
 #
-# - A reward with few values turns a language model into a handful of boxes. **Count** them, and you know where
-#   training must end.
+# - A reward with few values sorts the texts of a language model into a few boxes. **Count** the boxes, and for β > 0
+#   you know the shares at which training must end.
 # - Read the text, and split the KL into **needed and wasted**: both show what the reward does not.
-# - Demonstrations alone moved the shares most of the way to the same target, by imitation and by a learned reward.
-# - The learned reward can be read for each story. The imitator's β·log(π/ref) can be read in the same way: at its fixed
-#   point it is the expert's reward too, up to a constant.
+# - Demonstrations alone moved the mean reward most of the way to the same target in this run: three quarters of
+#   it by imitation, two thirds by a learned reward.
+# - The learned reward can be read for each story. The imitator's β·log(π/ref) can be read in the same way: at its
+#   fixed point it is the expert's reward too, up to a constant.
 #
 # This is the last tutorial. `python -m toy.storyteller` does all this with eight methods (`--full`: ten);
-# docs/RESULTS.md has the table. Where things are in the project stands at the end of [start here](00_start_here.ipynb).
+# docs/RESULTS.md has the table. Where things are in the project stands at the end of [start
+# here](00_start_here.ipynb).
 #
 # ## Exercises
 #
-# 1. **Try this** (easy, 10 minutes): how much does the pull to ref decide? Predict with `my_target_shares` the share
+# 1. **Try this** (easy, 10 minutes): what does β change? Predict with `my_target_shares` the share
 #    of animals, and the nats that it needs, for β = 5, 1.25 and 0.5. Then run `follow` with β = 0.5, and print its
-#    `cost`. Do you expect more waste than with β = 1.25, or less?
+#    `measure`. Do you expect more waste than with β = 1.25, or less?
 # 2. **Wrong sign** (medium, 10 minutes): train with +β·log-ratio in the reward instead of −. Predict what happens to
 #    the waste.
-# 3. **Best of four** (hard, 20 minutes): what are the shares of the best of four stories of ref? Find a formula, check
-#    it by drawing. Which of needed and wasted is 0, and why?
+# 3. **Best of four** (hard, 20 minutes): what are the shares of the best of four stories of ref? Find a formula,
+#    check it by drawing. Which of needed and wasted is 0, and why?
 #
 # ## Answers
 
@@ -587,23 +599,23 @@ always(
 )
 freer = copy.deepcopy(ref).requires_grad_(True)
 follow(freer, 0.5, steps=60, lr=1.5e-4)
-for name, numbers in (("β = 1.25", table["RLOO, your reward"]), ("β = 0.5", cost(freer))):
+for name, numbers in (("β = 1.25", table["RLOO, your reward"]), ("β = 0.5", measure(freer))):
     print(f"{name:9} reward {numbers[0]:.2f}   needed {numbers[2]:.2f}   wasted {numbers[3]:.2f}")
 this_run(numbers[3] > table["RLOO, your reward"][3], "β = 0.5 wastes more than β = 1.25.")
 
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# The policy is paid for moving away from ref. Unlikely stories earn most, so it learns to write what ref would never
-# write. Nothing stops it.
+# Moving away from ref now raises R. Stories that are unlikely under ref have the largest R, so the policy learns to
+# write what ref would never write. There is no optimum: the KL grows as long as training goes on.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-paid_to_leave = copy.deepcopy(ref).requires_grad_(True)
-follow(paid_to_leave, -BETA, steps=15, lr=1e-3)
-tell(paid_to_leave, n=2)
-print("reward {:.2f}; paid {:.2f} = needed {:.2f} + wasted {:.2f}".format(*cost(paid_to_leave)))
+away = copy.deepcopy(ref).requires_grad_(True)
+follow(away, -BETA, steps=15, lr=1e-3)
+tell(away, n=2)
+print("reward {:.2f}; KL {:.2f} = needed {:.2f} + wasted {:.2f}".format(*measure(away)))
 
 # %% [markdown]
 # <details><summary>Exercise 3</summary>

@@ -1,4 +1,4 @@
-"""The requests of tutorials 09 and 09b: four prompts, their 36 well-formed answers, and a small GPT that speaks like the rude speakers.
+"""The requests of tutorials 09 and 09c: four prompts, their 36 well-formed answers, and a small GPT that speaks like the rude speakers.
 
 It is the language of tutorial 00 with four things and with words for tokens, which makes training fast. The well-formed answers are few,
 so that their probabilities can be computed at every step.
@@ -49,6 +49,14 @@ def show_samples(policy, n=2):
     for i in range(0, len(drawn.completions), n):
         said = [" ".join(words[token] for token in y if token) for y in drawn.completions[i : i + n]]
         print(f"    {prompts[i // n]}" + "   |   ".join(re.sub(r" (\W)", r"\1", text) for text in said))
+
+
+def judged_pairs(n_pairs, generator):
+    """(3, n_pairs) indices of prompt, chosen and rejected answer: two different answers of the speakers, labelled by the judge (09)."""
+    n = torch.arange(n_pairs) % len(prompts)
+    first, second = torch.multinomial(speaker[n], 2, generator=generator).T  # without repetition
+    first_wins = torch.rand(n_pairs, generator=generator) < (rewards[n, first] - rewards[n, second]).sigmoid()
+    return torch.stack([n, torch.where(first_wins, first, second), torch.where(first_wins, second, first)])
 
 
 def rude_gpt(generator):

@@ -1,6 +1,7 @@
-"""Figures of tutorials 09 (DPO) and 09b (its siblings)."""
+"""Figures of tutorials 09 (DPO), 09b and 09c (its siblings)."""
 
 import numpy as np
+import torch
 
 from tutorials.figures import style
 from tutorials.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
@@ -25,99 +26,90 @@ def two_routes():
                "Two routes from pairs to the same policy: a reward model and then PPO, or DPO in one training.")
 
 
-def certain_labels(paths, stops):
-    """paths: {label: Δ (steps + 1,)}; stops: {label: the Δ at which it stops}."""
-    figure, axes = style.new(3.6)
+def certain_labels(paths):
+    """paths: {label: Δ (steps + 1,)}."""
+    figure, axes = style.new(3.4)
     steps = np.unique(np.geomspace(1, len(next(iter(paths.values()))) - 1, 300).astype(int))
-    colors = dict(zip(paths, (PURPLE, RED, ORANGE, BLUE), strict=False))
-    for label, path in paths.items():
-        axes.plot(steps, np.asarray(path)[steps], color=colors[label], lw=2.2)
-        axes.text(steps[-1] * 1.15, path[-1], label, color=colors[label], va="center")
-    for label, stop in stops.items():
-        axes.axhline(stop, color=colors[label], lw=0.9, ls="--")
+    for (label, path), color in zip(paths.items(), (PURPLE, RED, ORANGE), strict=True):
+        axes.plot(steps, np.asarray(path)[steps], color=color, lw=2.2)
+        axes.text(steps[-1] * 1.15, path[-1], label, color=color, va="center")
     axes.set(xscale="log", xlabel="steps of gradient descent", ylabel="margin Δ, nats", xlim=(1, steps[-1]))
     axes.set_title("A label that never changes: DPO's margin grows with log(steps)", loc="left")
-    style.show(figure, "09_certain_labels.png",
-               "Over a logarithmic axis of steps DPO's margin is a straight line without end, steeper for a "
-               "smaller beta; with flipped labels it becomes flat.")
+    style.show(figure, "09b_certain_labels.png",
+               "Over a logarithmic axis of steps DPO's margin becomes a straight line without end, steeper for a smaller beta.")
 
 
-def both_fall(chosen, rejected):
-    """chosen, rejected (steps + 1,): mean log π."""
+def both_fall(chosen, rejected, expected, every):
+    """chosen, rejected: mean log π after 0, every, 2·every … steps; expected: the two changes at π*."""
     figure, axes = style.new(3.3)
-    axes.fill_between(range(len(chosen)), chosen, rejected, color=style.PALE[GREY])
-    axes.plot(chosen, color=BLUE, lw=2.2)
-    axes.plot(rejected, color=RED, lw=2.2)
-    axes.axhline(chosen[0], color=BLUE, lw=0.9, ls="--")
-    last = len(chosen) - 1
-    axes.text(last * 1.01, chosen[-1], "chosen", color=BLUE, va="center")
-    axes.text(last * 1.01, rejected[-1], "rejected", color=RED, va="center")
-    axes.text(last * 0.99, chosen[0] + 0.4, "chosen, before", color=BLUE, ha="right", va="bottom", size=10)
-    axes.set(xlabel="steps of DPO", ylabel="mean log π of the 100 pairs", xlim=(0, last))
-    axes.set_title("Both fall; what grows is the distance between them", loc="left")
+    steps = np.arange(len(chosen)) * every
+    chosen, rejected = np.asarray(chosen) - chosen[0], np.asarray(rejected) - rejected[0]
+    axes.fill_between(steps, chosen, rejected, color=style.PALE[GREY])
+    for name, path, change, color in (("chosen", chosen, expected[0], BLUE), ("rejected", rejected, expected[1], RED)):
+        axes.plot(steps, path, color=color, lw=2.2)
+        axes.text(steps[-1] * 1.01, path[-1], name, color=color, va="center")
+        axes.axhline(change, color=color, lw=0.9, ls="--")
+        axes.text(steps[-1] * 0.03, change + 0.02, f"{name}, at π*", color=color, va="bottom", size=10)
+    axes.set(xlabel="steps of DPO", ylabel="change of mean log π", xlim=(0, steps[-1]))
+    axes.set_title("Both fall; what grows is the distance Δ between them", loc="left")
     style.show(figure, "09_both_fall.png",
-               "The mean log-prob of the chosen and of the rejected answers over the steps of DPO: both fall fast "
-               "from step 10 to step 30; then the chosen one stays between −12 and −16, the rejected one falls on.")
+               "How much the mean log-prob of the chosen and of the rejected answers changes over the steps of DPO: both fall, the "
+               "rejected one more, towards two dashed lines that theory predicts.")
 
 
-def where_mass_goes(seen, unseen):
-    """seen, unseen (steps + 1,): probability of answers in some pair, and of the language's other answers."""
+def where_mass_goes(seen, unseen, every):
+    """seen, unseen: probability of answers in some pair, and of the language's other answers, after 0, every, 2·every … steps."""
     figure, axes = style.new(2.9)
-    rest, steps = 1 - seen - unseen, range(len(seen))
+    rest, steps = 1 - seen - unseen, np.arange(len(seen)) * every
     axes.stackplot(steps, seen, unseen, rest, colors=[style.PALE[BLUE], style.PALE[GREEN], style.PALE[RED]])
-    last = len(seen) - 1
     edges = [0, seen[-1], seen[-1] + unseen[-1], 1]
-    names = (("answers in some pair", BLUE), ("other well-formed answers", GREEN), ("not well-formed", RED))
+    names = (("answers in some pair", BLUE), ("other well-formed answers", GREEN), ("broken texts", RED))
     places = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
     places = [places[0], max(places[1], places[0] + 0.12), max(places[2], max(places[1], places[0] + 0.12) + 0.12)]
     for place, (name, color) in zip(places, names, strict=True):
-        axes.text(last * 1.02, place, name, color=color, va="center")
-    axes.set(xlabel="steps of DPO", ylabel="probability", xlim=(0, last), ylim=(0, 1))
-    axes.set_title("Where the probability went", loc="left")
+        axes.text(steps[-1] * 1.02, place, name, color=color, va="center")
+    axes.set(xlabel="steps of DPO", ylabel="probability", xlim=(0, steps[-1]), ylim=(0, 1))
+    axes.set_title("β = 0.1 and 100 pairs: where the probability went", loc="left")
     style.show(figure, "09_where_mass_goes.png",
-               "Stacked probabilities over the steps of DPO: near step 30 nearly all belongs to malformed texts; "
-               "then about half returns to well-formed answers, as much to those in no pair as to those in pairs.")
-
-
-def family():
-    """DPO in the middle; round it what goes wrong, and the sibling that repairs it."""
-    figure, axes = style.canvas(46)
-    style.box(axes, 27, 19.5, 16, 7, "DPO\n$h(\\beta\\Delta)$", BLUE, size=13)
-    around = (
-        (1, 38, "IPO", "certain labels:\nno finite end", RED), (27, 38, "GPO", "only one shape\nof loss", PURPLE),
-        (53, 38, "SLiC-HF", "easy pairs still\npull; needs ref", ORANGE), (53, 19.5, "SimPO", "depends\non length", ORANGE),
-        (53, 1, "ORPO", "needs SFT first,\nthen ref", ORANGE), (27, 1, "KTO", "needs pairs", GREEN),
-        (1, 1, "REBEL", "ignores by how\nmuch one is better", RED),
-    )
-    for x, y, name, problem, color in around:
-        style.box(axes, x, y, 16, 7, f"{name}", color, size=13)
-        start = (35 + 8 * np.sign(x - 27), 23 + 3.5 * np.sign(y - 19.5)) if y != 19.5 else (43, 23)
-        end = (x + 8 - 8 * np.sign(x - 27), y + 3.5 - 3.5 * np.sign(y - 19.5)) if y != 19.5 else (x, 23)
-        style.arrow(axes, start, end, color=color)
-        middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
-        axes.text(*middle, problem, ha="center", va="center", size=10, color=color,
-                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
-    style.show(figure, "09b_family.png",
-               "DPO in the middle with an arrow to each of seven siblings; on each arrow what goes wrong with DPO.")
+               "Stacked probabilities over the steps of DPO: the share of broken texts grows after the first steps.")
 
 
 def shapes(functions):
-    """functions: {name: h over the grid of x}, with the grid under the key 'x'."""
+    """functions: {name: h, a function of a tensor}. Each is divided by |h'(0)| and moved to 0 at z = 0."""
     figure, axes = style.new(3.4)
-    x = functions.pop("x")
-    for (name, values), color in zip(functions.items(), (BLUE, RED, GREEN, ORANGE, PURPLE, GREY), strict=False):
-        axes.plot(x, values, color=color, lw=2, label=name)
+    z = torch.linspace(-2, 3, 200)
+    for (name, h), color in zip(functions.items(), (BLUE, RED, ORANGE, PURPLE), strict=True):
+        zero = torch.zeros((), requires_grad=True)
+        (slope,) = torch.autograd.grad(h(zero), zero)
+        axes.plot(z, (h(z) - h(zero.detach())) / abs(slope), color=color, lw=2, label=name)
     axes.axvline(0, color="0.6", lw=0.9, ls=":")
-    axes.set(xlabel="z = β·Δ", ylabel="h(z) / |h'(0)|", ylim=(0, 4), xlim=(x[0], x[-1]))
+    axes.set(xlabel="z = β·Δ", ylabel="(h(z) − h(0)) / |h'(0)|", ylim=(-1.6, 3), xlim=(-2, 3))
     axes.legend(loc="upper right", fontsize=10)
-    axes.set_title("Six losses of one margin, with equal slopes at 0", loc="left")
+    axes.set_title("Four losses of one margin, with equal slopes at 0", loc="left")
     style.show(figure, "09b_shapes.png",
-               "Six loss functions of the margin; all fall at 0 with the same slope and bend differently.")
+               "Four loss functions of the margin; all fall at 0 with the same slope. The exponential and the squared loss bend most.")
+
+
+def ends(policies):
+    """policies: {method: its shares of the three completions}."""
+    figure, axes = style.new(3.2)
+    for place, shares in enumerate(reversed(policies.values())):
+        left = 0.0
+        for share, color in zip(shares, (RED, ORANGE, GREEN), strict=True):
+            axes.barh(place, share, left=left, color=style.PALE[color], edgecolor=color)
+            axes.text(left + share / 2, place, f"{share:.2f}", ha="center", va="center", size=10)
+            left += share
+    axes.set_yticks(range(len(policies)), list(reversed(policies)))
+    axes.set(xlabel='share of "tea!" (red), "tea, please" (orange), "could i have tea" (green)', xlim=(0, 1))
+    axes.set_title("Where each loss ends, all at β = ½", loc="left")
+    style.show(figure, "09b_ends.png",
+               "The shares of the three completions in ref and at the end of six losses: logistic, Savage and REBEL reach the same "
+               "policy, the exponential and the squared loss stay nearer to ref, IPO nearest.")
 
 
 def changes(ends):
     """ends: {method: (change of log π chosen, of log π rejected)}."""
-    figure, axes = style.new(3.6)
+    figure, axes = style.new(3.2)
     for row, (up, down) in enumerate(reversed(ends.values())):
         axes.plot([down, up], [row, row], color="0.8", lw=3, zorder=1)
         axes.plot(down, row, "o", color=RED, ms=8)
@@ -127,26 +119,7 @@ def changes(ends):
     axes.set(xlabel="change of mean log π, nats")
     axes.plot([], [], "o", color=BLUE, label="chosen")
     axes.plot([], [], "o", color=RED, label="rejected")
-    axes.legend(loc=(0.6, 0.04), fontsize=10)
-    axes.set_title("Where one hundred pairs move, method by method", loc="left")
-    style.show(figure, "09b_changes.png",
+    axes.legend(loc="upper left", fontsize=10)
+    axes.set_title("Where the pairs move in 50 steps, method by method", loc="left")
+    style.show(figure, "09c_changes.png",
                "For each method a blue dot for the change of the chosen and a red dot for that of the rejected log-probs.")
-
-
-def margins(paths, target, every):
-    """paths: {method: Δ after 0, every, 2·every … steps}; target: IPO's."""
-    figure, axes = style.new(3.4)
-    colors = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY, "black")
-    height, top = -np.inf, max(path[-1] for path in paths.values())
-    steps = np.arange(len(next(iter(paths.values())))) * every
-    for name, color in sorted(zip(paths, colors, strict=False), key=lambda item: paths[item[0]][-1]):
-        axes.plot(steps, paths[name], color=color, lw=2)
-        height = max(float(paths[name][-1]), height + top * 0.075)
-        axes.text(steps[-1] * 1.02, height, name, color=color, va="center", size=10)
-    axes.axhline(target, color="0.5", lw=0.9, ls="--")
-    axes.text(1, target, "IPO's target 1/(2β)", va="bottom", size=10, color="0.4")
-    axes.set(xlabel="steps", ylabel="mean margin Δ, nats", xlim=(0, steps[-1]))
-    axes.set_title("Some margins stop, others grow", loc="left")
-    style.show(figure, "09b_margins.png",
-               "The mean margin over the steps for each method: DPO and KTO grow most, then SimPO and IPO; "
-               "SLiC-HF and ORPO stay small.")

@@ -3,11 +3,8 @@
 import math
 
 import matplotlib
-import torch
 
-from tutorials.figures.style import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, arrow, box, canvas, new, show
-
-MONO = "DejaVu Sans Mono"
+from tutorials.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, arrow, box, canvas, new, show
 
 
 def blocks():
@@ -93,44 +90,3 @@ def learning(with_attention, without, uniform, bound):
     axes.set_title("Without attention, training stops at the bound")
     show(figure, "01_learning.png", alt="Loss against training step on a logarithmic axis: the whole model falls to almost zero, the model "
                                         "without attention levels off exactly at the bound for a model that sees one letter.")
-
-
-def looks(heads, letters, rows, names):
-    """What each row of `rows` looks at, in every head. heads (L·H, T, T); letters: T strings; rows: positions; names: their labels."""
-    figure, axes = new(height=8.6, rows=len(heads), sharex=True)
-    for panel, name, weights in zip(axes, names, heads, strict=True):
-        shown = weights[rows]
-        future = torch.arange(shown.shape[1]) > torch.tensor(rows)[:, None]
-        panel.set_facecolor("0.92")
-        image = panel.imshow(shown.masked_fill(future, torch.nan), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        panel.set_yticks(range(len(rows)), [f"{letters[t]}→{letters[t + 1]}" for t in rows], family=MONO, size=10)
-        panel.set_xticks(range(shown.shape[1]), letters[: shown.shape[1]], family=MONO, size=10)
-        panel.tick_params(length=0, labelbottom=True)
-        panel.set_title(name, loc="left", size=11)
-        best = shown.argmax(-1)
-        panel.scatter(best, range(len(rows)), s=16, color=RED, zorder=3)
-    axes[-1].set_xlabel("position that is looked at (grey: the future, masked)")
-    figure.colorbar(image, ax=axes, location="top", shrink=0.5, pad=0.01, label="attention weight (red dot: the largest of its row)")
-    show(figure, "01_heads.png", alt="Attention weights of all four heads, one row for each letter s of the sentence: rows that must "
-                                     "predict different letters put their weight on different earlier positions.")
-
-
-def cache(steps=8):
-    """Which positions go through the model at each step, without and with stored keys and values."""
-    figure, axes = new(height=3.3, columns=2, sharey=True)
-    for panel, cached in zip(axes, (False, True), strict=True):
-        count = 0
-        for step in range(steps):
-            for position in range(step + 1):
-                computed = not cached or position == step
-                count += computed
-                face = PALE[ORANGE] if computed else PALE[BLUE]
-                panel.add_patch(matplotlib.patches.Rectangle((position, step), 0.9, 0.9, facecolor=face,
-                                                             edgecolor=ORANGE if computed else "white"))
-        panel.set(xlim=(-0.2, steps + 0.1), ylim=(steps + 0.1, -0.2), aspect="equal", xticks=[], yticks=[], xlabel="position in the text")
-        panel.set_title(f"{'with' if cached else 'without'} a cache: {count} computed")
-        panel.spines[:].set_visible(False)
-    axes[0].set_ylabel("step of writing")
-    axes[1].text(steps * 0.99, 1.6, "orange: computed\nblue: read from\nthe cache", ha="right", va="center", size=10.5, color="0.3")
-    show(figure, "01_cache.png", alt="Two triangles of squares: without a cache every step computes all positions again, with a cache it "
-                                     "computes one and reads the others.")

@@ -112,22 +112,19 @@ def pair():
     """How IRFT scores a pair: log-ratios of a demonstration and of another answer, their difference, the loss."""
     figure, axes = style.canvas(30)
     style.box(axes, 0.5, 19, 17, 7, "demonstration $y$\nfrom the expert", GREEN)
-    style.box(axes, 0.5, 4, 17, 7, "other answer $ỹ$\nfrom the sampler", RED)
+    style.box(axes, 0.5, 4, 17, 7, "other answer $ỹ$\nfrom the model", RED)
     style.box(axes, 23, 19, 19, 7, "$\\log\\pi(y) - \\log\\mathrm{ref}(y)$", BLUE, size=10.5)
     style.box(axes, 23, 4, 19, 7, "$\\log\\pi(ỹ) - \\log\\mathrm{ref}(ỹ)$", BLUE, size=10.5)
     style.box(axes, 47, 11.5, 9, 7, "scaled\nmargin $β\\Delta$", PURPLE, size=10)
-    style.box(axes, 60.5, 11.5, 9, 7, "loss\n$h(β\\Delta)$", ORANGE)
+    style.box(axes, 60.5, 11.5, 9, 7, "loss", ORANGE)
     style.arrow(axes, (17.5, 22.5), (23, 22.5))
     style.arrow(axes, (17.5, 7.5), (23, 7.5))
     style.arrow(axes, (42, 22.5), (49, 18.5), "plus", offset=(2.8, 1.2))
     style.arrow(axes, (42, 7.5), (49, 11.5), "minus", offset=(3.2, -1.2))
     style.arrow(axes, (56, 15), (60.5, 15))
-    axes.text(9, 2.3, "choice 1: fresh or stale?", ha="center", va="center", size=10, color=RED)
-    axes.text(32.5, 15, "choice 2: which reference?", ha="center", va="center", size=10, color=BLUE)
-    axes.text(61, 9.6, "choice 3:\nwhich $h$?", ha="center", va="top", size=10, color=ORANGE)
-    axes.set_title("One pair, three choices")
+    axes.set_title("The policy compares a demonstration with another answer")
     style.show(figure, "05b_pair.png", alt="A demonstration and another answer each get a log-ratio of policy to reference; the "
-               "difference is the margin, beta times it the scaled margin, and h of that is the loss.")
+               "difference is the margin, and the loss is computed from beta times the margin.")
 
 
 def ends(labels, line, points):
@@ -158,15 +155,3 @@ def swing(paths):
     axes.set_title("Replacing the reward oscillates, adding to it converges", loc="left", x=-0.12)
     style.show(figure, "05b_rounds.png", alt="Position between reference and expert, round by round: the printed loop of iterative "
                "IRL jumps between them without end; adding up the rewards converges to the expert.")
-
-
-def unshown(steps, curves):
-    """curves: {label: (probability of the two unshown answers at each of the steps, colour, height of the label or None)}."""
-    figure, axes = style.new(3.6)
-    for label, (values, color, height) in curves.items():
-        axes.plot(steps, values, color=color, lw=2)
-        axes.text(steps[-1] * 1.2, max(height or values[-1], 1.5e-6), label, color=color, va="center", weight="bold", size=10)
-    log_axes(axes, (1, steps[-1] * 45), (1e-6, 1))
-    axes.set_title("One demonstration: who keeps the answers that nobody showed?", loc="left", x=-0.12)
-    style.show(figure, "05b_one_demonstration.png", alt="Probability of the unshown answers against steps: SFT, IRFT and SPIN fall "
-               "towards 0, a bounded and a ridge-regularised reward stop at a level.")

@@ -163,7 +163,8 @@ def memory(vocabularies, measured, counted):
 
 def cards(plans, memory, name, title):
     """plans: {name: what minialign.recipes.plan returns}; memory: GiB of a card. Stacked bars."""
-    labels, colors, heights = ("weights", "gradients, moments", "reserve", "activations, logits"), (BLUE, ORANGE, GREY, GREEN), []
+    labels = ("weights", "gradients, moments", "reserve, embeddings", "activations, logits")
+    colors, heights = (BLUE, ORANGE, GREY, GREEN), []
     for numbers in plans.values():
         stays = numbers["resident"]
         reserve = stays["reserve"] + stays["embeddings and heads, gathered"]
@@ -198,17 +199,6 @@ def cards(plans, memory, name, title):
     style.show(figure, name, alt=f"GiB on each card by plan, against the {memory} GiB of an H100: {totals}.")
 
 
-def precision(curves, lr):
-    """curves: {kind: losses}."""
-    figure, axes = style.new(3.3)
-    for (kind, losses), (color, width, dash) in zip(curves.items(), ((BLUE, 4, "-"), (GREEN, 1.6, "--"), (RED, 2, "-")), strict=True):
-        axes.plot(losses, color=color, lw=width, ls=dash, label={"bfloat16": "bfloat16 weights"}.get(kind, kind))
-    axes.set(xlabel="step", ylabel="loss")
-    axes.legend()
-    axes.set_title(f"At a learning rate of {lr:.0e}, bfloat16 weights hardly learn", loc="left")
-    style.show(figure, "10b_precision.png", alt="Loss against steps: float32 and mixed fall together, bfloat16 weights stay almost level.")
-
-
 def layouts():
     figure, axes = style.canvas(37)
     for left, title, parts in ((0, "data parallel: a copy in each", 2), (36, "sharded: a part in each", 1)):
@@ -224,6 +214,6 @@ def layouts():
             style.box(axes, x + 0.6, 6.5, 15.2, 4, f"rows {4 * rank} … {4 * rank + 3}", GREEN)
             style.arrow(axes, (x + 8.2, 10.7), (x + 8.2, 15.8), "backward", offset=(4.6, 0))
     axes.text(17, 2.5, "all_reduce the gradients", ha="center", va="center", color=ORANGE)
-    axes.text(53, 2.5, "all_gather the weights,\nreduce_scatter the gradients", ha="center", va="center", color=BLUE)
+    axes.text(53, 2.5, "all_gather the weights,\nall_reduce the gradients", ha="center", va="center", color=BLUE)
     style.show(figure, "10b_layouts.png", alt="Data parallel: each of two processes holds all weights, gradients and moments. Sharded: "
                "each holds half of each. In both, each takes half of the rows.")

@@ -1,4 +1,4 @@
-"""The loop of reinforcement learning from a reward, with some of its boxes lit. Tutorials 06 to 09 open with it."""
+"""The loop of reinforcement learning from a reward, with some of its boxes lit. Tutorials 06 to 08 open with it."""
 
 from tutorials.figures import style
 

@@ -45,20 +45,26 @@ def chain(values, rewards, deltas):
                "tokens have errors −0.1, −0.1, +0.7.")
 
 
-def credit(letters, right, advantages):
-    """letters (T,) strings; right (T,) bool; advantages {name: (T,)} of one completion."""
-    figure, axes = style.new(1.5 * len(advantages) + 0.5, rows=len(advantages), sharex=True)
-    for axis, (name, bars) in zip(axes, advantages.items(), strict=True):
-        axis.bar(range(len(bars)), bars, color=[GREEN if good else RED for good in right], width=0.8)
+def credit(letters, kinds):
+    """letters (T,) strings; kinds {name: (advantages (n, T), is the letter right? (n, T))}: mean and scatter at each place."""
+    figure, axes = style.new(1.6 * len(kinds) + 0.6, rows=len(kinds), sharex=True, sharey=True)
+    places = np.arange(len(letters))
+    for axis, (name, (advantages, right)) in zip(axes, kinds.items(), strict=True):
+        for rows, color, dash, label in ((right, GREEN, "-", "right letters"), (~right, RED, (0, (3, 1.2)), "wrong letters")):
+            mean = np.array([advantages[rows[:, t], t].mean() for t in places])
+            scatter = np.array([advantages[rows[:, t], t].std() for t in places])
+            axis.fill_between(places, mean - scatter, mean + scatter, color=color, alpha=0.15, lw=0)
+            axis.plot(places, mean, color=color, ls=dash, lw=2.2, label=label)
         axis.axhline(0, color="0.3", lw=0.8)
         axis.set_title(name, loc="left", size=11)
         axis.set_ylabel("A")
-    axes[-1].set_xticks(range(len(letters)), ["␣" if letter == " " else letter for letter in letters])
-    axes[-1].set_xlabel("the letters of one completion; green: right, red: wrong")
-    figure.suptitle("One completion, credited in four ways", size=12)
-    style.show(figure, "08_credit.png", alt="Advantages of the letters of one completion: rewards to go rise from left to right; in RLOO "
-               "all letters get the same; with a critic δ is positive at nearly all right letters and negative at nearly all wrong ones, "
-               "and with λ = 0.95 neighbours have similar advantages.")
+    axes[-1].set_xticks(places, ["␣" if letter == " " else letter for letter in letters])
+    axes[-1].set_xlabel("place in the text")
+    axes[0].legend(loc=(0.55, 0.2), ncols=2, fontsize=10)
+    figure.suptitle("Advantages of right and wrong letters: mean, and ± one standard deviation", size=12)
+    style.show(figure, "08_credit.png", alt="Mean advantages by place. Rewards to go lie far above 0 and rise from left to right, and the "
+               "lines of right and wrong letters nearly coincide; with RLOO, or minus a mean, both lines are near 0 with wide bands; with "
+               "a critic the bands are narrow and the line of right letters lies above that of wrong ones.")
 
 
 def _curves(axis, paths, styles):
@@ -66,28 +72,15 @@ def _curves(axis, paths, styles):
         axis.plot(range(len(path)), path, color=color, ls=dash, lw=2.4, label=name)
 
 
-def race(paths, ceiling):
-    """paths {name: (rollouts + 1,)}: probability of the right letter; ceiling: that of π*."""
+def race(paths, ceiling, name, title, alt):
+    """paths {label: (rollouts + 1,)}: probability of the right letter; ceiling: that of π*. Four of them."""
     figure, axis = style.new(3.6)
     axis.axhline(ceiling, color=GREY, ls=(0, (4, 3)))
     axis.text(0.3, ceiling + 0.01, "π*, computed", color="0.35", va="bottom")
-    _curves(axis, paths, ((BLUE, "-"), (GREEN, "-"), (ORANGE, "-"), (PURPLE, (0, (3, 1.5)))))
-    axis.set(xlabel="rollouts of 64 completions", ylabel="probability of the right letter", ylim=(0, 1.1), xlim=(0, None),
-             title="A critic is a little faster than RLOO; rewards to go alone fall behind")
-    axis.legend(loc=(0.56, 0.27))
-    style.show(figure, "08_race.png", alt="PPO reaches the computed optimum first and RLOO soon after; rewards to go without a critic end "
-               "below it, and one update per rollout far below, after the same samples.")
-
-
-def without_clip(paths, ceiling):
-    """paths {name: (rollouts + 1,)}: with and without the clip, at 4 and at 20 epochs."""
-    figure, axis = style.new(3.6)
-    axis.axhline(ceiling, color=GREY, ls=(0, (4, 3)))
-    _curves(axis, paths, ((BLUE, "-"), (ORANGE, "-"), (BLUE, (0, (2, 1.2))), (ORANGE, (0, (2, 1.2)))))
-    axis.set(xlabel="rollouts of 64 completions", ylabel="probability of the right letter", ylim=(0, 1.1), xlim=(0, None),
-             title="Many updates of one rollout need the clip")
-    axis.legend(loc=(0.58, 0.02), fontsize=10)
-    style.show(figure, "08_without_clip.png", alt="With 4 epochs the policy learns with and without the clip; with 20 epochs only with it.")
+    _curves(axis, paths, ((BLUE, "-"), (GREEN, (0, (5, 1.2))), (ORANGE, "-"), (PURPLE, (0, (2, 1.2)))))
+    axis.set(xlabel="rollouts of 64 texts", ylabel="probability of the right letter", ylim=(0, 1.1), xlim=(0, None), title=title)
+    axis.legend(loc="lower right", fontsize=10)
+    style.show(figure, name, alt=alt)
 
 
 # ---------------------------------------------------------------------------------------------------------- 08b, Frozen Lake
@@ -141,49 +134,3 @@ def slide(name="08b_slide.png"):
     axes.text(32, 0.8, "the policy chose “right” in both", ha="center", size=11, color="0.35")
     style.show(figure, name, alt="On dry ice the move right leads right; on slippery ice it leads right, up or down, each with chance "
                "one third.")
-
-
-def arrivals(paths, ceiling, name, title, alt):
-    """paths {label: list of (rollouts + 1,) exact chances of the gift}; ceiling: that of π*."""
-    figure, axis = style.new(3.5)
-    axis.axhline(ceiling, color=GREY, ls=(0, (4, 3)))
-    axis.text(0.3, ceiling + 0.015, "π*, computed", color="0.35", va="bottom")
-    for (label, rows), color in zip(paths.items(), (BLUE, ORANGE), strict=False):
-        for i, row in enumerate(rows):
-            axis.plot(range(len(row)), row, color=color, lw=2.2, label=None if i else label)
-    axis.set(xlabel="rollouts of 64 games", ylabel="chance of the gift, exact", ylim=(0, 1.12), xlim=(0, None), title=title)
-    axis.legend(loc="center right")
-    style.show(figure, name, alt=alt)
-
-
-def few(rows, labels):
-    """rows {lake: distances to the expert}, one number for each of `labels`: learned from five games."""
-    figure, axis = style.new(3.4)
-    for i, (label, color) in enumerate(zip(labels, (ORANGE, BLUE, GREEN), strict=True)):
-        places = [x + 0.26 * (i - 1) for x in range(len(rows))]
-        heights = [distances[i] for distances in rows.values()]
-        axis.bar(places, heights, 0.24, color=color, label=label)
-        for x, height in zip(places, heights, strict=True):
-            axis.text(x, height + 0.003, f"{height:.2f}", ha="center", va="bottom")
-    axis.set_xticks(range(len(rows)), list(rows))
-    axis.set(ylabel="distance to the expert", title="Learned from five games (mean of three draws)",
-             ylim=(0, 1.45 * max(max(distances) for distances in rows.values())))
-    axis.legend(ncols=1, loc="upper right")
-    style.show(figure, "08b_few.png", alt="On dry ice the learned rewards are somewhat nearer to the expert than imitation; on slippery "
-               "ice the reward from visits is far worse, and the reward from moves about as good.")
-
-
-def parameters(errors, arrive):
-    """errors, arrive {method: number}: the error of parameters against θ*, and how often the same net gets the gift."""
-    figure, axes = style.new(3.5, columns=2, sharey=True)
-    for axis, numbers, color, title in ((axes[0], errors, ORANGE, "error of parameters"), (axes[1], arrive, BLUE, "chance of the gift")):
-        axis.barh(range(len(numbers)), list(numbers.values()), color=color, height=0.65)
-        for y, number in enumerate(numbers.values()):
-            axis.text(number + 0.015 * max(numbers.values()), y, f"{number:.2f}", va="center")
-        axis.set(title=title, xlim=(0, 1.2 * max(numbers.values())), xticks=[])
-        axis.spines["bottom"].set_visible(False)
-    axes[0].set_yticks(range(len(errors)), list(errors))
-    axes[0].invert_yaxis()
-    figure.suptitle("Near in parameters is not near in behaviour", size=12)
-    style.show(figure, "08b_parameters.png", alt="Bars of the error of parameters beside the chance of the gift: the reordered θ* has the "
-               "largest error and always gets the gift.")

@@ -42,8 +42,8 @@ def selection(rewards, panels):
     axes[0].set_ylim(0, 1.22 * max(max(mass(exact)) for _, exact, _ in panels))  # room for the legend
     axes[0].legend(*axes[-1].get_legend_handles_labels(), loc="upper left")
     figure.suptitle("Selection moves probability to high rewards")
-    style.show(figure, "06_selection.png", alt="Three bar charts of probability over reward: the reference is spread out, best "
-               "of 16 and ReST put nearly everything above a reward of 0.25, and the trained GPTs lie on the bars.")
+    style.show(figure, "06_selection.png", alt="Two bar charts of probability over reward: the reference is spread out, best of n "
+               "puts nearly everything above a reward of 0.25, and the trained GPT lies close to its bars.")
 
 
 # ------------------------------------------------------------------------------------------------------------------ 06b
@@ -68,17 +68,16 @@ def proxy_diagram():
 
 
 def reward_per_kl(curves):
-    """Lines: mean gold over d = √KL for the three methods. curves: {name: (points, 3) of d, reward, gold}."""
+    """Lines: mean gold over d = √KL for the two methods. curves: {name: (points, 3) of d, reward, gold}."""
     figure, axes = style.new(3.6)
-    looks = {"tilt": (style.BLUE, "-", "tilt: the most that is possible"), "best of n": (style.ORANGE, "o-", "best of n = 1, 2, 4, …"),
-             "ReST": (style.GREEN, "s-", "ReST: reward above a threshold")}
+    looks = {"tilt": (style.BLUE, "-", "tilt: the most that is possible"), "best of n": (style.ORANGE, "o-", "best of n = 1, 2, 4, …")}
     for name, curve in curves.items():
         color, line, label = looks[name]
         axes.plot(curve[:, 0], curve[:, 2], line, color=color, ms=4, label=label)
-    axes.set(xlabel="d = √KL from the reference", ylabel="mean reward", title="Best-of-n wastes little, a hard threshold more")
+    axes.set(xlabel="d = √KL from the reference", ylabel="mean reward", title="The tilt is the highest curve, and best-of-n is close")
     axes.legend(loc="lower right")
-    style.show(figure, "06b_reward_per_kl.png", alt="Reward against the square root of the KL: the tilt is the highest curve, best-of-n "
-               "lies slightly below it, and ReST's threshold lies clearly lower.")
+    style.show(figure, "06b_reward_per_kl.png", alt="Reward against the square root of the KL: the tilt is the highest curve, and "
+               "best-of-n lies slightly below it.")
 
 
 def proxy_and_gold(curves):
@@ -98,10 +97,10 @@ def repairs(curves):
     """Lines: gold of the tilt against d, one line for each proxy."""
     figure, axes = style.new(3.8)
     looks = {"one blind model": (style.RED, "-"), "10 × the comparisons": (style.GREY, "-"), "mean of five": (style.BLUE, "--"),
-             "minimum of five": (style.PURPLE, ":"), "asked again": (style.ORANGE, "-"), "one that sees repeats": (style.GREEN, "-")}
+             "asked again": (style.ORANGE, "-"), "one that sees repeats": (style.GREEN, "-")}
     for name, (color, line) in looks.items():
         axes.plot(curves[name][:, 0], curves[name][:, 2], line, color=color, lw=2, label=name)
     axes.set(xlabel="d = √KL from the reference", ylabel="mean gold", title="Only the missing feature repairs the reward")
     axes.legend(loc="lower left")
-    style.show(figure, "06b_repairs.png", alt="Gold of the tilt against the square root of the KL for six proxies: five fall far below the "
-               "start, most of them on one line, and only the proxy that sees repeats keeps rising.")
+    style.show(figure, "06b_repairs.png", alt="Gold of the tilt against the square root of the KL for five proxies: four fall far below "
+               "the start, three of them on nearly one line, and only the proxy that sees repeats keeps rising.")

@@ -77,20 +77,3 @@ def choices(written, ranked, kept, k):
     axes.legend(loc="lower right", fontsize=10)
     show(figure, "02_choices.png", alt="For each token of a sentence, the likeliest tokens by rank: several at the first letter and "
                                        "the ending, one elsewhere; top-p keeps few or many accordingly, top-k always four.")
-
-
-def entropies(taus, curves, most):
-    """Entropy against temperature at several positions; `most` is that of a uniform choice."""
-    figure, axes = new(height=3.3)
-    for color, (place, values) in zip((BLUE, ORANGE, GREEN), curves.items(), strict=True):
-        axes.plot(taus, values, color=color, lw=2.4, label=place)
-    axes.axhline(most, color="0.45", ls="--", lw=1.2)
-    axes.text(taus[0], most - 0.08, "all tokens equally likely", va="top", color="0.35")
-    axes.axvline(1, color="0.8", lw=1.2, zorder=0)
-    axes.set_xscale("log")
-    axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
-    axes.minorticks_off()
-    axes.set(xlabel="temperature τ", ylabel="entropy (nats)", title="A high temperature adds choice everywhere, also inside a word")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.85))
-    show(figure, "02_entropies.png", alt="Entropy against temperature at three positions of a sentence: all three curves rise from 0 to "
-                                         "the entropy of a uniform choice, also the one in the middle of a word.")

@@ -53,7 +53,12 @@ def walk(names, ref_shares, path, target):
         axes.plot(shares[:, level], ".", color=color, ms=4, alpha=0.45)
         axes.plot(smooth[:, level], color=color, lw=2.4, label=names[level])
         axes.axhline(target[level], color=color, ls="--", lw=1.3)
-    axes.set(xlabel="update", ylabel="share of the stories", ylim=(0, 1))
+    heights, order = np.array(target), np.argsort(target)
+    for lower, upper in zip(order, order[1:], strict=False):  # labels of near targets apart
+        heights[upper] = max(heights[upper], heights[lower] + 0.055)
+    for level, color in enumerate(COLORS):
+        axes.text(len(shares) + 0.7, heights[level], f"target {target[level]:.2f}", color=color, va="center", size=10)
+    axes.set(xlabel="update", ylabel="share of the stories", ylim=(0, 1), xlim=(-1, len(shares)))
     axes.set_title("The shares move towards their closed form (dashed)")
     axes.legend(loc="upper right", ncols=3)
     style.show(
@@ -62,17 +67,17 @@ def walk(names, ref_shares, path, target):
 
 
 def cost(table):
-    """table {name: (reward, paid, needed, wasted, errors)}: stacked bars."""
-    figure, axes = style.new(0.9 + 0.55 * len(table))
+    """table {name: (reward, kl, needed, wasted, errors)}: stacked bars."""
+    figure, axes = style.new(1.2 + 0.55 * len(table))
     for y, (reward, _, needed, wasted, _) in enumerate(table.values()):
-        axes.barh(y, needed, 0.6, color=style.GREEN, label="needed" if not y else None)
-        axes.barh(y, max(wasted, 0), 0.6, left=needed, color=style.RED, label="wasted" if not y else None)
+        axes.barh(y, needed, 0.6, color=style.BLUE, label="needed" if not y else None)
+        axes.barh(y, max(wasted, 0), 0.6, left=needed, color=style.ORANGE, label="wasted" if not y else None)
         axes.text(needed + max(wasted, 0) + 0.005, y, f"reward {reward:.2f}", va="center", size=10)
     axes.set(yticks=range(len(table)), yticklabels=list(table), xlabel="KL from ref, nats")
-    axes.set_xlim(0, 2 * max(paid for _, paid, _, _, _ in table.values()))
+    axes.set_xlim(0, 1.3 * max(kl for _, kl, _, _, _ in table.values()))
     axes.invert_yaxis()
-    axes.legend(loc="center right")
-    axes.set_title("What the heroes cost, and what was wasted")
+    figure.legend(loc="outside lower center", ncols=2)
+    axes.set_title("How much of the KL was needed for the heroes", loc="left")
     style.show(
         figure,
         "11_cost.png",

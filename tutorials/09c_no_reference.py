@@ -1,0 +1,543 @@
+# %% [markdown]
+# # 09c · SLiC-HF, SimPO, ORPO and KTO: without a reference, or without pairs
+#
+# **You will build** the losses of four methods that need less than DPO, and train a small GPT with each.
+#
+# **Time:** 23 minutes of reading, 40 seconds of computer.
+#
+# **You need:** [09, DPO](09_dpo.ipynb): the margin Δ, the three completions, and why both log-probs fall.
+# [09b](09b_siblings.ipynb) is not needed.
+#
+# Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
+# through with a debugger.
+
+# %%
+import sys
+from pathlib import Path
+
+# minialign runs from its checkout: put the folder that holds it on the path (`pip install -e .` makes this unnecessary).
+here = Path(globals().get("__file__", "cell")).resolve()
+sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign").is_dir()][:1]
+
+import copy
+import math
+
+import torch
+from torch.nn.functional import softplus
+
+from minialign.batch import collate
+from minialign.logps import seq_logps
+from minialign.methods import kto, orpo, simpo, slic
+from toy import closed_form
+from tutorials.checks import always, equal, this_run
+from tutorials.figures import dpo as figures
+from tutorials.three_completions import PairLogps, land, lengths, prefer, r, ref
+from tutorials.word_requests import (
+    all_logps,
+    answers_ids,
+    judged_pairs,
+    prompts_ids,
+    rewards,
+    rows_of,
+    rude_gpt,
+    show_samples,
+)
+
+torch.set_default_dtype(torch.float64)  # so that "equal" can mean ten digits
+
+
+def row(numbers, digits=3):
+    return (
+        "[" + " ".join(f"{number:.{digits}f}" for number in torch.as_tensor(numbers).tolist()) + "]"
+    )
+
+
+# %% [markdown]
+# ## The question
+#
+# DPO needs a [reference](../GLOSSARY.md#reference), which is a second model in memory. It needs [SFT](../GLOSSARY.md#sft)
+# before it. And it needs two answers to the same prompt. Four methods do without one of these. What takes its place?
+#
+# | what DPO needs | what is done instead | method |
+# | --- | --- | --- |
+# | a reference | a margin that is enough, and some SFT | SLiC-HF (Zhao et al. 2023) |
+# | a reference | log-probs per token, and a margin that is asked for | SimPO (Meng et al. 2024) |
+# | a reference, and SFT before it | SFT and preferences in one loss | ORPO (Hong et al. 2024) |
+# | pairs | single answers with a thumb up or down | KTO (Ethayarajh et al. 2024) |
+#
+# As in 09, $y^+$ is the chosen answer and $y^-$ the rejected one. We write $\bar a(y)$ for the average
+# [log-prob](../GLOSSARY.md#log-prob) per token, $\log\pi(y)$ divided by the number of tokens $|y|$. $m$ is a margin, and α
+# is the weight of one term of a loss. (The papers have other letters.)
+
+# %%
+generator = torch.Generator().manual_seed(0)
+logps = -4 * torch.rand(2, 16, generator=generator)  # of chosen and of rejected answers
+logps.requires_grad_()
+
+
+def same(mine, theirs, name):
+    """Compare your loss (B,) and its gradient with what minialign returns, (mean loss, metrics)."""
+    equal(mine.mean(), theirs[0], f"Your loss equals minialign's {name}.")
+    slopes = torch.autograd.grad(mine.mean(), logps), torch.autograd.grad(theirs[0], logps)
+    equal(*slopes, f"The gradient of your loss equals that of minialign's {name}.")
+    print(f"equal to minialign's {name}, value and gradient")
+
+
+# %% [markdown]
+# ## 1 · SLiC-HF: enough is enough
+#
+# DPO pushes every pair, though less and less. SLiC-HF stops at a pair once the chosen answer is likelier by $m$ nats.
+# This is a *hinge*: a loss that falls in a straight line and is 0 from $m$ on. A little SFT on the chosen answers keeps
+# the policy a language model:
+#
+# $$L = \mathbb{E}\big[\max(0,\ m - \log\pi(y^+) + \log\pi(y^-)) - \alpha\log\pi(y^+)\big] .$$
+
+# %%
+def my_slic(chosen, rejected, margin, weight):
+    """chosen, rejected (B,): sums of log-probs; margin is m, weight is α -> (B,)."""
+    hinge = (margin - chosen + rejected).clamp(min=0)  # watch: hinge (B,)
+    return hinge - weight * chosen
+
+
+# %% [markdown]
+# ### Checkpoint
+
+# %%
+slic_theirs = slic.slic_loss(*logps, logps[0], delta=1.0, weight=0.1)
+same(my_slic(*logps, 1.0, 0.1), slic_theirs, "slic_loss")
+
+# %% [markdown]
+# ## 2 · SimPO: per token
+#
+# A sum of log-probs is lower for a longer answer. SimPO compares averages per token instead, times a scale $s$, so that
+# the length of an answer counts less. $m$ is the margin that a pair should have:
+#
+# $$L = \mathbb{E}\,\log\big(1 + e^{\,m - s\,(\bar a(y^+) - \bar a(y^-))}\big) .$$
+
+# %%
+def my_simpo(mean_chosen, mean_rejected, scale, margin):
+    """mean_chosen, mean_rejected (B,): averages per token; margin is m -> (B,).
+
+    log(1 + e^x) is softplus(x).
+    """
+    x = margin - scale * (mean_chosen - mean_rejected)  # watch: x (B,)
+    return softplus(x)
+
+
+# %% [markdown]
+# ### Checkpoint
+
+# %%
+simpo_theirs = simpo.simpo_loss(*logps, scale=2.0, target_margin=1.0)
+same(my_simpo(*logps, 2.0, 1.0), simpo_theirs, "simpo_loss")
+
+# %% [markdown]
+# ## 3 · ORPO: SFT and preferences at once
+#
+# ORPO trains a base model with one loss: SFT on the chosen answers, plus a term that compares *odds*. $P = e^{\bar a}$
+# is the (geometric) mean probability of a token of the answer. Its odds are $P/(1 - P)$, nearly $P$ if $P$ is small:
+#
+# $$L = \mathbb{E}\Big[-\bar a(y^+) - \alpha\log\sigma\Big(\log\tfrac{P^+}{1-P^+} - \log\tfrac{P^-}{1-P^-}\Big)\Big] .$$
+
+# %%
+def my_orpo(mean_chosen, mean_rejected, weight):
+    """mean_chosen, mean_rejected (B,): averages per token, below 0; weight is α -> (B,).
+
+    The log of the odds is a − log(1 − e^a). Write log(1 − e^a) as (−torch.expm1(a)).log(), which
+    does not lose digits, and −log σ(x) as softplus(−x).
+    """
+    odds_chosen = mean_chosen - (-torch.expm1(mean_chosen)).log()  # watch: odds_chosen (B,)
+    odds_rejected = mean_rejected - (-torch.expm1(mean_rejected)).log()
+    return -mean_chosen + weight * softplus(odds_rejected - odds_chosen)
+
+
+# %% [markdown]
+# ### Checkpoint
+
+# %%
+same(my_orpo(*logps, 0.25), orpo.orpo_loss(*logps, weight=0.25), "orpo_loss")
+
+# %% [markdown]
+# ## 4 · KTO: thumbs instead of pairs
+#
+# Users rarely compare two answers. KTO takes single answers, each marked good or bad. It has a reference:
+#
+# $$L = \mathbb{E}\Big[1 - \sigma\big(\pm\beta\,\big(\log\tfrac{\pi(y)}{\mathrm{ref}(y)} - z_0\big)\big)\Big],$$
+#
+# with + for a good answer and − for a bad one. (The paper also gives each class a weight; ours are 1.) A good answer
+# should have a log-ratio above the reference point $z_0$, a bad one below it. The slope of σ is largest at 0, so
+# answers far from $z_0$ on either side count little.
+#
+# $z_0$ says how far the policy has moved in general. It should be the KL of the policy from ref, but sampling for it
+# is expensive. So each prompt of the batch is paired with the answer of another row, mostly an answer to *another*
+# prompt. $z_0$ is the mean log-ratio of these unrelated answers, at least 0, and without gradient.
+
+# %%
+def my_kto(logps, ref_logps, good, z0, beta):
+    """logps, ref_logps (B,): sums of log-probs; good (B,): True for a thumb up -> (B,)."""
+    sign = torch.where(good, 1.0, -1.0)  # watch: sign (B,)
+    return 1 - (sign * beta * (logps - ref_logps - z0)).sigmoid()
+
+
+# %% [markdown]
+# ### Checkpoint
+
+# %%
+thumbs = torch.arange(16) % 3 > 0
+kto_theirs = kto.kto_loss(*logps, thumbs, 0.2, beta=0.5)
+same(my_kto(*logps, thumbs, 0.2, 0.5), kto_theirs, "kto_loss")
+
+# %% [markdown]
+# ## 5 · Where they end, on three completions
+#
+# The toy is that of 09: "tea!", "tea, please" and "could i have tea", of 1, 2 and 4 words, which ref says with .6, .3,
+# .1. The judge follows [Bradley-Terry](../GLOSSARY.md#bradley-terry) with $e^r = 1, 2, 4$. DPO at β = ½ ends at
+# $\pi^* = (3, 6, 8)/17$. SLiC-HF and SimPO have a [closed form](../GLOSSARY.md#closed-form) for some settings
+# (`toy/closed_form.py` derives it), which we check. Compare the rows with π\*.
+
+# %%
+BETA = 0.5
+
+
+def slic_of(pairs):
+    return my_slic(pairs.chosen, pairs.rejected, margin=10.0, weight=2.0)
+
+
+def simpo_of(pairs):
+    mean_chosen = pairs.chosen / pairs.n_chosen
+    mean_rejected = pairs.rejected / pairs.n_rejected
+    return my_simpo(mean_chosen, mean_rejected, scale=BETA, margin=0.0)
+
+
+ref_np, prefer_np, r_np, lengths_np = (x.numpy() for x in (ref, prefer, r, lengths))
+print("π*, for comparison     ", row((ref.log() + r / BETA).softmax(0)))
+print("SLiC-HF, m = 10, α = 2 ", row(land(slic_of)))
+print("SimPO, s = ½, m = 0    ", row(land(simpo_of)))
+law = torch.as_tensor(closed_form.slic_law(ref_np, prefer_np, 2.0))
+equal(land(slic_of), law, "SLiC-HF ends at its closed form.", atol=1e-4, rtol=0)
+law = torch.as_tensor(closed_form.simpo_law(lengths_np, r_np, BETA))
+equal(land(simpo_of), law, "SimPO ends at its closed form.", atol=1e-4, rtol=0)
+
+# %% [markdown]
+# **SLiC-HF** ends at $W + (W - L)/\alpha$, where $W$ and $L$ are an answer's shares among the chosen and the rejected
+# ones. SFT alone would end at $W$. (This holds while it is nowhere negative and no pair reaches the margin; we chose $m$
+# and α so.) **SimPO** with $m = 0$ ends at $\log\pi(y) = |y|\,(r(y)/s + c)$, where $c$ makes the sum 1. So ref plays no
+# part, and the reward is multiplied by the length of the answer.
+#
+# **KTO** has no such end. We follow its gradient descent: ref writes the answers, the chosen ones get a thumb up and the
+# rejected ones a thumb down. ($z_0$ is 0 here: with one prompt and answers from ref, the mean log-ratio is
+# $-\mathrm{KL}(\mathrm{ref}\|\pi)$, which is never positive.)
+
+# %%
+def kto_descent(mu, steps):
+    """The policies after the given numbers of steps, if answers come from mu (3,)."""
+    pairs = mu[:, None] * mu * prefer  # watch: pairs (3, 3): [a, b], a chosen over b
+    likes, dislikes = pairs.sum(1), pairs.sum(0)
+    print("thumbs up minus thumbs down:", row(likes - dislikes))
+    good = torch.ones(3, dtype=torch.bool)
+    logits = ref.log()
+    found = {}
+    for k in range(1, max(steps) + 1):
+        logits.requires_grad_()
+        now = logits.log_softmax(0)
+        loss = likes @ my_kto(now, ref.log(), good, 0.0, BETA)
+        loss = loss + dislikes @ my_kto(now, ref.log(), ~good, 0.0, BETA)
+        logits = (logits - 5 * torch.autograd.grad(loss, logits)[0]).detach()
+        if k in steps:
+            found[k] = logits.softmax(0)
+            print(f"after {k:5} steps: {row(found[k], 5)}")
+    return found
+
+
+kto_at = kto_descent(ref, (100, 1000, 5000))
+this_run(kto_at[5000][0] < 0.3 * kto_at[1000][0], "KTO goes on driving the first answer out.")
+
+# %% [markdown]
+# KTO does not match label frequencies; it follows majorities. The first answer is disliked more often than liked, so its
+# probability goes to 0, ever more slowly. For ORPO with α > 0 no closed form is known (exercise 1 has α = 0).
+#
+# ## 6 · The same GPT, the same pairs
+#
+# **This is no ranking.** It is one data set and one seed, and every method has the same learning rate and number of
+# steps, though their losses differ much in scale. The table shows *what each method does* to the chosen answers, the
+# rejected answers, and the language. It does not show which is better.
+#
+# Base model and requests are those of 09, with 1000 pairs drawn anew. Each method trains a copy of the base model for 50
+# steps: DPO and KTO with β = 1, SLiC-HF with $m = 1$ and α = 0.1, SimPO with $s = 2$ and $m = 1$, ORPO with α = 0.1.
+# KTO takes chosen answers as good and rejected ones as bad.
+
+# %%
+PAIRS = judged_pairs(1000, generator)  # watch: PAIRS (3, 1000): prompt, chosen, rejected
+base = rude_gpt(generator)
+ref_logps = all_logps(base)  # watch: ref_logps (4, 36)
+
+
+def reference_point(policy, n, c):
+    """KTO's z0: prompt n[i] with the answer of row i − 1, which mostly answers another prompt."""
+    n, c = n.tolist(), c.tolist()
+    unrelated = [answers_ids[n[i - 1]][c[i - 1]] for i in range(len(n))]
+    batch = collate([prompts_ids[x] for x in n], unrelated, pad_id=0)
+    with torch.no_grad():
+        return (seq_logps(policy, batch) - seq_logps(base, batch)).mean().clamp(min=0)
+
+
+def train(loss_of, steps=50, with_z0=False):
+    """A copy of base, trained on loss_of, a function of a PairLogps (as for `land`)."""
+    policy = copy.deepcopy(base).requires_grad_(True)
+    shuffle = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-4, betas=(0.9, 0.99))
+    for _ in range(steps):
+        n, yes, no = PAIRS[:, torch.randperm(PAIRS.shape[1], generator=shuffle)[:32]]
+        chosen, rejected = rows_of(n, yes), rows_of(n, no)
+        pairs = PairLogps(
+            *seq_logps(policy, chosen, rejected),
+            ref_logps[n, yes],
+            ref_logps[n, no],
+            chosen.mask.sum(1),
+            rejected.mask.sum(1),
+            reference_point(policy, n.repeat(2), torch.cat([yes, no])) if with_z0 else 0.0,
+        )
+        loss = loss_of(pairs).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return policy
+
+
+# %% [markdown]
+# One short function says what each method takes from a pair. Look at the two changes of log π, then at the last column.
+
+# %%
+def dpo_loss(pairs):
+    delta = (pairs.chosen - pairs.ref_chosen) - (pairs.rejected - pairs.ref_rejected)
+    return softplus(-delta)
+
+
+def kto_loss(pairs):
+    logps = torch.cat([pairs.chosen, pairs.rejected])
+    references = torch.cat([pairs.ref_chosen, pairs.ref_rejected])
+    good = torch.arange(len(logps)) < len(pairs.chosen)
+    return my_kto(logps, references, good, pairs.z0, beta=1.0)
+
+
+def slic_loss(pairs):
+    return my_slic(pairs.chosen, pairs.rejected, margin=1.0, weight=0.1)
+
+
+def simpo_loss(pairs):
+    mean_chosen = pairs.chosen / pairs.n_chosen
+    mean_rejected = pairs.rejected / pairs.n_rejected
+    return my_simpo(mean_chosen, mean_rejected, scale=2.0, margin=1.0)
+
+
+def orpo_loss(pairs):
+    mean_chosen = pairs.chosen / pairs.n_chosen
+    mean_rejected = pairs.rejected / pairs.n_rejected
+    return my_orpo(mean_chosen, mean_rejected, weight=0.1)
+
+
+def report(name, policy):
+    """Print one line; return the changes of mean log π and the share of well-formed answers."""
+    logps = all_logps(policy)
+    n, yes, no = PAIRS
+    moved = logps - ref_logps
+    up, down = moved[n, yes].mean().item(), moved[n, no].mean().item()
+    formed = logps.exp().sum(1)
+    reward = ((logps.exp() * rewards).sum(1) / formed).mean()
+    print(
+        f"{name:18} change of log π: chosen {up:6.2f}, rejected {down:6.2f}   reward {reward:5.2f}"
+        f"   well-formed {formed.mean():.2f}"
+    )
+    return up, down, formed.mean().item()
+
+
+report("base", base)
+changes = {}
+policies = {}
+for name, loss_of in (
+    ("DPO", dpo_loss),
+    ("KTO", kto_loss),
+    ("SLiC-HF", slic_loss),
+    ("SimPO", simpo_loss),
+    ("ORPO", orpo_loss),
+):
+    policies[name] = train(loss_of, with_z0=name == "KTO")
+    changes[name] = report(name, policies[name])
+figures.changes({name: (up, down) for name, (up, down, _) in changes.items()})
+
+# %%
+for name in ("SimPO", "ORPO"):
+    print(name)
+    show_samples(policies[name])
+
+# %% [markdown]
+# - **DPO** lowers both log-probs a little, as in 09.
+# - **KTO** with the same β moves both much further. It follows majorities, so it is not done when the label frequencies
+#   are right.
+# - **SLiC-HF** stops at pairs that are in order by $m$. 94 % stays well-formed.
+# - **SimPO** loses the language: 24 % is well-formed. It has neither ref nor SFT, and with $m = 1$ a pair that is in
+#   order by less than $m$ still counts more than half.
+# - **ORPO** is mostly SFT at this α. It is the only one that raises the chosen answers, and it gains the least reward.
+#
+# ## 7 · Break it: take the SFT term away
+#
+# SLiC-HF has no reference, yet it kept the language. Is it the hinge or the SFT term? We train it without the SFT term,
+# and SimPO with one.
+
+# %%
+def slic_without_sft(pairs):
+    return my_slic(pairs.chosen, pairs.rejected, margin=1.0, weight=0.0)
+
+
+def simpo_with_sft(pairs):
+    return simpo_loss(pairs) - 0.1 * pairs.chosen
+
+
+print(f"SLiC-HF as above: well-formed {changes['SLiC-HF'][2]:.2f}")
+without = report("SLiC-HF, α = 0", train(slic_without_sft))
+print(f"SimPO as above: well-formed {changes['SimPO'][2]:.2f}")
+with_term = report("SimPO with SFT", train(simpo_with_sft))
+this_run(without[2] < changes["SLiC-HF"][2], "Without its SFT term SLiC-HF loses more language.")
+this_run(with_term[2] > changes["SimPO"][2], "With an SFT term SimPO keeps more language.")
+
+# %% [markdown]
+# Without its SFT term SLiC-HF keeps 88 % instead of 94 %: the hinge does most of the work here, because it stops
+# pushing. With an SFT term SimPO keeps 90 % instead of 24 %, and gains less reward. So a method without a reference needs
+# something else that limits it: an SFT term, a hinge, or few and small steps. (SimPO's paper uses learning rates of at
+# most 1e-6, for models with billions of weights.)
+#
+# ## What is wrong here? (1)
+
+# %%
+# two answers, of 1 and of 4 tokens; padding is 0
+token_logps = torch.tensor([[-1.0, 0.0, 0.0, 0.0], [-1.0, -1.0, -1.0, -1.0]])
+averages = token_logps.mean(1)
+print("average log-probs for SimPO:", row(averages))
+
+# %% [markdown]
+# In both answers each token has log-prob −1. What will SimPO learn from these averages?
+#
+# ## What is wrong here? (2)
+
+# %%
+# two answers, of 2 and of 8 tokens with log-prob −1 each, to a prompt of 10 tokens with −3 each
+answer_logps, sizes = torch.tensor([-2.0, -8.0]), torch.tensor([2.0, 8.0])
+scored = answer_logps - 30.0  # the mask also counts the prompt
+print("DPO's difference:  ", (scored[0] - scored[1]).item(), " as it should be")
+print("SimPO's averages:  ", row(scored / (sizes + 10)))
+
+# %% [markdown]
+# The code was tested with DPO and used with SimPO. What went wrong, and why did DPO not show it?
+#
+# ## What you now know
+#
+# - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none, and depends on few and
+#   small steps.
+# - In these runs an SFT term kept the language, and a hinge limited the margin. SimPO, with neither, lost it.
+# - KTO learns from single answers. It follows majorities and has no end that we can compute.
+# - SimPO and ORPO divide by the number of tokens. So they need a mask without padding and without the prompt.
+#
+# Next: [11](11_storyteller.ipynb), where you align a model with a reward of your own. Or, for large models,
+# [10](10_kernels.ipynb), kernels; 11 does not need it.
+#
+# ## Exercises
+#
+# **Exercise 1** (easy, 5 minutes). ORPO with α = 0 is SFT on the chosen answers, averaged over tokens. Does it end at
+# the shares of the chosen answers? Predict, then compute it with `land`.
+#
+# **Exercise 2** (medium, try this, 10 minutes). Now all three answers are written alike: `kto_descent` with
+# `torch.ones(3) / 3`. Predict which answers KTO drives out. What about the second, which is liked as often as
+# disliked?
+#
+# **Exercise 3** (hard, 20 minutes). One pair, labelled this way round with probability $p$. Let $u$ be its margin for
+# SimPO, $u = s\,(\bar a(y^+) - \bar a(y^-))$. Which $u$ is best? Show that it is $\log\frac{p}{1-p}$ for $m = 0$, and
+# near $m + \log\frac{2p-1}{1-p}$ for large $m$ and $p > \frac12$.
+#
+# ## Answers
+
+# %% [markdown]
+# <details><summary>Puzzle 1</summary>
+#
+# The mean runs over the padding as well: every answer is divided by 4, the longest length in the batch. So the short
+# answer seems better, and the number changes with the batch. Divide by each answer's own number of tokens, as
+# `minialign.logps.mean_logps` does.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+right = token_logps.sum(1) / torch.tensor([1.0, 4.0])
+print("right:", row(right))
+equal(right, torch.tensor([-1.0, -1.0]), "Both answers have −1 nat per token.")
+
+# %% [markdown]
+# <details><summary>Puzzle 2</summary>
+#
+# The mask counts the prompt's tokens. In DPO's difference the prompt cancels, because both answers have the same one.
+# SimPO divides by the length first. The prompt's −30 then counts more in the shorter answer, which seems worse although
+# all tokens of both answers are equally likely. So test the masks themselves, as in [03](03_logps.ipynb).
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+print("right:", row(answer_logps / sizes))
+equal(answer_logps / sizes, torch.tensor([-1.0, -1.0]), "Both have −1 nat per token.")
+
+# %% [markdown]
+# <details><summary>Exercise 1</summary>
+#
+# No. Each answer's loss is divided by its length, so an answer of 4 words counts a quarter. ORPO with α = 0 ends at the
+# shares of the chosen answers, each divided by its length, and scaled to sum 1.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def orpo_of(pairs):
+    mean_chosen = pairs.chosen / pairs.n_chosen
+    return my_orpo(mean_chosen, pairs.rejected / pairs.n_rejected, weight=0.0)
+
+
+end = land(orpo_of)
+chosen_share = (ref[:, None] * ref * prefer).sum(1)
+print("chosen shares", row(chosen_share / chosen_share.sum()), " ORPO, α = 0, ends at", row(end))
+law = chosen_share / lengths / (chosen_share / lengths).sum()
+equal(end, law, "ORPO with α = 0 ends at winners / length.", atol=1e-4, rtol=0)
+
+# %% [markdown]
+# <details><summary>Exercise 2</summary>
+#
+# The third answer, liked most, takes all the probability. The first goes to 0 quickly. The second is liked as often as
+# disliked, so nothing pushes it directly. It falls nevertheless, because probabilities sum to 1.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+alike = kto_descent(torch.ones(3) / 3, (100, 1000, 5000))
+this_run(alike[5000][2] > alike[1000][2] > alike[100][2], "The third answer gains all the time.")
+
+# %% [markdown]
+# <details><summary>Exercise 3</summary>
+#
+# The expected loss is $p\log(1 + e^{m-u}) + (1-p)\log(1 + e^{m+u})$. Set its slope to 0, with $x = e^u$ and
+# $a = e^m$: $p\frac{a}{a+x} = (1-p)\frac{ax}{1+ax}$, that is $(1-p)x^2 - (2p-1)\,a\,x - p = 0$, so
+#
+# $$x = \frac{(2p-1)\,a + \sqrt{(2p-1)^2a^2 + 4p(1-p)}}{2(1-p)} .$$
+#
+# At $a = 1$ the root is $\sqrt1$ and $x = \frac{p}{1-p}$. For large $a$ the second term under the root does not
+# count.
+#
+# </details>
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+for p in (0.6, 0.8):
+    for margin in (0.0, 1.0, 4.0):
+        a = math.exp(margin)
+        root = math.sqrt((2 * p - 1) ** 2 * a**2 + 4 * p * (1 - p))
+        best_u = math.log(((2 * p - 1) * a + root) / (2 * (1 - p)))
+        u = torch.tensor(best_u, requires_grad=True)
+        loss = p * my_simpo(u, 0, 1.0, margin) + (1 - p) * my_simpo(-u, 0, 1.0, margin)
+        always(abs(torch.autograd.grad(loss, u)[0]) < 1e-12, "The slope at the best u is 0.")
+        print(
+            f"p = {p}, m = {margin:.0f}: u = {best_u:.3f}; "
+            f"log(p/(1 − p)) = {math.log(p / (1 - p)):.3f}, "
+            f"m + log((2p − 1)/(1 − p)) = {margin + math.log((2 * p - 1) / (1 - p)):.3f}"
+        )

@@ -65,7 +65,7 @@ def test_bad_input_is_one_sentence_and_code_2_in_a_real_process(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "b"}\n{"question": "c"}\n')
     command = [sys.executable, "-m", "minialign", "sft", "--policy", "new", "--demos", str(bad), "--out", str(tmp_path / "run")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"{bad}:2: found the keys ['question'], expected prompt + completion" in result.stderr
 
@@ -126,6 +126,6 @@ def test_every_method_runs_with_no_flags(method, builtin_base, tmp_path):
         shutil.copytree(builtin_base, tmp_path / "runs" / "builtin-base")
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}  # cores are shared with other tests
     command = [sys.executable, "-m", "minialign", method, *([] if method in LOOPS else ["--steps", "4"])]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert "done in" in result.stdout and len(list((tmp_path / "runs").glob(f"{method}-*/final/model.safetensors"))) == 1

@@ -54,7 +54,7 @@ def test_nothing_heavy_or_foreign_is_imported_by_a_run(small):
         "    module = importlib.import_module('minialign.methods.' + method); module.main(module.Config(**settings))\n"
         f"print('FOUND', sorted(set({forbidden!r}) & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", program, json.dumps(jobs)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", program, json.dumps(jobs)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert "FOUND []" in result.stdout, result.stdout[-500:] + result.stderr[-2000:]
 
 

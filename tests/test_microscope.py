@@ -277,7 +277,7 @@ def rendered(file, hash=""):
     if browser is None:
         pytest.skip("no chromium on this machine")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom", f"file://{file}{hash}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=600).stdout
 
 
 @pytest.mark.slow

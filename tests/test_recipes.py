@@ -49,7 +49,7 @@ QUICK = ("irft_ultrachat_zephyr",)  # the others by the slow tests
 def run(name, *flags, **settings):
     command = [sys.executable, "-m", f"minialign.recipes.{name}", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, **settings)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **settings)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES])

@@ -1303,7 +1303,7 @@ def test_a_changed_reward_model_is_refused_when_resuming_and_a_changed_file_is_n
 
 def test_a_mistyped_reward_is_one_line_and_code_2(policy_folder, tmp_path):
     command = [sys.executable, "-m", "minialign", "reinforce", "--reward", "nonsense", "--policy", str(policy_folder)]
-    result = subprocess.run([*command, "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*command, "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "minialign reinforce: --reward nonsense: expected builtin, exact_match, " in result.stderr
 

@@ -215,7 +215,7 @@ def test_kill_between_any_two_writes(tmp_path):
     """SIGKILL before the k-th change of the disk, for every k: what is found afterwards is a whole checkpoint, the old one until the
     rename, the new one from then on, bit for bit (the program compares)."""
     command = [sys.executable, "-m", "tests.killing", "writes", str(tmp_path / "run")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found[0] == 1 and found[-1] == 2 and found == sorted(found) and found.count(1) >= 10 and found.count(2) >= 3, found

@@ -69,7 +69,7 @@ def test_two_processes_train_one_base(quick_base):
     program = "from minialign.engine import opening; opening.BASE = %r; print(opening.builtin_base())" % opening.BASE
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
+    said = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("training it" in text for text in said) == 1 and all(text.strip().endswith("final") for text in said)
     assert sorted(path.name for path in quick_base.iterdir()) == ["builtin-base", "builtin-base.lock"]

@@ -152,7 +152,7 @@ def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
     running, workers = start(["sft", *flags(cfg)], tmp_path / "killed" / "metrics.jsonl", 25)
     os.kill(workers[1], signal.SIGKILL)
     began = time.monotonic()
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=600)
     assert running.returncode != 0 and time.monotonic() - began < 30 and "another process is gone" in said and "--resume" in said
     for worker in workers:
         with pytest.raises(ProcessLookupError):
@@ -162,7 +162,7 @@ def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
     _, cfg = small("sft", **steps, out=str(tmp_path / "stopped"))
     running, workers = start(["sft", *flags(cfg)], tmp_path / "stopped" / "metrics.jsonl", 25)
     os.kill(workers[1], signal.SIGTERM)  # only one is told: all save and stop
-    said, _ = running.communicate(timeout=60)
+    said, _ = running.communicate(timeout=600)
     assert running.returncode == 0 and "stopped after step" in said
     last = read_rows(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"]
     assert last < 150 and (tmp_path / "stopped" / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file()
@@ -264,7 +264,7 @@ def test_refusals(small, tmp_path):
     with pytest.raises(common.BadInput, match="--parallel zero: must be fsdp or ddp"):
         module.main(cfg)
     _, cfg = small("rebel", batch_size=6)
-    done = torchrun(2, "-m", "minialign", "rebel", *flags(cfg), timeout=120)
+    done = torchrun(2, "-m", "minialign", "rebel", *flags(cfg), timeout=600)
     assert done.returncode != 0 and "--batch_size 6: must be a multiple of 4" in done.stderr and not Path(cfg.out).exists()
 
 
@@ -399,10 +399,10 @@ def test_a_bad_row_is_one_sentence_and_a_good_file_is_encoded_once(small, tmp_pa
     (tmp_path / "temporary").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"prompt": "ask for tea: ", "completion": "tea"}\n{"prompt": 3, "completion": "x"}\n')
     _, cfg = small("sft", demos=str(tmp_path / "bad.jsonl"))
-    done = torchrun(2, "-m", "minialign", "sft", *flags(cfg), timeout=120)
+    done = torchrun(2, "-m", "minialign", "sft", *flags(cfg), timeout=600)
     assert done.returncode != 0 and done.stderr.count("bad.jsonl:2: 'prompt' must be text") == 1, done.stderr[-3000:]
     assert "exitcode  : 2" in done.stderr
-    done = torchrun(2, "-m", "minialign", "sft", *flags(small("sft", steps=1)[1]), timeout=120)
+    done = torchrun(2, "-m", "minialign", "sft", *flags(small("sft", steps=1)[1]), timeout=600)
     assert done.returncode == 0 and not list((tmp_path / "temporary").glob("minialign-rows-*")), done.stderr[-3000:]
 
 
@@ -431,7 +431,7 @@ def test_two_machines(small, tmp_path):
     module, cfg = small("sft", steps=150, save_every=4, eval_every=100)
     alone = [word for word in flags(cfg) if word not in ("--out", cfg.out)]
     for process in launch_two_machines(free_port(), folders, ["sft", *alone]):
-        said, errors = process.communicate(timeout=120)
+        said, errors = process.communicate(timeout=600)
         assert process.returncode != 0 and "exitcode  : 2" in errors and "parameters" not in said
         assert errors.count("process 1 does not see what process 0 has written there; all machines need one shared folder") == 1
     running = launch_two_machines(free_port(), folders, ["sft", *flags(cfg)])
@@ -443,7 +443,7 @@ def test_two_machines(small, tmp_path):
         for worker in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
             os.kill(int(worker), signal.SIGKILL)
     for process in running:
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
     resumed = module.main(module.Config(resume=cfg.out))
     unbroken = module.main(module.Config(**vars(cfg) | {"out": str(tmp_path / "alone")}))
     compare(unbroken, resumed, 1e-8)

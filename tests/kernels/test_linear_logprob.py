@@ -245,7 +245,7 @@ def test_the_scorer_compiled_ahead_of_time():
     """For sm_80 and sm_90: no byte of stack, tensor cores (sm_90: those of whole warp groups), copies that run ahead of the products."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", AHEAD], env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", AHEAD], env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     print(result.stdout)
     lines = result.stdout.splitlines()

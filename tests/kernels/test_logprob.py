@@ -199,7 +199,7 @@ def test_compiled_ahead_of_time():
     row offsets of 64 bits."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", AHEAD], env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", AHEAD], env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
     print(result.stdout)

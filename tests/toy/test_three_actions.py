@@ -102,7 +102,7 @@ def test_a_missed_law_ends_with_code_1(tmp_path):
         "t.checks = t.explicit_checks;"
         f"sys.argv = ['three_actions']; cfg = t.Config(out={str(tmp_path / 'f.png')!r}); sys.exit(0 if t.main(cfg) else 1)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert result.returncode == 1 and "FAIL  ML-IRL, Table 1" in result.stdout
 
 

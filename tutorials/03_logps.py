@@ -451,9 +451,9 @@ print("sum of exp(mean), completions of section 4:", *(f"{number:.2f}" for numbe
 # base model has learned to copy the thing from the prompt, so the `i` of `ink` alone has a lower log-prob than any whole
 # answer above.
 #
-# **The mean is another quantity.** The first two answers have the same true probability, 1/16. But `hand over tea, quick!`
-# has more tokens, so the same logarithm divided by its length is nearer to 0. A long answer with the same probability has
-# the higher mean. And the exponentials of the means do not sum to 1, so they are not probabilities (last line of the
+# **The mean is another quantity.** The first two answers have the same true probability, 1/16, so both have the true
+# log-prob −2.77. Divide it by their 17 and 22 tokens: −0.163 and −0.126. The longer answer has the higher mean, although
+# both are equally likely. (The model's own means are closer together.) And the exponentials of the means do not sum to 1, so they are not probabilities (last line of the
 # output).
 #
 # Some methods (SimPO and ORPO, [09c](09c_no_reference.ipynb)) use the mean on purpose, so that the length of an answer counts

@@ -162,7 +162,7 @@ print(f"   {'mean of ref':24} {ref[0] @ gold[0]:7.2f} {ref[0] @ unpunished[0]:8.
 #
 # The tilt answers our question too. A policy with the same KL and more reward would have a higher $J$, and there is
 # none. **So the tilt has the most reward among all policies with its KL.** It is also where exact RL with a KL
-# penalty ends, as you will see in 07. So the tilt shows what a perfect RL run would do.
+# penalty ends, as you will see in 07b. So the tilt shows what a perfect RL run would do.
 
 
 # %%

@@ -39,9 +39,8 @@ from tutorials.figures.loop import rlhf_loop
 # 1. Sampling is slow. Can one [rollout](../GLOSSARY.md#rollout) serve for several updates?
 # 2. A completion has many tokens and one reward. Which tokens earned it?
 #
-# PPO (proximal policy optimisation, Schulman et al. 2017) answers the first with a probability ratio and a clip
-# (sections 1 and 2), and the second with a [critic](../GLOSSARY.md#critic), a model that predicts the reward from a
-# prefix (sections 3 and 4).
+# PPO (proximal policy optimisation, Schulman et al. 2017) answers the first with a probability ratio and a clip, and
+# the second with a [critic](../GLOSSARY.md#critic), a model that predicts the reward from a prefix.
 
 # %%
 rlhf_loop(["completions", "reward", "reference", "update"], "08_loop.png",
@@ -114,7 +113,7 @@ def my_policy_loss(logps, old_logps, advantages, mask, eps):
 # %% [markdown]
 # ### Checkpoint
 #
-# (Stop in `my_policy_loss` at this first call: `ratio` is (6, 9).)
+# (Stop in `my_policy_loss` here: `ratio` is (6, 9).)
 
 # %%
 begins, ends = torch.tensor([0, 1, 2, 3, 0, 5]), torch.tensor([9, 4, 9, 4, 1, 8])
@@ -164,10 +163,11 @@ figures.clip(ratios, {sign: [objective for objective, _ in rows] for sign, rows 
 #
 # ## 3. A reward for every token
 #
-# Now the second question. As in 07 we maximise $\mathbb{E}_\pi[r] - \beta\,\mathrm{KL}(\pi\|\mathrm{ref})$, so a
-# completion has the reward $R = r - \beta\log(\pi/\mathrm{ref})$. The [KL](../GLOSSARY.md#kl) part is a sum over
-# tokens: each gets its own $-\beta(\log\pi - \log\mathrm{ref})$, a number without gradient. The last token also gets
-# r.
+# Now the second question. As in 05 we maximise $\mathbb{E}_\pi[r] - \beta\,\mathrm{KL}(\pi\|\mathrm{ref})$. The
+# [KL](../GLOSSARY.md#kl) is the mean of $\log(\pi/\mathrm{ref})$ over the policy's own completions, so this is the mean
+# of $R = r - \beta\log(\pi/\mathrm{ref})$. Its gradient is 07's with R in place of r, and R is held constant
+# ([07b](07b_kl.ipynb) shows why). The KL part is a sum over tokens: each gets its own
+# $-\beta(\log\pi - \log\mathrm{ref})$. The last token also gets r.
 #
 # By hand: β = 0.05, log-probs −1, −2, −0.5, [reference](../GLOSSARY.md#reference) −1.2, −1.5, −0.7, reward 1. The
 # token rewards are −0.05·0.2 = −0.01, −0.05·(−0.5) = 0.025, and 1 − 0.05·0.2 = 0.99.
@@ -355,8 +355,8 @@ this_run(abs(right - BEST) < 0.05 and kl < 1, "PPO ends near π*.")
 # %% [markdown]
 # It ends near π\*. The critic's slope is near 1: it has learned what a right letter adds to the reward.
 #
-# > **You should know: the loss says nothing about progress.** At the first update of a rollout the policy loss is
-# > minus the mean advantage. With a right critic this is near 0 for any policy. Plot the reward instead.
+# > **The loss says nothing about progress.** At the first update of a rollout it is minus the mean advantage. With a
+# > right critic this is near 0 for any policy. Plot the reward instead.
 #
 # With a GPT the loop is the same, and the critic is a second model: `python -m minialign ppo`. It also *whitens*
 # advantages (mean 0, variance 1 in each rollout; exercise 2) and clips the change of a value.
@@ -491,8 +491,8 @@ this_run(paths["λ = 0.0"][-1] < 0.3 and paths["λ = 1.0"][-1] > 0.9,
 # %% [markdown]
 # With λ = 0 the target of a value is made from the next value, and at first all are wrong. One rollout corrects only
 # places directly before a place whose value is right. Meanwhile the policy follows wrong values and settles on wrong
-# letters. With λ = 1 a wrong critic gives no bias. So PPO ends near π\* if its critic learns the values in time, or if
-# λ is 1.
+# letters. λ = 0.5 fails for the same reason: an error seven letters later counts only 0.5⁷, less than 1 %. With λ = 1 a
+# wrong critic gives no bias. So PPO ends near π\* if its critic learns the values in time, or if λ is 1.
 #
 # ## 7. Break it: more updates, and no clip
 #
@@ -562,20 +562,19 @@ print(shorter_gae(given, halves, two_rows, 1.0, 1.0).numpy())
 #   ratio per token is an approximation, good while all ratios are near 1.
 # - The clip stops a token when its ratio has moved by ε in the direction of its advantage.
 # - A critic is a baseline for every prefix. Without a baseline for each place, rewards to go are noisy.
-# - GAE's λ chooses between the critic's bias (0) and noise (1).
-# - PPO ends near π\* ∝ ref·e^{r/β} if its critic learns the values in time, or if λ is 1.
+# - GAE's λ chooses between the critic's bias (0) and noise (1). PPO ends near π\* if the critic learns in time, or λ is 1.
 #
 # Next: [08b · Frozen Lake](08b_frozen_lake.ipynb), where the same functions play a game, or [09 · DPO](09_dpo.ipynb),
-# without rollouts. What to watch in a real run: docs/METRICS.md.
+# without rollouts.
 #
 # **Sources:** Schulman et al. 2017 (PPO, arXiv:1707.06347), Schulman et al. 2016 (GAE, arXiv:1506.02438), Ouyang et al.
-# 2022 (InstructGPT: PPO with a learned reward and an additional pretraining loss, arXiv:2203.02155), Huang et al. 2024
-# (details, arXiv:2403.17031). The code is `minialign/methods/ppo.py`.
+# 2022 (InstructGPT, which adds a pretraining loss, arXiv:2203.02155), Huang et al. 2024 (details, arXiv:2403.17031). The code is `minialign/methods/ppo.py`.
 #
 # ## Exercises
 #
-# **Exercise 1** (easy, 5 minutes, try this). Run `train(epochs=20, eps=0.02)`. Before you do: how far can its own clip
-# let a letter rise from 1/27 in one rollout with ε = 0.02, and with ε = 0.2? And from 0.9?
+# **Exercise 1** (easy, 5 minutes, try this). A right letter has probability 1/27 when it is sampled. Its gradient becomes
+# 0 when its ratio passes 1 + ε. Which probability has it then, for ε = 0.02 and for 0.2? Now run
+# `train(epochs=20, eps=0.02)`.
 #
 # **Exercise 2** (medium, 10 minutes). Write a `credit` that whitens: `whiten(advantages, MASK)`. Does it help?
 #
@@ -608,8 +607,8 @@ print(right_ones.numpy())
 # <details><summary>Exercise 1</summary>
 #
 # To 1.02/27 = 0.0378 with ε = 0.02, to 1.2/27 = 0.0444 with 0.2. But if the other 26 all fall by 2 %, it has
-# 1 − 0.98·26/27 = 0.056. So ε bounds a ratio only loosely. From 0.9, ε = 0.02 allows 0.918; ε = 0.2 is no limit. A
-# narrow clip makes learning slow.
+# 1 − 0.98·26/27 = 0.056. So ε bounds a ratio only loosely. The run reaches 0.04 after one rollout. A narrow clip
+# makes learning slow.
 #
 # </details>
 
@@ -632,7 +631,7 @@ def whitened(token_rewards, values):
     return whiten(advantages, MASK), returns
 
 
-report({"whitened": train(whitened)})
+_ = report({"whitened": train(whitened)})
 
 # %% [markdown]
 # <details><summary>Exercise 3</summary>

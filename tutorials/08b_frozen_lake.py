@@ -279,15 +279,19 @@ print("visits of the expert:", expert_visits.reshape(4, 4).round(2), sep="\n")
 # entropy, Ziebart et al. 2010.) Only arrivals have rewards, one number for each field.
 #
 # Under r the best policy has $\log \pi_r(a|s) = \log\tfrac14 + (Q - v)/\beta$. On dry ice
-# $Q = r(s') + \gamma\,v(s')$. Add up $\gamma^t (Q - v)$ along a game: the values cancel but for v(start), and the
-# discounted rewards remain. So the discounted log-likelihood of the expert's moves is
+# $Q = r(s') + \gamma\,v(s')$. Add up $\gamma^t (Q - v)$ along a game. The term of move t is
+# $\gamma^t r(s_{t+1}) + \gamma^{t+1} v(s_{t+1}) - \gamma^t v(s_t)$. Its second part cancels the last part of the next
+# term, so the sum is $\sum_t \gamma^t r(s_{t+1}) - v(\mathrm{start})$. The discounted log-likelihood of the expert's
+# moves is therefore
 #
 # $$\ell(r) = \frac1\beta \Big(\sum_s d_E(s)\,r(s) - v_r(\mathrm{start})\Big) + \mathrm{const}, \qquad
 # \frac{\partial \ell}{\partial r(s)} = \frac1\beta \big(d_E(s) - d_{\pi_r}(s)\big)$$
 #
-# $d_E$ are the expert's visits, $d_{\pi_r}$ those of the best policy for r. This is the formula of 05: v(start) takes
-# the place of β log Z, and its slope in r(s) is your own visits of s. Raise the reward where the expert goes, lower it
-# where you go. On slippery ice the same holds on average over the ice, that is, if the visits
+# $d_E$ are the expert's discounted visits, $d_{\pi_r}$ those of the best policy for r. For the gradient we need the slope
+# of v(start) in r(s). Raise r(s) a little. If the policy stays as it is, v(start) rises by this much times its visits of
+# s. The policy changes too, but it is the best one, so a small change of it does not change v(start) to first order.
+# (In 05, β log Z has the slope π for the same reason.) So: raise the reward where the expert goes, lower it where you
+# go. On slippery ice the same holds on average over the ice, that is, if the visits
 # are exact.
 
 

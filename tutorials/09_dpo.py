@@ -508,7 +508,7 @@ _ = report("after 30 steps", all_logps(policy))
 # and to the reward. Then run it.
 #
 # **Exercise 2** (medium, 15 minutes). A judge in a circle: the first answer beats the second, the second the third,
-# and the third the first, each three times out of four. Where does DPO end if all answers are written alike? And if ref
+# and the third the first, each three times out of four. Where does DPO end if all answers are written equally often? And if ref
 # writes them? Which assumption of section 4 is broken?
 #
 # **Exercise 3** (medium, 10 minutes). The reference is forgotten: Δ is $\log\pi(y^+) - \log\pi(y^-)$. Where does this
@@ -563,7 +563,7 @@ this_run(formed > 0.8, "With some SFT most texts stay well-formed.")
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# No reward makes a circle, so the judge is not Bradley-Terry. If all answers are written alike, everything cancels and
+# No reward makes a circle, so the judge is not Bradley-Terry. If all answers are written equally often, everything cancels and
 # DPO stays at ref. If ref writes, most pairs contain the frequent first answer: the third, which beats it, gains, and
 # the second, which loses to it, falls. So the end depends on the writer.
 #

@@ -265,7 +265,7 @@ for name, h in {**H, "IPO": lambda z: (z - 0.5) ** 2}.items():
 # A label says who won. A reward also says by how much. REBEL needs a reward $r$, as PPO does. The present policy, called
 # $\pi_\mathrm{old}$ from now on, writes two answers $y, y'$ to a prompt. Let Δ be the margin as measured from
 # $\pi_\mathrm{old}$, and let $R = r - \beta\log\frac{\pi_\mathrm{old}}{\mathrm{ref}}$ be the reward minus the KL penalty
-# (07), a constant in this step. REBEL fits Δ to the difference of $R$ by least squares, with a step size η:
+# (07b), a constant in this step. REBEL fits Δ to the difference of $R$ by least squares, with a step size η:
 #
 # $$L_\mathrm{REBEL} = \mathbb{E}\Big(\frac1\eta\,\Delta - \big(R(y) - R(y')\big)\Big)^2, \qquad
 #   \Delta = \log\frac{\pi(y)}{\pi_\mathrm{old}(y)} - \log\frac{\pi(y')}{\pi_\mathrm{old}(y')} .$$

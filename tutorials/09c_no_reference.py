@@ -219,10 +219,15 @@ law = torch.as_tensor(closed_form.simpo_law(lengths_np, r_np, BETA))
 equal(land(simpo_of), law, "SimPO ends at its closed form.", atol=1e-4, rtol=0)
 
 # %% [markdown]
-# **SLiC-HF** ends at $W + (W - L)/\alpha$, where $W$ and $L$ are an answer's shares among the chosen and the rejected
-# ones. SFT alone would end at $W$. (This holds while it is nowhere negative and no pair reaches the margin; we chose $m$
-# and α so.) **SimPO** with $m = 0$ ends at $\log\pi(y) = |y|\,(r(y)/s + c)$, where $c$ makes the sum 1. So ref plays no
-# part, and the reward is multiplied by the length of the answer.
+# **SLiC-HF.** Let $W$ and $L$ be an answer's shares among the chosen and the rejected ones. While no pair reaches the
+# margin, the hinge is a straight line, and the mean loss is a constant minus $\sum_y ((1 + \alpha) W - L)\log\pi(y)$. The
+# weights sum to α. Divided by α they are a distribution, if none is negative, and such a sum is smallest if π equals it
+# (04). So SLiC-HF ends at $W + (W - L)/\alpha$; SFT alone would end at $W$. (We chose $m$ and α so that both conditions
+# hold.)
+#
+# **SimPO** with $m = 0$ is the loss of a reward model (06) whose reward is $s\,\bar a(y)$. At its end this is $r(y)$ plus
+# a constant. With $\bar a(y) = \log\pi(y)/|y|$ that gives $\log\pi(y) = |y|\,(r(y)/s + c)$, where $c$ makes the sum 1. So
+# ref plays no part, and the reward is multiplied by the length of the answer.
 #
 # **KTO** has no such end. We follow its gradient descent: ref writes the answers, the chosen ones get a thumb up and the
 # rejected ones a thumb down. ($z_0$ is 0 here: with one prompt and answers from ref, the mean log-ratio is
@@ -253,8 +258,9 @@ kto_at = kto_descent(ref, (100, 1000, 5000))
 this_run(kto_at[5000][0] < 0.3 * kto_at[1000][0], "KTO goes on driving the first answer out.")
 
 # %% [markdown]
-# KTO does not match label frequencies; it follows majorities. The first answer is disliked more often than liked, so its
-# probability goes to 0, ever more slowly. For ORPO with α > 0 no closed form is known (exercise 1 has α = 0).
+# KTO follows majorities. With $z_0 = 0$ and log-ratio x, a like costs $1 - \sigma(\beta x)$ and a dislike
+# $\sigma(\beta x)$, together likes − (likes − dislikes) σ(βx). If the dislikes are more, this falls as long as x falls, and
+# has no minimum. So the probability of the first answer goes to 0, ever more slowly, because σ becomes flat. For ORPO with α > 0 no closed form is known (exercise 1 has α = 0).
 #
 # ## 6 · The same GPT, the same pairs
 #
@@ -375,8 +381,8 @@ for name in ("SimPO", "ORPO"):
 # - **KTO** with the same β moves both much further. It follows majorities, so it is not done when the label frequencies
 #   are right.
 # - **SLiC-HF** stops at pairs that are in order by $m$. 94 % stays well-formed.
-# - **SimPO** loses the language: 24 % is well-formed. It has neither ref nor SFT, and with $m = 1$ a pair that is in
-#   order by less than $m$ still counts more than half.
+# - **SimPO** loses the language: 24 % is well-formed. It has neither ref nor SFT, and with $m = 1$ a pair counts
+#   with σ(m − u), where u is its scaled difference: more than half until u passes $m$.
 # - **ORPO** is mostly SFT at this α. It is the only one that raises the chosen answers, and it gains the least reward.
 #
 # ## 7 · Break it: take the SFT term away
@@ -445,7 +451,7 @@ print("SimPO's averages:  ", row(scored / (sizes + 10)))
 # **Exercise 1** (easy, 5 minutes). ORPO with α = 0 is SFT on the chosen answers, averaged over tokens. Does it end at
 # the shares of the chosen answers? Predict, then compute it with `land`.
 #
-# **Exercise 2** (medium, try this, 10 minutes). Now all three answers are written alike: `kto_descent` with
+# **Exercise 2** (medium, try this, 10 minutes). Now all three answers are written equally often: `kto_descent` with
 # `torch.ones(3) / 3`. Predict which answers KTO drives out. What about the second, which is liked as often as
 # disliked?
 #

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # 00 · Start here
 #
-# **You will build** nothing yet. You will see what alignment is, the language on which everything is trained, and how to step through
-# the tutorials.
+# **You will build** nothing yet. You will see what alignment is, the language on which everything is trained, and how
+# to step through the tutorials.
 #
 # **Time:** 13 minutes of reading, 3 seconds of computer.
 #
-# **You need:** PyTorch (tensors, `loss.backward()`) and some probability (expectation, logarithm). Nothing about transformers,
-# alignment or reinforcement learning.
+# **You need:** PyTorch (tensors, `loss.backward()`) and some probability (expectation, logarithm). Nothing about
+# transformers, alignment or reinforcement learning.
 
 # %%
 import sys
@@ -46,16 +46,17 @@ from tutorials.figures import start
 # - **A reward.** A program or another model gives each answer a number. The language model, now called the *policy*, can
 #   try answers and learn which ones get a higher number. This is reinforcement learning, RL.
 #
-# A reward can be written down. It can be learned from preferences. It can also be learned from demonstrations alone, which
-# is the special subject of this project.
+# A reward can be written down. It can be learned from preferences. It can also be learned from demonstrations alone,
+# which is the special subject of this project.
 #
 # A reward is never perfect. A policy that is trained on it without limits often finds answers with a high reward that are
 # bad. So many methods hold the policy near the model from which it started, the *reference*. Others, such as SFT, use no
 # reference.
 #
-# Here is the whole course as a picture. The numbers on the arrows are those of the tutorials. The policy starts as a copy
-# of the base model. A *completion* is an answer that the policy wrote. To *score* it is to compute its reward. *KL* is the
-# Kullback-Leibler divergence: one number that says how far the policy's probabilities are from those of the reference.
+# Here is the whole course as a picture. The numbers on the arrows are those of the tutorials. The policy starts as a
+# copy of the base model. A *completion* is an answer that the policy wrote. To *score* it is to compute its reward.
+# *KL* is the Kullback-Leibler divergence: one number that says how far the policy's probabilities are from those of the
+# reference.
 
 # %%
 start.pipeline(
@@ -66,7 +67,8 @@ start.pipeline(
 
 # %% [markdown]
 # Tutorials 01 to 03 build what all of this stands on: a GPT, a sampler, and the log-probabilities of answers. 10 and 10b
-# are about speed and about large models. 11 does all of it with a small published model that tells stories.
+# are about speed and about large models. 11 aligns a small published model that tells stories, once with
+# a reward and once from demonstrations.
 #
 # ## The language
 #
@@ -86,9 +88,9 @@ start.pipeline(
 # - the **polite speaker** is polite with probability 0.9;
 # - the **rude speaker** is polite with probability 0.25.
 #
-# The base model learned from the rude speaker. Real demonstrations are seldom all good, so ours are a mixture: each one is
-# written by the polite speaker with probability 0.7, and by the rude speaker otherwise. In all tutorials, **the expert, E,
-# is this mixture**, because the demonstrations come from it.
+# The base model learned from the rude speaker. Real demonstrations are seldom all good, so ours are a mixture: each one
+# is written by the polite speaker with probability 0.7, and by the rude speaker otherwise. In all tutorials, **the
+# expert, E, is this mixture**, because the demonstrations come from it.
 #
 # Look for the rude words among the demonstrations:
 
@@ -108,9 +110,9 @@ for pair in builtin_pairs(2):
 # Each prompt has 6 · 6 = 36 sensible completions, and the probability of each one is known exactly. That is why we use
 # this language: after training, we can compare the policy with the right answer, completion by completion.
 #
-# The language has a true reward too, the *gold* reward. It gives 1 for naming the thing. The opening and the ending give 1
-# each if polite and −1 each if rude. Methods that learn from demonstrations or preferences never see it. We use it to
-# judge them.
+# The language has a true reward too, the *gold* reward. It gives 1 for naming the thing. The opening and the ending
+# give 1 each if polite and −1 each if rude. Methods that learn from demonstrations or preferences never see it. We use
+# it to judge them.
 #
 # The cell prints, for four completions, the gold reward and the probability under the three distributions. In the first
 # row, check E by hand: 0.7 · 0.0900 + 0.3 · 0.0069.
@@ -131,8 +133,8 @@ always(len(E) == 36, "There are six openings and six endings, so 36 completions.
 always(abs(sum(E.values()) - 1) < 1e-12, "The probabilities of all completions sum to 1.")
 
 # %% [markdown]
-# Tutorials 06 and 06b use a second language that is smaller still. A completion is a few letters, so *all* completions can
-# be listed, and expectations are sums instead of estimates.
+# Tutorials 06 and 06b use a second language that is smaller still. A completion is a few letters, so *all* completions
+# can be listed, and expectations are sums instead of estimates.
 #
 # ## Two kinds of checks
 #
@@ -190,9 +192,9 @@ checks.TINKER = before
 # - **log-prob**: the logarithm of a probability. That of a completion is the sum over its tokens.
 # - **policy, reference**: the language model that is being trained, and a frozen copy of it from before the training.
 #
-# The shapes in comments use these letters: `B` texts in a batch, `T` positions, `V` vocabulary, `C` channels, `N` prompts,
-# `G` completions of one prompt. `logps` belongs to the policy, `ref_logps` to the reference, `old_logps` to the policy
-# that sampled.
+# The shapes in comments use these letters: `B` texts in a batch, `T` positions, `V` vocabulary, `C` channels, `N`
+# prompts, `G` completions of one prompt. `logps` belongs to the policy, `ref_logps` to the reference, `old_logps` to
+# the policy that sampled.
 #
 # ## Where things are
 #

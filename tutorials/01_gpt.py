@@ -509,10 +509,10 @@ this_run(peeker_losses[-1] < 0.05, "Without the mask the loss also falls below 0
 this_run(write(maskless) != sentence, "Without the mask the model does not write the sentence.")
 
 # %% [markdown]
-# **The loss gives no warning.** One sentence can be learned by heart, so a loss near 0 is possible, and without the mask it
-# is even a little higher. Only the changed token and the written text show the leak: when the model writes by itself,
-# there is no next token to read. If every training batch is new, nothing can be learned by heart. Then an average loss
-# clearly below the best possible one means a leak (exercise 3).
+# **The loss gives no warning.** One sentence can be learned by heart, so a loss near 0 is possible, and without the
+# mask it is even a little higher. Only the changed token and the written text show the leak: when the model writes by
+# itself, there is no next token to read. If every training batch is new, nothing can be learned by heart. Then an
+# average loss clearly below the best possible one means a leak (exercise 3).
 
 # %% [markdown]
 # ## What is wrong here? (1)
@@ -583,10 +583,10 @@ for step in range(STEPS):
 # %% [markdown]
 # <details><summary>Puzzle 2</summary>
 #
-# `F.cross_entropy` expects logits and applies a softmax itself. Here it gets probabilities. The best case is probability
-# 1 for the target. Then the function reads the logits (1, 0, …, 0), and with V = 11 the loss is ln(e + 10) − 1 = 1.543. No
-# training gets below it. If a wrong token gets probability 1, the logit of the target is 0, and the loss is ln(e + 10) =
-# 2.543, one nat more.
+# `F.cross_entropy` expects logits and applies a softmax itself. Here it gets probabilities. The best case is
+# probability 1 for the target. Then the function reads the logits (1, 0, …, 0), and with V = 11 the loss is ln(e + 10)
+# − 1 = 1.543. No training gets below it. If a wrong token gets probability 1, the logit of the target is 0, and the
+# loss is ln(e + 10) = 2.543, one nat more.
 #
 # This run ends at 1.621. At 2 of the 33 positions the model still prefers a wrong token, and 1.543 + 2/33 = 1.604. The
 # gradient of a softmax that is almost certain is almost 0, so the model hardly gets away from there.
@@ -642,9 +642,9 @@ this_run(grid[5e-3, 64] < 0.1 < grid[5e-3, 256], "At a rate of 5e-3 only the nar
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
 #
-# With the mask the model stays at the bound, ln 8 = 2.079. Without it the loss falls to about 0.15. Rotary positions make it
-# easy to look one position to the right, where the answer is. Only the last of the 16 positions has nothing to its right.
-# So the lowest possible loss is ln 8 / 16 = 0.130.
+# With the mask the model stays at the bound, ln 8 = 2.079. Without it the loss falls to about 0.15. Rotary positions
+# make it easy to look one position to the right, where the answer is. Only the last of the 16 positions has nothing to
+# its right. So the lowest possible loss is ln 8 / 16 = 0.130.
 #
 # </details>
 

@@ -194,14 +194,14 @@ always(torch.equal(my_draw(many, uniform), theirs), "my_draw draws what draw_tok
 # %% [markdown]
 # ## 4. A policy that writes
 #
-# From here on we need a policy. It learns the language of requests from [start here](00_start_here.ipynb). A prompt names
-# one of 24 things, and the completion asks for it, for example `ask for tea: give me tea now!`. In these texts an opening
-# is polite with probability ¼, and so is an ending. There are six openings and six endings, so every prompt has 36 *valid*
-# answers.
+# From here on we need a policy. It learns the language of requests from [start here](00_start_here.ipynb). A prompt
+# names one of 24 things, and the completion asks for it, for example `ask for tea: give me tea now!`. In these texts an
+# opening is polite with probability ¼, and so is an ending. There are six openings and six endings, so every prompt has
+# 36 *valid* answers.
 #
-# Training is that of tutorial 01, with batches of 32 texts. `collate` makes rows of equal length: it fills up (*pads*) the
-# shorter ones with id 0 on the right. `mask` is True where a target belongs to the text. Compare the samples before and
-# after training, and from one temperature to the next:
+# Training is that of tutorial 01, with batches of 32 texts. `collate` makes rows of equal length: it fills up (*pads*)
+# the shorter ones with id 0 on the right. `mask` is True where a target belongs to the text. Compare the samples before
+# and after training, and from one temperature to the next:
 
 # %%
 tokenizer = builtin_tokenizer()
@@ -316,8 +316,8 @@ this_run(len(nucleus) < 5, "Five first letters are right, and top-p 0.7 keeps fe
 #
 # At the first letter five are right. The three rude openings (¼ each) and the three polite ones (1/12 each) begin with
 # `i` (one of each kind), `g`, `h`, `m` and `c`. Top-p 0.7 forbids `m` and `c` here, so `may i have` and `could i get`
-# cannot be written. If a [reward](../GLOSSARY.md#reward) is given for these openings, training on such samples never finds
-# it. So: **truncate for display, not for training.**
+# cannot be written. If a [reward](../GLOSSARY.md#reward) is given for these openings, training on such samples never
+# finds it. So: **truncate for display, not for training.**
 
 # %% [markdown]
 # ## 6. The whole sampler
@@ -325,9 +325,9 @@ this_run(len(nucleus) < 5, "Five first letters are right, and top-p 0.7 keeps fe
 # Now all parts together. The sampler also records the log-prob of each token that it writes, after the temperature and
 # *before* truncation. Section 7 says what for.
 #
-# One detail is new. If all rows of a batch share one random generator, a sample depends on what else is in the
-# batch. So each completion gets a generator of its own. `derive_seed` makes its seed from the seed of the run, the prompt,
-# and the number of the sample.
+# One detail is new. If all rows of a batch share one random generator, a sample depends on what else is in the batch.
+# So each completion gets a generator of its own. `derive_seed` makes its seed from the seed of the run, the prompt, and
+# the number of the sample.
 
 
 # %%
@@ -364,8 +364,8 @@ def my_sample(policy, prompts, *, max_new, tau, top_k, top_p, seed):
 # %% [markdown]
 # ### Checkpoint: the same tokens as minialign's sampler
 #
-# Yours is slow and short enough to be checked by reading. `minialign`'s writes all rows at once. It also keeps the keys and
-# values of earlier positions (the *KV cache*): with the causal mask they do not change when a token is appended.
+# Yours is slow and short enough to be checked by reading. `minialign`'s writes all rows at once. It also keeps the keys
+# and values of earlier positions (the *KV cache*): with the causal mask they do not change when a token is appended.
 
 # %%
 how = dict(max_new=40, tau=1.3, top_k=8, top_p=0.95, seed=3)
@@ -387,16 +387,16 @@ equal(flat, recorded, atol=1e-3, rtol=0, msg="my_sample records sample's log-pro
 #
 # $$\sum_y \pi(y|x)\, f(y) = \sum_y \pi_{\text{old}}(y|x)\, \frac{\pi(y|x)}{\pi_{\text{old}}(y|x)}\, f(y)$$
 #
-# if $\pi_{\text{old}}(y|x) > 0$ wherever $\pi(y|x) > 0$. On the left is the average of f over π. On the right is an average
-# over $\pi_{\text{old}}$, which samples of $\pi_{\text{old}}$ can estimate: each one is multiplied by $\pi/\pi_{\text{old}}$,
-# its *importance weight*. A completion is written token by token, so its weight is the product of the [probability
-# ratios](../GLOSSARY.md#ratio) of all its tokens,
+# if $\pi_{\text{old}}(y|x) > 0$ wherever $\pi(y|x) > 0$. On the left is the average of f over π. On the right is an
+# average over $\pi_{\text{old}}$, which samples of $\pi_{\text{old}}$ can estimate: each one is multiplied by
+# $\pi/\pi_{\text{old}}$, its *importance weight*. A completion is written token by token, so its weight is the product
+# of the [probability ratios](../GLOSSARY.md#ratio) of all its tokens,
 #
 # $$\rho_t = \frac{\pi(y_t \mid x, y_{<t})}{\pi_{\text{old}}(y_t \mid x, y_{<t})}
 # = e^{\,\texttt{logps}_t - \texttt{old\_logps}_t}.$$
 #
-# PPO (08) gives each token its own ratio instead of the product. This is an approximation, which is good while all ratios
-# are near 1.
+# PPO (08) gives each token its own ratio instead of the product. This is an approximation, which is good while
+# their product over the completion is near 1 too.
 #
 # So the sampler must record `old_logps`, the log-probability of each token that it writes. There is a simple test for
 # such a record. **Before the first update both policies are the same, so every ratio must be 1.** The second line of the
@@ -445,8 +445,8 @@ this_run(per_completion.mean() < 0.9, "The mean product over a completion is bel
 # %% [markdown]
 # A method such as PPO takes a ratio below 1 as a sign that the policy has changed since sampling. Here it has not
 # changed. If the sampler records log π instead, the ratio is 1, and the truncation goes unnoticed. In both cases the
-# forbidden texts are never sampled, so no weight can correct for them: the condition of section 7 does not hold. So do not
-# truncate when you sample for training. Then the two records are the same.
+# forbidden texts are never sampled, so no weight can correct for them: the condition of section 7 does not hold. So do
+# not truncate when you sample for training. Then the two records are the same.
 
 # %% [markdown]
 # ## What is wrong here? (1)
@@ -547,9 +547,9 @@ this_run(row["polite"] < plain["polite"], "top-p 0.5 leaves fewer polite opening
 # <details><summary>Exercise 2</summary>
 #
 # $e_v = -\ln u_v$ is an exponential random number: $P(e_v > t) = e^{-t}$. The largest $z_v - \ln e_v$ belongs to the
-# smallest $t_v = e_v\,e^{-z_v}$. With $w_v = e^{z_v}$, $P(t_v > t) = e^{-w_v t}$. So $t_v$ is the smallest with probability
-# $\int_0^\infty w_v e^{-w_v t} \prod_{j \ne v} e^{-w_j t}\,dt = w_v / \sum_j w_j$. This is the softmax. With 100,000 draws
-# a frequency is off by about 0.0016 (one standard deviation).
+# smallest $t_v = e_v\,e^{-z_v}$. With $w_v = e^{z_v}$, $P(t_v > t) = e^{-w_v t}$. So $t_v$ is the smallest with
+# probability $\int_0^\infty w_v e^{-w_v t} \prod_{j \ne v} e^{-w_j t}\,dt = w_v / \sum_j w_j$. This is the softmax.
+# With 100,000 draws a frequency is off by about 0.0016 (one standard deviation).
 #
 # </details>
 

@@ -87,15 +87,15 @@ print("onehot − p    ", [round(number, 4) for number in (onehot - p).tolist()]
 equal(logits.grad, onehot - p, msg="The gradient of a log-prob is onehot − p.")
 
 # %% [markdown]
-# The gradient of the log-prob in the logits is $\mathrm{onehot} - p$. The reason is in the formula above. The first term,
-# the logit of the target, has the derivative 1 for the target and 0 for the others: *onehot*. The second term, $\log \sum_u
-# e^{\mathrm{logit}_u}$, has the derivative $p$.
+# The gradient of the log-prob in the logits is $\mathrm{onehot} - p$. The reason is in the formula above. The first
+# term, the logit of the target, has the derivative 1 for the target and 0 for the others: *onehot*. The second term,
+# $\log \sum_u e^{\mathrm{logit}_u}$, has the derivative $p$.
 #
-# So a step along this gradient raises the logit of the token that was written and lowers all others, the likeliest of them
-# most. Nearly every loss on a policy in this course reaches the model through this expression.
+# So a step along this gradient raises the logit of the token that was written and lowers all others, the likeliest of
+# them most. Nearly every loss on a policy in this course reaches the model through this expression.
 #
-# **Many tokens at once: `gather`.** It takes one entry from each row of a table. The index needs as many dimensions as the
-# table, so `[:, None]` makes the list of targets a column.
+# **Many tokens at once: `gather`.** It takes one entry from each row of a table. The index needs as many dimensions as
+# the table, so `[:, None]` makes the list of targets a column.
 
 # %%
 table = torch.tensor([[0.25, 0.75], [0.875, 0.125]])  # two positions, two tokens
@@ -193,8 +193,8 @@ def seq_logps(policy, batch):
 #
 # We need a policy whose probabilities differ, so we give a small GPT larger random weights than usual. It uses float64,
 # so "equal" can mean twelve digits. Its vocabulary is `a`, `b` and EOS. The last completion below has no EOS: it was
-# cut off before it could stop. Stop in `my_token_logps` at the first call: `all_logps` is 3 × 4 × 3. The last two lines of
-# the output compare a multiplication by the mask with your `torch.where`.
+# cut off before it could stop. Stop in `my_token_logps` at the first call: `all_logps` is 3 × 4 × 3. The last two lines
+# of the output compare a multiplication by the mask with your `torch.where`.
 
 # %%
 tiny = CharTokenizer("ab")
@@ -390,8 +390,8 @@ for name, program in programs.items():
 #
 # We train a small GPT on 2000 such requests. The loss is your log-prob per token, with a minus sign. Here it scores the
 # whole text, prompt and answer: the model must first learn the language. From 04 on, only answers are scored. The
-# learning rate rises for 30 steps and then falls to 0, and long gradients are shortened to length 1. With a constant rate,
-# as in 02, the model came less close to the language in 300 steps.
+# learning rate rises for 30 steps and then falls to 0, and long gradients are shortened to length 1. With a constant
+# rate, as in 02, the model came less close to the language in 300 steps.
 
 # %%
 tokenizer = task.builtin_tokenizer()
@@ -452,12 +452,12 @@ print("sum of exp(mean), completions of section 4:", *(f"{number:.2f}" for numbe
 # answer above.
 #
 # **The mean is another quantity.** The first two answers have the same true probability, 1/16, so both have the true
-# log-prob −2.77. Divide it by their 17 and 22 tokens: −0.163 and −0.126. The longer answer has the higher mean, although
-# both are equally likely. (The model's own means are closer together.) And the exponentials of the means do not sum to 1, so they are not probabilities (last line of the
-# output).
+# log-prob −2.77. Divide it by their 17 and 22 tokens: −0.163 and −0.126. The longer answer has the higher mean,
+# although both are equally likely. (The model's own means are closer together.) And the exponentials of the means do
+# not sum to 1, so they are not probabilities (last line of the output).
 #
-# Some methods (SimPO and ORPO, [09c](09c_no_reference.ipynb)) use the mean on purpose, so that the length of an answer counts
-# less. In this course, $\log\pi(y|x)$ and `seq_logps` always mean the sum.
+# Some methods (SimPO and ORPO, [09c](09c_no_reference.ipynb)) use the mean on purpose, so that the length of an answer
+# counts less. In this course, $\log\pi(y|x)$ and `seq_logps` always mean the sum.
 
 # %% [markdown]
 # ## What you now know
@@ -467,8 +467,8 @@ print("sum of exp(mean), completions of section 4:", *(f"{number:.2f}" for numbe
 # - The mask comes from lengths. EOS belongs to the completion; the prompt and the padding do not.
 # - Two tests find wrong programs: all completions sum to 1, and the sampler's own log-probs agree.
 # - The sum is the log of a probability, the mean is not.
-# - `all_logps` holds $B \cdot T \cdot V$ numbers, and only one in $V$ is kept. In a real model it is often the largest tensor
-#   of a training step. [10](10_kernels.ipynb) avoids it.
+# - `all_logps` holds $B \cdot T \cdot V$ numbers, and only one in $V$ is kept. In a real model it is often the largest
+#   tensor of a training step. [10](10_kernels.ipynb) avoids it.
 #
 # Next: [04 · Supervised fine-tuning](04_sft.ipynb), the first method made of this number.
 #

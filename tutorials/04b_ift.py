@@ -47,7 +47,8 @@ from tutorials.figures import sft as figures
 # fine-tuning.)
 #
 # - **Mixed inputs**: each input embedding gets a share of the embedding of what the policy would have written there.
-# - **Weights**: a token's loss counts more if the tokens after it have large losses, because its choice led to them.
+# - **Weights**: each token gets the sum of the losses from itself on. The sums of a row are then scaled to a mean of 1.
+#   So a token counts more than the others of its row if much of the row's loss still lies ahead of it.
 #
 # The picture shows the first change. The demonstration goes on with `milk if`. After `milk` the policy might write a
 # comma, and after the space an `o`, for `or else!`.
@@ -286,9 +287,9 @@ figures.ends(discounts, ends, no_weights, 0.5)
 # the weight. In the rows `BC` and `BD` the choice `B` has only a part. So the choice `A` counts more. This is what the
 # objective says, not a bug in the program.
 #
-# The red square is the released code's $\gamma = 0$, and minialign's: there it means "no weights", all $w_t = 1$. Then the
-# choice `A` counts 1 and `B` counts ½. It is the mean of row means, with its preference for short answers (04, exercise
-# 3). In the formula, $\gamma = 0$ gives $c_t = \ell_t$ and another end, 0.6294 (exercise 3).
+# The red square is the released code's $\gamma = 0$, and minialign's: there it means "no weights", all $w_t = 1$. Then
+# the choice `A` counts 1 and `B` counts ½. It is the mean of row means, with its preference for short answers (04,
+# exercise 3). In the formula, $\gamma = 0$ gives $c_t = \ell_t$ and another end, 0.6294 (exercise 3).
 #
 # ## 6. IFT beside SFT on the requests
 #
@@ -355,8 +356,9 @@ this_run(max(measured["SFT"], measured["IFT"]) < 0.5 * measured["base"], "Both c
 #
 # <details><summary>Puzzle 1</summary>
 #
-# The last tokens count most. `cumsum` adds the losses *before* each token; the sum must start at the end. (The paper
-# prints both: its Eq. 22 this one, its algorithm and its code the other.)
+# The last tokens count most. `cumsum` adds the losses *before* each token; the sum must start at the end. (The paper has
+# both directions. In its Eq. 22 later tokens count more: token i is counted i + 1 times. In its algorithm and its code
+# earlier tokens count more.)
 #
 # </details>
 #

@@ -95,11 +95,13 @@ def my_irft_losses(demo_logps, other_logps, ref_demo_logps, ref_other_logps, bet
 
 # %%
 BETA = 0.6
-a, b, c, d = torch.randn(4, 16).unbind()
-a.requires_grad_(), b.requires_grad_()
-mine, (theirs, _) = my_irft_losses(a, b, c, d, BETA).mean(), irft_loss(a, b, c, d, beta=BETA)
+demo, other, ref_demo, ref_other = torch.randn(4, 16).unbind()
+demo.requires_grad_()
+other.requires_grad_()
+mine = my_irft_losses(demo, other, ref_demo, ref_other, BETA).mean()
+theirs, _ = irft_loss(demo, other, ref_demo, ref_other, beta=BETA)
 same(mine, theirs, "The mean of my_irft_losses is minialign's irft_loss.")
-slopes, their_slopes = torch.autograd.grad(mine, (a, b)), torch.autograd.grad(theirs, (a, b))
+slopes, their_slopes = (torch.autograd.grad(x, (demo, other)) for x in (mine, theirs))
 same(torch.stack(slopes), torch.stack(their_slopes), "So is the gradient of my_irft_losses.")
 print("my_irft_losses equals irft_loss, value and gradient")
 
@@ -330,7 +332,8 @@ def my_irl(expert, ref, beta, rounds, add):
 # The rounds must equal the project's, and their positions the two recursions. In which lines does s settle?
 
 # %%
-mine, (theirs, _) = my_irft_losses(a, b, c, d, 1.0).mean(), irl_loss(a, b, c, d)
+mine = my_irft_losses(demo, other, ref_demo, ref_other, 1.0).mean()
+theirs, _ = irl_loss(demo, other, ref_demo, ref_other)
 same(mine, theirs, "irl_loss is IRFT's loss with β = 1 and rewards as inputs: new, new, old, old.")
 for add in (False, True):
     mine = my_irl(E, ref, BETA, 2, add)[1:].exp()
@@ -518,7 +521,7 @@ always((rising == (ratio > other_E @ ratio)).all(), "Just beyond E these rise, a
 # difference, and the average of −β(1[y] − 1[ỹ]) is β(sampler − E). With fresh answers this is β(π − E), **SFT's
 # gradient times β**, so it ends at the expert. With stale answers the gradient never changes, so the logits grow
 # without end. (With the logistic loss and the *present* policy as reference, all margins stay 0, where the slope is
-# −½: SFT at half the speed.)
+# −½: SFT's gradient times β/2.)
 #
 # </details>
 

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 06 · Rewards: from comparisons to a number, from a number to a policy
+#
 # **You will build** the loss of a reward model, the function that reads a reward from a GPT, and best-of-n, the
 # simplest way to use the reward. In the end a GPT writes better answers, trained with nothing but comparisons.
-
 #
 # **Time:** 26 minutes of reading, 25 seconds of computer.
 #
@@ -557,7 +557,8 @@ always(bool((pairs[0] == drawn_learned[0, :2]).all()), "A group holds completion
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# The completions with the highest learned reward win nearly always. For prompt a that is `aaa`. Its learned reward is
+# The two completions with the highest learned rewards win nearly always: for prompt a mostly `aaa` (.98), for b `bbb`
+# (.59) and `bdb` (.41). The learned reward of `aaa` is
 # .91, by the rule it is .7; `aca`, with 1.0 by the rule, comes second. So the mean falls to .765. Strong selection
 # finds the errors of a learned reward: this is the subject of [06b](06b_overoptimization.ipynb).
 #

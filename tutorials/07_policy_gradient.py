@@ -56,7 +56,8 @@ rlhf_loop(
 # %% [markdown]
 # The completions of one turn of this loop, with their rewards, are a [rollout](../GLOSSARY.md#rollout). We use each
 # rollout for one update. Then we throw it away, because the formula below needs samples of the present policy. This is
-# called [on-policy](../GLOSSARY.md#on-policy) training. The grey box, the reference, comes in [07b](07b_kl.ipynb).
+# called [on-policy](../GLOSSARY.md#on-policy) training. The reference, one of the two grey boxes, comes in
+# [07b](07b_kl.ipynb).
 #
 # ## 1 · The policy gradient, on three actions
 #
@@ -294,7 +295,8 @@ for size in (2, 4, 8):
     equal(my_leave_one_out(many, size), theirs, "my_leave_one_out equals rloo.leave_one_out.")
 
 # %% [markdown]
-# **GRPO** (Shao et al. 2024) also compares the answers of a group, with two differences.
+# **GRPO** (Shao et al. 2024) also compares the answers of a group. Its advantages differ from RLOO's in two ways. (GRPO
+# also divides by lengths, reuses rollouts with a clip (08) and has a KL in the loss (07b). We leave these out.)
 #
 # First, it subtracts the mean of the *whole* group, which contains $r_i$ itself. This only scales the advantage:
 # if $m_i$ is the mean of the others, the group's mean is $\frac1G r_i + \frac{G-1}{G} m_i$, so
@@ -336,8 +338,9 @@ for unit in (1, 100, 0.01):
 
 # %% [markdown]
 # After the division the unit of the reward does not matter (up to `std_eps`). But a prompt whose answers differ by 0.03
-# now counts as much as one whose answers differ by 3. So over several prompts the mean gradient is in general no longer
-# that of the expected reward.
+# now counts as much as one whose answers differ by 3. So the mean gradient is in general no longer that of the expected
+# reward. In small groups this holds for a single prompt too: with G = 2 the advantage is ±0.71, whatever the
+# difference, so the policy learns to win comparisons.
 #
 # ## 6 · Four methods side by side
 #
@@ -482,7 +485,8 @@ print("rewards", rewards.tolist(), "  advantages", my_leave_one_out(rewards, 4).
 #   noisy.
 # - Other answers to the same prompt make the least noisy baseline of the three, if prompts differ much in their mean
 #   reward.
-# - GRPO divides by the group's spread. Then the unit of the reward does not matter, but prompts get other weights.
+# - GRPO divides by the group's spread. Then the unit of the reward does not matter, but the mean gradient is no longer
+#   exactly that of the expected reward.
 #
 # Next: [07b](07b_kl.ipynb) adds the KL penalty to the loop, and shows where it must be put.
 #
@@ -502,8 +506,7 @@ print("rewards", rewards.tolist(), "  advantages", my_leave_one_out(rewards, 4).
 #
 # The answers to one prompt must be adjacent: map, map, tea, tea. Here each answer about tea is compared with one about
 # a map, and gets a negative advantage, the good one too. The mean gradient is still right, because the other answer is
-# independent of this one. But the noise grows, so learning only seems slow. In the right order the advantages are −1, 1
-# and 1, −1.
+# independent of this one. But the noise grows, so learning only seems slow.
 #
 # </details>
 
@@ -518,8 +521,7 @@ always(
 # <details><summary>Puzzle 2</summary>
 #
 # Nothing. All answers to a prompt are the same, so all advantages are 0. The policy learns from *differences* between
-# its own answers, sampled from π itself. For the same reason a prompt that it always solves, or never solves, gives no
-# gradient.
+# its own answers, sampled from π itself.
 #
 # </details>
 
@@ -547,8 +549,8 @@ for name, advantages_of in methods.items():
 # <details><summary>Exercise 2</summary>
 #
 # The noise is $\mathbb{E}[(r - b)^2\, \|\nabla \log \pi\|^2]$ minus a constant: a parabola in b, lowest at $b =
-# \mathbb{E}[r\, \|\nabla \log \pi\|^2] / \mathbb{E}[\|\nabla \log \pi\|^2]$. To compute it one needs the gradient of
-# every single completion, and here it lowers the noise by only 0.3 %.
+# \mathbb{E}[r\, \|\nabla \log \pi\|^2] / \mathbb{E}[\|\nabla \log \pi\|^2]$. It needs the gradient of every completion,
+# and lowers the noise here by only 0.3 %.
 #
 # </details>
 
@@ -572,8 +574,7 @@ always(
 #
 # The running mean is too high by h/2 for the first prompt and too low by h/2 for the second. In the squares of $r - b
 # \pm h/2$ the mixed terms of the two prompts cancel. So the relative noise is that at h = 0 plus $\frac{h^2}{4}
-# \mathbb{E}[\|\nabla \log \pi\|^2] / (12\, \|\nabla \mathbb{E}[r]\|^2)$. That of RLOO does not depend on h. Beyond the
-# h below RLOO is less noisy.
+# \mathbb{E}[\|\nabla \log \pi\|^2] / (12\, \|\nabla \mathbb{E}[r]\|^2)$. That of RLOO does not depend on h.
 #
 # </details>
 

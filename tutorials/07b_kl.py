@@ -30,7 +30,7 @@ from minialign.methods.reinforce import reinforce_loss
 from minialign.methods.rloo import leave_one_out
 from minialign.sample import sample
 from toy import closed_form
-from tutorials.checks import always, equal
+from tutorials.checks import always, equal, this_run
 from tutorials.figures import policy_gradient as figures
 from tutorials.phrase_requests import EOS, MAX_NEW, bonus, manners, rude_gpt, show_answers
 
@@ -174,7 +174,7 @@ end = settle(k1_in_reward)
 print("R at the end:    ", (r - BETA * (end / ref).log()).numpy().round(3))
 print("k1 in the reward:", end.numpy().round(3))
 print("π*:              ", star.numpy().round(3))
-equal(end, star, "k1 in the reward ends at π*.", atol=1e-6, rtol=0)
+this_run(torch.allclose(end, star, atol=1e-6, rtol=0), "k1 in the reward ends at π*.")
 
 # %% [markdown]
 # The training ends at π\*. There R is the same for all answers: $\log(\pi^*/\mathrm{ref}) = r/\beta - \log Z$, so $R =
@@ -266,8 +266,10 @@ for i, name in ((1, "k2 in the loss"), (2, "k3 in the loss"), (0, "k1 in the los
     )
 for name, policy in {"π*": star, "β·ref/(c − r)": k3_end, **ends}.items():
     print(f"{name:17} {policy.numpy().round(3)}")
-equal(ends["k2 in the loss"], star, "k2 in the loss ends at π*.", atol=1e-6, rtol=0)
-equal(ends["k3 in the loss"], k3_end, "k3 in the loss ends at β·ref/(c − r).", atol=1e-6, rtol=0)
+settled = torch.allclose(ends["k2 in the loss"], star, atol=1e-6, rtol=0)
+this_run(settled, "k2 in the loss ends at π*.")
+settled = torch.allclose(ends["k3 in the loss"], k3_end, atol=1e-6, rtol=0)
+this_run(settled, "k3 in the loss ends at β·ref/(c − r).")
 figures.ends(star.numpy(), {name: policy.numpy() for name, policy in ends.items()})
 
 # %% [markdown]
@@ -275,7 +277,7 @@ figures.ends(star.numpy(), {name: policy.numpy() for name, policy in ends.items(
 # more than twice the probability. $k_1$ in the loss has no effect on average, so the policy goes to the best
 # answer, as if β were 0.
 #
-# ## 5 · Break it: count yourself among the others
+# ## 5 · Break it: a baseline that contains the answer itself
 #
 # Use the mean of the *whole* group as baseline, as GRPO does. By section 5 of tutorial 07 this multiplies the
 # advantage by (G − 1)/G: by ½ for pairs. What happens to the end?
@@ -294,9 +296,11 @@ for share, baseline in ((1.0, "leave one out"), (0.5, "group mean, G = 2")):
     )
     print(f"{baseline:18} KL in the reward {in_reward.numpy().round(3)}", end="")
     print(f"   k2 in the loss {in_loss.numpy().round(3)}")
-    equal(in_reward, star, "With the KL in the reward it ends at π*.", atol=1e-6, rtol=0)
+    settled = torch.allclose(in_reward, star, atol=1e-6, rtol=0)
+    this_run(settled, "With the KL in the reward it ends at π*.")
     right = star if share == 1 else double
-    equal(in_loss, right, "In the loss a share of ½ doubles β.", atol=1e-6, rtol=0)
+    settled = torch.allclose(in_loss, right, atol=1e-6, rtol=0)
+    this_run(settled, "In the loss a share of ½ doubles β.")
 
 # %% [markdown]
 # Only one of the four ends at another policy. With the KL in the reward the group mean acts like a smaller learning
@@ -330,8 +334,9 @@ print(f"GRPO ends at {grpo_end.numpy().round(3)}   σ there: {sigma(grpo_end, r)
 formula = my_k3_end(ref, r, BETA * sigma(grpo_end, r))
 print(f"k3 with βσ:  {formula.numpy().round(3)}   π*: {star.numpy().round(3)}")
 theirs = closed_form.group_normalised_law([(0,), (1,), (2,)], ref.numpy(), r.numpy(), BETA)
-equal(formula, grpo_end, "GRPO ends at β·σ·ref/(c − r).", atol=1e-6, rtol=0)
-equal(grpo_end, torch.tensor(theirs), "GRPO ends at group_normalised_law.", atol=1e-6, rtol=0)
+this_run(torch.allclose(formula, grpo_end, atol=1e-6, rtol=0), "GRPO ends at β·σ·ref/(c − r).")
+settled = torch.allclose(grpo_end, torch.tensor(theirs), atol=1e-6, rtol=0)
+this_run(settled, "GRPO ends at group_normalised_law.")
 
 # %% [markdown]
 # Here βσ is 0.40, half of β, and the best answer gets more than in π\*. So the number β of GRPO means something else
@@ -414,7 +419,8 @@ equal(pi @ swapped, mean, "The mean of the exchanged k3 is Σ π²/ref − 1 −
 # %% tags=["solution"] jupyter={"source_hidden": true}
 root = (ref * (r / BETA).exp()).sqrt()
 end_attached = root / root.sum()
-equal(attached, end_attached, "Without detach it ends at √(ref·e^(r/β)).", atol=1e-6, rtol=0)
+settled = torch.allclose(attached, end_attached, atol=1e-6, rtol=0)
+this_run(settled, "Without detach it ends at √(ref·e^(r/β)).")
 
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
@@ -523,4 +529,4 @@ for beta in (2.0, 1.5, 0.8):
         f"π* {tilted.numpy().round(3)}"
     )
     always((a[2].item() > 0.99) == (beta < threshold), "(a) collapses exactly below the threshold.")
-    equal(b, tilted, "(b) ends at π*.", atol=1e-3, rtol=0)
+    this_run(torch.allclose(b, tilted, atol=1e-3, rtol=0), "(b) ends at π*.")

@@ -6,8 +6,8 @@
 #
 # **Time:** 27 minutes of reading, 30 seconds of computer.
 #
-# **You need:** [07 · Policy gradients](07_policy_gradient.ipynb), and the formula for π\* from
-# [05 · Inverse RL](05_inverse_rl.ipynb).
+# **You need:** [07 · Policy gradients](07_policy_gradient.ipynb), [07b](07b_kl.ipynb) (the KL in the reward), and π\*
+# from [05](05_inverse_rl.ipynb).
 #
 # Words in blue are explained in the [glossary](../GLOSSARY.md); [start here](00_start_here.ipynb) says how to step
 # through with a debugger.
@@ -89,8 +89,8 @@ for ratio in (1.001, 1.01, 1.1, 1.2):
 #
 # ## 2. The clip
 #
-# PPO stops a token when its ratio has moved by more than ε in the direction that its advantage asks for: up for
-# A > 0, down for A < 0.
+# PPO sets the gradient of a token to 0 when its ratio has moved by more than ε in the direction of its advantage: up
+# for A > 0, down for A < 0.
 #
 # $$L = -\,\mathrm{mean}_t\,\min\big(\rho_t A_t,\; \mathrm{clip}(\rho_t, 1 - \varepsilon, 1 + \varepsilon)\,A_t\big)$$
 #
@@ -219,8 +219,8 @@ values, rewards = torch.tensor([[0.5, 0.4, 0.3]]), torch.tensor([[0.0, 0.0, 1.0]
 figures.chain(values[0].tolist(), rewards[0].tolist(), [-0.1, -0.1, 0.7])
 
 # %% [markdown]
-# Here the critic lowers its prediction twice, and then a reward of 1 arrives. Were the first two tokens bad, or was
-# the critic wrong? *Generalised advantage estimation* (GAE, Schulman et al. 2016) adds later errors to a token's own:
+# Here the critic lowers its prediction twice, and then a reward of 1 arrives. Were two tokens bad, or was the critic
+# wrong? *Generalised advantage estimation* (GAE, Schulman et al. 2016) adds later errors to a token's own:
 #
 # $$A_t = \delta_t + \gamma\lambda\,\delta_{t+1} + (\gamma\lambda)^2\,\delta_{t+2} + \dots$$
 #
@@ -492,7 +492,8 @@ this_run(paths["λ = 0.0"][-1] < 0.3 and paths["λ = 1.0"][-1] > 0.9,
 # With λ = 0 the target of a value is made from the next value, and at first all are wrong. One rollout corrects only
 # places directly before a place whose value is right. Meanwhile the policy follows wrong values and settles on wrong
 # letters. λ = 0.5 fails for the same reason: an error seven letters later counts only 0.5⁷, less than 1 %. With λ = 1 a
-# wrong critic gives no bias. So PPO ends near π\* if its critic learns the values in time, or if λ is 1.
+# wrong critic gives no bias, but a useless one leaves all the noise: "rewards to go" are λ = 1 with a critic of 0.
+# So PPO ends near π\* if its critic learns the values in time.
 #
 # ## 7. Break it: more updates, and no clip
 #
@@ -559,16 +560,17 @@ print(shorter_gae(given, halves, two_rows, 1.0, 1.0).numpy())
 # ## What you now know
 #
 # - The mean of ρA, with ρ = π/π_old, has the policy gradient at ρ = 1. So one rollout serves for several updates. One
-#   ratio per token is an approximation, good while all ratios are near 1.
+#   ratio per token is an approximation, good while their product is near 1.
 # - The clip stops a token when its ratio has moved by ε in the direction of its advantage.
 # - A critic is a baseline for every prefix. Without a baseline for each place, rewards to go are noisy.
-# - GAE's λ chooses between the critic's bias (0) and noise (1). PPO ends near π\* if the critic learns in time, or λ is 1.
+# - GAE's λ chooses between the critic's bias (0) and noise (1).
 #
 # Next: [08b · Frozen Lake](08b_frozen_lake.ipynb), where the same functions play a game, or [09 · DPO](09_dpo.ipynb),
 # without rollouts.
 #
 # **Sources:** Schulman et al. 2017 (PPO, arXiv:1707.06347), Schulman et al. 2016 (GAE, arXiv:1506.02438), Ouyang et al.
-# 2022 (InstructGPT, which adds a pretraining loss, arXiv:2203.02155), Huang et al. 2024 (details, arXiv:2403.17031). The code is `minialign/methods/ppo.py`.
+# 2022 (InstructGPT, which adds a pretraining loss, arXiv:2203.02155), Huang et al. 2024 (details, arXiv:2403.17031).
+# The code is `minialign/methods/ppo.py`.
 #
 # ## Exercises
 #
@@ -607,8 +609,7 @@ print(right_ones.numpy())
 # <details><summary>Exercise 1</summary>
 #
 # To 1.02/27 = 0.0378 with ε = 0.02, to 1.2/27 = 0.0444 with 0.2. But if the other 26 all fall by 2 %, it has
-# 1 − 0.98·26/27 = 0.056. So ε bounds a ratio only loosely. The run reaches 0.04 after one rollout. A narrow clip
-# makes learning slow.
+# 1 − 0.98·26/27 = 0.056. So ε bounds a ratio only loosely. A narrow clip is slow.
 #
 # </details>
 

@@ -260,16 +260,17 @@ for name, mu in writers.items():
 # 2. The pairs connect all answers, directly or through other answers, and the policy can represent π\*.
 # 3. Every pair was judged so often that the label frequencies are right.
 #
-# The third fails most. In a real data set a prompt mostly has one pair, and it is judged once. So nothing in the data
-# contradicts the label. Then the loss has no minimum: it falls as long as Δ grows, and Δ grows as long as one trains.
-# [09b](09b_siblings.ipynb) computes how fast. So DPO is stopped after one or a few passes over the data.
+# The third assumption is the one that fails most often. In a real data set a prompt mostly has one pair, and it is
+# judged once. So nothing in the data contradicts the label. Then the loss has no minimum: it falls as long as Δ grows,
+# and Δ grows as long as one trains. [09b](09b_siblings.ipynb) computes how fast. So DPO is stopped after one or a few
+# passes over the data.
 #
 # ## 5 · A GPT learns from the pairs
 #
 # A GPT first learns to speak like the rude speakers ([SFT](../GLOSSARY.md#sft), tutorial 04), then DPO trains it on our
-# pairs. A token is a word here. The 36 answers to a prompt are the *well-formed* ones. We compute their probabilities as
-# we go; what they leave of 1 belongs to broken texts. Our 1000 pairs often contradict each other, because four prompts
-# have only 36 answers each.
+# pairs. A token is a word here. The 36 answers to a prompt are the *well-formed* ones. We compute their probabilities
+# as we go. One minus their sum is the probability of broken texts. Our 1000 pairs often contradict each other, because
+# four prompts have only 36 answers each.
 
 # %%
 # From tutorials/word_requests.py: rude_gpt does the SFT, rows_of(n, c) is the Batch of answers c to
@@ -377,10 +378,11 @@ this_run(reward > 1.2 and formed > 0.9, "DPO raises the reward and keeps the lan
 #
 # $$\log\frac{\pi^*(y)}{\mathrm{ref}(y)} = \frac{r(y)}{\beta} - \log Z < 0 \iff r(y) < \beta\log Z .$$
 #
-# Probabilities sum to 1. A chosen answer has won *one* comparison, but still better answers need its probability. The
-# bound $\beta\log Z = \beta\log\mathbb{E}_{\mathrm{ref}}\,e^{r/\beta}$ is near the mean reward for a large β and near
-# the *best* reward for a small one. Chosen answers below it must fall. We count them in our pairs, with the speakers as
-# ref. Compare β = 1 with the run above.
+# Probabilities sum to 1. A chosen answer has won *one* comparison, but other answers may be better still. π\* gives
+# them more probability, so the chosen answer may get less than before. The bound $\beta\log Z =
+# \beta\log\mathbb{E}_{\mathrm{ref}}\,e^{r/\beta}$ is near the mean reward for a large β and near the *best* reward for
+# a small one. Chosen answers below it must fall. We count them in our pairs, with the speakers as ref. Compare β = 1
+# with the run above.
 
 # %%
 falls = []
@@ -445,8 +447,8 @@ figures.where_mass_goes(seen, probs.sum(2).mean(1) - seen, every=5)
 # Either change alone costs language, and the small β costs half of it. Both log-probs now fall by many nats. Three
 # causes act together:
 #
-# - **A small β asks for large margins.** Two answers whose rewards differ by 2 must end $2/\beta$ nats apart: 2 nats at
-#   β = 1, 20 at β = 0.1.
+# - **A small β asks for large margins.** Two answers whose rewards differ by 2 must get a margin Δ of $2/\beta$: their
+#   log-probs move apart by 2 nats at β = 1, by 20 at β = 0.1.
 # - **With few pairs, few labels contradict each other.** So nothing stops the margin (section 4).
 # - **A network shares its weights.** The GPT cannot move answers one by one; it moves words. Pushing down "now" after
 #   some words pushes up every other word there, whether that gives a sentence or not. No pair contains such a broken
@@ -507,9 +509,9 @@ _ = report("after 30 steps", all_logps(policy))
 # answers: `train(0.1, PAIRS[:, :100], sft=0.1)`. Predict what happens to the chosen log-prob, to the well-formed share
 # and to the reward. Then run it.
 #
-# **Exercise 2** (medium, 15 minutes). A judge in a circle: the first answer beats the second, the second the third,
-# and the third the first, each three times out of four. Where does DPO end if all answers are written equally often? And if ref
-# writes them? Which assumption of section 4 is broken?
+# **Exercise 2** (medium, 15 minutes). A judge in a circle: the first answer beats the second, the second the third, and
+# the third the first, each three times out of four. Where does DPO end if all answers are written equally often? And if
+# ref writes them? Which assumption of section 4 is broken?
 #
 # **Exercise 3** (medium, 10 minutes). The reference is forgotten: Δ is $\log\pi(y^+) - \log\pi(y^-)$. Where does this
 # end on the three completions? Predict, then compute it with `land`.
@@ -563,9 +565,9 @@ this_run(formed > 0.8, "With some SFT most texts stay well-formed.")
 # %% [markdown]
 # <details><summary>Exercise 2</summary>
 #
-# No reward makes a circle, so the judge is not Bradley-Terry. If all answers are written equally often, everything cancels and
-# DPO stays at ref. If ref writes, most pairs contain the frequent first answer: the third, which beats it, gains, and
-# the second, which loses to it, falls. So the end depends on the writer.
+# No reward makes a circle, so the judge is not Bradley-Terry. If all answers are written equally often, everything
+# cancels and DPO stays at ref. If ref writes, most pairs contain the frequent first answer: the third, which beats it,
+# gains, and the second, which loses to it, falls. So the end depends on the writer.
 #
 # </details>
 

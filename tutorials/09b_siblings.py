@@ -139,7 +139,8 @@ figures.certain_labels(paths)
 #
 # ## 2 · IPO: a target
 #
-# IPO asks for a finite margin and pulls back what is beyond it:
+# IPO has a finite target for the margin. A margin beyond the target is made smaller (the log-probs are sums over
+# tokens, as in the paper; TRL averages them, which is another method):
 #
 # $$L_\mathrm{IPO} = \mathbb{E}\Big(\Delta - \frac{1}{2\beta}\Big)^2 .$$
 
@@ -194,8 +195,8 @@ for name, labels in (("Bradley-Terry", prefer), ("certain", certain)):
 # | $e^{-z}$ | exponential | AdaBoost's loss. Pairs in wrong order count exponentially |
 # | $(1 - \sigma(z))^2$ | Savage | squared error of the predicted probability $\sigma(z)$ |
 #
-# The paper asks for convex $h$. (Savage's is in its table, but is not convex.) Look at the picture: all four fall with
-# the same slope at 0. They differ in how they bend.
+# The paper asks for convex $h$. (Savage's is in its table, but is not convex.) In the picture each curve is divided
+# by its own |h′(0)|, so that all four fall with slope −1 at 0. They differ in how they bend.
 
 # %%
 H = {

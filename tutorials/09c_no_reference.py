@@ -66,8 +66,8 @@ def row(numbers, digits=3):
 # | pairs | single answers with a thumb up or down | KTO (Ethayarajh et al. 2024) |
 #
 # As in 09, $y^+$ is the chosen answer and $y^-$ the rejected one. We write $\bar a(y)$ for the average
-# [log-prob](../GLOSSARY.md#log-prob) per token, $\log\pi(y)$ divided by the number of tokens $|y|$. $m$ is a margin, and α
-# is the weight of one term of a loss. (The papers have other letters.)
+# [log-prob](../GLOSSARY.md#log-prob) per token, $\log\pi(y)$ divided by the number of tokens $|y|$. $m$ is a margin,
+# and α is the weight of one term of a loss. (The papers have other letters.)
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -220,10 +220,10 @@ equal(land(simpo_of), law, "SimPO ends at its closed form.", atol=1e-4, rtol=0)
 
 # %% [markdown]
 # **SLiC-HF.** Let $W$ and $L$ be an answer's shares among the chosen and the rejected ones. While no pair reaches the
-# margin, the hinge is a straight line, and the mean loss is a constant minus $\sum_y ((1 + \alpha) W - L)\log\pi(y)$. The
-# weights sum to α. Divided by α they are a distribution, if none is negative, and such a sum is smallest if π equals it
-# (04). So SLiC-HF ends at $W + (W - L)/\alpha$; SFT alone would end at $W$. (We chose $m$ and α so that both conditions
-# hold.)
+# margin, the hinge is a straight line, and the mean loss is a constant minus $\sum_y ((1 + \alpha) W - L)\log\pi(y)$.
+# The weights sum to α. Divided by α they are a distribution, if none is negative, and a sum Σ q log π is largest, so
+# the loss is smallest, if π equals q (04). So SLiC-HF ends at $W + (W - L)/\alpha$; SFT alone would end at $W$. (We
+# chose $m$ and α so that both conditions hold.)
 #
 # **SimPO** with $m = 0$ is the loss of a reward model (06) whose reward is $s\,\bar a(y)$. At its end this is $r(y)$ plus
 # a constant. With $\bar a(y) = \log\pi(y)/|y|$ that gives $\log\pi(y) = |y|\,(r(y)/s + c)$, where $c$ makes the sum 1. So
@@ -258,9 +258,10 @@ kto_at = kto_descent(ref, (100, 1000, 5000))
 this_run(kto_at[5000][0] < 0.3 * kto_at[1000][0], "KTO goes on driving the first answer out.")
 
 # %% [markdown]
-# KTO follows majorities. With $z_0 = 0$ and log-ratio x, a like costs $1 - \sigma(\beta x)$ and a dislike
-# $\sigma(\beta x)$, together likes − (likes − dislikes) σ(βx). If the dislikes are more, this falls as long as x falls, and
-# has no minimum. So the probability of the first answer goes to 0, ever more slowly, because σ becomes flat. For ORPO with α > 0 no closed form is known (exercise 1 has α = 0).
+# KTO follows majorities. With $z_0 = 0$ and log-ratio x, the loss of a like is $1 - \sigma(\beta x)$ and that of a
+# dislike $\sigma(\beta x)$, together likes − (likes − dislikes) σ(βx). If the dislikes are more, this falls as long as
+# x falls, and has no minimum. So the probability of the first answer goes to 0, ever more slowly, because σ becomes
+# flat. For ORPO with α > 0 no closed form is known (exercise 1 has α = 0).
 #
 # ## 6 · The same GPT, the same pairs
 #

@@ -534,10 +534,10 @@ print("my_slice_gradient equals autograd")
 
 # %% [markdown]
 # The forward pass is a loop over slices of the head, and so is the backward pass. With `torch.autograd.Function` one
-# writes a backward pass by hand: `ctx` keeps what `backward` needs, `upstream` are the gradients of the two results, and
-# `backward` returns a gradient for each argument of `forward`, or None. `InSlices.apply(…)` calls it. `d_hidden` is the gradient of the
-# loss with respect to `hidden`. It is a sum over slices. The rows of `d_head` that belong to a slice are finished
-# with it.
+# writes a backward pass by hand: `ctx` keeps what `backward` needs, `upstream` are the gradients of the two results,
+# and `backward` returns a gradient for each argument of `forward`, or None. `InSlices.apply(…)` calls it. `d_hidden` is
+# the gradient of the loss with respect to `hidden`. It is a sum over slices. The rows of `d_head` that belong to a
+# slice are finished with it.
 
 
 # %%

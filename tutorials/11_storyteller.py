@@ -140,9 +140,9 @@ print(dict(zip(NAMES, ref_shares.round(3).tolist(), strict=True)))
 # %% [markdown]
 # ## 2 · Where it must end, before a single update
 #
-# Tutorial 05 found the policy with the highest expected reward after paying β for each nat of KL: π\*(y) ∝
-# ref(y)·e^(r(y)/β). We cannot list the stories y. But the factor depends on a story only through its reward. So think
-# of three boxes of stories, one for each reward:
+# Tutorial 05 found the policy that maximises the expected reward minus β·KL(π‖ref): π\*(y) ∝ ref(y)·e^(r(y)/β). We
+# cannot list the stories y. But the factor depends on a story only through its reward. So think of three boxes of
+# stories, one for each reward:
 #
 # - each box is made larger or smaller by its factor: $P^*(r) \propto P_\mathrm{ref}(r)\, e^{r/\beta}$, where $P(r)$
 #   is the share of the box;

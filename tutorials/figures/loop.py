@@ -8,7 +8,7 @@ BOXES = {  # name: (x, y, width, text, colour)
     "completions": (39, 23, 14, "completions\ny", style.GREEN),
     "reward": (59, 23, 11, "reward\nr(x, y)", style.ORANGE),
     "reference": (39, 11.5, 14, "reference\nref(y|x)", style.GREY),
-    "update": (18.5, 0.5, 51.5, "update: make completions likelier if r − β log(π/ref) is high", style.PURPLE),
+    "update": (18.5, 0.5, 51.5, "update: make completions likelier if r is high", style.PURPLE),
 }
 HEIGHT = {"update": 5}  # the other boxes are 6.5 high
 

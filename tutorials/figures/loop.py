@@ -8,7 +8,7 @@ BOXES = {  # name: (x, y, width, text, colour)
     "completions": (39, 23, 14, "completions\ny", style.GREEN),
     "reward": (59, 23, 11, "reward\nr(x, y)", style.ORANGE),
     "reference": (39, 11.5, 14, "reference\nref(y|x)", style.GREY),
-    "update": (18.5, 0.5, 51.5, "update: make completions likelier if r is high", style.PURPLE),
+    "update": (18.5, 0.5, 51.5, "update: make completions likelier if {} is high", style.PURPLE),
 }
 HEIGHT = {"update": 5}  # the other boxes are 6.5 high
 
@@ -22,6 +22,7 @@ def rlhf_loop(lit, name, alt):
     axes.set_xlim(-0.5, 70.5)
     for box, (x, y, width, text, color) in BOXES.items():
         color = style.BLUE if color == style.GREY else color
+        text = text.format("r − β log(π/ref)" if "reference" in lit else "r")
         style.box(axes, x, y, width, HEIGHT.get(box, 6.5), text, color, lit=box in lit)
     style.arrow(axes, (11, 26.2), (18.5, 26.2))
     style.arrow(axes, (30.5, 26.2), (39, 26.2), "sample", offset=(0, 1.4))

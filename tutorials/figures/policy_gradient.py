@@ -86,7 +86,7 @@ def noise(rows):
             axes.text(rows[name, height] + 0.02 * longest, y, f"{rows[name, height]:.2f}", va="center", size=10)
         axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.2 * longest), title=title)
     panels[0].invert_yaxis()
-    figure.supxlabel("squared noise / squared length of the mean gradient", size=11)
+    figure.supxlabel("squared noise / squared length of the mean gradient (each panel has its own scale)", size=11)
     style.show(
         figure,
         "07_noise.png",

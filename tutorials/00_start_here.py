@@ -89,7 +89,7 @@ start.pipeline(
 # - the **rude speaker** is polite with probability 0.25.
 #
 # The base model learned from the rude speaker. Real demonstrations are seldom all good, so ours are a mixture: each one
-# is written by the polite speaker with probability 0.7, and by the rude speaker otherwise. In all tutorials, **the
+# is written by the polite speaker with probability 0.7, and by the rude speaker otherwise. In this language **the
 # expert, E, is this mixture**, because the demonstrations come from it.
 #
 # Look for the rude words among the demonstrations:

@@ -245,11 +245,11 @@ print("gradient in the losses", torch.autograd.grad(wrong_loss, ell_2)[0][0].num
 #
 # ## 5. Where does IFT end?
 #
-# The [fixed point](../GLOSSARY.md#closed-form) of SFT is $E$. If completions have several tokens, that of IFT is
-# another one. The smallest example is an $E$ that writes `A` half of the time and stops, or `B` and then `C` or `D`, a
-# quarter each. The policy has one choice between A and B and one between C and D. We follow the gradient of IFT until
-# nothing changes, without mixed inputs. (They move the end too, but we have no formula for that.) SFT ends at $\pi(A) =
-# 0.5$. Does IFT?
+# The [fixed point](../GLOSSARY.md#closed-form) of SFT is $E$. With several tokens, that of IFT is in general another
+# one. The smallest example is an $E$ that writes `A` half of the time and stops, or `B` and then `C` or `D`, a quarter
+# each. The policy has one choice between A and B and one between C and D. We follow the gradient of IFT until nothing
+# changes, without mixed inputs. (They move the end too, but we have no formula for that.) SFT ends at $\pi(A) = 0.5$.
+# Does IFT?
 
 # %%
 # A, A, BC, BD: four equally likely rows
@@ -336,7 +336,7 @@ this_run(max(measured["SFT"], measured["IFT"]) < 0.5 * measured["base"], "Both c
 # - IFT mixes the policy's own guesses into its inputs, so that training contains such inputs without sampling.
 # - It weights a token by the losses from it on. With $\gamma$ near 1, early tokens of a row count more than late ones.
 #   The weights must be constants.
-# - With completions of several tokens its fixed point is not $E$. Each row has the same total weight, so a choice
+# - For answers of several tokens its fixed point is seldom $E$. Each row has the same total weight, so a choice
 #   counts more if little loss follows it in its row. Above, that favours the short answer.
 #
 # Next: [05 · Inverse RL](05_inverse_rl.ipynb), where demonstrations teach a reward.

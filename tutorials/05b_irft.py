@@ -180,7 +180,7 @@ print("expert        ", show(E))
 #   \;=\; \log\frac{E}{q} + \mathrm{const} .$$
 #
 # *Proof.* Take two answers a and b. The pair (a shown, b sampled) occurs with probability E(a)q(b), the pair (b
-# shown, a sampled) with E(b)q(a). The loss predicts with probability σ(f(a) − f(b)) that it is the first of the two.
+# shown, a sampled) with E(b)q(a). Of these two pairs, the loss gives the first the probability σ(f(a) − f(b)).
 # A log loss is smallest if the predicted probability equals the true one, so the odds must be equal: $e^{f(a) - f(b)}
 # = E(a)q(b) / E(b)q(a)$. The scores f = log E/q satisfy this for all pairs at once. ∎
 #
@@ -296,8 +296,8 @@ for k in range(3):
 #
 # Iterative IRL has a reward model again. Each round trains it to tell demonstrations from answers of the present
 # policy, with the loss of the lemma. So it finds $r = \log(E/\pi_k)$, up to a constant. Then the policy becomes the
-# best one for this reward, the [tilt](../GLOSSARY.md#tilt) ref·$e^{r/\beta}$ of the *original* reference. The printed
-# algorithm has β = 1. By hand:
+# best one for this reward, the [tilt](../GLOSSARY.md#tilt) ref·$e^{r/\beta}$ of the *original* reference. The algorithm
+# as the paper prints it has β = 1. By hand:
 #
 # - **Round 1.** The policy is ref. The reward is log E/ref, and the policy becomes ref·E/ref = E.
 # - **Round 2.** The policy is E. Its answers and the demonstrations now have the same distribution, so the best
@@ -360,9 +360,10 @@ figures.swing({
 })
 
 # %% [markdown]
-# In the printed loop, a round multiplies the distance to s = 1/(1+β) by −1/β. So it settles there for β > 1,
-# oscillates between reference and expert at β = 1, and diverges below. With added rewards it settles at the expert
-# for β > ½. If a run trains only a few steps in each round, the oscillation hardly shows.
+# In the paper's loop, (1 − s)/β leaves only s = 1/(1+β) unchanged, and a round multiplies the distance to it by −1/β.
+# So it settles there for β > 1, oscillates between reference and expert at β = 1, and diverges below. With added
+# rewards it settles at the expert for β > ½. If a run trains only a few steps in each round, the oscillation hardly
+# shows.
 #
 # ## 6. Break it: one demonstration for each prompt
 #

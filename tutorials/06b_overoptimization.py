@@ -97,7 +97,8 @@ print(f"KL of best of 4 from ref: {my_kl_from_ref(best_of_4, three):.3f}")
 # Best-of-n has a KL that depends on little but $n$. Suppose that there are many completions, all rare, with different
 # rewards. Rank them by reward and let $u$ be the share of ref's probability below a completion. For a sample of ref,
 # $u$ is uniform on $[0, 1]$. The best of $n$ is below $u$ if all are, with probability $u^n$, so its density is $n
-# u^{n-1}$. The KL between the two is
+# u^{n-1}$. For a sample of ref, u is uniform: its density is 1. So the KL between the two, the mean logarithm of the
+# second density, is
 #
 # $$\int_0^1 n u^{n-1} \big(\log n + (n-1) \log u\big)\, du = \log n - \frac{n-1}{n} ,$$
 #
@@ -434,8 +435,9 @@ print(f"stopped at d = {curve[stop, 0]:.2f}, reward {curve[stop, 1]:.2f}")
 # %% [markdown]
 # ## What is wrong here? (2)
 #
-# The minimum of five *neural* reward models, which were trained as in 06. Their rewards of an answer differ by a
-# constant for each model, here 2, −1, 0, 3 and 1.
+# Another colleague takes the *lowest* number that five neural reward models give an answer. They were trained as in 06,
+# so each has a constant of its own. Their rewards of an answer differ by a constant for each model, here 2, −1, 0, 3
+# and 1.
 
 # %%
 neural = five + torch.tensor([2.0, -1, 0, 3, 1])[:, None, None]  # (5, 3, 1555)

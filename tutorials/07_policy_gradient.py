@@ -228,7 +228,7 @@ this_run(marks[-10:].mean() > marks[:10].mean() + 0.5, "The marks rise even with
 # %% [markdown]
 # The marks rise, but the language breaks: only 40 % of the answers are whole requests any more. The reason is that no
 # reward is negative. The term $-r \log \pi(y)$ of a sampled answer never makes this answer less likely, however bad it
-# is. So whatever happens to be drawn becomes likelier. The loop needs a baseline.
+# is. So whatever happens to be drawn becomes likelier, broken answers too. The loop needs a baseline.
 #
 # ## 5 · Three baselines
 #
@@ -295,8 +295,8 @@ for size in (2, 4, 8):
     equal(my_leave_one_out(many, size), theirs, "my_leave_one_out equals rloo.leave_one_out.")
 
 # %% [markdown]
-# **GRPO** (Shao et al. 2024) also compares the answers of a group. Its advantages differ from RLOO's in two ways. (GRPO
-# also divides by lengths, reuses rollouts with a clip (08) and has a KL in the loss (07b). We leave these out.)
+# **GRPO** (Shao et al. 2024) also compares the answers of a group. Its advantages differ from RLOO's in two ways. (We
+# leave out its lengths, its clip (08) and its KL (07b).)
 #
 # First, it subtracts the mean of the *whole* group, which contains $r_i$ itself. This only scales the advantage:
 # if $m_i$ is the mean of the others, the group's mean is $\frac1G r_i + \frac{G-1}{G} m_i$, so
@@ -339,8 +339,8 @@ for unit in (1, 100, 0.01):
 # %% [markdown]
 # After the division the unit of the reward does not matter (up to `std_eps`). But a prompt whose answers differ by 0.03
 # now counts as much as one whose answers differ by 3. So the mean gradient is in general no longer that of the expected
-# reward. In small groups this holds for a single prompt too: with G = 2 the advantage is ±0.71, whatever the
-# difference, so the policy learns to win comparisons.
+# reward. In small groups the mean gradient is another one even for a single prompt: with G = 2 the advantage is ±0.71,
+# whatever the difference, so the policy learns to win comparisons.
 #
 # ## 6 · Four methods side by side
 #

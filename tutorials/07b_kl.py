@@ -144,9 +144,9 @@ print("penalised rewards: equal")
 
 # %% [markdown]
 # To see where a loss ends, `settle` follows its *mean* update, without the noise of samples, until nothing changes.
-# `loss_of(logps)` gets the log-probs of the three answers and returns the loss of each, if it is sampled. Autograd goes
-# through `loss_of`, but not through the probabilities π(y) of the average, because a sample is fixed once it is drawn.
-# The last two lines of the output should agree.
+# `loss_of(logps)` gets the log-probs of the three answers and returns, for each answer, its loss if it is drawn.
+# Autograd goes through `loss_of`, but not through the probabilities π(y) of the average, because a sample is fixed once
+# it is drawn. The last two lines of the output should agree.
 
 
 # %%
@@ -216,14 +216,15 @@ equal(in_loss[1], reverse, "k2 in the loss has the gradient of the KL.")
 equal(in_loss[2], forward, "k3 in the loss has the gradient of the other KL.")
 
 # %% [markdown]
-# All this holds for samples of the present policy, and for d of whole completions. If k is added token by token, $k_2$
-# ignores that a token changes the KL of later tokens, and $k_3$ takes the earlier tokens from π and not from ref.
+# All this holds for samples of the present policy, and for d of whole completions. If k is added token by token, the
+# gradients of $k_2$ and $k_3$ are no longer exactly these; section 6 comes back to this.
 #
 # ## 4 · Where k3 in the loss ends
 #
-# With $k_3$ in the loss, training maximises another objective: $\mathbb{E}_\pi[r] - \beta\, \mathrm{KL}(\mathrm{ref}
-# \| \pi)$. We can compute its maximum. Only the part $\sum_y \pi\, r + \beta \sum_y \mathrm{ref} \log \pi$ depends on
-# π. The probabilities must sum to 1, which gives a Lagrange multiplier c. Set the derivative by π(y) to 0:
+# With $k_3$ in the loss, training maximises another objective: $\mathbb{E}_\pi[r] - \beta\, \mathrm{KL}(\mathrm{ref} \|
+# \pi)$. We can compute its maximum. Only the part $\sum_y \pi\, r + \beta \sum_y \mathrm{ref} \log \pi$ depends on π.
+# The probabilities must sum to 1, so at the maximum the derivatives by all π(y) are equal: otherwise one could move
+# probability to where the derivative is larger. Call their common value c:
 #
 # $$r(y) + \beta\, \frac{\mathrm{ref}(y)}{\pi(y)} - c = 0 \qquad \Longrightarrow \qquad
 # \pi(y) = \frac{\beta\, \mathrm{ref}(y)}{c - r(y)} .$$
@@ -283,8 +284,8 @@ figures.ends(star.numpy(), {name: policy.numpy() for name, policy in ends.items(
 # advantage by (G − 1)/G: by ½ for pairs. What happens to the end?
 #
 # With the KL in the reward, the advantage contains both r and the penalty, so both are halved. With the KL in the loss,
-# only the reward is halved, and the penalty is not. Then β acts as $\beta\, G/(G-1)$, here as 2β. (On average a
-# baseline is a constant and changes nothing. So in the cell the advantage is `share * r` or `share * R`.)
+# only the reward is halved, and the penalty is not. Then β acts as $\beta\, G/(G-1)$, here as 2β. (Subtracting a
+# constant changes nothing on average. So in the cell the advantage is `share * r` or `share * R`.)
 
 # %%
 double = torch.tensor(closed_form.tilt(ref.numpy(), r.numpy(), 2 * BETA))  # π* of 2β
@@ -308,9 +309,9 @@ for share, baseline in ((1.0, "leave one out"), (0.5, "group mean, G = 2")):
 #
 # ## 6 · Where GRPO ends
 #
-# GRPO puts $k_3$ in the loss, and it divides the advantage by the group's standard deviation σ. (We leave out
-# `std_eps`.) For large groups the mean and σ of a group are those of the policy. So the derivation of section 4 holds
-# with r/σ in the place of r:
+# GRPO puts $k_3$ in the loss, and it divides the advantage by the group's standard deviation σ (not the logistic
+# function here). (We leave out `std_eps`.) For large groups the mean and σ of a group are those of the policy. So the
+# derivation of section 4 holds with r/σ in the place of r:
 #
 # $$\pi(y) = \frac{\beta\, \mathrm{ref}(y)}{c - r(y)/\sigma}
 # = \frac{\beta\sigma\, \mathrm{ref}(y)}{c\,\sigma - r(y)} .$$
@@ -528,5 +529,5 @@ for beta in (2.0, 1.5, 0.8):
         f"β = {beta}:  (a) {a.numpy().round(3)}   (b) {b.numpy().round(3)}   "
         f"π* {tilted.numpy().round(3)}"
     )
-    always((a[2].item() > 0.99) == (beta < threshold), "(a) collapses exactly below the threshold.")
+    this_run((a[2].item() > 0.99) == (beta < threshold), "(a) collapses exactly below the threshold.")
     this_run(torch.allclose(b, tilted, atol=1e-3, rtol=0), "(b) ends at π*.")

@@ -113,7 +113,7 @@ def my_policy_loss(logps, old_logps, advantages, mask, eps):
 # %% [markdown]
 # ### Checkpoint
 #
-# (Stop in `my_policy_loss` here: `ratio` is (6, 9).)
+# 
 
 # %%
 begins, ends = torch.tensor([0, 1, 2, 3, 0, 5]), torch.tensor([9, 4, 9, 4, 1, 8])
@@ -230,7 +230,7 @@ figures.chain(values[0].tolist(), rewards[0].tolist(), [-0.1, -0.1, 0.7])
 # - **In between**, usually 0.95, an error l tokens later counts $\lambda^l$ (for γ = 1).
 #
 # By hand, with γ = 1, λ = 0.5: $A = (-0.1 - 0.05 + 0.175,\; -0.1 + 0.35,\; 0.7) = (0.025, 0.25, 0.7)$. The critic's
-# target, the *return*, is $A_t + v_t$.
+# target, the *return*, is $A_t + v_t$: with λ = 1, all rewards still to come.
 
 
 # %%
@@ -363,8 +363,8 @@ this_run(abs(right - BEST) < 0.05 and kl < 1, "PPO ends near π*.")
 #
 # ## 6. What the critic and λ are for
 #
-# Only the line with `my_gae` decides which letters get the credit. `train` is the same loop with this line as an
-# argument, `credit`. The number of updates and ε are arguments too, for section 7.
+# PPO is now complete. The rest takes it apart. Only the line with `my_gae` decides which letters get the credit.
+# `train` is the same loop with this line as an argument, `credit`.
 
 
 # %%
@@ -472,9 +472,10 @@ for name, A in credits.items():
 # %% [markdown]
 # All four separate right from wrong by about 0.02. They differ in size:
 #
-# - **Rewards to go** are far from 0, and rise from left to right because early letters have more KL ahead of them.
-#   Nothing subtracts this level. It is the same for right and wrong letters, so it changes no average, but in 64 texts
-#   it is noise, more than ten times as large as the difference. Minus a mean for each place, they reach π\*.
+# - **Rewards to go** are far from 0, and rise from left to right because early letters have more of the KL penalty
+#   ahead of them. Nothing subtracts this level. It is the same for right and wrong letters, so it changes no average,
+#   but in 64 texts it is noise, more than ten times as large as the difference. Minus a mean for each place, they reach
+#   π\*.
 # - **RLOO** subtracts its level. The luck of the 31 other letters remains.
 # - **The critic** is a baseline for each place *and* for what was typed before. It removes most of that luck.
 #
@@ -489,11 +490,11 @@ this_run(paths["λ = 0.0"][-1] < 0.3 and paths["λ = 1.0"][-1] > 0.9,
          "λ = 0 fails with a critic that starts from nothing, and λ = 1 does not.")
 
 # %% [markdown]
-# With λ = 0 the target of a value is made from the next value, and at first all are wrong. One rollout corrects only
-# places directly before a place whose value is right. Meanwhile the policy follows wrong values and settles on wrong
+# With λ = 0 a value is learned from the next value only. The reward comes after the last letter, so right values spread
+# backwards by at most one place in each rollout. Meanwhile the policy follows wrong values and settles on wrong
 # letters. λ = 0.5 fails for the same reason: an error seven letters later counts only 0.5⁷, less than 1 %. With λ = 1 a
-# wrong critic gives no bias, but a useless one leaves all the noise: "rewards to go" are λ = 1 with a critic of 0.
-# So PPO ends near π\* if its critic learns the values in time.
+# wrong critic gives no bias, but a useless one leaves all the noise: "rewards to go" are λ = 1 with a critic of 0. So
+# PPO ends near π\* if its critic learns the values in time.
 #
 # ## 7. Break it: more updates, and no clip
 #

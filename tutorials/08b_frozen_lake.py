@@ -39,8 +39,8 @@ from tutorials.figures import ppo as figures
 # ## 1. The lake
 #
 # Frozen Lake (from gymnasium) has 16 fields. You start in a corner and move left, down, right or up. A game ends in a
-# hole, with reward 0, or at the gift, with reward 1. On *dry* ice a move does what it says. On *slippery* ice it does
-# so one time in three; else you slide to one side.
+# hole, with reward 0, or at the gift, with reward 1. Fields are numbered row by row from 0, the start, to 15, the gift.
+# On *dry* ice a move does what it says. On *slippery* ice it does so one time in three; else you slide to one side.
 
 # %%
 GAMMA, BETA = 0.99, 0.1
@@ -278,11 +278,11 @@ print("visits of the expert:", expert_visits.reshape(4, 4).round(2), sep="\n")
 # β and the lake known. (This is maximum entropy inverse RL, Ziebart et al. 2008; for random worlds maximum causal
 # entropy, Ziebart et al. 2010.) Only arrivals have rewards, one number for each field.
 #
-# Under r the best policy has $\log \pi_r(a|s) = \log\tfrac14 + (Q - v)/\beta$. On dry ice
-# $Q = r(s') + \gamma\,v(s')$. Add up $\gamma^t (Q - v)$ along a game. The term of move t is
-# $\gamma^t r(s_{t+1}) + \gamma^{t+1} v(s_{t+1}) - \gamma^t v(s_t)$. Its second part cancels the last part of the next
-# term, so the sum is $\sum_t \gamma^t r(s_{t+1}) - v(\mathrm{start})$. The discounted log-likelihood of the expert's
-# moves is therefore
+# Under r the best policy has $\log \pi_r(a|s) = \log\tfrac14 + (Q - v)/\beta$. On dry ice $Q = r(s') + \gamma\,v(s')$.
+# Weight move t with $\gamma^t$, as the game weights its rewards; then nearly everything cancels. So add up $\gamma^t (Q
+# - v)$ along a game. The term of move t is $\gamma^t r(s_{t+1}) + \gamma^{t+1} v(s_{t+1}) - \gamma^t v(s_t)$. Its
+# second part cancels the last part of the next term, so the sum is $\sum_t \gamma^t r(s_{t+1}) - v(\mathrm{start})$.
+# The discounted log-likelihood of the expert's moves is therefore
 #
 # $$\ell(r) = \frac1\beta \Big(\sum_s d_E(s)\,r(s) - v_r(\mathrm{start})\Big) + \mathrm{const}, \qquad
 # \frac{\partial \ell}{\partial r(s)} = \frac1\beta \big(d_E(s) - d_{\pi_r}(s)\big)$$
@@ -353,7 +353,8 @@ this_run(np.abs(shifted - dry.goal).max() < 1e-2,
 # expert for three ways to learn:
 #
 # - **from visits:** as above, with the visits of these games
-# - **from moves:** the reward whose policy makes the expert's *moves* most likely, without using where they led
+# - **from moves:** the same, but only the moves that were seen count, field by field; where the ice then took the
+#   player is not used
 # - **imitation**, the [SFT](../GLOSSARY.md#sft) of a table: in each field the shares of the moves that were seen, and ¼
 #   where nothing was seen
 #

@@ -397,7 +397,7 @@ for _ in range(8):
 print("reward after each round:", row(rewards_seen), "  policy:", row(policy))
 
 # %% [markdown]
-# The reward rises in every round. Yet this is not π\* for β = ½, nor for any other β > 0. What is missing?
+# The reward rises in every round. Yet the rounds pass π\* of β = ½, and stop at that of no β. What is missing?
 #
 # ## What you now know
 #

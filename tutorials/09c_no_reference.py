@@ -60,8 +60,8 @@ def row(numbers, digits=3):
 #
 # | what DPO needs | what is done instead | method |
 # | --- | --- | --- |
-# | a reference | a margin that is enough, and some SFT | SLiC-HF (Zhao et al. 2023) |
-# | a reference | log-probs per token, and a margin that is asked for | SimPO (Meng et al. 2024) |
+# | a reference | a margin at which pushing stops, and some SFT | SLiC-HF (Zhao et al. 2023) |
+# | a reference | log-probs per token, and a margin that each pair should reach | SimPO (Meng et al. 2024) |
 # | a reference, and SFT before it | SFT and preferences in one loss | ORPO (Hong et al. 2024) |
 # | pairs | single answers with a thumb up or down | KTO (Ethayarajh et al. 2024) |
 #
@@ -91,6 +91,9 @@ def same(mine, theirs, name):
 # the policy a language model:
 #
 # $$L = \mathbb{E}\big[\max(0,\ m - \log\pi(y^+) + \log\pi(y^-)) - \alpha\log\pi(y^+)\big] .$$
+#
+# By hand, with log-probs −3 and −4, m = 2, α = 0.1: the chosen answer is likelier by 1 nat, so 1 is missing. The hinge is
+# 1, the SFT term 0.3, the loss 1.3.
 
 # %%
 def my_slic(chosen, rejected, margin, weight):
@@ -113,6 +116,9 @@ same(my_slic(*logps, 1.0, 0.1), slic_theirs, "slic_loss")
 # the length of an answer counts less. $m$ is the margin that a pair should have:
 #
 # $$L = \mathbb{E}\,\log\big(1 + e^{\,m - s\,(\bar a(y^+) - \bar a(y^-))}\big) .$$
+#
+# By hand: answers of 2 and 4 tokens with the log-prob −1 per token have the sums −2 and −4, but the same average. With
+# m = 0 the loss is log 2.
 
 # %%
 def my_simpo(mean_chosen, mean_rejected, scale, margin):
@@ -134,10 +140,13 @@ same(my_simpo(*logps, 2.0, 1.0), simpo_theirs, "simpo_loss")
 # %% [markdown]
 # ## 3 · ORPO: SFT and preferences at once
 #
-# ORPO trains a base model with one loss: SFT on the chosen answers, plus a term that compares *odds*. $P = e^{\bar a}$
-# is the (geometric) mean probability of a token of the answer. Its odds are $P/(1 - P)$, nearly $P$ if $P$ is small:
+# ORPO trains a base model with one loss: SFT on the chosen answers, plus a term that compares *odds* (they grow without
+# limit as P nears 1, a probability does not). $P = e^{\bar a}$ is the (geometric) mean probability of a token of the
+# answer. Its odds are $P/(1 - P)$, nearly $P$ if $P$ is small:
 #
 # $$L = \mathbb{E}\Big[-\bar a(y^+) - \alpha\log\sigma\Big(\log\tfrac{P^+}{1-P^+} - \log\tfrac{P^-}{1-P^-}\Big)\Big] .$$
+#
+# By hand: P = 0.5 has the odds 1, and P = 0.9 has the odds 9.
 
 # %%
 def my_orpo(mean_chosen, mean_rejected, weight):
@@ -168,9 +177,10 @@ same(my_orpo(*logps, 0.25), orpo.orpo_loss(*logps, weight=0.25), "orpo_loss")
 # should have a log-ratio above the reference point $z_0$, a bad one below it. The slope of σ is largest at 0, so
 # answers far from $z_0$ on either side count little.
 #
-# $z_0$ says how far the policy has moved in general. It should be the KL of the policy from ref, but sampling for it
-# is expensive. So each prompt of the batch is paired with the answer of another row, mostly an answer to *another*
-# prompt. $z_0$ is the mean log-ratio of these unrelated answers, at least 0, and without gradient.
+# $z_0$ says how far the policy has moved in general. It should be the KL of the policy from ref, but sampling for it is
+# expensive. So each prompt of the batch is paired with the answer of another row, mostly an answer to *another* prompt.
+# $z_0$ is the mean log-ratio of these unrelated answers, at least 0, and without gradient. It is not the KL; it says
+# roughly how far log-ratios have drifted.
 
 # %%
 def my_kto(logps, ref_logps, good, z0, beta):
@@ -214,22 +224,26 @@ print("π*, for comparison     ", row((ref.log() + r / BETA).softmax(0)))
 print("SLiC-HF, m = 10, α = 2 ", row(land(slic_of)))
 print("SimPO, s = ½, m = 0    ", row(land(simpo_of)))
 law = torch.as_tensor(closed_form.slic_law(ref_np, prefer_np, 2.0))
-equal(land(slic_of), law, "SLiC-HF ends at its closed form.", atol=1e-4, rtol=0)
+there = torch.allclose(land(slic_of), law, atol=1e-4, rtol=0)
+this_run(there, "SLiC-HF ends at its closed form.")
 law = torch.as_tensor(closed_form.simpo_law(lengths_np, r_np, BETA))
-equal(land(simpo_of), law, "SimPO ends at its closed form.", atol=1e-4, rtol=0)
+there = torch.allclose(land(simpo_of), law, atol=1e-4, rtol=0)
+this_run(there, "SimPO ends at its closed form.")
 
 # %% [markdown]
 # **SLiC-HF.** Let $W$ and $L$ be an answer's shares among the chosen and the rejected ones. While no pair reaches the
 # margin, the hinge is a straight line, and the mean loss is a constant minus $\sum_y ((1 + \alpha) W - L)\log\pi(y)$.
-# The weights sum to α. Divided by α they are a distribution, if none is negative, and a sum Σ q log π is largest, so
-# the loss is smallest, if π equals q (04). So SLiC-HF ends at $W + (W - L)/\alpha$; SFT alone would end at $W$. (We
-# chose $m$ and α so that both conditions hold.)
+# The weights sum to α. Divide them by α, and call them q. If none is negative, q is a distribution. Then Σ q log π is
+# largest, and the loss smallest, at π = q (04). So SLiC-HF ends at $W + (W - L)/\alpha$; SFT alone would end at $W$.
+# (We chose $m$ and α so that both conditions hold.)
 #
 # **SimPO** with $m = 0$ is the loss of a reward model (06) whose reward is $s\,\bar a(y)$. At its end this is $r(y)$ plus
 # a constant. With $\bar a(y) = \log\pi(y)/|y|$ that gives $\log\pi(y) = |y|\,(r(y)/s + c)$, where $c$ makes the sum 1. So
 # ref plays no part, and the reward is multiplied by the length of the answer.
 #
-# **KTO** has no such end. We follow its gradient descent: ref writes the answers, the chosen ones get a thumb up and the
+# ### KTO has no such end
+#
+# We follow its gradient descent: ref writes the answers, the chosen ones get a thumb up and the
 # rejected ones a thumb down. ($z_0$ is 0 here: with one prompt and answers from ref, the mean log-ratio is
 # $-\mathrm{KL}(\mathrm{ref}\|\pi)$, which is never positive.)
 
@@ -379,11 +393,11 @@ for name in ("SimPO", "ORPO"):
 
 # %% [markdown]
 # - **DPO** lowers both log-probs a little, as in 09.
-# - **KTO** with the same β moves both much further. It follows majorities, so it is not done when the label frequencies
-#   are right.
+# - **KTO** with the same β moves both much further. DPO stops pushing when the policy's odds fit how often each answer
+#   was chosen. KTO asks only which thumb an answer gets more often, so it goes on.
 # - **SLiC-HF** stops at pairs that are in order by $m$. 94 % stays well-formed.
-# - **SimPO** loses the language: 24 % is well-formed. It has neither ref nor SFT, and with $m = 1$ a pair counts
-#   with σ(m − u), where u is its scaled difference: more than half until u passes $m$.
+# - **SimPO** loses the language: 24 % is well-formed. It has neither ref nor SFT, and pushes a pair with the strength
+#   σ(m − u), more than a half until the scaled difference u passes $m$. For 7 tokens and s = 2 that takes 3.5 nats.
 # - **ORPO** is mostly SFT at this α. It is the only one that raises the chosen answers, and it gains the least reward.
 #
 # ## 7 · Break it: take the SFT term away

@@ -48,7 +48,7 @@ from minialign.logps import naive_logps
 print("kernels run on", DEVICE if DEVICE == "cuda" else "the CPU, in Triton's interpreter")
 
 # %% [markdown]
-# Without a GPU (a graphics card), Triton's interpreter runs the kernels as Python, and breakpoints inside them work.
+# Without a GPU, Triton's interpreter runs the kernels as Python, and breakpoints inside them work.
 #
 # ## The question
 #
@@ -97,7 +97,7 @@ product = 2 * ROWS * V * C  # flops
 print(f"{'the product that makes them':28}           at least {1e3 * product / RATE:5.2f} ms")
 
 # %% [markdown]
-# These times are **lower bounds by arithmetic**: bytes divided by bandwidth, and flops (floating-point operations)
+# These times are **lower bounds by arithmetic**: bytes divided by bandwidth, and flops (operations)
 # divided by their rate. Nothing has been measured on a GPU yet ([RESULTS](../../docs/RESULTS.md)).
 #
 # By these bounds, the lines above take longer than the product that makes the logits. The product is
@@ -204,13 +204,15 @@ print("my_row_sum equals torch's sum of each row")
 # If a slice raises top by some amount `rise`, the old sums were made with the old top. Every old exponential must be
 # multiplied by $e^{-\text{rise}}$, and every old $z_i - \text{top}$ falls by `rise`. So total becomes
 # $\text{total} \cdot e^{-\text{rise}}$, and weighted becomes
-# $(\text{weighted} - \text{rise} \cdot \text{total})\, e^{-\text{rise}}$. With the logits 1, 3 and then 4, 2:
+# $(\text{weighted} - \text{rise} \cdot \text{total})\, e^{-\text{rise}}$. By hand, with the logits 1, 3
+# and then 4, 2: after the first slice top is 3, total is $e^{-2} + 1 = 1.135$, and weighted is $-2e^{-2} = -0.271$. Then
+# top rises by 1:
 
 # %%
-SHRINK = math.exp(-1)
-first = 3, SHRINK**2 + 1, -2 * SHRINK**2  # terms 1 - 3 and 3 - 3
-rescaled = 4, first[1] * SHRINK, (first[2] - 1 * first[1]) * SHRINK  # top rises by 1
-second = 4, rescaled[1] + 1 + SHRINK**2, rescaled[2] - 2 * SHRINK**2  # terms 4 - 4 and 2 - 4
+e1, e2 = math.exp(-1), math.exp(-2)
+first = 3, e2 + 1, -2 * e2  # terms 1 - 3 and 3 - 3
+rescaled = 4, first[1] * e1, (first[2] - 1 * first[1]) * e1  # top rises by 1
+second = 4, rescaled[1] + 1 + e2, rescaled[2] - 2 * e2  # terms 4 - 4 and 2 - 4
 four = torch.tensor([1.0, 3.0, 4.0, 2.0], dtype=torch.float64)
 total, weighted = (four - 4).exp().sum(), ((four - 4).exp() * (four - 4)).sum()
 always(abs(second[1] - total) < 1e-12, "The folded total equals its definition.")
@@ -477,18 +479,17 @@ this_run(min(errors["no rescale"][2:]) > 0.01, "More than one block shows the mi
 #
 # ## 7. Logits that never exist
 #
-# Must all logits be in memory at the same time? The kernel still needs that: 2.1 GB in section 1, and several float32
-# copies for the gradients. But `my_fold` takes *slices* of the vocabulary. So compute one slice of logits, fold it
-# into the state, and drop it. For the gradient, compute each slice again. The forward pass then keeps only one
-# log-sum-exp and one entropy for each row.
+# The kernel is done; take a break here. What follows needs only `my_fold`. Must all logits be in memory
+# at the same time?  The kernel needs that: 2.1 GB in section 1, and float32 copies for the gradients. But `my_fold`
+# takes *slices* of the vocabulary. So compute one slice of logits, fold it into the state, and drop it. For the
+# gradient, compute each slice again. The forward pass then keeps only one log-sum-exp and one entropy for each row.
 #
 # With $g_\ell$ and $g_H$ the gradients that arrive at a row's log-prob and entropy, the gradient for $z_i$ is
 #
 # $$g_\ell\,(1[i = y] - p_i) \;-\; g_H\,p_i\,(\log p_i + \text{entropy}),$$
 #
 # where $1[i = y]$ is 1 for the target and 0 elsewhere. The first part is the gradient of $z_y - \mathrm{lse}$, where
-# lse is the log-sum-exp: $\partial\, \mathrm{lse}/\partial z_i = p_i$. Exercise 2 derives the second. (As z is the
-# logit divided by τ, the gradient for the logit is this gradient divided by τ. Below, τ = 1.)
+# lse is the log-sum-exp: $\partial\, \mathrm{lse}/\partial z_i = p_i$. Exercise 2 derives the second. (Below, τ = 1.)
 
 
 # %%
@@ -649,15 +650,13 @@ figures.memory(SIZES, measured, counted)
 #
 # ## What you now know
 #
-# - A kernel runs as many programs. Each loads, computes in registers, and stores. Masks turn off lanes beyond the
-#   end.
+# - A kernel runs as many programs. Each loads, computes in registers, and stores. Masks turn off lanes.
 # - Count the bytes first. Work between matrix products is mostly limited by memory traffic.
 # - Online softmax folds any slice of logits into three numbers, so the logits need not exist at the same time.
 # - Test on irregular sizes and against float64. A kernel does not check its addresses: check inputs before the
 #   launch.
 #
-# Next: [10b · Scale](10b_scale.ipynb), or [11 · A storyteller](11_storyteller.ipynb). Further reading: Triton's own
-# tutorials, "Vector Addition" and "Fused Softmax"; `minialign/kernels/logprob_triton.py`.
+# Next: [10b · Scale](10b_scale.ipynb), or [11 · A storyteller](11_storyteller.ipynb).
 #
 # ## Exercises
 #

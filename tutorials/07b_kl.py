@@ -529,5 +529,6 @@ for beta in (2.0, 1.5, 0.8):
         f"β = {beta}:  (a) {a.numpy().round(3)}   (b) {b.numpy().round(3)}   "
         f"π* {tilted.numpy().round(3)}"
     )
-    this_run((a[2].item() > 0.99) == (beta < threshold), "(a) collapses exactly below the threshold.")
+    collapsed = a[2].item() > 0.99
+    this_run(collapsed == (beta < threshold), "(a) collapses exactly below the threshold.")
     this_run(torch.allclose(b, tilted, atol=1e-3, rtol=0), "(b) ends at π*.")

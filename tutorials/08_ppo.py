@@ -89,12 +89,12 @@ for ratio in (1.001, 1.01, 1.1, 1.2):
 #
 # ## 2. The clip
 #
-# PPO sets the gradient of a token to 0 when its ratio has moved by more than ε in the direction of its advantage: up
-# for A > 0, down for A < 0.
+# PPO sets the gradient of a token to 0 when its ratio has moved by more than ε in the direction of its advantage.
 #
 # $$L = -\,\mathrm{mean}_t\,\min\big(\rho_t A_t,\; \mathrm{clip}(\rho_t, 1 - \varepsilon, 1 + \varepsilon)\,A_t\big)$$
 #
-# $\rho_t$ and $A_t$ belong to token t, and clip moves a number into the interval. ε is usually 0.2.
+# Clip moves a number into the interval; ε is usually 0.2. By hand, ρ = 1.5: for A = 1, min(1.5, 1.2) = 1.2 is constant,
+# so there is no gradient; for A = −1, min(−1.5, −1.2) = −1.5 keeps it.
 
 
 # %%
@@ -227,7 +227,7 @@ figures.chain(values[0].tolist(), rewards[0].tolist(), [-0.1, -0.1, 0.7])
 # - **λ = 0:** $A_t = \delta_t$. Later tokens add no noise, but if the critic is wrong, so is $A_t$ (bias).
 # - **λ = 1:** the values in between cancel, and $A_t$ is all rewards still to come, minus $v_t$. The critic is only a
 #   [baseline](../GLOSSARY.md#baseline), so a wrong one gives no bias. But the luck of later tokens is in $A_t$ (noise).
-# - **In between**, usually 0.95, an error l tokens later counts $\lambda^l$ (for γ = 1).
+# - **In between**, usually 0.95, an error k tokens later counts $\lambda^k$ (for γ = 1).
 #
 # By hand, with γ = 1, λ = 0.5: $A = (-0.1 - 0.05 + 0.175,\; -0.1 + 0.35,\; 0.7) = (0.025, 0.25, 0.7)$. The critic's
 # target, the *return*, is $A_t + v_t$: with λ = 1, all rewards still to come.
@@ -326,8 +326,7 @@ def quality(logits):
 
 
 # %% [markdown]
-# This is PPO: sample, score every token, then four updates from the same 64 texts. (Stop at `advantages` in the first
-# rollout: `values` are all 0.)
+# This is PPO: sample, score every token, then four updates from the same 64 texts. 
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -417,7 +416,7 @@ def report(runs):
 # - **Rewards to go:** a letter gets the sum of the token rewards from it on. It cannot change the earlier ones.
 # - **Rewards to go minus a mean:** the same, minus the mean of the other texts *at that place*.
 #
-# Watch the last two lines.
+# 
 
 # %%
 def minus_others(x):
@@ -473,10 +472,10 @@ for name, A in credits.items():
 # All four separate right from wrong by about 0.02. They differ in size:
 #
 # - **Rewards to go** are far from 0, and rise from left to right because early letters have more of the KL penalty
-#   ahead of them. Nothing subtracts this level. It is the same for right and wrong letters, so it changes no average,
+#   ahead of them. It is the same for right and wrong letters, so it changes no average,
 #   but in 64 texts it is noise, more than ten times as large as the difference. Minus a mean for each place, they reach
 #   π\*.
-# - **RLOO** subtracts its level. The luck of the 31 other letters remains.
+# - **RLOO** is centred at 0. The luck of the 31 other letters remains.
 # - **The critic** is a baseline for each place *and* for what was typed before. It removes most of that luck.
 #
 # In this short task RLOO is as good as the critic, and needs no second model.
@@ -494,7 +493,8 @@ this_run(paths["λ = 0.0"][-1] < 0.3 and paths["λ = 1.0"][-1] > 0.9,
 # backwards by at most one place in each rollout. Meanwhile the policy follows wrong values and settles on wrong
 # letters. λ = 0.5 fails for the same reason: an error seven letters later counts only 0.5⁷, less than 1 %. With λ = 1 a
 # wrong critic gives no bias, but a useless one leaves all the noise: "rewards to go" are λ = 1 with a critic of 0. So
-# PPO ends near π\* if its critic learns the values in time.
+# PPO ends near π\* if its critic learns the values in time. Here λ = 1 is as good as 0.95: 32 letters bring little
+# noise.
 #
 # ## 7. Break it: more updates, and no clip
 #
@@ -514,9 +514,9 @@ this_run(paths["20 updates, no clip"][-1] < 0.7 < 0.9 < paths["20 updates, clip"
          "Without the clip 20 updates spoil the policy.")
 
 # %% [markdown]
-# Four updates reach after 20 rollouts what one update has not reached after 40. With four you can remove the clip and
-# see no harm. With 20 updates and no clip the policy fits the luck of 64 texts until it is sure of wrong letters. Then
-# the right ones are hardly ever sampled, so nothing corrects it.
+# Four updates reach after 20 rollouts what one update has not reached after 40. With 20 updates and no clip the policy
+# fits the luck of 64 texts until it is sure of wrong letters. Then the right ones are hardly ever sampled, so nothing
+# corrects it.
 #
 # ## What is wrong here? (1)
 #

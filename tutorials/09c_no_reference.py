@@ -140,9 +140,9 @@ same(my_simpo(*logps, 2.0, 1.0), simpo_theirs, "simpo_loss")
 # %% [markdown]
 # ## 3 · ORPO: SFT and preferences at once
 #
-# ORPO trains a base model with one loss: SFT on the chosen answers, plus a term that compares *odds* (they grow without
-# limit as P nears 1, a probability does not). $P = e^{\bar a}$ is the (geometric) mean probability of a token of the
-# answer. Its odds are $P/(1 - P)$, nearly $P$ if $P$ is small:
+# ORPO trains a base model with one loss: SFT on the chosen answers, plus a term that compares *odds*. $P = e^{\bar a}$
+# is the (geometric) mean probability of a token of the answer. Its odds are $P/(1 - P)$: nearly $P$ if $P$ is small,
+# and without limit near $P = 1$:
 #
 # $$L = \mathbb{E}\Big[-\bar a(y^+) - \alpha\log\sigma\Big(\log\tfrac{P^+}{1-P^+} - \log\tfrac{P^-}{1-P^-}\Big)\Big] .$$
 #
@@ -173,9 +173,9 @@ same(my_orpo(*logps, 0.25), orpo.orpo_loss(*logps, weight=0.25), "orpo_loss")
 #
 # $$L = \mathbb{E}\Big[1 - \sigma\big(\pm\beta\,\big(\log\tfrac{\pi(y)}{\mathrm{ref}(y)} - z_0\big)\big)\Big],$$
 #
-# with + for a good answer and − for a bad one. (The paper also gives each class a weight; ours are 1.) A good answer
-# should have a log-ratio above the reference point $z_0$, a bad one below it. The slope of σ is largest at 0, so
-# answers far from $z_0$ on either side count little.
+# with + for a good answer and − for a bad one.  A good answer should have a log-ratio above the reference point $z_0$,
+# a bad one below it. σ is steepest at 0, so answers far from $z_0$ count little. By hand: at log-ratio $z_0$ the loss
+# is ½, good or bad.
 #
 # $z_0$ says how far the policy has moved in general. It should be the KL of the policy from ref, but sampling for it is
 # expensive. So each prompt of the batch is paired with the answer of another row, mostly an answer to *another* prompt.
@@ -231,15 +231,16 @@ there = torch.allclose(land(simpo_of), law, atol=1e-4, rtol=0)
 this_run(there, "SimPO ends at its closed form.")
 
 # %% [markdown]
-# **SLiC-HF.** Let $W$ and $L$ be an answer's shares among the chosen and the rejected ones. While no pair reaches the
-# margin, the hinge is a straight line, and the mean loss is a constant minus $\sum_y ((1 + \alpha) W - L)\log\pi(y)$.
-# The weights sum to α. Divide them by α, and call them q. If none is negative, q is a distribution. Then Σ q log π is
-# largest, and the loss smallest, at π = q (04). So SLiC-HF ends at $W + (W - L)/\alpha$; SFT alone would end at $W$.
-# (We chose $m$ and α so that both conditions hold.)
+# **SLiC-HF.** Let $w^+$ and $w^-$ be an answer's shares among the chosen and the rejected ones. While no pair reaches
+# the margin, the hinge is a straight line, and the mean loss is a constant minus $\sum_y ((1 + \alpha) w^+ -
+# w^-)\log\pi(y)$. Shares sum to 1, so these weights sum to α. Divided by α they are a distribution q, if none is
+# negative. Then Σ q log π is largest, and the loss smallest, at π = q (04). So SLiC-HF ends at $w^+ + (w^+ -
+# w^-)/\alpha$; SFT alone would end at $w^+$.
 #
-# **SimPO** with $m = 0$ is the loss of a reward model (06) whose reward is $s\,\bar a(y)$. At its end this is $r(y)$ plus
-# a constant. With $\bar a(y) = \log\pi(y)/|y|$ that gives $\log\pi(y) = |y|\,(r(y)/s + c)$, where $c$ makes the sum 1. So
-# ref plays no part, and the reward is multiplied by the length of the answer.
+# **SimPO** with $m = 0$ is the loss of a reward model (06) whose reward is $s\,\bar a(y)$. At its end this is $r(y)$
+# plus a constant. With $\bar a(y) = \log\pi(y)/|y|$ that gives $\log\pi(y) = |y|\,(r(y)/s + c)$, where $c$ makes the
+# sum 1. So ref plays no part, and the reward is multiplied by the length: averaging was to make length count less, yet
+# the longest answer gets .88 (π\*: .47).
 #
 # ### KTO has no such end
 #
@@ -396,8 +397,8 @@ for name in ("SimPO", "ORPO"):
 # - **KTO** with the same β moves both much further. DPO stops pushing when the policy's odds fit how often each answer
 #   was chosen. KTO asks only which thumb an answer gets more often, so it goes on.
 # - **SLiC-HF** stops at pairs that are in order by $m$. 94 % stays well-formed.
-# - **SimPO** loses the language: 24 % is well-formed. It has neither ref nor SFT, and pushes a pair with the strength
-#   σ(m − u), more than a half until the scaled difference u passes $m$. For 7 tokens and s = 2 that takes 3.5 nats.
+# - **SimPO** loses the language: 24 % is well-formed. It has neither ref nor SFT, and its margin is per token: with m =
+#   1 and s = 2, answers of 7 tokens must differ by 3.5 nats, and the push never stops. SLiC-HF stops at 1 nat.
 # - **ORPO** is mostly SFT at this α. It is the only one that raises the chosen answers, and it gains the least reward.
 #
 # ## 7 · Break it: take the SFT term away

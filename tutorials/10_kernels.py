@@ -100,7 +100,7 @@ print(f"{'the product that makes them':28}           at least {1e3 * product / R
 # These times are **lower bounds by arithmetic**: bytes divided by bandwidth, and flops (operations)
 # divided by their rate. Nothing has been measured on a GPU yet ([RESULTS](../../docs/RESULTS.md)).
 #
-# By these bounds, the lines above take longer than the product that makes the logits. The product is
+# By these bounds, the lines above cost about as much as the product that makes the logits. The product is
 # compute-bound (limited by arithmetic), so we leave it to torch. The lines are memory-bound. A kernel that reads each
 # logit once moves 2 bytes instead of 50.
 #
@@ -196,7 +196,7 @@ print("my_row_sum equals torch's sum of each row")
 # $$\text{top} = \max_i z_i, \qquad \text{total} = \sum_i e^{z_i - \text{top}}, \qquad
 #   \text{weighted} = \sum_i e^{z_i - \text{top}}\,(z_i - \text{top}) .$$
 #
-# They give both results, because $\log p_i = z_i - \text{top} - \log \text{total}$:
+# With $p_i = e^{z_i - \text{top}}/\text{total}$, so $\log p_i = z_i - \text{top} - \log \text{total}$, they give both:
 #
 # $$\log p_y = z_y - \text{top} - \log \text{total}, \qquad
 #   \text{entropy} = -\sum_i p_i \log p_i = \log \text{total} - \frac{\text{weighted}}{\text{total}} .$$
@@ -479,10 +479,10 @@ this_run(min(errors["no rescale"][2:]) > 0.01, "More than one block shows the mi
 #
 # ## 7. Logits that never exist
 #
-# The kernel is done; take a break here. What follows needs only `my_fold`. Must all logits be in memory
-# at the same time?  The kernel needs that: 2.1 GB in section 1, and float32 copies for the gradients. But `my_fold`
-# takes *slices* of the vocabulary. So compute one slice of logits, fold it into the state, and drop it. For the
-# gradient, compute each slice again. The forward pass then keeps only one log-sum-exp and one entropy for each row.
+# The kernel is done; take a break here. What follows needs only `my_fold`. The kernel saves traffic, not memory: it
+# still needs all logits, 2.1 GB in section 1, and float32 copies for the gradients. But `my_fold` takes *slices* of the
+# vocabulary. So compute one slice of logits, fold it into the state, and drop it. For the gradient, compute each slice
+# again. The forward pass then keeps only one log-sum-exp and one entropy for each row.
 #
 # With $g_\ell$ and $g_H$ the gradients that arrive at a row's log-prob and entropy, the gradient for $z_i$ is
 #
@@ -537,8 +537,8 @@ print("my_slice_gradient equals autograd")
 # The forward pass is a loop over slices of the head, and so is the backward pass. With `torch.autograd.Function` one
 # writes a backward pass by hand: `ctx` keeps what `backward` needs, `upstream` are the gradients of the two results,
 # and `backward` returns a gradient for each argument of `forward`, or None. `InSlices.apply(…)` calls it. `d_hidden` is
-# the gradient of the loss with respect to `hidden`. It is a sum over slices. The rows of `d_head` that belong to a
-# slice are finished with it.
+# the gradient of the loss with respect to `hidden`. Every slice adds to it. A slice's rows of `d_head` come from that
+# slice alone.
 
 
 # %%
@@ -618,9 +618,8 @@ print("log-probs, entropies and both gradients: equal to autograd's and to minia
 #
 # - `all_logits` has 14 bytes for each logit at its peak: 2 (bfloat16 logits) + 4 (log p, kept by autograd) + 8 (two
 #   float32 gradients).
-# - `InSlices` has nine float32 matrices of *one slice*, 36 bytes for each of its logits: `again`; in
-#   `my_slice_gradient` log p, p, `is_target`, `first` and three more in the last line; and d of the slice before.
-#   Besides, it has the slice of the head in float32 and both gradients.
+# - `InSlices` has at most nine float32 matrices of *one slice* at once, 36 bytes for each of its logits (`again`, those
+#   in `my_slice_gradient`, and the last d). Besides, it has the slice of the head in float32 and both gradients.
 #
 # Dots in the figure are measured, lines are counted.
 

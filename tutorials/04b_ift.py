@@ -328,13 +328,13 @@ this_run(max(measured["SFT"], measured["IFT"]) < 0.5 * measured["base"], "Both c
 
 # %% [markdown]
 # Both move the policy most of the way from the base model to $E$, and their texts look alike. In this run IFT stays a
-# little farther from $E$. We see no gain from the mixed inputs: this base model rarely makes a mistake from which it
-# has to recover. On other tasks that may differ (`docs/CLAIMS.md` has the project's comparisons).
+# little farther from $E$. We see no gain from the mixed inputs, but KL(E‖π) reads only E's prefixes, not the policy's
+# own mistakes. On other tasks that may differ (`docs/CLAIMS.md` has the project's comparisons).
 #
 # ## What you now know
 #
 # - IFT mixes the policy's own guesses into its inputs, so that training contains such inputs without sampling.
-# - It weights a token by the losses from it on. With $\gamma$ near 1, early tokens of a row count more than late ones.
+# - It weights a token by the losses from it on. At $\gamma = 1$, early tokens of a row count most.
 #   The weights must be constants.
 # - For answers of several tokens its fixed point is seldom $E$. Each row has the same total weight, so a choice
 #   counts more if little loss follows it in its row. Above, that favours the short answer.
@@ -356,9 +356,9 @@ this_run(max(measured["SFT"], measured["IFT"]) < 0.5 * measured["base"], "Both c
 #
 # <details><summary>Puzzle 1</summary>
 #
-# The last tokens count most. `cumsum` adds the losses *before* each token; the sum must start at the end. (The paper has
-# both directions. In its Eq. 22 later tokens count more: token i is counted i + 1 times. In its algorithm and its code
-# earlier tokens count more.)
+# The last tokens count most. `cumsum` adds the losses *before* each token; the sum must start at the end. (The paper
+# has both directions. In its Eq. 22 later tokens count more: token i is counted i + 1 times. In its code a token counts
+# by the losses from it on.)
 #
 # </details>
 #

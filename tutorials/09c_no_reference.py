@@ -423,10 +423,10 @@ this_run(without[2] < changes["SLiC-HF"][2], "Without its SFT term SLiC-HF loses
 this_run(with_term[2] > changes["SimPO"][2], "With an SFT term SimPO keeps more language.")
 
 # %% [markdown]
-# Without its SFT term SLiC-HF keeps 88 % instead of 94 %: the hinge does most of the work here, because it stops
-# pushing. With an SFT term SimPO keeps 90 % instead of 24 %, and gains less reward. So a method without a reference needs
-# something else that limits it: an SFT term, a hinge, or few and small steps. (SimPO's paper uses learning rates of at
-# most 1e-6, for models with billions of weights.)
+# Without its SFT term SLiC-HF keeps 88 % instead of 94 %: here the hinge alone keeps most of the language. With an SFT
+# term SimPO keeps 90 % instead of 24 %, and gains less reward. So a method without a reference needs something else
+# that limits it: an SFT term, a hinge, or few and small steps. (SimPO's paper uses learning rates of at most 1e-6, for
+# models with billions of weights.)
 #
 # ## What is wrong here? (1)
 
@@ -456,7 +456,7 @@ print("SimPO's averages:  ", row(scored / (sizes + 10)))
 # - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none, and depends on few and
 #   small steps.
 # - In these runs an SFT term kept the language, and a hinge limited the margin. SimPO, with neither, lost it.
-# - KTO learns from single answers. It follows majorities and has no end that we can compute.
+# - KTO learns from single answers. It follows majorities and has no closed form.
 # - SimPO and ORPO divide by the number of tokens. So they need a mask without padding and without the prompt.
 #
 # Next: [11](11_storyteller.ipynb), where you align a model with a reward of your own. Or, for large models,
@@ -467,7 +467,7 @@ print("SimPO's averages:  ", row(scored / (sizes + 10)))
 # **Exercise 1** (easy, 5 minutes). ORPO with α = 0 is SFT on the chosen answers, averaged over tokens. Does it end at
 # the shares of the chosen answers? Predict, then compute it with `land`.
 #
-# **Exercise 2** (medium, try this, 10 minutes). Now all three answers are written equally often: `kto_descent` with
+# **Exercise 2** (medium, try this, 10 minutes). Write all three equally often, with $z_0$ still 0: `kto_descent` with
 # `torch.ones(3) / 3`. Predict which answers KTO drives out. What about the second, which is liked as often as
 # disliked?
 #

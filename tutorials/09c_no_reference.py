@@ -141,12 +141,11 @@ same(my_simpo(*logps, 2.0, 1.0), simpo_theirs, "simpo_loss")
 # ## 3 · ORPO: SFT and preferences at once
 #
 # ORPO trains a base model with one loss: SFT on the chosen answers, plus a term that compares *odds*. $P = e^{\bar a}$
-# is the (geometric) mean probability of a token of the answer. Its odds are $P/(1 - P)$: nearly $P$ if $P$ is small,
-# and without limit near $P = 1$:
+# is the (geometric) mean probability of a token of the answer. Its odds are $P/(1 - P)$:
 #
 # $$L = \mathbb{E}\Big[-\bar a(y^+) - \alpha\log\sigma\Big(\log\tfrac{P^+}{1-P^+} - \log\tfrac{P^-}{1-P^-}\Big)\Big] .$$
 #
-# By hand: P = 0.5 has the odds 1, and P = 0.9 has the odds 9.
+# By hand: $P^+ = 0.9$ has the odds 9, $P^- = 0.5$ the odds 1. σ(log 9 − log 1) = 0.9, so the second term is 0.105 α.
 
 # %%
 def my_orpo(mean_chosen, mean_rejected, weight):
@@ -173,14 +172,14 @@ same(my_orpo(*logps, 0.25), orpo.orpo_loss(*logps, weight=0.25), "orpo_loss")
 #
 # $$L = \mathbb{E}\Big[1 - \sigma\big(\pm\beta\,\big(\log\tfrac{\pi(y)}{\mathrm{ref}(y)} - z_0\big)\big)\Big],$$
 #
-# with + for a good answer and − for a bad one.  A good answer should have a log-ratio above the reference point $z_0$,
+# with + for a good answer and − for a bad one. A good answer should have a log-ratio above the reference point $z_0$,
 # a bad one below it. σ is steepest at 0, so answers far from $z_0$ count little. By hand: at log-ratio $z_0$ the loss
 # is ½, good or bad.
 #
-# $z_0$ says how far the policy has moved in general. It should be the KL of the policy from ref, but sampling for it is
-# expensive. So each prompt of the batch is paired with the answer of another row, mostly an answer to *another* prompt.
-# $z_0$ is the mean log-ratio of these unrelated answers, at least 0, and without gradient. It is not the KL; it says
-# roughly how far log-ratios have drifted.
+# $z_0$ says how far log-ratios have drifted in general, so a good answer must rise by more than that. The paper means
+# the KL from ref, but sampling for it is expensive. So each prompt is paired with the answer of another row, mostly to
+# *another* prompt. $z_0$ is the mean log-ratio of these (0 if it is negative), without gradient: a rough measure of
+# drift, not the KL.
 
 # %%
 def my_kto(logps, ref_logps, good, z0, beta):
@@ -234,8 +233,8 @@ this_run(there, "SimPO ends at its closed form.")
 # **SLiC-HF.** Let $w^+$ and $w^-$ be an answer's shares among the chosen and the rejected ones. While no pair reaches
 # the margin, the hinge is a straight line, and the mean loss is a constant minus $\sum_y ((1 + \alpha) w^+ -
 # w^-)\log\pi(y)$. Shares sum to 1, so these weights sum to α. Divided by α they are a distribution q, if none is
-# negative. Then Σ q log π is largest, and the loss smallest, at π = q (04). So SLiC-HF ends at $w^+ + (w^+ -
-# w^-)/\alpha$; SFT alone would end at $w^+$.
+# negative (hence α = 2). Then Σ q log π is largest, and the loss smallest, at π = q (04). So SLiC-HF ends at $w^+ +
+# (w^+ - w^-)/\alpha$: for the first answer .504 − .192/2 = .408. SFT alone would end at $w^+$.
 #
 # **SimPO** with $m = 0$ is the loss of a reward model (06) whose reward is $s\,\bar a(y)$. At its end this is $r(y)$
 # plus a constant. With $\bar a(y) = \log\pi(y)/|y|$ that gives $\log\pi(y) = |y|\,(r(y)/s + c)$, where $c$ makes the
@@ -327,7 +326,8 @@ def train(loss_of, steps=50, with_z0=False):
 
 
 # %% [markdown]
-# One short function says what each method takes from a pair. Look at the two changes of log π, then at the last column.
+# One short function says what each method takes from a pair. The reward averages the well-formed answers only. Look at
+# the two changes of log π, then at the last column.
 
 # %%
 def dpo_loss(pairs):
@@ -393,9 +393,8 @@ for name in ("SimPO", "ORPO"):
     show_samples(policies[name])
 
 # %% [markdown]
-# - **DPO** lowers both log-probs a little, as in 09.
-# - **KTO** with the same β moves both much further. DPO stops pushing when the policy's odds fit how often each answer
-#   was chosen. KTO asks only which thumb an answer gets more often, so it goes on.
+# - **DPO** lowers mainly the rejected answers.
+# - **KTO** with the same β moves both much further. KTO only follows the majority, so it goes on: 83 % stays well-formed.
 # - **SLiC-HF** stops at pairs that are in order by $m$. 94 % stays well-formed.
 # - **SimPO** loses the language: 24 % is well-formed. It has neither ref nor SFT, and its margin is per token: with m =
 #   1 and s = 2, answers of 7 tokens must differ by 3.5 nats, and the push never stops. SLiC-HF stops at 1 nat.

@@ -52,10 +52,10 @@ print("kernels run on", DEVICE if DEVICE == "cuda" else "the CPU, in Triton's in
 #
 # ## The question
 #
-# At its end, a model multiplies the hidden state of every token, C numbers, with its *head*, a (V, C) matrix, and
-# gets V logits. Most methods of this course need only two numbers of such a row: the log-prob of one token, and
-# sometimes the entropy. With a vocabulary of 128,256, the logits are the largest tensor of the whole step. **How many
-# bytes must be moved for these two numbers, and must all logits be in memory at the same time?**
+# At its end, a model multiplies the hidden state of every token, C numbers, with its *head*, a (V, C) matrix, and gets
+# V logits. Most methods of this course need only two numbers of such a row: the log-prob of one token and, at times,
+# the entropy $-\sum p \log p$. With a vocabulary of 128,256, the logits are the largest tensor of the whole step. **How
+# many bytes must be moved for these two numbers, and must all logits be in memory at the same time?**
 
 # %%
 figures.gpu()
@@ -108,7 +108,7 @@ print(f"{'the product that makes them':28}           at least {1e3 * product / R
 #
 # - `tl.program_id(0)` is the number of this program. All programs run the same code.
 # - `tl.arange(0, BLOCK)` makes the numbers 0 … BLOCK − 1. Each place of such a block is called a **lane**.
-# - `x + place` is a block of addresses, `tl.load` reads them, `tl.store` writes.
+# - `x` is an address, and `x + place` are those of x[place]. `tl.load` reads, `tl.store` writes.
 # - `mask` turns off the lanes that lie beyond the end.
 # - `BLOCK: tl.constexpr` is known when the kernel is compiled. It must be a power of two.
 
@@ -196,7 +196,7 @@ print("my_row_sum equals torch's sum of each row")
 # $$\text{top} = \max_i z_i, \qquad \text{total} = \sum_i e^{z_i - \text{top}}, \qquad
 #   \text{weighted} = \sum_i e^{z_i - \text{top}}\,(z_i - \text{top}) .$$
 #
-# With $p_i = e^{z_i - \text{top}}/\text{total}$, so $\log p_i = z_i - \text{top} - \log \text{total}$, they give both:
+# Let lse be top + log total, the *log-sum-exp*. Then $\log p_i = z_i - \mathrm{lse}$, which gives both:
 #
 # $$\log p_y = z_y - \text{top} - \log \text{total}, \qquad
 #   \text{entropy} = -\sum_i p_i \log p_i = \log \text{total} - \frac{\text{weighted}}{\text{total}} .$$
@@ -488,8 +488,8 @@ this_run(min(errors["no rescale"][2:]) > 0.01, "More than one block shows the mi
 #
 # $$g_\ell\,(1[i = y] - p_i) \;-\; g_H\,p_i\,(\log p_i + \text{entropy}),$$
 #
-# where $1[i = y]$ is 1 for the target and 0 elsewhere. The first part is the gradient of $z_y - \mathrm{lse}$, where
-# lse is the log-sum-exp: $\partial\, \mathrm{lse}/\partial z_i = p_i$. Exercise 2 derives the second. (Below, τ = 1.)
+# where $1[i = y]$ is 1 for the target and 0 elsewhere. The first part is the gradient of $z_y - \mathrm{lse}$:
+# $\partial\, \mathrm{lse}/\partial z_i = p_i$. Exercise 2 derives the second. (Below, τ = 1.)
 
 
 # %%
@@ -536,9 +536,9 @@ print("my_slice_gradient equals autograd")
 # %% [markdown]
 # The forward pass is a loop over slices of the head, and so is the backward pass. With `torch.autograd.Function` one
 # writes a backward pass by hand: `ctx` keeps what `backward` needs, `upstream` are the gradients of the two results,
-# and `backward` returns a gradient for each argument of `forward`, or None. `InSlices.apply(…)` calls it. `d_hidden` is
-# the gradient of the loss with respect to `hidden`. Every slice adds to it. A slice's rows of `d_head` come from that
-# slice alone.
+# and `backward` returns a gradient for each argument of `forward`, or None. `InSlices.apply(…)` calls it. A slice of
+# logits is `hidden @ part.T`. So every slice adds `d @ part` to the gradient of `hidden`, and its own rows of `d_head`
+# are `d.T @ hidden`.
 
 
 # %%
@@ -571,6 +571,7 @@ class InSlices(torch.autograd.Function):
         return d_hidden.to(hidden.dtype), d_head, None, None
 
 
+# %%
 def problem(rows, channels, v, dtype):
     """hidden (rows, C), head (V, C), targets (rows,), upstream gradients (2, rows)."""
     generator = torch.Generator().manual_seed(0)
@@ -582,7 +583,7 @@ def problem(rows, channels, v, dtype):
 
 
 def all_logits(hidden, head, targets):
-    """What most trainers do: bfloat16 logits, kept in memory, then autograd."""
+    """What most trainers do. Returns the bfloat16 logits too, so that they stay in memory."""
     model_output = hidden @ head.T
     log_p = model_output.float().log_softmax(1)
     return log_p.gather(1, targets[:, None])[:, 0], model_output
@@ -618,8 +619,9 @@ print("log-probs, entropies and both gradients: equal to autograd's and to minia
 #
 # - `all_logits` has 14 bytes for each logit at its peak: 2 (bfloat16 logits) + 4 (log p, kept by autograd) + 8 (two
 #   float32 gradients).
-# - `InSlices` has at most nine float32 matrices of *one slice* at once, 36 bytes for each of its logits (`again`, those
-#   in `my_slice_gradient`, and the last d). Besides, it has the slice of the head in float32 and both gradients.
+# - `InSlices` has at most nine float32 matrices of *one slice* at once, 36 bytes for each of its logits (most in
+#   `my_slice_gradient`). This does not grow with V. Besides, it has the slice of the head in float32 and both
+#   gradients.
 #
 # Dots in the figure are measured, lines are counted.
 

@@ -328,16 +328,16 @@ this_run(max(measured["SFT"], measured["IFT"]) < 0.5 * measured["base"], "Both c
 
 # %% [markdown]
 # Both move the policy most of the way from the base model to $E$, and their texts look alike. In this run IFT stays a
-# little farther from $E$. We see no gain from the mixed inputs, but KL(E‖π) reads only E's prefixes, not the policy's
+# little farther from $E$. We see no gain, but KL(E‖π) reads only E's prefixes, not the policy's
 # own mistakes. On other tasks that may differ (`docs/CLAIMS.md` has the project's comparisons).
 #
 # ## What you now know
 #
 # - IFT mixes the policy's own guesses into its inputs, so that training contains such inputs without sampling.
-# - It weights a token by the losses from it on. At $\gamma = 1$, early tokens of a row count most.
-#   The weights must be constants.
-# - For answers of several tokens its fixed point is seldom $E$. Each row has the same total weight, so a choice
-#   counts more if little loss follows it in its row. Above, that favours the short answer.
+# - It weights a token by the losses from it on. At $\gamma = 1$, early tokens of a row count most. The weights must be
+#   constants.
+# - For answers of several tokens its fixed point is seldom $E$. Each row has the same total weight, so what a choice
+#   counts depends on the rest of its row. Above, that favours the short answer.
 #
 # Next: [05 · Inverse RL](05_inverse_rl.ipynb), where demonstrations teach a reward.
 #

@@ -18,7 +18,7 @@ Details  γ = 0 means w = 1, as in the released code. The limit γ → 0 of the 
          Prompts keep their own embeddings. A token in the completion that is not scored still counts in the exponent of γ.
          The released code also freezes the input embeddings at their initial values. Here they are trained like everything else.
 Law      Completions of one token: the expert E, as in SFT. Longer ones, with λ = 0 and constant weights: π(a|s) ∝ E(a|s)·E[w_t/n | s, a]
-         for token a after prefix s, not E (toy/closed_form.py, ift_law). Of two tokens, the first gains if it is rare or if little loss follows it.
+         for token a after prefix s, seldom E (toy/closed_form.py, ift_law). Of two, the first gains if it is rare or little loss follows.
 Checked  tests/methods/test_ift.py (worked numbers in both modes, holes, gradients, what is fed in), toy/tiny_language.py (the law).
 
     python -m minialign ift                                                  # built-in task, laptop CPU

@@ -140,18 +140,18 @@ def overview():
     print("minialign: every alignment loss in one readable file, each checked against its own fixed point\n")
     print("methods     python -m minialign <method> [--flags]; without flags: the built-in task, under a minute; --help lists the flags")
     for name in names_in("minialign/methods"):
-        print(f"  {name:19} {title(ROOT / 'minialign/methods' / f'{name}.py').split('. ')[0].rstrip('.')}")
+        print(f"  {name:20} {title(ROOT / 'minialign/methods' / f'{name}.py').split('. ')[0].rstrip('.')}")
     print("\ncommands    python -m minialign <command> [--flags]")
     for name, line in COMMANDS.items():
-        print(f"  {name:19} {line}")
+        print(f"  {name:20} {line}")
     print("\nrecipes     python -m minialign recipes lists the papers' experiments at full size")
     print("\ntoys        python -m toy.<name>; each prints PASS or FAIL per fixed point; a FAIL gives exit code 1; python -m toy runs all")
     for name in names_in("toy"):
         if name != "plot" and '__name__ == "__main__"' in (ROOT / "toy" / f"{name}.py").read_text(encoding="utf-8"):
-            print(f"  {name:19} {title(ROOT / 'toy' / f'{name}.py')}")
+            print(f"  {name:20} {title(ROOT / 'toy' / f'{name}.py')}")
     print("\ntutorials   python tutorials/<name>.py, or open it as cells")
     for path in sorted((ROOT / "tutorials").glob("[0-9]*.py")):
-        print(f"  {path.stem:19} {title(path)}")
+        print(f"  {path.stem:20} {title(path)}")
 
 
 def recipes():

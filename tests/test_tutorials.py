@@ -240,7 +240,7 @@ def test_it_runs_and_its_checkpoints_grade(path, tmp_path):
     program = ("import json, pathlib, sys; from tests.test_tutorials import grade; "
                "print('GRADES', json.dumps(grade(pathlib.Path(sys.argv[1]))))")
     result = subprocess.run([sys.executable, "-c", program, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                            timeout=900)
+                            timeout=3000)
     assert result.returncode == 0, result.stderr[-3000:]
     assert not result.stderr, result.stderr[-3000:]
     assert list(tmp_path.rglob("*.png")), "a tutorial draws its figures"

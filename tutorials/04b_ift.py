@@ -328,12 +328,12 @@ this_run(max(measured["SFT"], measured["IFT"]) < 0.5 * measured["base"], "Both c
 
 # %% [markdown]
 # Both move the policy most of the way from the base model to $E$, and their texts look alike. In this run IFT stays a
-# little farther from $E$. We see no gain, but KL(E‖π) reads only E's prefixes, not the policy's
-# own mistakes. On other tasks that may differ (`docs/CLAIMS.md` has the project's comparisons).
+# little farther from $E$. We see no gain, neither on E's prefixes (KL) nor in the policies' own texts (the
+# percentages). On other tasks that may differ (`docs/CLAIMS.md`).
 #
 # ## What you now know
 #
-# - IFT mixes the policy's own guesses into its inputs, so that training contains such inputs without sampling.
+# - IFT mixes the policy's one-step guesses into its inputs: a cheap approximation to its own words.
 # - It weights a token by the losses from it on. At $\gamma = 1$, early tokens of a row count most. The weights must be
 #   constants.
 # - For answers of several tokens its fixed point is seldom $E$. Each row has the same total weight, so what a choice
@@ -386,7 +386,7 @@ always((slopes > 0).all(), "With constant weights every demonstrated token becom
 # %% [markdown]
 # <details><summary>Exercise 1</summary>
 #
-# The KL is larger: the policy is trained on strongly mixed inputs, and it is measured on unmixed ones.
+# The KL is larger. One reason: training reads strongly mixed inputs, the measurement unmixed ones.
 #
 # </details>
 

@@ -234,7 +234,7 @@ this_run(there, "SimPO ends at its closed form.")
 # the margin, the hinge is a straight line, and the mean loss is a constant minus $\sum_y ((1 + \alpha) w^+ -
 # w^-)\log\pi(y)$. Shares sum to 1, so these weights sum to α. Divided by α they are a distribution q, if none is
 # negative (hence α = 2). Then Σ q log π is largest, and the loss smallest, at π = q (04). So SLiC-HF ends at $w^+ +
-# (w^+ - w^-)/\alpha$: for the first answer .504 − .192/2 = .408. SFT alone would end at $w^+$.
+# (w^+ - w^-)/\alpha$: for the first ($w^+ = .504$, $w^- = .696$) .504 − .192/2 = .408. SFT alone would end at $w^+$.
 #
 # **SimPO** with $m = 0$ is the loss of a reward model (06) whose reward is $s\,\bar a(y)$. At its end this is $r(y)$
 # plus a constant. With $\bar a(y) = \log\pi(y)/|y|$ that gives $\log\pi(y) = |y|\,(r(y)/s + c)$, where $c$ makes the
@@ -275,7 +275,7 @@ this_run(kto_at[5000][0] < 0.3 * kto_at[1000][0], "KTO goes on driving the first
 # KTO follows majorities. With $z_0 = 0$ and log-ratio x, the loss of a like is $1 - \sigma(\beta x)$ and that of a
 # dislike $\sigma(\beta x)$, together likes − (likes − dislikes) σ(βx). If the dislikes are more, this falls as long as
 # x falls, and has no minimum. So the probability of the first answer goes to 0, ever more slowly, because σ becomes
-# flat. For ORPO with α > 0 no closed form is known (exercise 1 has α = 0).
+# flat. The judge's favourite gets only .45. For ORPO with α > 0 no closed form is known (exercise 1 has α = 0).
 #
 # ## 6 · The same GPT, the same pairs
 #
@@ -454,7 +454,7 @@ print("SimPO's averages:  ", row(scored / (sizes + 10)))
 #
 # - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none, and depends on few and
 #   small steps.
-# - In these runs an SFT term kept the language, and a hinge limited the margin. SimPO, with neither, lost it.
+# - In these runs an SFT term or a hinge alone kept most of the language. SimPO, with neither, lost it.
 # - KTO learns from single answers. It follows majorities and has no closed form.
 # - SimPO and ORPO divide by the number of tokens. So they need a mask without padding and without the prompt.
 #

@@ -79,7 +79,7 @@ def line_by_line(logits, targets, tau=1.0):
     """logits (rows, V), targets (rows,) -> log-probs and entropies, (rows,) each."""
     wide = logits.float()  # read 2, write 4
     z = wide / tau  # read 4, write 4
-    log_p = z.log_softmax(1)  # read 4 twice (maximum, then sum), write 4
+    log_p = z.log_softmax(1)  # read 4 twice (lse, then result), write 4
     logps = log_p.gather(1, targets[:, None])[:, 0]  # one number for each row
     p = log_p.exp()  # read 4, write 4
     entropies = -(p * log_p).sum(1)  # product: read 8, write 4; sum: read 4
@@ -390,9 +390,8 @@ print("log-prob of target -100  ", logps[2].item())
 # %% [markdown]
 # ## 6. Test on irregular sizes
 #
-# Which tests does a kernel need? A size like V = 4096 alone shows little, because it is a multiple of the block. So
-# test other sizes, logits of −∞, a whole block of them, and logits near 1000. Compare with float64, computed from the
-# same numbers.
+# Which tests does a kernel need? One round size alone shows little. So test other sizes, logits of −∞, a whole block of
+# them, and logits near 1000. Compare with float64, computed from the same numbers.
 
 
 # %%
@@ -482,7 +481,7 @@ this_run(min(errors["no rescale"][2:]) > 0.01, "More than one block shows the mi
 # The kernel is done; take a break here. What follows needs only `my_fold`. The kernel saves traffic, not memory: it
 # still needs all logits, 2.1 GB in section 1, and float32 copies for the gradients. But `my_fold` takes *slices* of the
 # vocabulary. So compute one slice of logits, fold it into the state, and drop it. For the gradient, compute each slice
-# again. The forward pass then keeps only one log-sum-exp and one entropy for each row.
+# again, at the price of one more product. Only lse and entropy of each row are kept.
 #
 # With $g_\ell$ and $g_H$ the gradients that arrive at a row's log-prob and entropy, the gradient for $z_i$ is
 #

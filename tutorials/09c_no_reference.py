@@ -3,7 +3,7 @@
 #
 # **You will build** the losses of four methods that need less than DPO, and train a small GPT with each.
 #
-# **Time:** 23 minutes of reading, 40 seconds of computer.
+# **Time:** 25 minutes of reading, 40 seconds of computer.
 #
 # **You need:** [09, DPO](09_dpo.ipynb): the margin Δ, the three completions, and why both log-probs fall.
 # [09b](09b_siblings.ipynb) is not needed.
@@ -201,45 +201,73 @@ same(my_kto(*logps, thumbs, 0.2, 0.5), kto_theirs, "kto_loss")
 #
 # The toy is that of 09: "tea!", "tea, please" and "could i have tea", of 1, 2 and 4 words, which ref says with .6, .3,
 # .1. The judge follows [Bradley-Terry](../GLOSSARY.md#bradley-terry) with $e^r = 1, 2, 4$. DPO at β = ½ ends at
-# $\pi^* = (3, 6, 8)/17$. SLiC-HF and SimPO have a [closed form](../GLOSSARY.md#closed-form) for some settings
-# (`toy/closed_form.py` derives it), which we check. Compare the rows with π\*.
+# $\pi^* = (3, 6, 8)/17$. Where do the other losses end? `land` trains the three probabilities until they rest.
 
 # %%
 BETA = 0.5
+print("π*, where DPO ends", row((ref.log() + r / BETA).softmax(0)))
 
+# %% [markdown]
+# ### SLiC-HF mixes SFT with the preferences
+#
+# Take $m$ so large that no pair reaches it. Then the hinge is a straight line. Let $w^+$ be an answer's share among the
+# chosen answers, and $w^-$ its share among the rejected ones. The mean loss is
+#
+# $$m - \sum_y \big((1 + \alpha)\,w^+ - w^-\big)\log\pi(y) .$$
+#
+# That is the loss of SFT (04), which ends at the weights of log π. Here they sum to α, since shares sum to 1. So we divide
+# by α:
+#
+# $$\pi(y) = w^+ + (w^+ - w^-)/\alpha .$$
+#
+# SFT would end at $w^+$. The preferences add the rest. (No probability may be negative, so α must be large here.) By hand,
+# for the first answer, $w^+ = .504$, $w^- = .696$ and α = 2: .504 − .192/2 = .408.
 
+# %%
 def slic_of(pairs):
     return my_slic(pairs.chosen, pairs.rejected, margin=10.0, weight=2.0)
 
 
+pair_shares = ref[:, None] * ref * prefer  # watch: pair_shares (3, 3): [a, b], a chosen over b
+w_chosen = pair_shares.sum(1) / pair_shares.sum()
+w_rejected = pair_shares.sum(0) / pair_shares.sum()
+predicted = w_chosen + (w_chosen - w_rejected) / 2
+found = land(slic_of)
+print("w⁺                ", row(w_chosen))
+print("SLiC-HF, predicted", row(predicted))
+print("SLiC-HF, found    ", row(found))
+there = torch.allclose(found, predicted, atol=1e-4, rtol=0)
+this_run(there, "SLiC-HF ends where the formula says.")
+law = torch.as_tensor(closed_form.slic_law(ref.numpy(), prefer.numpy(), 2.0))
+equal(predicted, law, "The prediction is the closed form of SLiC-HF in toy/closed_form.py.")
+
+# %% [markdown]
+# ### SimPO multiplies the reward by the length
+#
+# With $m = 0$, SimPO is the loss of a reward model (06). Its reward is $s\,\bar a(y)$. A reward model ends at the judge's
+# reward plus a constant:
+#
+# $$s\,\bar a(y) = r(y) + c, \qquad\text{so}\qquad \log\pi(y) = |y|\,\big(r(y) + c\big)/s .$$
+#
+# The second formula follows because $\bar a(y)$ is $\log\pi(y)$ divided by $|y|$. The constant $c$ makes the sum 1.
+# Predict before you run: which answer gains, against π\*?
+
+# %%
 def simpo_of(pairs):
     mean_chosen = pairs.chosen / pairs.n_chosen
     mean_rejected = pairs.rejected / pairs.n_rejected
     return my_simpo(mean_chosen, mean_rejected, scale=BETA, margin=0.0)
 
 
-ref_np, prefer_np, r_np, lengths_np = (x.numpy() for x in (ref, prefer, r, lengths))
-print("π*, for comparison     ", row((ref.log() + r / BETA).softmax(0)))
-print("SLiC-HF, m = 10, α = 2 ", row(land(slic_of)))
-print("SimPO, s = ½, m = 0    ", row(land(simpo_of)))
-law = torch.as_tensor(closed_form.slic_law(ref_np, prefer_np, 2.0))
-there = torch.allclose(land(slic_of), law, atol=1e-4, rtol=0)
-this_run(there, "SLiC-HF ends at its closed form.")
-law = torch.as_tensor(closed_form.simpo_law(lengths_np, r_np, BETA))
-there = torch.allclose(land(simpo_of), law, atol=1e-4, rtol=0)
-this_run(there, "SimPO ends at its closed form.")
+found = land(simpo_of)
+print("SimPO, found", row(found))
+law = torch.as_tensor(closed_form.simpo_law(lengths.numpy(), r.numpy(), BETA))
+there = torch.allclose(found, law, atol=1e-4, rtol=0)
+this_run(there, "SimPO ends where the formula says.")
 
 # %% [markdown]
-# **SLiC-HF.** Let $w^+$ and $w^-$ be an answer's shares among the chosen and the rejected ones. While no pair reaches
-# the margin, the hinge is a straight line, and the mean loss is a constant minus $\sum_y ((1 + \alpha) w^+ -
-# w^-)\log\pi(y)$. Shares sum to 1, so these weights sum to α. Divided by α they are a distribution q, if none is
-# negative (hence α = 2). Then Σ q log π is largest, and the loss smallest, at π = q (04). So SLiC-HF ends at $w^+ +
-# (w^+ - w^-)/\alpha$: for the first ($w^+ = .504$, $w^- = .696$) .504 − .192/2 = .408. SFT alone would end at $w^+$.
-#
-# **SimPO** with $m = 0$ is the loss of a reward model (06) whose reward is $s\,\bar a(y)$. At its end this is $r(y)$
-# plus a constant. With $\bar a(y) = \log\pi(y)/|y|$ that gives $\log\pi(y) = |y|\,(r(y)/s + c)$, where $c$ makes the
-# sum 1. So ref plays no part, and the reward is multiplied by the length: averaging was to make length count less, yet
-# the longest answer gets .88 (π\*: .47).
+# The longest answer gets .88; in π\* it has .47. Averages were to make length count less. But at the end of training the
+# reward is multiplied by the length. And ref plays no part at all.
 #
 # ### KTO has no such end
 #
@@ -272,10 +300,15 @@ kto_at = kto_descent(ref, (100, 1000, 5000))
 this_run(kto_at[5000][0] < 0.3 * kto_at[1000][0], "KTO goes on driving the first answer out.")
 
 # %% [markdown]
-# KTO follows majorities. With $z_0 = 0$ and log-ratio x, the loss of a like is $1 - \sigma(\beta x)$ and that of a
-# dislike $\sigma(\beta x)$, together likes − (likes − dislikes) σ(βx). If the dislikes are more, this falls as long as
+# Write $x$ for an answer's log-ratio. With $z_0 = 0$ a like costs $1 - \sigma(\beta x)$ and a dislike
+# $\sigma(\beta x)$. Together that is likes − (likes − dislikes) σ(βx). If the dislikes are more, this falls as long as
 # x falls, and has no minimum. So the probability of the first answer goes to 0, ever more slowly, because σ becomes
-# flat. The judge's favourite gets only .45. For ORPO with α > 0 no closed form is known (exercise 1 has α = 0).
+# flat.
+#
+# KTO follows the majority for each answer. The second answer has a few more likes to spare than the third, because
+# ref writes it more often. So it ends ahead of the judge's favourite, .55 to .45.
+#
+# ORPO is missing here: with α > 0 no closed form is known. (Exercise 1 has α = 0.)
 #
 # ## 6 · The same GPT, the same pairs
 #
@@ -422,8 +455,8 @@ this_run(without[2] < changes["SLiC-HF"][2], "Without its SFT term SLiC-HF loses
 this_run(with_term[2] > changes["SimPO"][2], "With an SFT term SimPO keeps more language.")
 
 # %% [markdown]
-# Without its SFT term SLiC-HF keeps 88 % instead of 94 %: here the hinge alone keeps most of the language. With an SFT
-# term SimPO keeps 90 % instead of 24 %, and gains less reward. So a method without a reference needs something else
+# Without its SFT term SLiC-HF still keeps nearly nine tenths: here the hinge alone keeps most of the language. With an
+# SFT term SimPO keeps 90 % instead of 24 %, and gains less reward. So a method without a reference needs something else
 # that limits it: an SFT term, a hinge, or few and small steps. (SimPO's paper uses learning rates of at most 1e-6, for
 # models with billions of weights.)
 #
@@ -518,9 +551,8 @@ def orpo_of(pairs):
 
 
 end = land(orpo_of)
-chosen_share = (ref[:, None] * ref * prefer).sum(1)
-print("chosen shares", row(chosen_share / chosen_share.sum()), " ORPO, α = 0, ends at", row(end))
-law = chosen_share / lengths / (chosen_share / lengths).sum()
+print("chosen shares", row(w_chosen), " ORPO, α = 0, ends at", row(end))
+law = w_chosen / lengths / (w_chosen / lengths).sum()
 equal(end, law, "ORPO with α = 0 ends at winners / length.", atol=1e-4, rtol=0)
 
 # %% [markdown]

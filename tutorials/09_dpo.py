@@ -31,7 +31,7 @@ from minialign.methods import dpo
 from minialign.methods.reward_model import bradley_terry_loss
 from tutorials.checks import always, equal, this_run
 from tutorials.figures import dpo as figures
-from tutorials.three_completions import land, prefer, r, ref
+from tutorials.three_completions import land, prefer, r, ref, row
 from tutorials.word_requests import (
     all_logps,
     prompts,
@@ -44,12 +44,6 @@ from tutorials.word_requests import (
 )
 
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean ten digits
-
-
-def row(numbers, digits=3):
-    return (
-        "[" + " ".join(f"{number:.{digits}f}" for number in torch.as_tensor(numbers).tolist()) + "]"
-    )
 
 
 # %% [markdown]

@@ -28,15 +28,9 @@ from minialign.methods import gpo, ipo, rebel
 from toy import closed_form
 from tutorials.checks import always, equal, this_run
 from tutorials.figures import dpo as figures
-from tutorials.three_completions import LOST, WON, land, prefer, r, ref
+from tutorials.three_completions import LOST, WON, land, prefer, r, ref, row
 
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean ten digits
-
-
-def row(numbers, digits=3):
-    return (
-        "[" + " ".join(f"{number:.{digits}f}" for number in torch.as_tensor(numbers).tolist()) + "]"
-    )
 
 
 # %% [markdown]

@@ -3,7 +3,7 @@
 #
 # **You will build** the losses of four methods that need less than DPO, and train a small GPT with each.
 #
-# **Time:** 25 minutes of reading, 40 seconds of computer.
+# **Time:** 25 minutes of reading, 50 seconds of computer.
 #
 # **You need:** [09, DPO](09_dpo.ipynb): the margin Δ, the three completions, and why both log-probs fall.
 # [09b](09b_siblings.ipynb) is not needed.
@@ -19,44 +19,26 @@ from pathlib import Path
 here = Path(globals().get("__file__", "cell")).resolve()
 sys.path[:0] = [str(folder) for folder in here.parents if (folder / "minialign").is_dir()][:1]
 
-import copy
 import math
 
+import numpy as np
 import torch
 from torch.nn.functional import softplus
 
-from minialign.batch import collate
-from minialign.logps import seq_logps
 from minialign.methods import kto, orpo, simpo, slic
 from toy import closed_form
 from tutorials.checks import always, equal, this_run
 from tutorials.figures import dpo as figures
-from tutorials.three_completions import PairLogps, land, lengths, prefer, r, ref
-from tutorials.word_requests import (
-    all_logps,
-    answers_ids,
-    judged_pairs,
-    prompts_ids,
-    rewards,
-    rows_of,
-    rude_gpt,
-    show_samples,
-)
+from tutorials.three_completions import PairLogps, land, lengths, prefer, r, ref, row
+from tutorials.word_requests import changes_of, judged_pairs, rude_gpt, show_samples, train_on_pairs
 
 torch.set_default_dtype(torch.float64)  # so that "equal" can mean ten digits
-
-
-def row(numbers, digits=3):
-    return (
-        "[" + " ".join(f"{number:.{digits}f}" for number in torch.as_tensor(numbers).tolist()) + "]"
-    )
-
 
 # %% [markdown]
 # ## The question
 #
-# DPO needs a [reference](../GLOSSARY.md#reference), which is a second model in memory. It needs [SFT](../GLOSSARY.md#sft)
-# before it. And it needs two answers to the same prompt. Four methods do without one of these. What takes its place?
+# DPO needs a [reference](../GLOSSARY.md#reference), a second model to run. It needs [SFT](../GLOSSARY.md#sft) before
+# it. And it needs two answers to the same prompt. Four methods do without some of these:
 #
 # | what DPO needs | what is done instead | method |
 # | --- | --- | --- |
@@ -66,19 +48,24 @@ def row(numbers, digits=3):
 # | pairs | single answers with a thumb up or down | KTO (Ethayarajh et al. 2024) |
 #
 # As in 09, $y^+$ is the chosen answer and $y^-$ the rejected one. We write $\bar a(y)$ for the average
-# [log-prob](../GLOSSARY.md#log-prob) per token, $\log\pi(y)$ divided by the number of tokens $|y|$. $m$ is a margin,
-# and α is the weight of one term of a loss. (The papers have other letters.)
+# [log-prob](../GLOSSARY.md#log-prob) per token, $\log\pi(y)$ divided by the number of tokens $|y|$. You choose $m$, the
+# margin that a pair should reach, and α, the weight of one term of a loss.
+#
+# Your losses take a `PairLogps`: log-probs and lengths of the answers of B pairs. Here are 16 pairs to check them with.
 
 # %%
 generator = torch.Generator().manual_seed(0)
-logps = -4 * torch.rand(2, 16, generator=generator)  # of chosen and of rejected answers
+logps = -9 * torch.rand(4, 16, generator=generator)  # log π of chosen, rejected; log ref of both
 logps.requires_grad_()
+sizes = torch.randint(1, 9, (2, 16), generator=generator).double()
+pairs = PairLogps(*logps, *sizes)
+averages = pairs.chosen / pairs.n_chosen, pairs.rejected / pairs.n_rejected  # two of (16,)
 
 
 def same(mine, theirs, name):
     """Compare your loss (B,) and its gradient with what minialign returns, (mean loss, metrics)."""
     equal(mine.mean(), theirs[0], f"Your loss equals minialign's {name}.")
-    slopes = torch.autograd.grad(mine.mean(), logps), torch.autograd.grad(theirs[0], logps)
+    slopes = [torch.autograd.grad(x, logps, retain_graph=True) for x in (mine.mean(), theirs[0])]
     equal(*slopes, f"The gradient of your loss equals that of minialign's {name}.")
     print(f"equal to minialign's {name}, value and gradient")
 
@@ -87,33 +74,34 @@ def same(mine, theirs, name):
 # ## 1 · SLiC-HF: enough is enough
 #
 # DPO pushes every pair, though less and less. SLiC-HF stops at a pair once the chosen answer is likelier by $m$ nats.
-# This is a *hinge*: a loss that falls in a straight line and is 0 from $m$ on. A little SFT on the chosen answers keeps
-# the policy a language model:
+# This is a *hinge*: a loss that falls in a straight line and is 0 from $m$ on. A little SFT keeps the policy a language
+# model. We do it on the chosen answers:
 #
 # $$L = \mathbb{E}\big[\max(0,\ m - \log\pi(y^+) + \log\pi(y^-)) - \alpha\log\pi(y^+)\big] .$$
 #
-# By hand, with log-probs −3 and −4, m = 2, α = 0.1: the chosen answer is likelier by 1 nat, so 1 is missing. The hinge is
-# 1, the SFT term 0.3, the loss 1.3.
+# By hand, with log-probs −3 and −4, m = 2, α = 0.1: the chosen answer is likelier by 1 nat, so 1 is missing. The hinge
+# is 1, the SFT term 0.3, the loss 1.3.
 
 # %%
-def my_slic(chosen, rejected, margin, weight):
-    """chosen, rejected (B,): sums of log-probs; margin is m, weight is α -> (B,)."""
-    hinge = (margin - chosen + rejected).clamp(min=0)  # watch: hinge (B,)
-    return hinge - weight * chosen
+def my_slic(pairs, m, alpha):
+    """pairs: a PairLogps of B pairs -> (B,)."""
+    hinge = (m - pairs.chosen + pairs.rejected).clamp(min=0)  # watch: hinge (B,)
+    return hinge - alpha * pairs.chosen
 
 
 # %% [markdown]
 # ### Checkpoint
+#
+# (minialign's third argument is the answer of the SFT term.)
 
 # %%
-slic_theirs = slic.slic_loss(*logps, logps[0], delta=1.0, weight=0.1)
-same(my_slic(*logps, 1.0, 0.1), slic_theirs, "slic_loss")
+theirs = slic.slic_loss(pairs.chosen, pairs.rejected, pairs.chosen, delta=1.0, weight=0.1)
+same(my_slic(pairs, 1.0, 0.1), theirs, "slic_loss")
 
 # %% [markdown]
 # ## 2 · SimPO: per token
 #
-# A sum of log-probs is lower for a longer answer. SimPO compares averages per token instead, times a scale $s$, so that
-# the length of an answer counts less. $m$ is the margin that a pair should have:
+# A sum of log-probs is usually lower for a longer answer. SimPO compares averages per token instead, times a scale $s$:
 #
 # $$L = \mathbb{E}\,\log\big(1 + e^{\,m - s\,(\bar a(y^+) - \bar a(y^-))}\big) .$$
 #
@@ -121,21 +109,19 @@ same(my_slic(*logps, 1.0, 0.1), slic_theirs, "slic_loss")
 # m = 0 the loss is log 2.
 
 # %%
-def my_simpo(mean_chosen, mean_rejected, scale, margin):
-    """mean_chosen, mean_rejected (B,): averages per token; margin is m -> (B,).
-
-    log(1 + e^x) is softplus(x).
-    """
-    x = margin - scale * (mean_chosen - mean_rejected)  # watch: x (B,)
-    return softplus(x)
+def my_simpo(pairs, s, m):
+    """pairs: a PairLogps of B pairs -> (B,).  log(1 + e^x) is softplus(x)."""
+    chosen = pairs.chosen / pairs.n_chosen  # watch: chosen (B,)
+    rejected = pairs.rejected / pairs.n_rejected
+    return softplus(m - s * (chosen - rejected))
 
 
 # %% [markdown]
 # ### Checkpoint
 
 # %%
-simpo_theirs = simpo.simpo_loss(*logps, scale=2.0, target_margin=1.0)
-same(my_simpo(*logps, 2.0, 1.0), simpo_theirs, "simpo_loss")
+theirs = simpo.simpo_loss(*averages, scale=2.0, target_margin=1.0)
+same(my_simpo(pairs, 2.0, 1.0), theirs, "simpo_loss")
 
 # %% [markdown]
 # ## 3 · ORPO: SFT and preferences at once
@@ -145,25 +131,28 @@ same(my_simpo(*logps, 2.0, 1.0), simpo_theirs, "simpo_loss")
 #
 # $$L = \mathbb{E}\Big[-\bar a(y^+) - \alpha\log\sigma\Big(\log\tfrac{P^+}{1-P^+} - \log\tfrac{P^-}{1-P^-}\Big)\Big] .$$
 #
-# By hand: $P^+ = 0.9$ has the odds 9, $P^- = 0.5$ the odds 1. σ(log 9 − log 1) = 0.9, so the second term is 0.105 α.
+# By hand: $P^+ = 0.9$ has the odds 9, $P^- = 0.5$ the odds 1. Since $\sigma(\log o) = o/(1 + o)$, σ(log 9 − log 1) is
+# 0.9, and the second term is 0.105 α.
 
 # %%
-def my_orpo(mean_chosen, mean_rejected, weight):
-    """mean_chosen, mean_rejected (B,): averages per token, below 0; weight is α -> (B,).
+def my_orpo(pairs, alpha):
+    """pairs: a PairLogps of B pairs -> (B,).
 
     The log of the odds is a − log(1 − e^a). Write log(1 − e^a) as (−torch.expm1(a)).log(), which
     does not lose digits, and −log σ(x) as softplus(−x).
     """
-    odds_chosen = mean_chosen - (-torch.expm1(mean_chosen)).log()  # watch: odds_chosen (B,)
-    odds_rejected = mean_rejected - (-torch.expm1(mean_rejected)).log()
-    return -mean_chosen + weight * softplus(odds_rejected - odds_chosen)
+    chosen = pairs.chosen / pairs.n_chosen
+    rejected = pairs.rejected / pairs.n_rejected
+    odds_chosen = chosen - (-torch.expm1(chosen)).log()  # watch: odds_chosen (B,)
+    odds_rejected = rejected - (-torch.expm1(rejected)).log()
+    return -chosen + alpha * softplus(odds_rejected - odds_chosen)
 
 
 # %% [markdown]
 # ### Checkpoint
 
 # %%
-same(my_orpo(*logps, 0.25), orpo.orpo_loss(*logps, weight=0.25), "orpo_loss")
+same(my_orpo(pairs, 0.25), orpo.orpo_loss(*averages, weight=0.25), "orpo_loss")
 
 # %% [markdown]
 # ## 4 · KTO: thumbs instead of pairs
@@ -172,14 +161,10 @@ same(my_orpo(*logps, 0.25), orpo.orpo_loss(*logps, weight=0.25), "orpo_loss")
 #
 # $$L = \mathbb{E}\Big[1 - \sigma\big(\pm\beta\,\big(\log\tfrac{\pi(y)}{\mathrm{ref}(y)} - z_0\big)\big)\Big],$$
 #
-# with + for a good answer and − for a bad one. A good answer should have a log-ratio above the reference point $z_0$,
-# a bad one below it. σ is steepest at 0, so answers far from $z_0$ count little. By hand: at log-ratio $z_0$ the loss
-# is ½, good or bad.
-#
-# $z_0$ says how far log-ratios have drifted in general, so a good answer must rise by more than that. The paper means
-# the KL from ref, but sampling for it is expensive. So each prompt is paired with the answer of another row, mostly to
-# *another* prompt. $z_0$ is the mean log-ratio of these (0 if it is negative), without gradient: a rough measure of
-# drift, not the KL.
+# with + for a good answer and − for a bad one. (The paper can weight the two kinds; here both weigh 1.) A good answer
+# should have a log-ratio above a reference point $z_0$, a bad one below it. σ is steepest at 0, so answers far from
+# $z_0$ count little. By hand, with β = 1 and a log-ratio of $z_0 + \log 3$: σ is ¾, so a good answer costs ¼, and a bad
+# one ¾.
 
 # %%
 def my_kto(logps, ref_logps, good, z0, beta):
@@ -193,103 +178,120 @@ def my_kto(logps, ref_logps, good, z0, beta):
 
 # %%
 thumbs = torch.arange(16) % 3 > 0
-kto_theirs = kto.kto_loss(*logps, thumbs, 0.2, beta=0.5)
-same(my_kto(*logps, thumbs, 0.2, 0.5), kto_theirs, "kto_loss")
+theirs = kto.kto_loss(pairs.chosen, pairs.ref_chosen, thumbs, 0.2, beta=0.5)
+same(my_kto(pairs.chosen, pairs.ref_chosen, thumbs, 0.2, 0.5), theirs, "kto_loss")
 
 # %% [markdown]
+# ### What is $z_0$?
+#
+# All log-ratios may drift together. $z_0$ says how far. The paper means the KL from ref, but sampling for it is
+# expensive. So in each batch the answer of row $i - 1$ is put after the prompt of row $i$, mostly *another* prompt.
+# $z_0$ is the mean log-ratio of these answers, or 0 if that is negative, without gradient. It is not the KL.
+#
 # ## 5 · Where they end, on three completions
 #
 # The toy is that of 09: "tea!", "tea, please" and "could i have tea", of 1, 2 and 4 words, which ref says with .6, .3,
 # .1. The judge follows [Bradley-Terry](../GLOSSARY.md#bradley-terry) with $e^r = 1, 2, 4$. DPO at β = ½ ends at
-# $\pi^* = (3, 6, 8)/17$. Where do the other losses end? `land` trains the three probabilities until they rest.
+# $\pi^* = (3, 6, 8)/17$. Where do the other losses end? `land` looks for the three probabilities with the smallest
+# expected loss.
 
 # %%
 BETA = 0.5
-print("π*, where DPO ends", row((ref.log() + r / BETA).softmax(0)))
+
+
+def shares(mu):
+    """The share of each answer (3,) among the chosen, and among the rejected, if mu (3,) writes."""
+    drawn = mu[:, None] * mu * prefer  # watch: drawn (3, 3): [a, b], a chosen over b
+    return drawn.sum(1) / drawn.sum(), drawn.sum(0) / drawn.sum()
+
+
+w_chosen, w_rejected = shares(ref)
+print("π*, where DPO ends     ", row((ref.log() + r / BETA).softmax(0)))
+print("shares of the chosen   ", row(w_chosen))
+print("shares of the rejected ", row(w_rejected))
 
 # %% [markdown]
+# By hand, for the first answer: ref says it with .6. It beats itself (.6) with ½, the second (.3) with ⅓ and the third
+# (.1) with ⅕. That is .6 · (.3 + .1 + .02) = .252. These numbers sum to ½, so its share of the chosen is .504.
+#
 # ### SLiC-HF mixes SFT with the preferences
 #
-# Take $m$ so large that no pair reaches it. Then the hinge is a straight line. Let $w^+$ be an answer's share among the
-# chosen answers, and $w^-$ its share among the rejected ones. The mean loss is
+# Take $m$ so large that no pair reaches it. Then the hinge is a straight line. Write $w^+$ and $w^-$ for the two shares
+# of an answer. The mean loss is
 #
-# $$m - \sum_y \big((1 + \alpha)\,w^+ - w^-\big)\log\pi(y) .$$
+# $$m - \sum_y q(y)\log\pi(y), \qquad q(y) = (1 + \alpha)\,w^+ - w^- .$$
 #
-# That is the loss of SFT (04), which ends at the weights of log π. Here they sum to α, since shares sum to 1. So we divide
-# by α:
+# 1. Each share sums to 1. So the weights $q$ sum to α.
+# 2. SFT on weighted answers ends at the weights divided by their sum (04).
+# 3. So SLiC-HF ends at $\pi(y) = q(y)/\alpha = w^+ + (w^+ - w^-)/\alpha$.
 #
-# $$\pi(y) = w^+ + (w^+ - w^-)/\alpha .$$
-#
-# SFT would end at $w^+$. The preferences add the rest. (No probability may be negative, so α must be large here.) By hand,
-# for the first answer, $w^+ = .504$, $w^- = .696$ and α = 2: .504 − .192/2 = .408.
+# SFT would end at $w^+$. The preferences add the rest. By hand, for the first answer and α = 2: .504 − .192/2 = .408.
+# (α is large here because no probability may be negative: below .38 a pair would reach any $m$.)
 
 # %%
-def slic_of(pairs):
-    return my_slic(pairs.chosen, pairs.rejected, margin=10.0, weight=2.0)
-
-
-pair_shares = ref[:, None] * ref * prefer  # watch: pair_shares (3, 3): [a, b], a chosen over b
-w_chosen = pair_shares.sum(1) / pair_shares.sum()
-w_rejected = pair_shares.sum(0) / pair_shares.sum()
+found = land(lambda pairs: my_slic(pairs, m=10.0, alpha=2.0))
 predicted = w_chosen + (w_chosen - w_rejected) / 2
-found = land(slic_of)
-print("w⁺                ", row(w_chosen))
 print("SLiC-HF, predicted", row(predicted))
 print("SLiC-HF, found    ", row(found))
 there = torch.allclose(found, predicted, atol=1e-4, rtol=0)
 this_run(there, "SLiC-HF ends where the formula says.")
-law = torch.as_tensor(closed_form.slic_law(ref.numpy(), prefer.numpy(), 2.0))
-equal(predicted, law, "The prediction is the closed form of SLiC-HF in toy/closed_form.py.")
 
 # %% [markdown]
-# ### SimPO multiplies the reward by the length
+# ### SimPO: the length does not cancel
 #
-# With $m = 0$, SimPO is the loss of a reward model (06). Its reward is $s\,\bar a(y)$. A reward model ends at the judge's
-# reward plus a constant:
+# With $m = 0$, SimPO is the loss of a reward model (06). Its reward is $s\,\bar a(y)$. A reward model ends at the
+# judge's reward plus a constant, which we write $-k$:
 #
-# $$s\,\bar a(y) = r(y) + c, \qquad\text{so}\qquad \log\pi(y) = |y|\,\big(r(y) + c\big)/s .$$
+# $$s\,\bar a(y) = r(y) - k, \qquad\text{so}\qquad \log\pi(y) = -|y|\,\big(k - r(y)\big)/s .$$
 #
-# The second formula follows because $\bar a(y)$ is $\log\pi(y)$ divided by $|y|$. The constant $c$ makes the sum 1.
-# Predict before you run: which answer gains, against π\*?
+# Log-probs are negative, so $k$ is above every reward, just so far that probabilities sum to 1. So each word costs
+# something: of two answers with the same reward the shorter is likelier. `simpo_law` computes it.
 
 # %%
-def simpo_of(pairs):
-    mean_chosen = pairs.chosen / pairs.n_chosen
-    mean_rejected = pairs.rejected / pairs.n_rejected
-    return my_simpo(mean_chosen, mean_rejected, scale=BETA, margin=0.0)
-
-
-found = land(simpo_of)
-print("SimPO, found", row(found))
-law = torch.as_tensor(closed_form.simpo_law(lengths.numpy(), r.numpy(), BETA))
-there = torch.allclose(found, law, atol=1e-4, rtol=0)
-this_run(there, "SimPO ends where the formula says.")
+found = land(lambda pairs: my_simpo(pairs, s=BETA, m=0.0))
+print("SimPO, found             ", row(found))
+for words in ([1, 2, 4], [1, 1, 1], [4, 2, 1]):
+    law = torch.as_tensor(closed_form.simpo_law(np.array(words), r.numpy(), BETA))
+    print(f"closed form, words {words}", row(law))
+    if words == lengths.tolist():
+        there = torch.allclose(found, law, atol=1e-4, rtol=0)
+        this_run(there, "SimPO ends where the formula says.")
 
 # %% [markdown]
-# The longest answer gets .88; in π\* it has .47. Averages were to make length count less. But at the end of training the
-# reward is multiplied by the length. And ref plays no part at all.
+# The judge's favourite gets .88; in π\* it has .47. Most of this is the missing ref, which holds it back: with one word
+# each it gets .76. The lengths do the rest. With the lengths the other way round it gets .94.
 #
-# ### KTO has no such end
+# ### KTO goes on for ever
 #
-# We follow its gradient descent: ref writes the answers, the chosen ones get a thumb up and the
-# rejected ones a thumb down. ($z_0$ is 0 here: with one prompt and answers from ref, the mean log-ratio is
-# $-\mathrm{KL}(\mathrm{ref}\|\pi)$, which is never positive.)
+# ref writes the answers. The chosen ones get a thumb up and the rejected ones a thumb down. So the first answer has
+# .504 likes and .696 dislikes. Here is what it costs at smaller and smaller log-ratios, with $z_0 = 0$. (With one
+# prompt and answers from ref it is 0, because the mean log-ratio is $-\mathrm{KL}(\mathrm{ref}\|\pi)$.)
+
+# %%
+UP, DOWN = torch.tensor([True]), torch.tensor([False])
+for x in (0.0, -2.0, -4.0, -8.0, -16.0):
+    log_ratio = torch.tensor([x])
+    like = my_kto(log_ratio, torch.zeros(1), UP, 0.0, BETA).item()
+    dislike = my_kto(log_ratio, torch.zeros(1), DOWN, 0.0, BETA).item()
+    cost = w_chosen[0] * like + w_rejected[0] * dislike
+    print(f"log-ratio {x:5.1f}: like {like:.3f}, dislike {dislike:.3f}, together {cost:.3f}")
+
+# %% [markdown]
+# It gets cheaper all the way: there is no minimum. Now gradient descent, with all three.
 
 # %%
 def kto_descent(mu, steps):
     """The policies after the given numbers of steps, if answers come from mu (3,)."""
-    pairs = mu[:, None] * mu * prefer  # watch: pairs (3, 3): [a, b], a chosen over b
-    likes, dislikes = pairs.sum(1), pairs.sum(0)
-    print("thumbs up minus thumbs down:", row(likes - dislikes))
-    good = torch.ones(3, dtype=torch.bool)
+    likes, dislikes = shares(mu)
+    print("likes minus dislikes:", row(likes - dislikes))
     logits = ref.log()
     found = {}
     for k in range(1, max(steps) + 1):
         logits.requires_grad_()
         now = logits.log_softmax(0)
-        loss = likes @ my_kto(now, ref.log(), good, 0.0, BETA)
-        loss = loss + dislikes @ my_kto(now, ref.log(), ~good, 0.0, BETA)
-        logits = (logits - 5 * torch.autograd.grad(loss, logits)[0]).detach()
+        loss = likes @ my_kto(now, ref.log(), UP, 0.0, BETA)
+        loss = loss + dislikes @ my_kto(now, ref.log(), DOWN, 0.0, BETA)
+        logits = (logits - 2.5 * torch.autograd.grad(loss, logits)[0]).detach()
         if k in steps:
             found[k] = logits.softmax(0)
             print(f"after {k:5} steps: {row(found[k], 5)}")
@@ -300,165 +302,109 @@ kto_at = kto_descent(ref, (100, 1000, 5000))
 this_run(kto_at[5000][0] < 0.3 * kto_at[1000][0], "KTO goes on driving the first answer out.")
 
 # %% [markdown]
-# Write $x$ for an answer's log-ratio. With $z_0 = 0$ a like costs $1 - \sigma(\beta x)$ and a dislike
-# $\sigma(\beta x)$. Together that is likes − (likes − dislikes) σ(βx). If the dislikes are more, this falls as long as
-# x falls, and has no minimum. So the probability of the first answer goes to 0, ever more slowly, because σ becomes
-# flat.
+# The first answer goes to 0, ever more slowly, because σ becomes flat. KTO asks of an answer whether it is liked more
+# than disliked. The judge's favourite gets less than the second: it has risen further above ref, where σ is flatter, so
+# it is pushed less.
 #
-# KTO follows the majority for each answer. The second answer has a few more likes to spare than the third, because
-# ref writes it more often. So it ends ahead of the judge's favourite, .55 to .45.
-#
-# ORPO is missing here: with α > 0 no closed form is known. (Exercise 1 has α = 0.)
+# (For ORPO with α > 0 no closed form is known.)
 #
 # ## 6 · The same GPT, the same pairs
 #
-# **This is no ranking.** It is one data set and one seed, and every method has the same learning rate and number of
-# steps, though their losses differ much in scale. The table shows *what each method does* to the chosen answers, the
-# rejected answers, and the language. It does not show which is better.
+# **This is no ranking.** Every method has the same learning rate and number of steps, and none was tuned. The table
+# shows *what each does* to chosen answers, rejected answers, and the language.
 #
-# Base model and requests are those of 09, with 1000 pairs drawn anew. Each method trains a copy of the base model for 50
-# steps: DPO and KTO with β = 1, SLiC-HF with $m = 1$ and α = 0.1, SimPO with $s = 2$ and $m = 1$, ORPO with α = 0.1.
-# KTO takes chosen answers as good and rejected ones as bad.
+# Base model and requests are those of 09. `train_on_pairs` trains a copy of the base model on any loss of pairs, for 50
+# steps of Adam. We do it on three data sets of 1000 pairs, as one run may be luck. KTO takes chosen answers
+# as good and rejected ones as bad. (ORPO is meant for a model before SFT, which is not tested here.)
 
 # %%
-PAIRS = judged_pairs(1000, generator)  # watch: PAIRS (3, 1000): prompt, chosen, rejected
-base = rude_gpt(generator)
-ref_logps = all_logps(base)  # watch: ref_logps (4, 36)
+def kto_of(pairs):
+    both = torch.cat([pairs.chosen, pairs.rejected])
+    ref_both = torch.cat([pairs.ref_chosen, pairs.ref_rejected])
+    good = torch.arange(len(both)) < len(pairs.chosen)
+    return my_kto(both, ref_both, good, pairs.z0, beta=1.0)
 
 
-def reference_point(policy, n, c):
-    """KTO's z0: prompt n[i] with the answer of row i − 1, which mostly answers another prompt."""
-    n, c = n.tolist(), c.tolist()
-    unrelated = [answers_ids[n[i - 1]][c[i - 1]] for i in range(len(n))]
-    batch = collate([prompts_ids[x] for x in n], unrelated, pad_id=0)
-    with torch.no_grad():
-        return (seq_logps(policy, batch) - seq_logps(base, batch)).mean().clamp(min=0)
-
-
-def train(loss_of, steps=50, with_z0=False):
-    """A copy of base, trained on loss_of, a function of a PairLogps (as for `land`)."""
-    policy = copy.deepcopy(base).requires_grad_(True)
-    shuffle = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-4, betas=(0.9, 0.99))
-    for _ in range(steps):
-        n, yes, no = PAIRS[:, torch.randperm(PAIRS.shape[1], generator=shuffle)[:32]]
-        chosen, rejected = rows_of(n, yes), rows_of(n, no)
-        pairs = PairLogps(
-            *seq_logps(policy, chosen, rejected),
-            ref_logps[n, yes],
-            ref_logps[n, no],
-            chosen.mask.sum(1),
-            rejected.mask.sum(1),
-            reference_point(policy, n.repeat(2), torch.cat([yes, no])) if with_z0 else 0.0,
-        )
-        loss = loss_of(pairs).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return policy
-
-
-# %% [markdown]
-# One short function says what each method takes from a pair. The reward averages the well-formed answers only. Look at
-# the two changes of log π, then at the last column.
-
-# %%
-def dpo_loss(pairs):
+def dpo_of(pairs):
     delta = (pairs.chosen - pairs.ref_chosen) - (pairs.rejected - pairs.ref_rejected)
     return softplus(-delta)
 
 
-def kto_loss(pairs):
-    logps = torch.cat([pairs.chosen, pairs.rejected])
-    references = torch.cat([pairs.ref_chosen, pairs.ref_rejected])
-    good = torch.arange(len(logps)) < len(pairs.chosen)
-    return my_kto(logps, references, good, pairs.z0, beta=1.0)
-
-
-def slic_loss(pairs):
-    return my_slic(pairs.chosen, pairs.rejected, margin=1.0, weight=0.1)
-
-
-def simpo_loss(pairs):
-    mean_chosen = pairs.chosen / pairs.n_chosen
-    mean_rejected = pairs.rejected / pairs.n_rejected
-    return my_simpo(mean_chosen, mean_rejected, scale=2.0, margin=1.0)
-
-
-def orpo_loss(pairs):
-    mean_chosen = pairs.chosen / pairs.n_chosen
-    mean_rejected = pairs.rejected / pairs.n_rejected
-    return my_orpo(mean_chosen, mean_rejected, weight=0.1)
-
-
-def report(name, policy):
-    """Print one line; return the changes of mean log π and the share of well-formed answers."""
-    logps = all_logps(policy)
-    n, yes, no = PAIRS
-    moved = logps - ref_logps
-    up, down = moved[n, yes].mean().item(), moved[n, no].mean().item()
-    formed = logps.exp().sum(1)
-    reward = ((logps.exp() * rewards).sum(1) / formed).mean()
-    print(
-        f"{name:18} change of log π: chosen {up:6.2f}, rejected {down:6.2f}   reward {reward:5.2f}"
-        f"   well-formed {formed.mean():.2f}"
-    )
-    return up, down, formed.mean().item()
-
-
-report("base", base)
-changes = {}
-policies = {}
-for name, loss_of in (
-    ("DPO", dpo_loss),
-    ("KTO", kto_loss),
-    ("SLiC-HF", slic_loss),
-    ("SimPO", simpo_loss),
-    ("ORPO", orpo_loss),
-):
-    policies[name] = train(loss_of, with_z0=name == "KTO")
-    changes[name] = report(name, policies[name])
-figures.changes({name: (up, down) for name, (up, down, _) in changes.items()})
-
-# %%
-for name in ("SimPO", "ORPO"):
-    print(name)
-    show_samples(policies[name])
+LOSSES = {
+    "DPO, β = 1": dpo_of,
+    "KTO, β = 1": kto_of,
+    "SLiC-HF, m = 1, α = .1": lambda pairs: my_slic(pairs, m=1.0, alpha=0.1),
+    "SimPO, s = 2, m = 1": lambda pairs: my_simpo(pairs, s=2.0, m=1.0),
+    "ORPO, α = .1": lambda pairs: my_orpo(pairs, alpha=0.1),
+}
 
 # %% [markdown]
-# - **DPO** lowers mainly the rejected answers.
-# - **KTO** with the same β moves both much further. KTO only follows the majority, so it goes on: 83 % stays well-formed.
-# - **SLiC-HF** stops at pairs that are in order by $m$. 94 % stays well-formed.
-# - **SimPO** loses the language: 24 % is well-formed. It has neither ref nor SFT, and its margin is per token: with m =
-#   1 and s = 2, answers of 7 tokens must differ by 3.5 nats, and the push never stops. SLiC-HF stops at 1 nat.
+# The reward averages the well-formed answers only. Look at the two changes of log π (of chosen and of rejected answers,
+# means of three runs), then at the last three numbers.
+
+# %%
+BASES, DATA = [], []
+for seed in range(3):
+    generator.manual_seed(seed)
+    DATA.append(judged_pairs(1000, generator))  # (3, 1000): prompt, chosen, rejected
+    BASES.append(rude_gpt(generator))
+
+
+def report(name, loss_of):
+    """Train on each data set, print one line; return the first policy, changes, shares (3,)."""
+    policies = [
+        train_on_pairs(base, pairs, loss_of) for base, pairs in zip(BASES, DATA, strict=True)
+    ]
+    found = torch.tensor([changes_of(*run) for run in zip(policies, BASES, DATA, strict=True)])
+    up, down, reward, _ = found.mean(0).tolist()
+    formed = found[:, 3]
+    print(
+        f"{name:23} change of log π: {up:5.2f}, {down:5.2f}   reward {reward:4.2f}   "
+        f"well-formed {row(formed, 2)}"
+    )
+    return policies[0], (up, down), formed
+
+
+results = {name: report(name, loss_of) for name, loss_of in LOSSES.items()}
+figures.changes({name.split(",")[0]: changes for name, (_, changes, _) in results.items()})
+
+# %%
+for name in ("SimPO, s = 2, m = 1", "ORPO, α = .1"):
+    print(name)
+    show_samples(results[name][0])
+
+# %% [markdown]
+# - **DPO** lowers mainly the rejected answers, and keeps 95 % well-formed.
+# - **KTO** with the same β moves both much further in the same 50 steps. It keeps about 70 %.
+# - **SLiC-HF**'s hinge stops at pairs that are in order by $m$. It keeps 75 to 96 %.
+# - **SimPO** loses the language: it keeps 9, 78 and 26 %. Only the difference counts in its loss, so nothing holds up the
+#   chosen answers, and a pair that is in order still gets a push.
 # - **ORPO** is mostly SFT at this α. It is the only one that raises the chosen answers, and it gains the least reward.
 #
 # ## 7 · Break it: take the SFT term away
 #
-# SLiC-HF has no reference, yet it kept the language. Is it the hinge or the SFT term? We train it without the SFT term,
-# and SimPO with one.
+# SLiC-HF has no reference, yet it kept most of the language. Is it the hinge or the SFT term? We train it without the
+# SFT term, and SimPO with one.
 
 # %%
-def slic_without_sft(pairs):
-    return my_slic(pairs.chosen, pairs.rejected, margin=1.0, weight=0.0)
-
-
 def simpo_with_sft(pairs):
-    return simpo_loss(pairs) - 0.1 * pairs.chosen
+    return my_simpo(pairs, s=2.0, m=1.0) - 0.1 * pairs.chosen
 
 
-print(f"SLiC-HF as above: well-formed {changes['SLiC-HF'][2]:.2f}")
-without = report("SLiC-HF, α = 0", train(slic_without_sft))
-print(f"SimPO as above: well-formed {changes['SimPO'][2]:.2f}")
-with_term = report("SimPO with SFT", train(simpo_with_sft))
-this_run(without[2] < changes["SLiC-HF"][2], "Without its SFT term SLiC-HF loses more language.")
-this_run(with_term[2] > changes["SimPO"][2], "With an SFT term SimPO keeps more language.")
+def slic_without_sft(pairs):
+    return my_slic(pairs, m=1.0, alpha=0.0)
+
+
+_, _, without = report("SLiC-HF, α = 0", slic_without_sft)
+_, _, with_term = report("SimPO with SFT", simpo_with_sft)
+alone = results["SimPO, s = 2, m = 1"][2]
+this_run((with_term > alone).all(), "With an SFT term SimPO keeps more language, each time.")
+this_run(without.mean() > alone.mean(), "The hinge alone keeps more language than SimPO.")
 
 # %% [markdown]
-# Without its SFT term SLiC-HF still keeps nearly nine tenths: here the hinge alone keeps most of the language. With an
-# SFT term SimPO keeps 90 % instead of 24 %, and gains less reward. So a method without a reference needs something else
-# that limits it: an SFT term, a hinge, or few and small steps. (SimPO's paper uses learning rates of at most 1e-6, for
-# models with billions of weights.)
+# Without its SFT term SLiC-HF keeps about as much as with it: more in one run, less in two. Here the hinge was enough.
+# SimPO keeps far more with an SFT term, and gains less reward. (An α of 0.1 is stronger here than in SLiC-HF, because
+# SimPO's own push on a pair is weaker.) 
 #
 # ## What is wrong here? (1)
 
@@ -485,10 +431,9 @@ print("SimPO's averages:  ", row(scored / (sizes + 10)))
 #
 # ## What you now know
 #
-# - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none, and depends on few and
-#   small steps.
-# - In these runs an SFT term or a hinge alone kept most of the language. SimPO, with neither, lost it.
-# - KTO learns from single answers. It follows majorities and has no closed form.
+# - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none.
+# - In these runs an SFT term or a hinge kept most of the language. SimPO, with neither, lost much of it.
+# - KTO learns from single answers. It asks which are liked more than disliked, and ends only at infinity.
 # - SimPO and ORPO divide by the number of tokens. So they need a mask without padding and without the prompt.
 #
 # Next: [11](11_storyteller.ipynb), where you align a model with a reward of your own. Or, for large models,
@@ -499,9 +444,9 @@ print("SimPO's averages:  ", row(scored / (sizes + 10)))
 # **Exercise 1** (easy, 5 minutes). ORPO with α = 0 is SFT on the chosen answers, averaged over tokens. Does it end at
 # the shares of the chosen answers? Predict, then compute it with `land`.
 #
-# **Exercise 2** (medium, try this, 10 minutes). Write all three equally often, with $z_0$ still 0: `kto_descent` with
-# `torch.ones(3) / 3`. Predict which answers KTO drives out. What about the second, which is liked as often as
-# disliked?
+# **Exercise 2** (medium, try this, 10 minutes). Write all three equally often: `kto_descent(torch.ones(3) / 3, (10,
+# 100, 5000))`, with $z_0$ held at 0. Predict which answers KTO drives out. What about the second, which is liked as
+# often as disliked?
 #
 # **Exercise 3** (hard, 20 minutes). One pair, labelled this way round with probability $p$. Let $u$ be its margin for
 # SimPO, $u = s\,(\bar a(y^+) - \bar a(y^-))$. Which $u$ is best? Show that it is $\log\frac{p}{1-p}$ for $m = 0$, and
@@ -545,12 +490,7 @@ equal(answer_logps / sizes, torch.tensor([-1.0, -1.0]), "Both have −1 nat per 
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-def orpo_of(pairs):
-    mean_chosen = pairs.chosen / pairs.n_chosen
-    return my_orpo(mean_chosen, pairs.rejected / pairs.n_rejected, weight=0.0)
-
-
-end = land(orpo_of)
+end = land(lambda pairs: my_orpo(pairs, alpha=0.0))
 print("chosen shares", row(w_chosen), " ORPO, α = 0, ends at", row(end))
 law = w_chosen / lengths / (w_chosen / lengths).sum()
 equal(end, law, "ORPO with α = 0 ends at winners / length.", atol=1e-4, rtol=0)
@@ -559,13 +499,15 @@ equal(end, law, "ORPO with α = 0 ends at winners / length.", atol=1e-4, rtol=0)
 # <details><summary>Exercise 2</summary>
 #
 # The third answer, liked most, takes all the probability. The first goes to 0 quickly. The second is liked as often as
-# disliked, so nothing pushes it directly. It falls nevertheless, because probabilities sum to 1.
+# disliked, so nothing pushes it directly. It rises at first, as the first one gives probability away. Then it falls,
+# because probabilities sum to 1.
 #
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-alike = kto_descent(torch.ones(3) / 3, (100, 1000, 5000))
-this_run(alike[5000][2] > alike[1000][2] > alike[100][2], "The third answer gains all the time.")
+alike = kto_descent(torch.ones(3) / 3, (10, 100, 5000))
+this_run(alike[10][1] > ref[1] > alike[100][1] > alike[5000][1], "The second rises, then falls.")
+this_run(alike[5000][2] > alike[100][2] > alike[10][2], "The third answer gains all the time.")
 
 # %% [markdown]
 # <details><summary>Exercise 3</summary>
@@ -587,7 +529,7 @@ for p in (0.6, 0.8):
         root = math.sqrt((2 * p - 1) ** 2 * a**2 + 4 * p * (1 - p))
         best_u = math.log(((2 * p - 1) * a + root) / (2 * (1 - p)))
         u = torch.tensor(best_u, requires_grad=True)
-        loss = p * my_simpo(u, 0, 1.0, margin) + (1 - p) * my_simpo(-u, 0, 1.0, margin)
+        loss = p * softplus(margin - u) + (1 - p) * softplus(margin + u)
         always(abs(torch.autograd.grad(loss, u)[0]) < 1e-12, "The slope at the best u is 0.")
         print(
             f"p = {p}, m = {margin:.0f}: u = {best_u:.3f}; "

@@ -52,3 +52,8 @@ def land(loss_of, mu=ref, prefer=prefer, ref=ref, start=None):
 
     optimizer.step(expected_loss)
     return logits.detach().softmax(0)
+
+
+def row(numbers, digits=3):
+    """The numbers of a list or a tensor (N,) as text, [0.600 0.300 0.100]."""
+    return "[" + " ".join(f"{number:.{digits}f}" for number in torch.as_tensor(numbers).tolist()) + "]"

@@ -4,6 +4,7 @@ It is the language of tutorial 00 with four things and with words for tokens, wh
 so that their probabilities can be computed at every step.
 """
 
+import copy
 import re
 
 import torch
@@ -13,6 +14,7 @@ from minialign.logps import seq_logps
 from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
 from minialign.task import RUDE, builtin_law, builtin_prompt, gold_reward
+from tutorials.three_completions import PairLogps
 
 THINGS = ("tea", "bread", "soap", "honey")
 prompts = [builtin_prompt(thing) for thing in THINGS]
@@ -73,3 +75,39 @@ def rude_gpt(generator):
         loss.backward()
         optimizer.step()
     return base.requires_grad_(False)
+
+
+def reference_point(policy, base, n, c):
+    """KTO's z0 for answers c (B,) to prompts n (B,): the mean log-ratio of row i − 1's answer after row i's prompt, at least 0."""
+    n, c = n.tolist(), c.tolist()
+    unrelated = [answers_ids[n[i - 1]][c[i - 1]] for i in range(len(n))]
+    batch = collate([prompts_ids[x] for x in n], unrelated, pad_id=0)
+    with torch.no_grad():
+        return (seq_logps(policy, batch) - seq_logps(base, batch)).mean().clamp(min=0)
+
+
+def train_on_pairs(base, pairs, loss_of, steps=50, lr=3e-4):
+    """A copy of base, trained with Adam on 32 pairs a step. pairs: (3, N), see judged_pairs. loss_of: a function PairLogps -> (B,)."""
+    policy, ref_logps = copy.deepcopy(base).requires_grad_(True), all_logps(base)
+    shuffle = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, betas=(0.9, 0.99))
+    for _ in range(steps):
+        n, yes, no = pairs[:, torch.randperm(pairs.shape[1], generator=shuffle)[:32]]
+        chosen, rejected = rows_of(n, yes), rows_of(n, no)
+        logps = seq_logps(policy, chosen, rejected)  # two of (32,)
+        z0 = reference_point(policy, base, n.repeat(2), torch.cat([yes, no]))  # only KTO's loss uses it
+        sizes = chosen.mask.sum(1), rejected.mask.sum(1)
+        loss = loss_of(PairLogps(*logps, ref_logps[n, yes], ref_logps[n, no], *sizes, z0)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return policy
+
+
+def changes_of(policy, base, pairs):
+    """(change of the mean log π of the chosen answers, of the rejected ones, mean reward of the well-formed answers, their share)."""
+    logps = all_logps(policy)
+    n, yes, no = pairs
+    moved, formed = logps - all_logps(base), logps.exp().sum(1)
+    reward = ((logps.exp() * rewards).sum(1) / formed).mean()
+    return moved[n, yes].mean().item(), moved[n, no].mean().item(), reward.item(), formed.mean().item()

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow lint figures notebooks exercises clean
+.PHONY: demo test test-slow test-long lint figures notebooks exercises clean
 
 # Two environments would be one too many: the run packages first, the development ones (oracles, ruff) when a test or a lint asks.
 $(VENV)/installed: requirements.txt constraints.txt
@@ -24,8 +24,11 @@ demo: $(VENV)/installed          ## the main job: toy verified, a tiny GPT align
 test: $(VENV)/installed-dev      ## the default tests, a few minutes on two cores
 	$(BIN)/python -m pytest -q $(CORES)
 
-test-slow: $(VENV)/installed-dev ## the rest: demo, tutorials, kill loops, long fuzzing
+test-slow: $(VENV)/installed-dev ## what takes longer: demo, tutorials, kill loops, runs of several processes
 	$(BIN)/python -m pytest -q -m slow $(CORES)
+
+test-long: $(VENV)/installed-dev ## what CI leaves out: more kills, more seeds, more recipes of the same kind, longer fuzzing
+	$(BIN)/python -m pytest -q -m long $(CORES)
 
 lint: $(VENV)/installed-dev      ## ruff
 	$(BIN)/ruff check .

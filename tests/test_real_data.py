@@ -51,8 +51,7 @@ def test_the_preference_family_on_transcripts(base, small, method):
     assert all(math.isfinite(row["loss"]) for row in rows) and {"eval/loss", "eval/accuracy"} <= set(rows[-1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["dpo", "ipo"])
+@pytest.mark.parametrize("method", [pytest.param("dpo", marks=pytest.mark.slow), pytest.param("ipo", marks=pytest.mark.long)])
 def test_online_on_the_built_in_task(tmp_path, monkeypatch, method):
     """The gold reward labels fresh answers: it rises by more than ½ in 60 steps, and the held-out pairs end better ordered than by a coin.
     The loss is no signal: its labels come from the answers of the day, nearer and nearer to a coin."""

@@ -43,7 +43,9 @@ ROOT = Path(__file__).parent.parent
 FILES = {path.stem for path in (ROOT / "minialign/recipes").glob("[!_]*.py")}
 CHAINS = sorted(name for name in FILES if name.startswith("chain_"))
 NAMES = sorted(FILES - {*CHAINS})
-QUICK = ("irft_ultrachat_zephyr",)  # the others by the slow tests
+QUICK = ("irft_ultrachat_zephyr",)
+STAGES = {stage.recipe for chain in CHAINS for stage in importlib.import_module(f"minialign.recipes.{chain}").STAGES}
+MARKS = {name: () if name in QUICK else pytest.mark.long if name in STAGES else pytest.mark.slow for name in NAMES}  # chains run the stages
 
 
 def run(name, *flags, **settings):
@@ -52,7 +54,7 @@ def run(name, *flags, **settings):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **settings)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in NAMES])
 def test_smoke(name):
     """Two steps over two processes from files in the hub's formats, mixed precision and all, and the export loads."""
     done = run(name, "--smoke")
@@ -419,23 +421,17 @@ def test_the_plan_of_a_chain_is_the_sum_of_its_stages(name, capsys, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_at_toy_size(name, tmp_path):
-    """End to end: each stage starts from what the one before made; a second call has nothing to do."""
-    done = run(name, "--smoke", "--gpus", "1", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    """End to end over two processes: each stage starts from what the one before made; a second call has nothing to do."""
+    done = run(name, "--smoke", "--out", str(tmp_path))
+    assert done.returncode == 0 and done.stdout.count("ran in 2 processes") == len(stages_of(name)), done.stderr[-3000:]
     for stage in stages_of(name):
         folder = tmp_path / stage.recipe
         config = json.loads((folder / "config.json").read_text())
         assert (folder / "final/config.json").is_file()
         assert not stage.policy or config["policy"] == str(tmp_path / stage.policy)
         assert not stage.reward or config["reward"] == [str(tmp_path / stage.reward)] and config["value"] == str(tmp_path / stage.value)
-    again = run(name, "--smoke", "--gpus", "1", "--out", str(tmp_path))
+    again = run(name, "--smoke", "--out", str(tmp_path))
     assert again.returncode == 0 and again.stdout.count("is finished") == len(stages_of(name)) and "step 1" not in again.stdout
-
-
-@pytest.mark.slow
-def test_a_chain_in_several_processes():
-    done = run("chain_ultrachat", "--smoke")
-    assert done.returncode == 0 and done.stdout.count("ran in 2 processes") == 2, done.stderr[-3000:]
 
 
 @pytest.mark.slow

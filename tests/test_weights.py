@@ -771,7 +771,7 @@ def test_exchanged_header_entries_are_refused(folder):
     exchange_and_load(folder, range(400))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_damaged_headers(folder):
     whole = (folder / "model.safetensors").read_bytes()
     flip_and_load(folder, range(10_000, 15_000))

@@ -61,8 +61,8 @@ figures.two_routes()
 #
 # ![Pairs of answers: tokens of chosen answers are blue, of rejected ones orange.](../../docs/microscope.png)
 #
-# *Made by `python -m minialign microscope dpo ipo orpo`, after 40 steps. Look at the rows of dpo; the two others come
-# in 09b and 09c.*
+# *Made by `python -m minialign microscope dpo ipo orpo`, after 40 steps. Look at the rows of dpo. The two others
+# are methods of 09b and 09c.*
 #
 # A step on DPO's loss pushes the tokens of the chosen answer up (blue) and those of the rejected answer down (orange).
 # All tokens of an answer are pushed alike, so a row has one colour. Two things here will need an explanation. Why are

@@ -49,7 +49,7 @@ torch.set_default_dtype(torch.float64)  # so that "equal" can mean ten digits
 #
 # As in 09, $y^+$ is the chosen answer and $y^-$ the rejected one. We write $\bar a(y)$ for the average
 # [log-prob](../GLOSSARY.md#log-prob) per token, $\log\pi(y)$ divided by the number of tokens $|y|$. You choose $m$, the
-# margin that a pair should reach, and α, the weight of one term of a loss.
+# margin that a pair should reach, and α, the weight of one term: of SFT in SLiC-HF, of the preferences in ORPO.
 #
 # Your losses take a `PairLogps`: log-probs and lengths of the answers of B pairs. Here are 16 pairs to check them with.
 
@@ -92,7 +92,7 @@ def my_slic(pairs, m, alpha):
 # %% [markdown]
 # ### Checkpoint
 #
-# (minialign's third argument is the answer of the SFT term.)
+# (minialign's third argument is the log-prob for the SFT term.)
 
 # %%
 theirs = slic.slic_loss(pairs.chosen, pairs.rejected, pairs.chosen, delta=1.0, weight=0.1)
@@ -132,7 +132,7 @@ same(my_simpo(pairs, 2.0, 1.0), theirs, "simpo_loss")
 # $$L = \mathbb{E}\Big[-\bar a(y^+) - \alpha\log\sigma\Big(\log\tfrac{P^+}{1-P^+} - \log\tfrac{P^-}{1-P^-}\Big)\Big] .$$
 #
 # By hand: $P^+ = 0.9$ has the odds 9, $P^- = 0.5$ the odds 1. Since $\sigma(\log o) = o/(1 + o)$, σ(log 9 − log 1) is
-# 0.9, and the second term is 0.105 α.
+# 0.9, and the second term is −α log 0.9 = 0.105 α.
 
 # %%
 def my_orpo(pairs, alpha):
@@ -161,7 +161,7 @@ same(my_orpo(pairs, 0.25), orpo.orpo_loss(*averages, weight=0.25), "orpo_loss")
 #
 # $$L = \mathbb{E}\Big[1 - \sigma\big(\pm\beta\,\big(\log\tfrac{\pi(y)}{\mathrm{ref}(y)} - z_0\big)\big)\Big],$$
 #
-# with + for a good answer and − for a bad one. (The paper can weight the two kinds; here both weigh 1.) A good answer
+# with + for a good answer and − for a bad one. (The paper's weights are 1 here.)  A good answer
 # should have a log-ratio above a reference point $z_0$, a bad one below it. σ is steepest at 0, so answers far from
 # $z_0$ count little. By hand, with β = 1 and a log-ratio of $z_0 + \log 3$: σ is ¾, so a good answer costs ¼, and a bad
 # one ¾.
@@ -184,9 +184,10 @@ same(my_kto(pairs.chosen, pairs.ref_chosen, thumbs, 0.2, 0.5), theirs, "kto_loss
 # %% [markdown]
 # ### What is $z_0$?
 #
-# All log-ratios may drift together. $z_0$ says how far. The paper means the KL from ref, but sampling for it is
-# expensive. So in each batch the answer of row $i - 1$ is put after the prompt of row $i$, mostly *another* prompt.
-# $z_0$ is the mean log-ratio of these answers, or 0 if that is negative, without gradient. It is not the KL.
+# Log-ratios may drift together, whatever the answer. $z_0$ says how far. In the paper's theory it is the KL from ref,
+# but sampling for that is expensive. So in each batch a neighbouring row's answer is put after the prompt: an answer
+# that was not asked for, which shows the drift. $z_0$ is the mean log-ratio of these, or 0 if that is negative, without
+# gradient.
 #
 # ## 5 · Where they end, on three completions
 #
@@ -212,21 +213,23 @@ print("shares of the rejected ", row(w_rejected))
 
 # %% [markdown]
 # By hand, for the first answer: ref says it with .6. It beats itself (.6) with ½, the second (.3) with ⅓ and the third
-# (.1) with ⅕. That is .6 · (.3 + .1 + .02) = .252. These numbers sum to ½, so its share of the chosen is .504.
+# (.1) with ⅕. That is .6 · (.3 + .1 + .02) = .252. The three answers' numbers sum to ½, so its share of the chosen is
+# .504.
 #
 # ### SLiC-HF mixes SFT with the preferences
 #
 # Take $m$ so large that no pair reaches it. Then the hinge is a straight line. Write $w^+$ and $w^-$ for the two shares
-# of an answer. The mean loss is
+# of an answer: the mean of $\log\pi(y^+)$ is $\sum_y w^+\log\pi(y)$, and of $\log\pi(y^-)$ likewise. So the mean loss
+# is
 #
 # $$m - \sum_y q(y)\log\pi(y), \qquad q(y) = (1 + \alpha)\,w^+ - w^- .$$
 #
-# 1. Each share sums to 1. So the weights $q$ sum to α.
+# 1. Shares sum to 1, so the weights $q$ sum to α.
 # 2. SFT on weighted answers ends at the weights divided by their sum (04).
 # 3. So SLiC-HF ends at $\pi(y) = q(y)/\alpha = w^+ + (w^+ - w^-)/\alpha$.
 #
-# SFT would end at $w^+$. The preferences add the rest. By hand, for the first answer and α = 2: .504 − .192/2 = .408.
-# (α is large here because no probability may be negative: below .38 a pair would reach any $m$.)
+# SFT would end at $w^+$. By hand, for the first answer and α = 2: .504 + (.504 − .696)/2 = .408. (Below α = .38 its $q$
+# is negative, and its probability falls until pairs reach $m$.)
 
 # %%
 found = land(lambda pairs: my_slic(pairs, m=10.0, alpha=2.0))
@@ -244,8 +247,8 @@ this_run(there, "SLiC-HF ends where the formula says.")
 #
 # $$s\,\bar a(y) = r(y) - k, \qquad\text{so}\qquad \log\pi(y) = -|y|\,\big(k - r(y)\big)/s .$$
 #
-# Log-probs are negative, so $k$ is above every reward, just so far that probabilities sum to 1. So each word costs
-# something: of two answers with the same reward the shorter is likelier. `simpo_law` computes it.
+# Log-probs are negative, so $k$ is above every reward, and such that probabilities sum to 1. So each word costs $(k -
+# r)/s$: of two answers with the same reward the shorter is likelier. `simpo_law` searches for $k$.
 
 # %%
 found = land(lambda pairs: my_simpo(pairs, s=BETA, m=0.0))
@@ -258,14 +261,15 @@ for words in ([1, 2, 4], [1, 1, 1], [4, 2, 1]):
         this_run(there, "SimPO ends where the formula says.")
 
 # %% [markdown]
-# The judge's favourite gets .88; in π\* it has .47. Most of this is the missing ref, which holds it back: with one word
-# each it gets .76. The lengths do the rest. With the lengths the other way round it gets .94.
+# The judge's favourite gets .88; in π\* it has .47. Mostly because no ref holds it back: with one word each it gets
+# .76. The lengths do the rest, as a word costs least where the reward is near $k$. With its length 1 and the others
+# longer it gets .94.
 #
 # ### KTO goes on for ever
 #
 # ref writes the answers. The chosen ones get a thumb up and the rejected ones a thumb down. So the first answer has
-# .504 likes and .696 dislikes. Here is what it costs at smaller and smaller log-ratios, with $z_0 = 0$. (With one
-# prompt and answers from ref it is 0, because the mean log-ratio is $-\mathrm{KL}(\mathrm{ref}\|\pi)$.)
+# .504 likes and .696 dislikes. Here is what it costs at smaller and smaller log-ratios, with $z_0 = 0$. (One prompt,
+# answers from ref: the mean log-ratio is $-\mathrm{KL}(\mathrm{ref}\|\pi) \le 0$, so $z_0$ is 0.)
 
 # %%
 UP, DOWN = torch.tensor([True]), torch.tensor([False])
@@ -303,19 +307,17 @@ this_run(kto_at[5000][0] < 0.3 * kto_at[1000][0], "KTO goes on driving the first
 
 # %% [markdown]
 # The first answer goes to 0, ever more slowly, because σ becomes flat. KTO asks of an answer whether it is liked more
-# than disliked. The judge's favourite gets less than the second: it has risen further above ref, where σ is flatter, so
-# it is pushed less.
-#
-# (For ORPO with α > 0 no closed form is known.)
+# than disliked. The judge's favourite gets less than the second, for two reasons: its surplus of likes is smaller, and
+# further above ref σ is flatter.
 #
 # ## 6 · The same GPT, the same pairs
 #
-# **This is no ranking.** Every method has the same learning rate and number of steps, and none was tuned. The table
+# **This is no ranking.** Every method has the same learning rate and number of steps, untuned. The table
 # shows *what each does* to chosen answers, rejected answers, and the language.
 #
 # Base model and requests are those of 09. `train_on_pairs` trains a copy of the base model on any loss of pairs, for 50
-# steps of Adam. We do it on three data sets of 1000 pairs, as one run may be luck. KTO takes chosen answers
-# as good and rejected ones as bad. (ORPO is meant for a model before SFT, which is not tested here.)
+# steps of Adam. We do it three times, each with its own base model and 1000 pairs, as one run may be luck. KTO takes
+# chosen answers as good and rejected ones as bad. (ORPO is meant for a model before SFT, which is not tested here.)
 
 # %%
 def kto_of(pairs):
@@ -377,14 +379,14 @@ for name in ("SimPO, s = 2, m = 1", "ORPO, α = .1"):
 # - **DPO** lowers mainly the rejected answers, and keeps 95 % well-formed.
 # - **KTO** with the same β moves both much further in the same 50 steps. It keeps about 70 %.
 # - **SLiC-HF**'s hinge stops at pairs that are in order by $m$. It keeps 75 to 96 %.
-# - **SimPO** loses the language: it keeps 9, 78 and 26 %. Only the difference counts in its loss, so nothing holds up the
-#   chosen answers, and a pair that is in order still gets a push.
-# - **ORPO** is mostly SFT at this α. It is the only one that raises the chosen answers, and it gains the least reward.
+# - **SimPO** loses much language: it keeps 9, 78 and 26 %. (The samples are those of the first.) With s = 2, its m asks for
+#   ½ nat per token, about 3.6 per answer. SLiC-HF's asks for 1.
+# - **ORPO** is mostly SFT at this α. It alone raises the chosen answers, and gains the least reward.
 #
 # ## 7 · Break it: take the SFT term away
 #
-# SLiC-HF has no reference, yet it kept most of the language. Is it the hinge or the SFT term? We train it without the
-# SFT term, and SimPO with one.
+# SLiC-HF has no reference, yet it kept most of the language. Is it the SFT term? We train it without, and SimPO with
+# one.
 
 # %%
 def simpo_with_sft(pairs):
@@ -399,12 +401,12 @@ _, _, without = report("SLiC-HF, α = 0", slic_without_sft)
 _, _, with_term = report("SimPO with SFT", simpo_with_sft)
 alone = results["SimPO, s = 2, m = 1"][2]
 this_run((with_term > alone).all(), "With an SFT term SimPO keeps more language, each time.")
-this_run(without.mean() > alone.mean(), "The hinge alone keeps more language than SimPO.")
+this_run(without.mean() > alone.mean(), "SLiC-HF without SFT keeps more language than SimPO.")
 
 # %% [markdown]
-# Without its SFT term SLiC-HF keeps about as much as with it: more in one run, less in two. Here the hinge was enough.
-# SimPO keeps far more with an SFT term, and gains less reward. (An α of 0.1 is stronger here than in SLiC-HF, because
-# SimPO's own push on a pair is weaker.) 
+# Without its SFT term SLiC-HF keeps about as much: more in one run, less in two. Here it was not needed. SimPO keeps
+# far more with an SFT term, and gains less reward. (An α of 0.1 is stronger here than in SLiC-HF, because SimPO's own
+# push is weaker, $s/|y|$ per nat.)
 #
 # ## What is wrong here? (1)
 
@@ -432,8 +434,8 @@ print("SimPO's averages:  ", row(scored / (sizes + 10)))
 # ## What you now know
 #
 # - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none.
-# - In these runs an SFT term or a hinge kept most of the language. SimPO, with neither, lost much of it.
-# - KTO learns from single answers. It asks which are liked more than disliked, and ends only at infinity.
+# - In these runs SimPO without an SFT term lost much language, and SLiC-HF without one did not.
+# - KTO learns from single answers. It asks which are liked more than disliked, and never stops driving out the others.
 # - SimPO and ORPO divide by the number of tokens. So they need a mask without padding and without the prompt.
 #
 # Next: [11](11_storyteller.ipynb), where you align a model with a reward of your own. Or, for large models,

@@ -170,8 +170,7 @@ def test_rmsprop_resumes_bit_for_bit(small, monkeypatch, method):
     assert moments == {"step", "square_avg"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_adamw8bit_is_adamw_to_the_precision_of_its_moments_and_resumes_bit_for_bit(small, monkeypatch, wide_folder, dtype):
     pytest.importorskip("torchao", reason="torchao is not installed")
     same = dict(policy=str(wide_folder), dtype=dtype, lr=1e-3)
@@ -256,9 +255,9 @@ def test_a_new_policy_has_both_settings_too(small, monkeypatch):
     assert policy.recompute and all("forward" in vars(block) for block in policy.blocks)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance", "changes", "rank", "recompute"), [
-    (torch.float64, 1e-10, {"n_kv_head": 1, "windows": (3, None)}, 0, False), (torch.float32, 1e-5, {}, 2, True)])
+    pytest.param(torch.float64, 1e-10, {"n_kv_head": 1, "windows": (3, None)}, 0, False, marks=pytest.mark.slow),
+    pytest.param(torch.float32, 1e-5, {}, 2, True, marks=pytest.mark.long)])
 def test_compiled_logits_and_gradients_are_the_plain_ones(dtype, tolerance, changes, rank, recompute):
     """Rows of several lengths, and one row. Grouped keys and windows in float64; adapters and recomputed activations in float32."""
     torch.manual_seed(0)
@@ -295,8 +294,9 @@ def test_a_compiled_run_is_the_plain_one(small, monkeypatch):
     assert isinstance(load_pretrained(whole / "final"), GPT)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"compile": True, "lora": 2, "activation_checkpointing": True}, {"optimizer": "rmsprop"}])
+@pytest.mark.parametrize("changes", [
+    pytest.param({"compile": True, "lora": 2, "activation_checkpointing": True}, marks=pytest.mark.long),
+    pytest.param({"optimizer": "rmsprop"}, marks=pytest.mark.slow)])
 def test_two_processes_are_one_with_compile_and_rmsprop(small, tmp_path, changes):
     module, cfg = small("dpo", **changes)
     alone = module.main(cfg)

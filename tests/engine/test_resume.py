@@ -192,9 +192,9 @@ def check(outcomes, trials):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("method", "trials"), [
     ("sft", 3),
-    *[pytest.param(method, 20 if method in ("irft", "reward_model", "ppo") else 8 if method in LOOPS else 4, marks=pytest.mark.slow)
-      for method in METHODS if method != "sft"],
-    pytest.param("sft", 60, marks=pytest.mark.slow),
+    *[pytest.param(method, 4 if method in LOOPS else 2, marks=pytest.mark.slow) for method in METHODS if method != "sft"],
+    *[pytest.param(method, 20, marks=pytest.mark.long) for method in ("irft", "reward_model", "ppo")],
+    pytest.param("sft", 60, marks=pytest.mark.long),
 ])
 def test_kill_9_at_random_moments(small, tmp_path, method, trials):
     """SIGKILL at moments spread over the whole run, which saves at every step so that many fall into a write; some runs are

@@ -70,7 +70,7 @@ def test_bad_arguments(tmp_path):
             few_demos.main(few_demos.Config(**settings, out=str(tmp_path / "f.png")))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_seeds(tmp_path, capsys):
     """The gate of the setting: SPIN's gap above 0 and above SFT's, its reward above SFT's, its distance to the expert larger, in 9 of 10
     seeds; SFT's gap below 0 in 8."""

@@ -99,8 +99,8 @@ WRONG = {  # {method: (what to replace, by what)}
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", WRONG)
+@pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.slow if name in ("sft", "rebel") else pytest.mark.long)
+                                    for name in WRONG])
 def test_the_right_loss_arrives_and_a_wrong_one_does_not(folder, judge, monkeypatch, method):
     [row] = [row for row in storyteller.ROWS if row.method == method]
     cfg = storyteller.Config(policy=str(folder / "stories260K"))

@@ -117,8 +117,8 @@ def builtin_base(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(method, marks=pytest.mark.slow if method in LOOPS else pytest.mark.long)
+                                    for method in METHODS])
 def test_every_method_runs_with_no_flags(method, builtin_base, tmp_path):
     """On the built-in task, from the front door, in a folder that has the base model: run, export. SFT trains the base model first. Methods
     whose loop another one has take four steps only."""

@@ -17,7 +17,7 @@ from minialign.hf_config import FAMILIES, config_to_hf
 from minialign.model import GPT, GPTConfig, KVCache, padding_for_gpu, rotary_angles, scale_rotation
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-N_RANDOM = 50  # configurations a family; `make test-slow` draws 150 more
+N_RANDOM = 50  # configurations a family; `make test-long` draws 150 more
 
 # ------------------------------------------------------------------------------------------------------- random tiny models
 
@@ -150,7 +150,7 @@ def test_logits_equal_transformers(family, tmp_path):
     check_parity(family, range(N_RANDOM), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers_on_many_more(family, tmp_path):
     check_parity(family, range(N_RANDOM, 4 * N_RANDOM), tmp_path)
@@ -262,7 +262,7 @@ def test_edited_configs_give_transformers_logits_or_are_refused_by_name(family, 
     assert equal >= 8 and refused >= 2, (equal, refused)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_more_edited_configs(family, tmp_path):
     check_edited_configs(family, range(40, 300), tmp_path)

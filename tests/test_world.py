@@ -179,7 +179,7 @@ def same_numbers(folder, seed, prompts):
     return ours, tokenizer, rollout
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= 24)) for seed in range(200)])
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.long] * (seed >= 24)) for seed in range(200)])
 def test_a_random_folder_is_read_as_transformers_reads_it(seed, tmp_path):
     rng, folder = random.Random(seed), tmp_path / "theirs"
     what = make_tokenizer(rng, folder)

@@ -354,7 +354,7 @@ def test_the_default_run_passes_and_draws(tmp_path, capsys):
     assert list(of_000.values()).count("holds") == 1 and len(of_000) == 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_slopes_of_other_seeds(report, monkeypatch):
     """Gates that one seed meets by luck would fail here: four seeds, the lighter sizes not changed."""
     monkeypatch.setattr(np.random, "default_rng", lambda seed, make=np.random.default_rng: make((7, *np.atleast_1d(seed))))

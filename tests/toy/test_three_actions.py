@@ -15,8 +15,8 @@ def test_every_row_meets_its_law(tmp_path, capsys):
     assert (tmp_path / "figure.png").stat().st_size > 20_000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", three_actions.OTHERS)
+@pytest.mark.parametrize("settings", [pytest.param(settings, marks=pytest.mark.slow if "expert" not in settings else pytest.mark.long)
+                                      for settings in three_actions.OTHERS])  # with an expert: 20 and 30 s
 def test_other_settings(settings, tmp_path):
     assert three_actions.main(three_actions.Config(**settings, out=str(tmp_path / "figure.png")))
 

@@ -37,7 +37,8 @@ def test_a_row_is_known_in_any_batch_and_padding(policy_folder):
         seq_logps(remembered, collate([[5]], [[6, 8, 9, 3]], pad_id=0))
 
 
-@pytest.mark.parametrize("method", [pytest.param(method, marks=[pytest.mark.slow] * (method != "dpo")) for method in METHODS])
+@pytest.mark.parametrize("method", ["dpo", pytest.param("irft", marks=pytest.mark.slow),
+                                    *[pytest.param(method, marks=pytest.mark.long) for method in ("ipo", "gpo")]])  # their loop is dpo's
 def test_equal_to_a_second_model_without_one(small, method, monkeypatch):
     """All metrics and the weights to 1e-10 in float64; while training one GPT is alive, where without the flag there are two."""
     alive, log = [], run.Run.log

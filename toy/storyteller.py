@@ -15,10 +15,14 @@ shares, the KL from ref that was paid, what of it the rewards needed and what wa
     python -m toy.storyteller --methods ppo irl                    # only these
     python -m toy.storyteller --full                               # all ten, five seeds, the papers' claims, and RLOO with β → 0
 
-A gate bounds the distance of any share from its law: .05, less than the distance to the law of a β twice or half as large (tests). It is
-a little more than twice the largest floor, .022. A method's floor is its distance from the law after four times the updates at half the
-learning rate, from four times the data (`--longer 4 --samples 16384 --seed 100`; docs/RESULTS.md). IRL has no gate: single seeds end up to
-.1 away, on either side of its law. GRPO's KL acts token by token, so its law is of another kind; needed and wasted are printed alone.
+A gate bounds the distance of any share from its law. It follows from the floors. A method's floor is its distance from the law after four
+times the updates at half the learning rate, from four times the data (`--longer 4 --samples 16384 --seed 100`; docs/RESULTS.md). Errors of
+sampling fall with the root of the data, so a run as printed may be twice as far. Counting 4,096 stories adds at most .015 (95 %). So the
+gate is √((2 · largest floor)² + .015²), rounded up to .05. The largest floor, .022, serves all methods, because each was measured once and
+is noisy itself. A law with β twice or half as large is outside the gate (tests).
+
+IRL has no gate: single seeds end up to .1 away, on either side of its law. GRPO's KL acts token by token, so its law is of another kind;
+needed and wasted are printed alone.
 
 Checked by tests/toy/test_storyteller.py.
 """

@@ -95,10 +95,10 @@ ROWS = [
     Row("SFT", "sft", "--batch_size 64 --steps 220 --lr 4e-4", of_expert, "demos", floor=0.005),
     Row("IRFT", "irft", "--beta .8 --ref initial --rounds 80 --batch_size 128 --steps 80 --lr 2e-4",
         lambda ref, expert, beta: closed_form.geometric_mixture(expert, ref, 0.8), "demos", floor=0.020),
-    Row("RFT", "rft", "--beta {beta} --loss bt --bound 0 --batch_size 128 --group_size 128 --reward_share .6 --reward_lr 5e-4 --steps 200 "
+    Row("RFT", "rft", "--beta {beta} --loss bt --bound 0 --batch_size 128 --group_size 128 --reward_share .68 --reward_lr 2e-3 --steps 340 "
         "--lr 2e-4",
         lambda ref, expert, beta: closed_form.converged_round(expert, ref, ref, beta), "demos", lambda beta: LEVELS / beta,
-        floor=0.001),
+        floor=0.008),
     Row("IRL", "irl", "--beta {beta} --mode accumulate --bound 0 --rounds 20 --batch_size 64 --group_size 64 --steps 240 --lr 2e-4",
         of_expert, "demos", lambda beta: LEVELS, gate=0, quick=False),  # single seeds end on either side of its law
     Row("DPO", "dpo", "--beta {beta} --batch_size 128 --steps 90 --lr 1e-4", tilted, "pairs", floor=0.022),

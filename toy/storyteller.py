@@ -63,7 +63,7 @@ class Config:
     methods: list[str] = field(default_factory=list)  # some of the methods; default: all but ppo and irl
     beta: float = 1.25              # β of the expert ∝ ref·e^{r/β} and of the methods that are given the reward
     max_new: int = 8                # tokens of a story that are trained on and judged: the hero and a few words more
-    samples: int = 4096             # stories from which a policy's shares are counted; ref has eight times as many
+    samples: int = 4096             # stories from which a policy's shares are counted; ref has 8 times as many, with --full 32 times
     seed: int = 0                   # the first seed
     longer: int = 1                 # this times the updates and the data, at a learning rate divided by its square root
     full: bool = False              # all methods, five seeds, verdicts on claims, and over-optimisation
@@ -101,7 +101,7 @@ ROWS = [
         floor=0.008),
     Row("IRL", "irl", "--beta {beta} --mode accumulate --bound 0 --rounds 20 --batch_size 64 --group_size 64 --steps 240 --lr 2e-4",
         of_expert, "demos", lambda beta: LEVELS, gate=0, quick=False),  # single seeds end on either side of its law
-    Row("DPO", "dpo", "--beta {beta} --batch_size 128 --steps 90 --lr 1e-4", tilted, "pairs", floor=0.022),
+    Row("DPO", "dpo", "--beta {beta} --batch_size 256 --steps 64 --lr 1e-4", tilted, "pairs", floor=0.022),
     Row("best of 4", "best_of_n", "--n 4 --batch_size 64 --steps 180 --lr 4e-4",
         lambda ref, expert, beta: closed_form.best_of_n_law(ref, LEVELS, 4), "prompts", floor=0.012),
     Row("RLOO", "rloo", "--beta {beta} --batch_size 128 --group_size 128 --steps 100 --lr 2e-4", tilted, "prompts", floor=0.009),
@@ -164,8 +164,8 @@ class Judge:
         self.ref, self.tokenizer, _ = load_model(find_folder(cfg.policy))
         self.ref.requires_grad_(False)
         self.prompt = encode_prompt(self.tokenizer, PROMPT)
-        self.stories = sample(self.ref, [self.prompt], max_new=cfg.max_new, n=8 * cfg.samples, eos_id=self.tokenizer.eos_id,
-                              seed=("ref", cfg.seed))
+        n = (32 if cfg.full else 8) * cfg.samples
+        self.stories = sample(self.ref, [self.prompt], max_new=cfg.max_new, n=n, eos_id=self.tokenizer.eos_id, seed=("ref", cfg.seed))
         self.rewards = self.classes(self.stories)
         self.counts = torch.bincount(self.rewards, minlength=3).double()
         self.shares = (self.counts / self.counts.sum()).numpy()
@@ -254,7 +254,7 @@ def main(cfg):
         first.result()
     expert = closed_form.tilt(judge.shares, LEVELS, cfg.beta)
     print(f"hero of {sum(judge.counts):,.0f} stories of ref: " + ", ".join(
-        f"{what} {share:.3f} ± {half_width(share, 8 * cfg.samples):.3f}" for what, share in zip(CLASSES, judge.shares, strict=True)))
+        f"{what} {share:.3f} ± {half_width(share, int(sum(judge.counts))):.3f}" for what, share in zip(CLASSES, judge.shares, strict=True)))
     print(f"the expert ref·e^(r/β), β = {cfg.beta:g}: {shown(expert)}; its KL from ref is {closed_form.kl(expert, judge.shares):.3f} nats")
     print("ref", *judge.tell(judge.ref), sep="\n      ", flush=True)
 

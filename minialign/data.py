@@ -17,6 +17,7 @@ dropped silently. docs/DATA.md has every detail. Checked by tests/test_data.py a
 
 import glob
 import gzip
+import io
 import itertools
 import json
 import os
@@ -146,10 +147,20 @@ def _bytes(path):
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     if content[:2] == b"\x1f\x8b":
         try:
-            content = gzip.decompress(content)
+            content = expanded(content)
         except (OSError, EOFError, zlib.error) as error:
             raise BadInput(f"{path}: the gzip archive is cut short or damaged ({error}); fetch it again") from None
     return content
+
+
+def expanded(content):
+    """The bytes inside a gzip archive. Raises EOFError if there are more than 100 times as many as outside it, which no text has."""
+    most = 100 * len(content) + 2**20
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as archive:
+        inside = archive.read(most + 1)
+    if len(inside) > most:
+        raise EOFError("it holds more than 100 times its size")
+    return inside
 
 
 def _decode(path, content):

@@ -11,6 +11,7 @@ from minialign.engine.common import BadInput
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
                   "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_accurate": "gelu_tanh", "relu": "relu"}
+MOST_LAYERS = 1000  # several times as many as any published model has: beyond it the file is damaged, and building it would take for ever
 REFUSED = ("quantization_config", "per_layer_config")  # other numbers or other layers than the rest of config.json says
 
 
@@ -22,6 +23,9 @@ def config_from_hf(hf, make):
     if refused := [key for key in REFUSED if hf.get(key) is not None]:
         raise BadInput(f"config.json: {refused[0]} is not implemented: expected a model without it")
     try:
+        layers = hf.get("n_layer", hf.get("num_hidden_layers"))
+        if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
+            raise BadInput(f"{layers} layers: expected 1 to {MOST_LAYERS}")
         if hf.get("is_causal") is False:
             raise BadInput("is_causal=false is not implemented: every position sees only itself and earlier ones")
         return make(**(_gpt2_fields if family == "gpt2" else _rotary_fields)(hf, family))

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from minialign.engine.common import BadInput, find_folder, read_json, write_atomic
+from minialign.engine.common import BadInput, find_folder, open_to_readers, read_json, write_atomic
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import first_five, fit_vocabulary, layout, load_pretrained, read_tensors, same
 
@@ -157,6 +157,7 @@ def save_adapter(model, folder, base=""):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").unlink(missing_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
+    open_to_readers(folder)
     write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -17,15 +17,12 @@ with TRL's parameters works too. Runs call rewards through `ask`, which rejects 
 Checked by tests/test_rewards.py.
 """
 
-import contextlib
 import copy
 import importlib.util
 import inspect
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -36,6 +33,7 @@ from minialign.batch import collate
 from minialign.data import encode_answers, encode_whole, plain_text, read_demonstrations
 from minialign.engine import parallel, tracking
 from minialign.engine.common import BadInput, find_folder, one_line
+from minialign.engine.safety import Overtime, has_alarm, time_limit
 from minialign.kl import k1, k3
 from minialign.lora import load_model
 from minialign.task import gold_reward
@@ -320,10 +318,6 @@ class BadReward(Exception):
     """A reward failed on a batch or returned something invalid. The message says what went wrong and names the row."""
 
 
-class Overtime(BaseException):  # not an Exception: a reward's own `except Exception` must not catch it
-    pass
-
-
 def ask(reward_fn, prompts, completions, *, limit=60.0):
     """reward_fn's rewards for a batch, (B,) float32 on the CPU. Raises BadReward. limit: seconds it may take, see ask_here.
     Under torchrun each process computes the rewards of its rows. Then all processes get all rewards, or all raise the same error."""
@@ -410,38 +404,6 @@ def _try(reward_fn, prompts, completions, limit):
 def _short(text):
     text = text.replace("\n", "\\n")
     return f"'{text}'" if len(text) <= 80 else f"'{text[:40]} … {text[-35:]}'"
-
-
-def has_alarm():
-    return hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
-
-
-@contextlib.contextmanager
-def time_limit(seconds):
-    """Raise Overtime in the block after this many seconds, and again after each further interval until the block ends."""
-    if not has_alarm():
-        yield
-        return
-    armed, began = [True], time.monotonic()
-
-    def ring(number, frame):
-        if armed:
-            raise Overtime
-
-    before = signal.signal(signal.SIGALRM, ring)
-    others, every = signal.getitimer(signal.ITIMER_REAL)  # an alarm set by other code: it is set again at the end
-    try:
-        try:
-            seconds = min(seconds, 1e6)
-            signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, 0.1))
-            yield
-        finally:
-            armed.clear()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if others:
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, others - (time.monotonic() - began)), every)
 
 
 def rollout_stats(rewards, answers, *, group_size=1):

@@ -24,10 +24,13 @@ import types
 import typing
 from dataclasses import dataclass, field
 
-from minialign.engine import parallel
+import torch
+from safetensors import SafetensorError
+
+from minialign.engine import common, parallel
 from minialign.engine.common import BadInput, one_line
 
-WITH_RESUME = ("eval_batch",)  # flags that a resumed run may change: an evaluation that ran out of memory can be made smaller
+WITH_RESUME = ("micro_batch", "eval_batch")  # flags that a resumed run may change: they cut the same rows into passes that need less memory
 
 
 @dataclass
@@ -165,7 +168,9 @@ def cli(config_class, argv, *, prog, description=""):
         near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
         hint = f": did you mean {near[0]}?" if near else ""
         refuse(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{hint} (`{prog} --help` lists them)")
-    allowed = ["--resume", *(f"--{name}" for name in WITH_RESUME)]
+    if "resume" in vars(known) and not known.resume and any(word.split("=")[0] == "--resume" for word in argv):
+        refuse("--resume: expected the folder of a run, found an empty name")
+    allowed = ["--resume", "--reward", *(f"--{name}" for name in WITH_RESUME)]  # (a reward that is code may have to be named again)
     others = [flag for word in argv if word.startswith("--") and (flag := word.split("=")[0]) not in allowed]
     if getattr(known, "resume", "") and others:
         refuse(f"--resume continues a run with the flags it began with: drop {others[0]} (to change flags, start a new run with "
@@ -184,6 +189,8 @@ def check_config(cfg):
         value = getattr(cfg, f.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise BadInput(f"--{f.name} {value}: must be a finite number")
+    if not -(2**63) <= getattr(cfg, "seed", 0) < 2**63:
+        raise BadInput(f"--seed {cfg.seed}: must be a whole number of at most 63 bits")
     at_most = {"warmup": 1, "held_out": 0.9, "gamma": 1, "lam": 1, "decay": 1, "mix": 1, "reward_share": 1}
     for name, low in at_least.items():
         value = getattr(cfg, name, low)
@@ -217,9 +224,11 @@ def check_config(cfg):
 def exit_codes(prog):
     """A context for calling main(): it turns an exception into one line on stderr and an exit code.
 
-    The code is 2 for BadInput, 1 for a diverged run or a lost process under torchrun, 130 for Ctrl-C. Any other exception is a bug and
-    keeps its traceback.
+    The code is 2 for BadInput and for what the machine refuses (a full disk, too little memory), 1 for a diverged run, a lost process under
+    torchrun or a closed pipe in training, 130 for Ctrl-C. If a run can go on, the line says how. Any other exception is a bug and keeps its
+    traceback.
     """
+    common.running = None
     try:
         yield
         parallel.leave()
@@ -231,14 +240,31 @@ def exit_codes(prog):
         print(f"{prog}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted", file=sys.stderr)
+        print(f"\n{prog}: interrupted{how_to_go_on()}", file=sys.stderr)
         raise SystemExit(130) from None
-    except RuntimeError as error:
-        if not parallel.peer_lost(error):
-            raise
-        print(f"{prog}: process {parallel.rank()} stops because another process is gone ({one_line(error)}); "
-              "the lost process's error message is above, and --resume continues from the newest checkpoint", file=sys.stderr)
-        raise SystemExit(1) from None
-    except BrokenPipeError:  # `python -m minialign … | head` closes the pipe early, which is not an error
+    except BrokenPipeError:  # `python -m minialign … | head` closes the pipe early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        if common.running:  # (for a command that only prints this is no error)
+            print(f"{prog}: nobody reads the output any more, so the run stops{how_to_go_on()}", file=sys.stderr)
+        raise SystemExit(1 if common.running else 0) from None
+    except (OSError, SafetensorError) as error:
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        print(f"{prog}: {where}{getattr(error, 'strerror', None) or one_line(error)}{how_to_go_on()}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if parallel.peer_lost(error):
+            print(f"{prog}: process {parallel.rank()} stops because another process is gone ({one_line(error)}); "
+                  "the lost process's error message is above, and --resume continues from the newest checkpoint", file=sys.stderr)
+            raise SystemExit(1) from None
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        smaller = f"; {common.running.less_memory()}" if common.running else ""
+        print(f"{prog}: there is not enough memory ({one_line(error)}){smaller}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def how_to_go_on():
+    """'; continue with …' if a run is interrupted that can be resumed."""
+    run = common.running
+    return f"; continue with: python -m minialign {run.method} --resume {run.folder}" if run else ""
+

@@ -20,10 +20,28 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from minialign.engine.common import BadInput, find_folder, read_json, write_atomic
+from minialign.engine.common import BadInput, find_folder, one_line, read_json, write_atomic
+from minialign.engine.safety import Overtime, memory_limit, time_limit
 
 END = "<|endoftext|>"  # the special token of the tokenizers made here, used as BOS, EOS and padding
 MAX_TEMPLATE = 200_000  # most characters in a chat template, and most that it may render per message
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 5, 2**29  # the most that rendering one conversation may take
+
+
+class Foreign(Exception):
+    """What the library `tokenizers` refuses. It raises bare Exception for it."""
+
+
+def guarded(call):
+    """call(), which uses the library `tokenizers`. Raises Foreign for what it refuses, BadInput if it fails inside (a panic)."""
+    try:
+        return call()
+    except Exception as error:
+        raise Foreign(one_line(error)) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise BadInput(f"tokenizer.json: the library tokenizers fails on it ({one_line(error)}); fetch or write it again") from None
 
 
 class Tokenizer:
@@ -53,7 +71,7 @@ class Tokenizer:
         self.pad_id = self.eos_id if pad_id is None else pad_id
         # Any text that it can encode shows what is put in front: a character tokenizer may lack "a".
         self.lead = next(filter(None, map(self._encoded, ("a", *sorted(inner.get_vocab(with_added_tokens=False))[:500]))), None)
-        processed = inner.post_process(self.lead) if self.lead else None
+        processed = guarded(lambda: inner.post_process(self.lead)) if self.lead else None
         self.front = processed.ids[: processed.special_tokens_mask.index(0)] if processed else []  # what stands in front of every text
         self.bos_id = self.front[0] if self.front else None
         self.spaced = bool(self.lead) and self.lead.tokens[0][0] in "▁Ġ"  # a space is put in front of every text, as in Llama 2
@@ -65,8 +83,8 @@ class Tokenizer:
 
     def _encoded(self, text):
         try:
-            encoding = self.inner.encode(text, add_special_tokens=False)
-        except Exception:  # `tokenizers` raises bare Exception, here for a character outside a character vocabulary
+            encoding = guarded(lambda: self.inner.encode(text, add_special_tokens=False))
+        except Foreign:  # here for a character outside a character vocabulary
             return None
         return encoding if encoding.ids else None
 
@@ -82,8 +100,8 @@ class Tokenizer:
 
     def encode(self, text):
         try:
-            ids = self.inner.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # `tokenizers` raises bare Exception, e.g. for a character outside a character vocabulary
+            ids = guarded(lambda: self.inner.encode(text, add_special_tokens=False)).ids
+        except Foreign as error:  # e.g. for a character outside a character vocabulary
             unknown = sorted({char for char in text if self.inner.token_to_id(char) is None})
             raise BadInput(f"cannot encode {text[:40]!r}: the vocabulary lacks {unknown[:5]} ({error})") from None
         if max(ids, default=0) >= self.limit:
@@ -177,8 +195,8 @@ def load_tokenizer(path_or_hub_name, *, model_folder=None):
     if not file.is_file():
         raise BadInput(f"{file}: the file is missing; minialign reads fast tokenizers only (transformers: tokenizer.save_pretrained)")
     try:
-        inner = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # `tokenizers` raises bare Exception for every kind of damage
+        inner = guarded(lambda: tokenizers.Tokenizer.from_file(str(file)))
+    except Foreign as error:
         raise BadInput(f"{file}: not a valid tokenizer ({error}); fetch or write it again") from None
 
     def optional(name, folder=folder):
@@ -377,7 +395,7 @@ def render_chat(tokenizer, messages, *, answered=False):
     If the last message is the assistant's, the text ends inside it, so that the policy continues it. With answered=True the conversation is
     rendered to its end. messages.columns, if it exists (data.Chat), may hold tools, documents and chat_template_kwargs for the template.
     A template is others' code. It runs in jinja2's immutable sandbox, where it cannot read attributes that start with an underscore or
-    change its inputs. Raises BadInput if the template fails or breaks the rules of the sandbox.
+    change its inputs, for so many seconds and bytes. Raises BadInput if the template fails or breaks the rules of the sandbox.
     """
     columns = getattr(messages, "columns", {})
     template = chat_template(tokenizer, columns.get("tools"))
@@ -399,16 +417,19 @@ def render_chat(tokenizer, messages, *, answered=False):
         messages[-1]["content"] = marked(messages[-1]["content"])
     try:
         rendered, limit = "", MAX_TEMPLATE * (1 + len(messages))
-        for piece in compiled(template).generate(
-            messages=messages, tools=columns.get("tools") or None, documents=columns.get("documents"),
-            add_generation_prompt=not answered and not goes_on, **variables,
-        ):
-            rendered += piece
-            if len(rendered) > limit:
-                raise TemplateError(f"it renders more than {limit} characters")
+        with time_limit(TEMPLATE_SECONDS), memory_limit(TEMPLATE_BYTES):
+            for piece in compiled(template).generate(
+                messages=messages, tools=columns.get("tools") or None, documents=columns.get("documents"),
+                add_generation_prompt=not answered and not goes_on, **variables,
+            ):
+                rendered += piece
+                if len(rendered) > limit:
+                    raise TemplateError(f"it renders more than {limit} characters")
         before, found, after = rendered.rpartition(CONTINUED)
         if goes_on and not (found and last.strip() in before):
             raise TemplateError("it does not render the last message of the assistant, which the answer continues")
+    except Overtime:
+        raise BadInput(f"the chat template failed: it takes longer than {TEMPLATE_SECONDS} s for one conversation") from None
     except Exception as error:  # a template may raise anything, even ZeroDivisionError or MemoryError
         raise BadInput(f"the chat template failed ({type(error).__name__}: {error})") from None
     if not goes_on:

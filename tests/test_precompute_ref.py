@@ -105,7 +105,7 @@ def test_a_run_killed_while_it_computes_a_round_keeps_the_steps_before(small, mo
     assert result_of(module.main(module.Config(resume=cfg.out))) == expected and len(sampled) == 5 + 2
     for t in (0, 1):
         files = sorted((Path(cfg.out) / f"rounds/{t:06d}").iterdir())
-        made = [json.loads(file.read_text()) for file in files]
+        made = [json.loads(file.read_text())["value"] for file in files]
         shutil.rmtree(earlier / f"rounds/{t:06d}")
         (earlier / f"rounds/{t:06d}.json").write_text(json.dumps({name: [each[name] for each in made] for name in made[0]}))
     assert result_of(module.main(module.Config(resume=str(earlier)))) == expected and len(sampled) == 5 + 2
@@ -133,5 +133,5 @@ def test_refusals(small):
 def test_only_what_the_run_sees_is_asked(small, pairs_file):
     """Two steps of two pairs and the held-out ones, not the whole file."""
     module, cfg = small("dpo", steps=2, batch_size=2, precompute_ref=True)
-    rows = json.loads((module.main(cfg) / "ref_logps.json").read_text())
+    rows = json.loads((module.main(cfg) / "ref_logps.json").read_text())["value"]
     assert len(rows) == 4 + 2 < len(pairs_file.read_text().splitlines()) and all(len(row) == 2 for row in rows)

@@ -1249,7 +1249,8 @@ def test_three_steps_in_a_row_end_the_run_and_a_mended_reward_resumes_it(judged,
     after that checkpoint; with no checkpoint yet it begins again."""
     module, cfg, mend = judged(bad=bad, save_every=1)
     last = max(bad)
-    with pytest.raises(BadInput, match=f"3 steps in a row had no rewards, the last step {last}: .*the judge is down.*--resume {cfg.out}"):
+    said = f"3 steps in a row had no rewards, the last step {last}: .*the judge is down.*--resume {cfg.out} --reward "
+    with pytest.raises(BadInput, match=said):
         module.main(cfg)
     assert capsys.readouterr().err.count("skipped") == len(bad)
     found = checkpoint.newest_checkpoint(cfg.out)
@@ -1257,7 +1258,9 @@ def test_three_steps_in_a_row_end_the_run_and_a_mended_reward_resumes_it(judged,
     assert newest is None or all(tensor.isfinite().all() for tensor in load_file(found / "model.safetensors").values())
     assert not (Path(cfg.out) / "final").exists()
     mend()
-    resumed = result_of(module.main(module.Config(resume=cfg.out)))
+    with pytest.raises(BadInput, match=f"not the code with which you began this run; .* --reward {cfg.reward[0]}"):
+        module.main(module.Config(resume=cfg.out))
+    resumed = result_of(module.main(module.Config(resume=cfg.out, reward=cfg.reward)))
     before = {step for step in bad if newest and step <= int(newest[5:])}
     module, cfg, _ = judged(bad=before, save_every=1)
     assert resumed == result_of(module.main(cfg)) and resumed["metrics"][-1]["skipped"] == len(before)
@@ -1294,11 +1297,11 @@ def test_a_changed_reward_model_is_refused_when_resuming_and_a_changed_file_is_n
     cfg.reward = [*cfg.reward, str(model)]
     folder = module.main(cfg)
     mend()
-    module.main(module.Config(resume=str(folder)))
+    module.main(module.Config(resume=str(folder), reward=cfg.reward))  # code is named again
     weights = load_file(model / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput, match="model: has changed since this run began"):
-        module.main(module.Config(resume=str(folder)))
+        module.main(module.Config(resume=str(folder), reward=cfg.reward))
 
 
 def test_a_mistyped_reward_is_one_line_and_code_2(policy_folder, tmp_path):

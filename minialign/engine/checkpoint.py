@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minialign.engine import parallel
-from minialign.engine.common import BadInput, note
+from minialign.engine.common import BadInput, note, open_to_readers
 
 RETRY_SECONDS = (1, 4, 16)  # a short failure of a network disk must not end a run of several days
 
@@ -125,6 +125,7 @@ def _write_rest(temporary, record):
     if torch.cuda.is_available():
         generators |= {f"cuda.{i}": rng for i, rng in enumerate(torch.cuda.get_rng_state_all())}
     save_file(generators, temporary / "rng.safetensors")
+    open_to_readers(temporary)
     (temporary / "state.json").write_text(json.dumps(record), encoding="utf-8")
 
 

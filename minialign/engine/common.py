@@ -23,6 +23,9 @@ class BadInput(ValueError):
     """The user's input cannot be used. The message is one sentence: what, where, what was expected, how to fix it. Exit code 2."""
 
 
+running = None  # the Run of this process while it trains: an error that ends it says how to go on (settings.exit_codes)
+
+
 # ------------------------------------------------------------------------------------------------ numbers that must repeat
 
 
@@ -196,13 +199,26 @@ def write_atomic(path, text):
     """Write text so that `path` holds either all of the old content or all of the new one, even if the process is killed here."""
     if not parallel.is_main():
         return
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # of a link, the file that it leads to
+    if path.is_dir():
+        raise BadInput(f"{path}: is a folder, expected the name of a file")
+    if path.exists() and not path.is_file():  # a device, as /dev/stdout: it is written to, not replaced
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # same folder, because a rename across devices would fail
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def open_to_readers(folder):
+    """Give the .safetensors files in a folder the rights of other new files. safetensors makes them readable for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
 
 
 def read_rows(path):
@@ -217,10 +233,10 @@ def read_rows(path):
             row = json.loads(line.decode("utf-8"))
         except ValueError:
             row = None
-        if isinstance(row, dict):
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
         elif number != len(lines):
-            raise BadInput(f"{path}:{number}: not an object of JSON on a line; the file was edited or damaged")
+            raise BadInput(f"{path}:{number}: not an object of JSON with a step; the file was edited or damaged")
     return rows
 
 
@@ -247,6 +263,7 @@ def find_folder(path_or_hub_name):
         return folder
     if folder.is_file() or folder.suffix in (*PICKLES, ".safetensors", ".gguf"):  # other dots are part of a hub name
         raise BadInput(f"{folder}: expected a folder with config.json and model.safetensors, not a single file")
+    note(f"{path_or_hub_name}: no such folder here; asking the hub for it")
     from huggingface_hub import snapshot_download  # imported here because importing it takes longer than most runs take to start
     from huggingface_hub.errors import HFValidationError
 

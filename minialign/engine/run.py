@@ -3,7 +3,7 @@
 A method's main() shows the algorithm (zero_grad, backward, clip, step); everything else a run does is in this folder, engine/.
 The run folder:
 
-    runs/<method>-<time>/  config.json  env.json  inputs.json  tokenizer.json  metrics.jsonl  samples.jsonl
+    runs/<method>-<time>/  config.json  env.json  inputs.json  tokenizer.json  metrics.jsonl  samples.jsonl  (.lock  .pid)
                            checkpoints/step_000100/  final/ (a Hugging Face folder)  snapshots/000020/ (with --snapshots)
                            reward/ (rft, irl)  adapter/ (if the policy has adapters)
 
@@ -26,14 +26,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minialign import __version__
 from minialign.engine import checkpoint, common, parallel, tracking
 from minialign.engine.common import BadInput, append_row, environment, note, pick_device, pick_dtype, read_json, read_rows, write_atomic
 from minialign.engine.opening import MOMENTS, check_compiler
+from minialign.engine.safety import LOCK_FILES, claim, code_files, mark, refuse_links, sweep
 from minialign.lora import adapters, merged, save_adapter
 from minialign.model import GPT
 from minialign.rewards import BadReward, ask
 from minialign.sample import sample
-from minialign.settings import WITH_RESUME, check_config
+from minialign.settings import WITH_RESUME, check_config, how_to_go_on
 from minialign.weights import save_pretrained
 
 SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward", "reward/best", "reward/kept", "kl",
@@ -54,6 +56,7 @@ class Run:
             self.folder = Path(cfg.resume)
             self._check_folder()
             cfg = self._stored(cfg)
+            parallel.on_main(self._take_over)
         else:
             self.folder = Path(cfg.out) if cfg.out else parallel.on_main(new_folder, method)
         check_config(cfg)
@@ -103,6 +106,9 @@ class Run:
         default, unknown = type(cfg)(), sorted(stored.keys() - {f.name for f in dataclasses.fields(cfg)})
         if unknown:
             raise BadInput(f"{self.folder}/config.json: has other fields ({unknown[:3]}): another version made it")
+        env, text = read_json(self.folder / "env.json"), (self.folder / "config.json").read_text(encoding="utf-8")
+        if env.get("config", text_hash := hashlib.sha256(text.encode()).hexdigest()) != text_hash:
+            raise BadInput(f"{self.folder}/config.json: was edited since this run began; restore it to resume")
         stored = {**dataclasses.asdict(default), **stored}  # fields that the version which began the run did not have
         changed = [f.name for f in dataclasses.fields(cfg) if f.name != "resume" and getattr(cfg, f.name) != getattr(default, f.name)]
         free = {name: getattr(cfg, name) for name in changed if name in WITH_RESUME}
@@ -110,21 +116,39 @@ class Run:
         if changed:
             raise BadInput(f"--resume continues a run with the flags it began with: drop --{changed[0]} (to change flags, start a new run "
                            f"with --policy {self.folder}/final)")
-        torch.set_num_threads(read_json(self.folder / "env.json")["threads"])  # with another thread count, sums round differently
+        named_again = getattr(cfg, "reward", None) != getattr(default, "reward", None)
+        if (code := code_files(stored.get("reward", []))) and not named_again and env.get("mark") != (mark(text, code) or ""):
+            raise BadInput(f"{self.folder}: its reward is code, {code[0]}, and not the code with which you began this run; if you trust "
+                           f"it, name it again: --reward {' '.join(stored['reward'])}")
+        torch.set_num_threads(env["threads"])  # with another thread count, sums round differently
+        if (made := env.get("minialign")) != __version__ or env.get("commit") != common.commit():
+            note(f"note: this run was begun with minialign {made}, commit {env.get('commit')}, and this is another one: numbers may differ")
         return type(cfg)(**{**stored, **free, "resume": cfg.resume})
+
+    def _take_over(self):
+        """What a resumed run does first with its folder."""
+        self.lock = claim(self.folder)
+        refuse_links(self.folder)
+        sweep(self.folder)
 
     def _create(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # A run that was refused before step 1 leaves these files; they may be overwritten. Anything else is somebody's work.
-            if {path.name for path in self.folder.iterdir()} - {"config.json", "env.json", "inputs.json", *TOKENIZER_FILES}:
+            # A run that was refused before step 1 leaves these files, a killed one also half of them. They may be overwritten. Anything
+            # else is somebody's work.
+            known = {"config.json", "env.json", "inputs.json", *TOKENIZER_FILES, *LOCK_FILES}
+            if {path.name.partition(".tmp-")[0] for path in self.folder.iterdir()} - known:
                 raise BadInput(f"{self.folder}: exists and is not empty; name another --out, or continue it with --resume {self.folder}")
+            self.lock = claim(self.folder)
+            sweep(self.folder)
             for name in ("inputs.json", *TOKENIZER_FILES):
                 (self.folder / name).unlink(missing_ok=True)
-            started = {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+            text = json.dumps({"method": self.method, **dataclasses.asdict(self.cfg)}, indent=1) + "\n"
+            code = code_files(getattr(self.cfg, "reward", []))
+            started = {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                       "config": hashlib.sha256(text.encode()).hexdigest(), "mark": mark(text, code) if code else None}
             write_atomic(self.folder / "env.json", json.dumps({**environment(self.device), **started}, indent=1) + "\n")
-            record = {"method": self.method, **dataclasses.asdict(self.cfg)}
-            write_atomic(self.folder / "config.json", json.dumps(record, indent=1) + "\n")  # last: a folder that has it can be resumed
+            write_atomic(self.folder / "config.json", text)  # last: a folder that has it can be resumed
         except OSError as error:
             raise BadInput(f"{self.folder}: cannot be written ({error.strerror}); name another --out") from None
 
@@ -142,6 +166,8 @@ class Run:
         record = self.folder / "inputs.json"
         known = read_json(record) if record.is_file() else {}
         if self.resuming and known.get(kind, digest) != digest:
+            if digest == digest_of(os.devnull):
+                raise BadInput(f"{path}: is not there any more; a resumed run needs it, and looks for it from the folder {os.getcwd()}")
             raise BadInput(f"{path}: has changed since this run began, so the run cannot be continued as it was; restore the file")
         write_atomic(record, json.dumps({**known, kind: digest}, indent=1) + "\n")
 
@@ -151,8 +177,8 @@ class Run:
         """Name the modules and optimizers that checkpoints contain. A resumed run loads the newest checkpoint into them here."""
         self.modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
         self.optimizers = {name: part for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
-        needed, free = 2 * checkpoint.size_of(self.modules, MOMENTS[self.cfg.optimizer]), shutil.disk_usage(self.folder).free
-        if free < needed:  # two checkpoints are kept: better refused now than at step 1000
+        needed, free = 3 * checkpoint.size_of(self.modules, MOMENTS[self.cfg.optimizer]), shutil.disk_usage(self.folder).free
+        if free < needed:  # two checkpoints are kept while a third is written: better refused now than at step 1000
             raise BadInput(f"{self.folder}: checkpoints need about {needed:,} bytes and the disk has {free:,} free; make room or name "
                            "another --out")
         if share := unmoved(self.optimizers.values()):
@@ -160,9 +186,12 @@ class Run:
                  "trained weights unchanged; --dtype mixed avoids this")
         for module in self.modules.values():
             self.shard(module, self.optimizers.values())
+        common.running = self
         if not self.resuming:
             return
         newest = checkpoint.newest_checkpoint(self.folder)
+        if newest is None and any((self.folder / "checkpoints").glob("step_*[0-9]")):
+            raise BadInput(f"{self.folder}/checkpoints: no checkpoint is intact; restore one, or delete the folder to begin at step 0")
         if newest is not None:  # None: killed before the first checkpoint. Starting again gives the same run.
             state = checkpoint.load_checkpoint(newest, self.modules, self.optimizers)
             if state["config"] != checkpoint.sha256(self.folder / "config.json"):
@@ -171,6 +200,8 @@ class Run:
             self.skipped, self.skipped_in_a_row, self.failing = state["skipped"], state["skipped_in_a_row"], state["failing"]
             logged = {row["step"] for row in parallel.on_main(read_rows, self.folder / "metrics.jsonl")}
             self.unlogged = None if self.first_step in logged else state.get("unlogged")  # killed while it evaluated
+            if missing := self.first_step - bool(self.unlogged) - len({step for step in logged if step <= self.first_step}):
+                note(f"note: {self.folder}/metrics.jsonl lacks {missing} of {self.first_step} steps: it was cut or replaced")
             if state["torch"] != torch.__version__:
                 note(f"note: the checkpoint is of torch {state['torch']}, this is {torch.__version__}: numbers may differ by rounding")
         if not parallel.is_main():
@@ -269,7 +300,7 @@ class Run:
             write_atomic(self.folder / "debug.json", json.dumps({**dump, "non_finite_gradients": bad}, indent=1) + "\n")
             raise FloatingPointError(
                 f"{ABORT_AFTER} steps in a row were not finite, last step {step + 1}, rows {rows[:8]}; the weights are those of the last "
-                f"good step, and the newest checkpoint in {self.folder}/checkpoints is finite; details in debug.json; try a smaller --lr"
+                f"good step, and so are those of the checkpoints; details in {self.folder}/debug.json; try a smaller --lr"
             )
         return False
 
@@ -292,9 +323,17 @@ class Run:
             if self.skipped_in_a_row == ABORT_AFTER:
                 raise BadInput(
                     f"{ABORT_AFTER} steps in a row had no rewards, the last step {step + 1}: {error}; "
-                    f"fix the reward and repeat these steps with --resume {self.folder}"
+                    f"fix the reward and repeat these steps with --resume {self.folder} --reward {' '.join(self.cfg.reward)}"
                 ) from None
             return None
+
+    def less_memory(self):
+        """What to change if a run needs more memory than there is, as text."""
+        unit = 2 if "rebel" in (self.method, getattr(self.cfg, "policy_step", "")) else 1  # pairs stay together
+        rows = common.rows_at_once(self.cfg)
+        if rows <= unit:
+            return "start the run again with --activation_checkpointing, or with shorter rows (--max_len, --max_new)"
+        return f"passes of half as many rows need less{how_to_go_on()} --micro_batch {max(unit, rows // 2 // unit * unit)}"
 
     def _skip(self):
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -310,9 +349,14 @@ class Run:
                 raise BadInput(f"{file}: is missing, and the policy of step {self.first_step} is not the reference; begin a new run")
             value = compute()
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, json.dumps(value))
+            write_atomic(file, json.dumps({"value": value, "sha256": hash_of(value)}))
             parallel.gather(None)  # a barrier: no process reads the file before it is there
-        return json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or stored.keys() != {"value", "sha256"}:  # older versions stored the value alone
+            return stored
+        if hash_of(stored["value"]) != stored["sha256"]:
+            raise BadInput(f"{file}: has changed since this run wrote it; restore it, or begin a new run")
+        return stored["value"]
 
     # ---------------------------------------------------------------------------------------------------------------- log
 
@@ -390,6 +434,7 @@ class Run:
         Returns the run folder.
         """
         self.export(model, tokenizer, "final")
+        common.running = None
         if adapters(model) and model.config.head == "lm":
             parallel.on_main(save_adapter, parallel.full_copy(model), self.folder / "adapter", self.adapter_base)
         parallel.gather(None)  # wait for the first process, so that nobody reads the folder before it is complete
@@ -406,6 +451,10 @@ class Run:
         return self.folder
 
 
+def hash_of(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def digest_of(path):
     """The sha256 of a file, or of the files in a folder; under torchrun each process reads a part of them. FOLDER:SPLIT is the folder."""
     path = Path(path if os.path.exists(path) else str(path).partition(":")[0])
@@ -416,7 +465,7 @@ def digest_of(path):
 def files_of(path):
     """The files of an input: those of a folder in a fixed order, or the file itself. 'builtin' and hub names have none."""
     if path.is_dir():
-        return sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.rglob("*.parquet")])
+        return sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.glob("*.jinja"), *path.rglob("*.parquet")])
     return [path] if path.is_file() else []
 
 

@@ -317,5 +317,5 @@ def test_resume_refuses_an_edited_configuration(small):
     folder = module.main(cfg)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"lr": 0.003', '"lr": 0.004'))
-    with pytest.raises(BadInput, match="config.json: was edited since step_000006 was written"):
+    with pytest.raises(BadInput, match="config.json: was edited since this run began"):
         module.main(module.Config(resume=str(folder)))

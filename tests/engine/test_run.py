@@ -157,9 +157,10 @@ def test_the_run_folder(small):
     folder = module.main(cfg)
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "env.json", "inputs.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl",
-                     "samples.jsonl", "checkpoints", "final"}
+                     "samples.jsonl", "checkpoints", "final", ".lock", ".pid"}
     environment = json.loads((folder / "env.json").read_text())
-    assert {"minialign", "commit", "python", "torch", "platform", "device", "threads", "argv", "started"} == set(environment)
+    assert {"minialign", "commit", "python", "torch", "platform", "device", "threads", "argv", "started", "config",
+            "mark"} == set(environment)
     sample_rows = read_rows(folder / "samples.jsonl")
     assert {"step", "prompt", "completion", "finished"} == set(sample_rows[0]) and sample_rows[-1]["step"] == cfg.steps
     for method in LEARNING:  # what they learned lies beside
@@ -322,6 +323,9 @@ def test_a_run_of_an_older_version_gets_the_defaults_of_newer_flags(small, capsy
     record = json.loads((folder / "config.json").read_text())
     del record["deterministic"]
     (folder / "config.json").write_text(json.dumps(record))
+    env = json.loads((folder / "env.json").read_text())
+    del env["config"]  # older versions did not record the file's hash here
+    (folder / "env.json").write_text(json.dumps(env))
     for checkpoint in (folder / "checkpoints").iterdir():
         shutil.rmtree(checkpoint)  # they hold the hash of the whole file
     with pytest.raises(BadInput, match="drop --deterministic"):

@@ -65,7 +65,7 @@ def plot_main(cfg):
 
     if not cfg.runs:
         raise BadInput("name one or more run folders: python -m minialign plot RUN ...")
-    tables = {run: read_rows(Path(run) / "metrics.jsonl") for run in cfg.runs}
+    tables = {run: read_rows(Path(run) / "metrics.jsonl", "step") for run in cfg.runs}
     for run, rows in tables.items():
         if not rows:
             raise BadInput(f"{run}: has no metrics.jsonl with rows; is it a run folder?")
@@ -103,7 +103,7 @@ def show_main(cfg):
     """Print samples.jsonl: the policy's answers during training."""
     if len(cfg.runs) != 1:
         raise BadInput("name one run folder: python -m minialign show RUN")
-    rows = read_rows(Path(cfg.runs[0]) / "samples.jsonl")
+    rows = read_rows(Path(cfg.runs[0]) / "samples.jsonl", "step")
     if not rows:
         raise BadInput(f"{cfg.runs[0]}: has no samples.jsonl with rows; is it a run folder of a policy?")
     step = None

@@ -33,7 +33,7 @@ from minialign.batch import collate
 from minialign.data import encode_answers, encode_whole, plain_text, read_demonstrations
 from minialign.engine import parallel, tracking
 from minialign.engine.common import BadInput, find_folder, one_line
-from minialign.engine.safety import Overtime, has_alarm, time_limit
+from minialign.engine.safety import Overtime, Stopped, has_alarm, time_limit
 from minialign.kl import k1, k3
 from minialign.lora import load_model
 from minialign.task import gold_reward
@@ -383,6 +383,8 @@ def _try(reward_fn, prompts, completions, limit):
                 return None, one_line(error), None
     except Overtime:
         return None, f"took longer than {limit:.3g} s", None
+    except Stopped:  # the run's own
+        raise
     except (Exception, SystemExit) as error:
         return None, f"raised {type(error).__name__}: {one_line(error)}", None
     if time.monotonic() - began > limit and has_alarm():  # reward_fn caught the alarm and went on

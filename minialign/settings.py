@@ -229,6 +229,9 @@ def exit_codes(prog):
     traceback.
     """
     common.running = None
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that the terminal or the file cannot hold is written as its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
         parallel.leave()

@@ -1,6 +1,7 @@
 """Not a test: a program that kills its own children with SIGKILL, so that torch is imported once for many kills.
 
     python -m tests.killing writes FOLDER                          kill before the k-th change of the disk, for every k
+    python -m tests.killing stop METHOD TRIALS FOLDER CONFIG_JSON  stop a run by SIGTERM at random moments, resume it, compare
     python -m tests.killing run METHOD TRIALS FOLDER CONFIG_JSON   kill a training run at random moments, resume it, compare
 
 Prints JSON; tests/engine/test_checkpoint.py and tests/engine/test_resume.py read it. Each child is forked before any parallel kernel ran.
@@ -29,8 +30,8 @@ from minialign.engine.tracking import TIMED
 torch.set_num_threads(1)
 
 
-def in_child(action, kill_after=None):
-    """Run action() in a fork, killed after so many seconds if it still lives. Returns True if it was killed."""
+def in_child(action, kill_after=None, number=signal.SIGKILL):
+    """Run action() in a fork that gets the signal after so many seconds if it still lives. Returns True if it was killed by it."""
     pid = os.fork()
     if pid == 0:
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
@@ -43,7 +44,7 @@ def in_child(action, kill_after=None):
     if kill_after is not None:
         time.sleep(kill_after)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
     _, status = os.waitpid(pid, 0)
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
         raise RuntimeError(f"the child failed with code {os.WEXITSTATUS(status)}")
@@ -99,6 +100,26 @@ def result_of(folder):
     return {**files, "checkpoint": newest.name, "metrics": rows, "samples": read_rows(Path(folder) / "samples.jsonl")}
 
 
+def stop_runs(method, trials, folder, settings):
+    """[(was it stopped before its end, equal)] for each trial: a SIGTERM at a random moment of the steps, then resumed to the end. It ends
+    with code 0, or in_child raises."""
+    module = importlib.import_module(f"minialign.methods.{method}")
+    for unbroken in (f"{folder}/warm", f"{folder}/unbroken"):
+        started = time.monotonic()
+        in_child(lambda out=unbroken: module.main(module.Config(**settings, out=out)))
+        duration = time.monotonic() - started
+    expected, rng, outcomes = result_of(unbroken), random.Random(0), []
+    for trial in range(trials):
+        out, delay = f"{folder}/trial-{trial}", duration * (trial + rng.random()) / trials
+        killed = in_child(lambda out=out: module.main(module.Config(**settings, out=out)), kill_after=delay, number=signal.SIGTERM)
+        stopped = not (Path(out) / "final/config.json").is_file()
+        if killed:  # before the steps, when the signal has its usual effect
+            shutil.rmtree(out, ignore_errors=True)
+        in_child(lambda out=out, killed=killed: module.main(module.Config(**settings, out=out) if killed else module.Config(resume=out)))
+        outcomes.append((stopped and not killed, result_of(out) == expected))
+    return outcomes
+
+
 def kill_runs(method, trials, folder, settings):
     """[(steps saved at the kill, None before the first; had it begun; times killed; equal)] for each trial: killed once or twice, then
     resumed to the end."""
@@ -127,5 +148,7 @@ def kill_runs(method, trials, folder, settings):
 if __name__ == "__main__":
     if sys.argv[1] == "writes":
         print(json.dumps(kill_between_writes(sys.argv[2])))
+    elif sys.argv[1] == "stop":
+        print(json.dumps(stop_runs(sys.argv[2], int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))))
     else:
         print(json.dumps(kill_runs(sys.argv[2], int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))))

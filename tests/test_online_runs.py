@@ -64,7 +64,7 @@ def test_a_reward_that_dies_loses_no_step(small, reward_file, method):
         module.main(cfg)
     assert newest_checkpoint(cfg.out).name == "step_000004"
     reward_file(dying.replace(">= DEAD", "< 0"))
-    folder = module.main(module.Config(resume=cfg.out))
+    folder = module.main(module.Config(resume=cfg.out, reward=cfg.reward))
     assert (folder / "final" / "model.safetensors").read_bytes() == expected
     assert [row["skipped"] for row in read_rows(folder / "metrics.jsonl")] == [0] * 8
 

@@ -188,7 +188,7 @@ def test_three_failures_in_a_row_end_the_run_and_lose_nothing(online, method):
         module.main(cfg)
     assert newest_checkpoint(cfg.out).name == "step_000003"
     online(method, body.replace("DEAD", "100"))
-    assert (module.main(module.Config(resume=cfg.out)) / "final" / "model.safetensors").read_bytes() == expected
+    assert (module.main(module.Config(resume=cfg.out, reward=cfg.reward)) / "final" / "model.safetensors").read_bytes() == expected
 
 
 @BOTH

@@ -185,7 +185,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
         stories260K.main(stories260K.Config(bin=cfg.bin, out=str(tmp_path / "other")))
     with pytest.raises(BadInput, match="nowhere.bin: cannot be read"):
         stories260K.main(stories260K.Config(str(tmp_path / "nowhere.bin"), cfg.tokenizer, str(tmp_path / "other")))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(BadInput, match="the hub could not deliver .*--bin and --tokenizer"):
         stories260K.main(stories260K.Config(out=str(tmp_path / "other")))

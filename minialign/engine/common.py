@@ -221,8 +221,11 @@ def open_to_readers(folder):
         path.chmod(0o666 & ~umask)
 
 
-def read_rows(path):
-    """The JSON objects of a .jsonl file that a run appended to. An incomplete last line, left by a killed run, is skipped."""
+def read_rows(path, key=None):
+    """The JSON objects of a .jsonl file that a run appended to. An incomplete last line, left by a killed run, is skipped.
+
+    key: a field that each must have, as a whole number. Raises BadInput with path:line for any other line.
+    """
     path = Path(path)
     if not path.exists():
         return []
@@ -233,10 +236,10 @@ def read_rows(path):
             row = json.loads(line.decode("utf-8"))
         except ValueError:
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and (key is None or isinstance(row.get(key), int)):
             rows.append(row)
         elif number != len(lines):
-            raise BadInput(f"{path}:{number}: not an object of JSON with a step; the file was edited or damaged")
+            raise BadInput(f"{path}:{number}: not an object of JSON{f' with a {key}' if key else ''}; the file was edited or damaged")
     return rows
 
 

@@ -30,7 +30,7 @@ from minialign import __version__
 from minialign.engine import checkpoint, common, parallel, tracking
 from minialign.engine.common import BadInput, append_row, environment, note, pick_device, pick_dtype, read_json, read_rows, write_atomic
 from minialign.engine.opening import MOMENTS, check_compiler
-from minialign.engine.safety import LOCK_FILES, claim, code_files, mark, refuse_links, sweep
+from minialign.engine.safety import LOCK_FILES, Stopped, claim, code_files, mark, refuse_links, sweep
 from minialign.lora import adapters, merged, save_adapter
 from minialign.model import GPT
 from minialign.rewards import BadReward, ask
@@ -81,6 +81,7 @@ class Run:
         self.modules, self.optimizers, self.adapter_base = {}, {}, None
         self.first_step, self.skipped, self.skipped_in_a_row, self.failing, self.stop = 0, 0, 0, None, None
         self.unlogged = None  # (step, metrics) of a step whose evaluation is still to come
+        self.at, self.untouched, self.saved = 0, False, 0  # steps done, whether nothing changed the run since, steps saved
         self.started, self.bar, self.writer = time.monotonic(), None, None
 
     def _check_parallel(self):
@@ -196,9 +197,9 @@ class Run:
             state = checkpoint.load_checkpoint(newest, self.modules, self.optimizers)
             if state["config"] != checkpoint.sha256(self.folder / "config.json"):
                 raise BadInput(f"{self.folder}/config.json: was edited since {newest.name} was written; restore it to resume")
-            self.first_step = state["step"]
+            self.first_step = self.saved = state["step"]
             self.skipped, self.skipped_in_a_row, self.failing = state["skipped"], state["skipped_in_a_row"], state["failing"]
-            logged = {row["step"] for row in parallel.on_main(read_rows, self.folder / "metrics.jsonl")}
+            logged = {row["step"] for row in parallel.on_main(read_rows, self.folder / "metrics.jsonl", "step")}
             self.unlogged = None if self.first_step in logged else state.get("unlogged")  # killed while it evaluated
             if missing := self.first_step - bool(self.unlogged) - len({step for step in logged if step <= self.first_step}):
                 note(f"note: {self.folder}/metrics.jsonl lacks {missing} of {self.first_step} steps: it was cut or replaced")
@@ -207,7 +208,7 @@ class Run:
         if not parallel.is_main():
             return
         for name in ("metrics.jsonl", "samples.jsonl"):  # the run repeats the steps after the checkpoint and logs them again
-            rows = [row for row in read_rows(self.folder / name) if row["step"] <= self.first_step - bool(self.unlogged)]
+            rows = [row for row in read_rows(self.folder / name, "step") if row["step"] <= self.first_step - bool(self.unlogged)]
             write_atomic(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def shard(self, module, optimizers=()):
@@ -219,15 +220,26 @@ class Run:
         state = {name: getattr(self, name) for name in ("skipped", "skipped_in_a_row", "failing", "unlogged")}
         state["config"] = checkpoint.sha256(self.folder / "config.json")
         checkpoint.save_checkpoint(self.folder, step, self.modules, self.optimizers, state)
+        self.saved = step
 
     def steps(self, total):
-        """Yield the remaining steps, counted from 0. Save checkpoints when due. On SIGTERM or Ctrl-C save, print how to resume, exit."""
+        """Yield the remaining steps, counted from 0. Save checkpoints when due. On SIGTERM or Ctrl-C save, print how to resume, exit.
+
+        A step that has changed nothing yet is given up at once, and so is an evaluation: the resumed run does them again. Any other step is
+        finished first; under torchrun all are, because the processes must stop together.
+        """
         handlers = {}
 
         def remember(number, frame):
             if self.stop is not None and not parallel.launched():  # (torchrun and a cluster may each send one)
                 raise KeyboardInterrupt  # a second signal ends the run at once, without saving
             self.stop = number
+            if self.untouched and not parallel.launched():  # it samples, asks for rewards or evaluates, perhaps for minutes: give that up
+                self.untouched = False
+                signal.setitimer(signal.ITIMER_REAL, 0)  # (a reward's time limit)
+                if self.at > self.saved:
+                    self.save(self.at)
+                self.leave(self.at)
 
         try:
             handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -242,7 +254,9 @@ class Run:
             self.finish_evaluation()
             for step in range(self.first_step, total):
                 tracking.start()
+                self.at, self.untouched = step, True
                 yield step
+                self.untouched = False
                 self.bar.update()
                 done = step + 1
                 stop = self.stopped()
@@ -256,9 +270,7 @@ class Run:
                     if stop and not save:
                         self.save(done)
                 if stop and done < total:
-                    print(f"\nstopped after step {done}; continue with: python -m minialign {self.method} --resume {self.folder}")
-                    parallel.leave()
-                    raise SystemExit(0)
+                    self.leave(done)
         finally:
             tracking.stop()
             self.bar.close()
@@ -270,6 +282,12 @@ class Run:
     def _open_writer(self):
         settings = {"method": self.method, **dataclasses.asdict(self.cfg)}
         self.writer = tracking.Writer(self.cfg.log, self.folder, settings, self.first_step)
+
+    def leave(self, done):
+        """End the process after a signal, with exit code 0."""
+        print(f"\nstopped after step {done}{how_to_go_on()}")
+        parallel.leave()
+        raise Stopped(0)
 
     def stopped(self):
         """Whether a signal to any of the processes asks to stop."""
@@ -285,7 +303,7 @@ class Run:
         Three such steps in a row raise FloatingPointError and write debug.json. of: which model this step trains. With two models, a good
         reward step must not reset the count of failed policy steps.
         """
-        loss, grad_norm = float(loss), parallel.as_float(grad_norm)
+        loss, grad_norm, self.untouched = float(loss), parallel.as_float(grad_norm), False
         if math.isfinite(loss) and math.isfinite(grad_norm):
             if self.failing in (None, of):
                 self.skipped_in_a_row, self.failing = 0, None
@@ -336,7 +354,7 @@ class Run:
         return f"passes of half as many rows need less{how_to_go_on()} --micro_batch {max(unit, rows // 2 // unit * unit)}"
 
     def _skip(self):
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.skipped, self.skipped_in_a_row, self.untouched = self.skipped + 1, self.skipped_in_a_row + 1, False
 
     def compute_or_read(self, file, began, compute):
         """The JSON value stored in `file` of the run folder. If it is not there, compute() makes it and it is stored.
@@ -389,7 +407,10 @@ class Run:
         """Evaluate and log the step that waits for it, if one does. A resumed run begins with the one that its checkpoint is of."""
         if self.unlogged:
             step, metrics = self.unlogged
-            self.log(step, **metrics, **self.evaluate(step))
+            self.at, self.untouched = step + 1, True
+            measured = self.evaluate(step)
+            self.untouched = False
+            self.log(step, **metrics, **measured)
             self.unlogged = None
 
     def log(self, step, **metrics):

@@ -58,7 +58,8 @@ def code_files(rewards):
     """The files of --reward FILE.py:FUNCTION among the rewards, but for those of this package."""
     code = [spec for spec in rewards if ".py" in spec and not os.path.isdir(spec)]
     files = [Path(spec.rpartition(".py")[0] + ".py").expanduser().resolve() for spec in code]
-    return [file for file in files if Path(__file__).resolve().parents[2] not in file.parents]
+    root = Path(__file__).resolve().parents[2]
+    return [file for file in files if not {root / "minialign", root / "toy"} & {*file.parents}]
 
 
 def mark(settings, files):
@@ -87,6 +88,10 @@ def own_key():
 
 
 # ------------------------------------------------------------------------------------------------- bounds on the code of others
+
+
+class Stopped(SystemExit):
+    """Raised where a signal ends a run that has saved its state."""
 
 
 class Overtime(BaseException):  # not an Exception: the called code's own `except Exception` must not catch it

@@ -122,17 +122,17 @@ def test_rows_of_a_killed_run(tmp_path):
     common.append_row(path, {"step": 2})
     with open(path, "a") as file:
         file.write('{"step": 3, "lo')  # torn
-    assert common.read_rows(path) == [{"step": 1}, {"step": 2}]
+    assert common.read_rows(path, "step") == [{"step": 1}, {"step": 2}]
     whole = path.read_bytes().split(b'{"step": 3')[0]
     for torn in (b'{"step": 3, "text": "caf\xc3', b"12", b"{}", b'{"step": "1"}', b"\0" * 9, b'{"step": 3, \0\0', b"null\n", b"\xe2\x80\n"):
         path.write_bytes(whole + torn)
-        assert common.read_rows(path) == [{"step": 1}, {"step": 2}]
+        assert common.read_rows(path, "step") == [{"step": 1}, {"step": 2}]
         path.write_bytes(torn.removesuffix(b"\n") + b"\n" + whole)  # not at the end: nothing that a killed run leaves
         with pytest.raises(BadInput, match=r"metrics.jsonl:1: not an object of JSON with a step"):
-            common.read_rows(path)
+            common.read_rows(path, "step")
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(BadInput, match=r"metrics.jsonl:2: not an object of JSON with a step"):
-        common.read_rows(path)
+        common.read_rows(path, "step")
     assert common.read_rows(tmp_path / "none") == []
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -175,8 +176,8 @@ def test_a_cut_after_each_step_of_a_run_in_rounds(small, monkeypatch, method, ch
     assert result_of(module.main(cfg)) == expected
 
 
-def killed(method, trials, folder, settings):
-    command = [sys.executable, "-m", "tests.killing", "run", method, str(trials), str(folder), json.dumps(settings)]
+def killed(method, trials, folder, settings, how="run"):
+    command = [sys.executable, "-m", "tests.killing", how, method, str(trials), str(folder), json.dumps(settings)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -202,6 +203,46 @@ def test_kill_9_at_random_moments(small, tmp_path, method, trials):
     _, cfg = small(method, steps=14, save_every=1, eval_every=5, micro_batch=3, **EXTRA.get(method, {}))
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}
     check(killed(method, trials, tmp_path / "kills", settings), trials)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("method", ["sft", *[pytest.param(method, marks=pytest.mark.slow if method in LOOPS else pytest.mark.long)
+                                            for method in METHODS if method != "sft"]])
+def test_sigterm_at_random_moments(small, tmp_path, method):
+    """In the middle of steps, of sampling, of rewards, of evaluations. The run ends with code 0 and a checkpoint, and a resumed run ends
+    bitwise as the unbroken one."""
+    _, cfg = small(method, steps=14, save_every=5, eval_every=3, micro_batch=3, **EXTRA.get(method, {}))
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}
+    outcomes = killed(method, 6, tmp_path / "stops", settings, how="stop")
+    assert all(equal for _, equal in outcomes) and sum(stopped for stopped, _ in outcomes) >= 2, outcomes
+
+
+SLOW = """import os, time
+
+
+def f(prompts, completions):
+    if os.environ.get("SLOW") == str(len(prompts)):
+        os.kill(os.getpid(), 15)
+        time.sleep(8)
+    return [float(len(c)) for c in completions]
+"""
+
+
+@pytest.mark.parametrize("where", ["reward", "evaluation"])
+def test_a_signal_does_not_wait_for_a_slow_reward(small, tmp_path, where):
+    """A reward of 8 s. The step, or the evaluation, is given up at once, and done again when the run is resumed."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    settings = dict(steps=4, save_every=100, eval_every=2, group_size=4, reward=[f"{tmp_path / 'slow.py'}:f"], held_out=0.2)
+    module, cfg = small("rloo", **settings)
+    expected = result_of(module.main(cfg))
+    module, cfg = small("rloo", **settings)
+    held_out = len(Path(cfg.prompts).read_text().splitlines()) // 5
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setenv("SLOW", str(8 if where == "reward" else held_out))
+        module.main(cfg)
+    assert stop.value.code == 0 and time.monotonic() - began < 6
+    assert result_of(module.main(module.Config(resume=cfg.out))) == expected
 
 
 def test_resume_with_a_learned_reward_and_a_critic_made_of_it(small, monkeypatch):

@@ -156,7 +156,7 @@ def test_every_beginning_of_a_log_can_be_resumed(small, log):
     whole = (folder / log).read_bytes() + (json.dumps(row, ensure_ascii=False) + "\n").encode()
     for end in range(len(whole)):
         (folder / log).write_bytes(whole[:end])
-        assert all(isinstance(row["step"], int) for row in common.read_rows(folder / log)), end
+        assert all(isinstance(row["step"], int) for row in common.read_rows(folder / log, "step")), end
     (folder / log).write_bytes(whole[:-20])
     again(module, folder)
 
@@ -254,6 +254,7 @@ def test_ones_own_code_is_resumed_without_a_word(small, tmp_path, monkeypatch):
 
 def test_code_of_this_package_needs_no_mark():
     assert safety.code_files([f"{ROOT}/toy/heroes.py:hero", "length:9", "builtin", "runs/rm/final"]) == []
+    assert safety.code_files([f"{ROOT}/runs/downloaded/evil.py:f"]) == [ROOT.resolve() / "runs/downloaded/evil.py"]
     assert safety.code_files(["/x/evil.py:f", "/x/plain.py"]) == [Path("/x/evil.py").resolve(), Path("/x/plain.py").resolve()]
 
 
@@ -275,6 +276,7 @@ def in_a_fork(words, before=lambda: None):
             except BaseException as error:
                 print(f"Traceback: {error!r}", file=err)
                 code = 99
+            sys.stdout.flush()
         os._exit(code)
     os.close(write)
     with os.fdopen(read) as pipe:
@@ -366,6 +368,20 @@ def test_a_closed_pipe_is_not_reported_as_success(small):
     done = subprocess.run(["bash", "-c", f"{command} | head -2; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "nobody reads the output any more, so the run stops; continue with: " in done.stderr, done.stderr
     assert result_of(again(module, cfg.out)) == whole
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_any_encoding_of_the_output_will_do(small, tmp_path, encoding):
+    """As on Windows, or with LC_ALL=C, into a file: the run ends, and what the encoding lacks is written as a number."""
+    _, cfg = small("sft", steps=2, out=str(tmp_path / os.fsdecode(b"caf\xe9")))  # a name that is not UTF-8
+
+    def before():
+        sys.stdout = open(tmp_path / "log.txt", "w", encoding=encoding)
+
+    code, said = in_a_fork(words_of("sft", cfg), before)
+    printed = (tmp_path / "log.txt").read_bytes()
+    assert code == 0 and b"step 2/2" in printed, said
+    assert (b"\\u27e6" if encoding != "utf-8" else "⟦".encode()) in printed and b"\\udce9" in printed
 
 
 def test_an_empty_name_after_resume_is_refused(capsys):

@@ -73,7 +73,7 @@ def same(mine, theirs, name):
 # %% [markdown]
 # ## 1 · SLiC-HF: enough is enough
 #
-# DPO pushes every pair, though less and less. SLiC-HF stops at a pair once the chosen answer is likelier by $m$ nats.
+# DPO pushes every pair, though less and less. SLiC-HF ignores a pair once the chosen answer is likelier by $m$ nats.
 # This is a *hinge*: a loss that falls in a straight line and is 0 from $m$ on. A little SFT keeps the policy a language
 # model. We do it on the chosen answers:
 #
@@ -101,7 +101,8 @@ same(my_slic(pairs, 1.0, 0.1), theirs, "slic_loss")
 # %% [markdown]
 # ## 2 · SimPO: per token
 #
-# A sum of log-probs is usually lower for a longer answer. SimPO compares averages per token instead, times a scale $s$:
+# Longer answers usually have lower log-probs. SimPO compares averages per token, times a scale $s$. Unlike SLiC-HF's
+# hinge, it never quite stops pushing:
 #
 # $$L = \mathbb{E}\,\log\big(1 + e^{\,m - s\,(\bar a(y^+) - \bar a(y^-))}\big) .$$
 #
@@ -161,10 +162,9 @@ same(my_orpo(pairs, 0.25), orpo.orpo_loss(*averages, weight=0.25), "orpo_loss")
 #
 # $$L = \mathbb{E}\Big[1 - \sigma\big(\pm\beta\,\big(\log\tfrac{\pi(y)}{\mathrm{ref}(y)} - z_0\big)\big)\Big],$$
 #
-# with + for a good answer and − for a bad one. (The paper's weights are 1 here.)  A good answer
-# should have a log-ratio above a reference point $z_0$, a bad one below it. σ is steepest at 0, so answers far from
-# $z_0$ count little. By hand, with β = 1 and a log-ratio of $z_0 + \log 3$: σ is ¾, so a good answer costs ¼, and a bad
-# one ¾.
+# with + for a good answer and − for a bad one. A good answer should have a log-ratio above a reference point $z_0$, a
+# bad one below it. σ is steepest at 0, so answers far from $z_0$ count little. By hand, with β = 1 and a log-ratio of
+# $z_0 + \log 3$: σ is ¾, so a good answer costs ¼, and a bad one ¾.
 
 # %%
 def my_kto(logps, ref_logps, good, z0, beta):
@@ -186,8 +186,8 @@ same(my_kto(pairs.chosen, pairs.ref_chosen, thumbs, 0.2, 0.5), theirs, "kto_loss
 #
 # Log-ratios may drift together, whatever the answer. $z_0$ says how far. In the paper's theory it is the KL from ref,
 # but sampling for that is expensive. So in each batch a neighbouring row's answer is put after the prompt: an answer
-# that was not asked for, which shows the drift. $z_0$ is the mean log-ratio of these, or 0 if that is negative, without
-# gradient.
+# that was not asked for, which shows the drift. $z_0$ is the mean log-ratio of these, or 0 if that is negative
+# (`reference_point` in word_requests.py).
 #
 # ## 5 · Where they end, on three completions
 #
@@ -247,29 +247,30 @@ this_run(there, "SLiC-HF ends where the formula says.")
 #
 # $$s\,\bar a(y) = r(y) - k, \qquad\text{so}\qquad \log\pi(y) = -|y|\,\big(k - r(y)\big)/s .$$
 #
-# Log-probs are negative, so $k$ is above every reward, and such that probabilities sum to 1. So each word costs $(k -
-# r)/s$: of two answers with the same reward the shorter is likelier. `simpo_law` searches for $k$.
+# Log-probs are negative, so $k$ exceeds every reward; that probabilities sum to 1 fixes $k$. So each word costs $(k -
+# r)/s$ nats: few if the reward is high. `simpo_law` searches for $k$.
 
 # %%
 found = land(lambda pairs: my_simpo(pairs, s=BETA, m=0.0))
 print("SimPO, found             ", row(found))
 for words in ([1, 2, 4], [1, 1, 1], [4, 2, 1]):
     law = torch.as_tensor(closed_form.simpo_law(np.array(words), r.numpy(), BETA))
-    print(f"closed form, words {words}", row(law))
+    per_word = -law.log() / torch.tensor(words)
+    print(f"closed form, words {words}", row(law), " a word costs", row(per_word))
     if words == lengths.tolist():
         there = torch.allclose(found, law, atol=1e-4, rtol=0)
         this_run(there, "SimPO ends where the formula says.")
 
 # %% [markdown]
 # The judge's favourite gets .88; in π\* it has .47. Mostly because no ref holds it back: with one word each it gets
-# .76. The lengths do the rest, as a word costs least where the reward is near $k$. With its length 1 and the others
-# longer it gets .94.
+# .76. The lengths do the rest: its four words cost almost nothing, those of the others much. As the only one-word
+# answer it would get .94.
 #
 # ### KTO goes on for ever
 #
 # ref writes the answers. The chosen ones get a thumb up and the rejected ones a thumb down. So the first answer has
-# .504 likes and .696 dislikes. Here is what it costs at smaller and smaller log-ratios, with $z_0 = 0$. (One prompt,
-# answers from ref: the mean log-ratio is $-\mathrm{KL}(\mathrm{ref}\|\pi) \le 0$, so $z_0$ is 0.)
+# .504 of the likes and .696 of the dislikes. Here is what it costs at smaller and smaller log-ratios, with $z_0 = 0$.
+# (A neighbour's answer is ref's too: the mean log-ratio is $-\mathrm{KL}(\mathrm{ref}\|\pi) \le 0$, so $z_0$ is 0.)
 
 # %%
 UP, DOWN = torch.tensor([True]), torch.tensor([False])
@@ -307,8 +308,8 @@ this_run(kto_at[5000][0] < 0.3 * kto_at[1000][0], "KTO goes on driving the first
 
 # %% [markdown]
 # The first answer goes to 0, ever more slowly, because σ becomes flat. KTO asks of an answer whether it is liked more
-# than disliked. The judge's favourite gets less than the second, for two reasons: its surplus of likes is smaller, and
-# further above ref σ is flatter.
+# than disliked. The judge's favourite gets less than the second: its surplus of likes is smaller, and as it is further
+# above ref, the flatter σ pushes it less.
 #
 # ## 6 · The same GPT, the same pairs
 #
@@ -342,7 +343,7 @@ LOSSES = {
 
 # %% [markdown]
 # The reward averages the well-formed answers only. Look at the two changes of log π (of chosen and of rejected answers,
-# means of three runs), then at the last three numbers.
+# means of three runs), then at each run's well-formed share.
 
 # %%
 BASES, DATA = [], []
@@ -377,10 +378,11 @@ for name in ("SimPO, s = 2, m = 1", "ORPO, α = .1"):
 
 # %% [markdown]
 # - **DPO** lowers mainly the rejected answers, and keeps 95 % well-formed.
-# - **KTO** with the same β moves both much further in the same 50 steps. It keeps about 70 %.
-# - **SLiC-HF**'s hinge stops at pairs that are in order by $m$. It keeps 75 to 96 %.
-# - **SimPO** loses much language: it keeps 9, 78 and 26 %. (The samples are those of the first.) With s = 2, its m asks for
-#   ½ nat per token, about 3.6 per answer. SLiC-HF's asks for 1.
+# - **KTO** pushes each answer by itself, not their difference. In 50 steps it moves both much further, and keeps
+#   about 70 %.
+# - **SLiC-HF**'s hinge ignores pairs that are in order by $m$. It keeps 75 to 96 %.
+# - **SimPO** loses much language: it keeps 9, 78 and 26 %. (The samples are those of the first.) Its m asks for
+#   m/s = ½ nat per token, 3.6 per answer of 7 tokens. SLiC-HF's asks for 1.
 # - **ORPO** is mostly SFT at this α. It alone raises the chosen answers, and gains the least reward.
 #
 # ## 7 · Break it: take the SFT term away
@@ -405,8 +407,8 @@ this_run(without.mean() > alone.mean(), "SLiC-HF without SFT keeps more language
 
 # %% [markdown]
 # Without its SFT term SLiC-HF keeps about as much: more in one run, less in two. Here it was not needed. SimPO keeps
-# far more with an SFT term, and gains less reward. (An α of 0.1 is stronger here than in SLiC-HF, because SimPO's own
-# push is weaker, $s/|y|$ per nat.)
+# far more with an SFT term, and gains less reward. (An α of 0.1 weighs more here: SimPO pushes log π(y) with at most
+# $s/|y| \approx 0.3$, SLiC-HF with 1.)
 #
 # ## What is wrong here? (1)
 
@@ -444,13 +446,13 @@ print("SimPO's averages:  ", row(scored / (sizes + 10)))
 # ## Exercises
 #
 # **Exercise 1** (easy, 5 minutes). ORPO with α = 0 is SFT on the chosen answers, averaged over tokens. Does it end at
-# the shares of the chosen answers? Predict, then compute it with `land`.
+# the shares of the chosen answers? Predict, then use `land`.
 #
 # **Exercise 2** (medium, try this, 10 minutes). Write all three equally often: `kto_descent(torch.ones(3) / 3, (10,
 # 100, 5000))`, with $z_0$ held at 0. Predict which answers KTO drives out. What about the second, which is liked as
 # often as disliked?
 #
-# **Exercise 3** (hard, 20 minutes). One pair, labelled this way round with probability $p$. Let $u$ be its margin for
+# **Exercise 3** (hard, 20 minutes). The judge chooses $y^+$ with probability $p$. Let $u$ be the pair's margin for
 # SimPO, $u = s\,(\bar a(y^+) - \bar a(y^-))$. Which $u$ is best? Show that it is $\log\frac{p}{1-p}$ for $m = 0$, and
 # near $m + \log\frac{2p-1}{1-p}$ for large $m$ and $p > \frac12$.
 #

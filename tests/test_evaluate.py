@@ -42,6 +42,22 @@ def test_ratio_interval():
     assert evaluate.ratio_interval(sums, sizes)[1] == pytest.approx(1.96 * float(resampled.std()), rel=0.08)
 
 
+def test_held_out_nll_is_nats_per_scored_token(policy_folder):
+    """Rows of 1 to 9 tokens, in passes of 2: the sum over all tokens divided by their number, by log_softmax and a loop."""
+    from minialign.batch import collate
+    from minialign.methods import sft
+
+    policy, nats, tokens = load_pretrained(policy_folder), 0.0, 0
+    rows = [([3, 4 + i], [5 + (i * j) % 7 for j in range(length)]) for i, length in enumerate((1, 9, 2, 5, 3))]
+    for prompt, completion in rows:
+        logps = policy(torch.tensor([prompt + completion]))[0].log_softmax(-1)
+        nats -= sum(logps[len(prompt) + j - 1, token].item() for j, token in enumerate(completion))
+        tokens += len(completion)
+    found = evaluate.held_out_nll(policy, rows, lambda rows, picked: collate(*zip(*[rows[i] for i in picked], strict=True), pad_id=0),
+                                  sft.Config(eval_batch=2))
+    assert found["eval/nll"] == pytest.approx(nats / tokens, abs=1e-10)
+
+
 def test_wins_count_ties_half():
     assert evaluate.wins(torch.tensor([1.0, 2, 3]), torch.tensor([0.0, 2, 4])) == 1.5
 
@@ -116,12 +132,14 @@ def test_win_shares():
     assert (shares + other).tolist() == [1, 1]
 
 
-def test_what_a_policy_writes(policy_folder, small):
-    """KL, rewards, lengths of the answers, recomputed answer by answer from the same samples; n answers of a prompt are averaged first."""
+@pytest.mark.parametrize("tau", [1.0, 0.7])
+def test_what_a_policy_writes(policy_folder, small, tau):
+    """KL (at the temperature of sampling), rewards, lengths of the answers, recomputed answer by answer from the same samples; n answers of
+    a prompt are averaged first."""
     module, cfg = small("sft", steps=20)
     ref, policy, tokenizer = load_pretrained(policy_folder), load_pretrained(module.main(cfg) / "final"), load_tokenizer(policy_folder)
     prompts = ["ask for tea: ", "ask for a map: ", "ask for tea: "]
-    settings = evaluate.Config(n=4, max_new=9, batch_size=2, seed=3)
+    settings = evaluate.Config(n=4, max_new=9, batch_size=2, seed=3, tau=tau)
     measures = evaluate.sample_measures(policy, tokenizer, ref, prompts, lambda prompts, texts: [len(text) for text in texts], settings)
     assert len(measures["texts"]) == 12 and measures["rewards"].shape == (3, 4) and measures["kl"].shape == (3,)
     assert measures["rewards"].flatten().tolist() == [len(text) for text in measures["texts"]]
@@ -130,7 +148,7 @@ def test_what_a_policy_writes(policy_folder, small):
         y = tokenizer.encode(text) + ([tokenizer.eos_id] if measures["finished"][row] else [])
         x = [tokenizer.bos_id] + tokenizer.encode(prompts[row // 4])
         assert measures["tokens"][row] == len(y)
-        logps = [model(torch.tensor([x + y])).log_softmax(-1)[0, len(x) - 1 : -1].detach() for model in (policy, ref)]
+        logps = [(model(torch.tensor([x + y])) / tau).log_softmax(-1)[0, len(x) - 1 : -1].detach() for model in (policy, ref)]
         kls.append(sum(float(logps[0][t, token] - logps[1][t, token]) for t, token in enumerate(y)))
     assert measures["kl"].tolist() == pytest.approx(torch.tensor(kls, dtype=torch.float64).view(3, 4).mean(1).tolist(), abs=1e-9)
 

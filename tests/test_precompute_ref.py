@@ -33,6 +33,9 @@ def test_a_row_is_known_in_any_batch_and_padding(policy_folder):
         for rows in ([0], [1], [2, 1], [2, 0, 1]):
             some = collate([prompts[b] for b in rows], [completions[b] for b in rows], pad_id=1)
             assert torch.allclose(seq_logps(remembered, some), token_logps(policy, some).sum(1), atol=1e-12)
+    last = collate([[5, 6]], [[8, 9, 4]], pad_id=0)  # differs in the last token alone, which is a target and no input
+    with pytest.raises(KeyError):
+        seq_logps(remembered, last)
     with pytest.raises(KeyError):  # the same tokens, but another split into prompt and completion
         seq_logps(remembered, collate([[5]], [[6, 8, 9, 3]], pad_id=0))
 

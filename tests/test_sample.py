@@ -158,6 +158,9 @@ def test_the_rules_by_hand():
     assert kept(keep_top_k(logits, 9)) == [True] * 4
     for p, number in ((0.79, 2), (0.81, 3), (0.01, 1), (1.0, 4)):
         assert kept(keep_top_p(logits, p)) == [True] * number + [False] * (4 - number)
+    quarters = torch.zeros(1, 4, dtype=torch.float64)  # sums of quarters are exact: two of them reach .5, a third is one too many
+    for p, number in ((0.25, 1), (0.5, 2), (0.75, 3)):
+        assert sum(kept(keep_top_p(quarters, p))) == number
     assert torch.equal(keep_top_p(logits.flip(1), 0.79), keep_top_p(logits, 0.79).flip(1))  # whatever the order of the vocabulary
 
 

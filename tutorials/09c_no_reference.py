@@ -73,9 +73,9 @@ def same(mine, theirs, name):
 # %% [markdown]
 # ## 1 · SLiC-HF: enough is enough
 #
-# DPO pushes every pair, though less and less. SLiC-HF ignores a pair once the chosen answer is likelier by $m$ nats.
-# This is a *hinge*: a loss that falls in a straight line and is 0 from $m$ on. A little SFT keeps the policy a language
-# model. We do it on the chosen answers:
+# DPO pushes every pair, though less and less. SLiC-HF stops comparing a pair once the chosen answer is likelier by $m$
+# nats. This is a *hinge*: a loss that falls in a straight line and is 0 from $m$ on. A little SFT should keep the
+# policy a language model. We do it on the chosen answers:
 #
 # $$L = \mathbb{E}\big[\max(0,\ m - \log\pi(y^+) + \log\pi(y^-)) - \alpha\log\pi(y^+)\big] .$$
 #
@@ -184,10 +184,10 @@ same(my_kto(pairs.chosen, pairs.ref_chosen, thumbs, 0.2, 0.5), theirs, "kto_loss
 # %% [markdown]
 # ### What is $z_0$?
 #
-# Log-ratios may drift together, whatever the answer. $z_0$ says how far. In the paper's theory it is the KL from ref,
-# but sampling for that is expensive. So in each batch a neighbouring row's answer is put after the prompt: an answer
-# that was not asked for, which shows the drift. $z_0$ is the mean log-ratio of these, or 0 if that is negative
-# (`reference_point` in word_requests.py).
+# Log-ratios may drift up together, whatever the answer. $z_0$ says how far. In theory it is KL(π‖ref), the mean
+# log-ratio of the policy's own answers, but sampling those is expensive. So in each batch a neighbouring row's answer
+# is put after the prompt: an answer that was not asked for, which shows the drift. $z_0$ is the mean log-ratio of
+# these, or 0 if that is negative (`reference_point` in word_requests.py).
 #
 # ## 5 · Where they end, on three completions
 #
@@ -212,10 +212,6 @@ print("shares of the chosen   ", row(w_chosen))
 print("shares of the rejected ", row(w_rejected))
 
 # %% [markdown]
-# By hand, for the first answer: ref says it with .6. It beats itself (.6) with ½, the second (.3) with ⅓ and the third
-# (.1) with ⅕. That is .6 · (.3 + .1 + .02) = .252. The three answers' numbers sum to ½, so its share of the chosen is
-# .504.
-#
 # ### SLiC-HF mixes SFT with the preferences
 #
 # Take $m$ so large that no pair reaches it. Then the hinge is a straight line. Write $w^+$ and $w^-$ for the two shares
@@ -262,15 +258,16 @@ for words in ([1, 2, 4], [1, 1, 1], [4, 2, 1]):
         this_run(there, "SimPO ends where the formula says.")
 
 # %% [markdown]
-# The judge's favourite gets .88; in π\* it has .47. Mostly because no ref holds it back: with one word each it gets
-# .76. The lengths do the rest: its four words cost almost nothing, those of the others much. As the only one-word
-# answer it would get .94.
+# The judge's favourite gets .88; in π\* it has .47. Mostly, no ref holds it back: with one word each it gets .76. The
+# lengths do the rest. Its own four words cost almost nothing, but the second answer pays its price twice, and falls
+# from .19 to .06. With the lengths reversed, the favourite would get .94.
 #
 # ### KTO goes on for ever
 #
 # ref writes the answers. The chosen ones get a thumb up and the rejected ones a thumb down. So the first answer has
 # .504 of the likes and .696 of the dislikes. Here is what it costs at smaller and smaller log-ratios, with $z_0 = 0$.
-# (A neighbour's answer is ref's too: the mean log-ratio is $-\mathrm{KL}(\mathrm{ref}\|\pi) \le 0$, so $z_0$ is 0.)
+# (Neighbours' answers come from ref too. So their mean log-ratio is $-\mathrm{KL}(\mathrm{ref}\|\pi) \le 0$, and $z_0$
+# is 0.)
 
 # %%
 UP, DOWN = torch.tensor([True]), torch.tensor([False])
@@ -378,11 +375,10 @@ for name in ("SimPO, s = 2, m = 1", "ORPO, α = .1"):
 
 # %% [markdown]
 # - **DPO** lowers mainly the rejected answers, and keeps 95 % well-formed.
-# - **KTO** pushes each answer by itself, not their difference. In 50 steps it moves both much further, and keeps
-#   about 70 %.
-# - **SLiC-HF**'s hinge ignores pairs that are in order by $m$. It keeps 75 to 96 %.
-# - **SimPO** loses much language: it keeps 9, 78 and 26 %. (The samples are those of the first.) Its m asks for
-#   m/s = ½ nat per token, 3.6 per answer of 7 tokens. SLiC-HF's asks for 1.
+# - **KTO** starts in DPO's direction, but in 50 steps moves both much further. It keeps about 70 %.
+# - **SLiC-HF** keeps 75 to 96 %.
+# - **SimPO** loses much language: it keeps 9, 78 and 26 %. (The samples are those of the first.) Perhaps (we did not
+#   test it) because its m asks for m/s = ½ nat per token, 3.5 for 7 tokens. SLiC-HF's asks for 1.
 # - **ORPO** is mostly SFT at this α. It alone raises the chosen answers, and gains the least reward.
 #
 # ## 7 · Break it: take the SFT term away
@@ -406,17 +402,17 @@ this_run((with_term > alone).all(), "With an SFT term SimPO keeps more language,
 this_run(without.mean() > alone.mean(), "SLiC-HF without SFT keeps more language than SimPO.")
 
 # %% [markdown]
-# Without its SFT term SLiC-HF keeps about as much: more in one run, less in two. Here it was not needed. SimPO keeps
-# far more with an SFT term, and gains less reward. (An α of 0.1 weighs more here: SimPO pushes log π(y) with at most
-# $s/|y| \approx 0.3$, SLiC-HF with 1.)
+# Without its SFT term SLiC-HF keeps about as much: more in one run, less in two. Here it was not needed; perhaps the
+# hinge is enough. SimPO keeps far more with an SFT term, and gains less reward. (An α of 0.1 weighs more here: SimPO
+# pushes log π(y) with at most $s/|y| \approx 0.3$, SLiC-HF with 1.)
 #
 # ## What is wrong here? (1)
 
 # %%
 # two answers, of 1 and of 4 tokens; padding is 0
 token_logps = torch.tensor([[-1.0, 0.0, 0.0, 0.0], [-1.0, -1.0, -1.0, -1.0]])
-averages = token_logps.mean(1)
-print("average log-probs for SimPO:", row(averages))
+per_token = token_logps.mean(1)
+print("average log-probs for SimPO:", row(per_token))
 
 # %% [markdown]
 # In both answers each token has log-prob −1. What will SimPO learn from these averages?
@@ -425,19 +421,21 @@ print("average log-probs for SimPO:", row(averages))
 
 # %%
 # two answers, of 2 and of 8 tokens with log-prob −1 each, to a prompt of 10 tokens with −3 each
-answer_logps, sizes = torch.tensor([-2.0, -8.0]), torch.tensor([2.0, 8.0])
+answer_logps, tokens = torch.tensor([-2.0, -8.0]), torch.tensor([2.0, 8.0])
 scored = answer_logps - 30.0  # the mask also counts the prompt
 print("DPO's difference:  ", (scored[0] - scored[1]).item(), " as it should be")
-print("SimPO's averages:  ", row(scored / (sizes + 10)))
+print("SimPO's averages:  ", row(scored / (tokens + 10)))
 
 # %% [markdown]
 # The code was tested with DPO and used with SimPO. What went wrong, and why did DPO not show it?
 #
 # ## What you now know
 #
-# - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none.
+# - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none, and its end depends on
+#   lengths.
 # - In these runs SimPO without an SFT term lost much language, and SLiC-HF without one did not.
-# - KTO learns from single answers. It asks which are liked more than disliked, and never stops driving out the others.
+# - KTO learns from single answers. It asks which are liked more than disliked, and in the toy it never stops driving
+#   out the others.
 # - SimPO and ORPO divide by the number of tokens. So they need a mask without padding and without the prompt.
 #
 # Next: [11](11_storyteller.ipynb), where you align a model with a reward of your own. Or, for large models,
@@ -452,17 +450,17 @@ print("SimPO's averages:  ", row(scored / (sizes + 10)))
 # 100, 5000))`, with $z_0$ held at 0. Predict which answers KTO drives out. What about the second, which is liked as
 # often as disliked?
 #
-# **Exercise 3** (hard, 20 minutes). The judge chooses $y^+$ with probability $p$. Let $u$ be the pair's margin for
-# SimPO, $u = s\,(\bar a(y^+) - \bar a(y^-))$. Which $u$ is best? Show that it is $\log\frac{p}{1-p}$ for $m = 0$, and
-# near $m + \log\frac{2p-1}{1-p}$ for large $m$ and $p > \frac12$.
+# **Exercise 3** (hard, 20 minutes). The judge chooses one of two answers with probability $p$. Let $u$ be its margin
+# for SimPO, $u = s\,(\bar a(y^+) - \bar a(y^-))$. Which $u$ is best? Show that it is $\log\frac{p}{1-p}$ for $m = 0$,
+# and near $m + \log\frac{2p-1}{1-p}$ for large $m$ and $p > \frac12$.
 #
 # ## Answers
 
 # %% [markdown]
 # <details><summary>Puzzle 1</summary>
 #
-# The mean runs over the padding as well: every answer is divided by 4, the longest length in the batch. So the short
-# answer seems better, and the number changes with the batch. Divide by each answer's own number of tokens, as
+# The mean runs over the padding as well: every answer is divided by 4, the longest length in the batch. So SimPO
+# compares sums again, at a scale that changes with the batch. Divide by each answer's own number of tokens, as
 # `minialign.logps.mean_logps` does.
 #
 # </details>
@@ -482,8 +480,8 @@ equal(right, torch.tensor([-1.0, -1.0]), "Both answers have −1 nat per token."
 # </details>
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-print("right:", row(answer_logps / sizes))
-equal(answer_logps / sizes, torch.tensor([-1.0, -1.0]), "Both have −1 nat per token.")
+print("right:", row(answer_logps / tokens))
+equal(answer_logps / tokens, torch.tensor([-1.0, -1.0]), "Both have −1 nat per token.")
 
 # %% [markdown]
 # <details><summary>Exercise 1</summary>

@@ -57,6 +57,17 @@ def test_round_trip_is_bitwise(tmp_path):
     assert torch.equal(torch.rand(3), drawn)  # the generator continues where it was
 
 
+def test_every_file_is_flushed_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):
+    """A power cut after the rename must find the content on the disk, not only in the cache of the operating system."""
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), replace(*paths)))
+    final = checkpoint.save_checkpoint(tmp_path, 3, *parts(), {})
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert {path.name for path in final.iterdir()} < set(before) and any(name.startswith("step_000003.tmp-") for name in before)
+    assert after == ["checkpoints"]
+
+
 def test_no_pickle_in_the_folder(tmp_path):
     folder = checkpoint.save_checkpoint(tmp_path, 1, *parts(), {})
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", ".safetensors", ".safetensors", ".safetensors"]

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from minialign.methods import irft
 from minialign.methods.irft import irft_loss
 from minialign.methods.sft import sft_loss
 from minialign.tokenizer import load_tokenizer
+from minialign.weights import load_pretrained
 from tests.killing import result_of
 
 H = ("logistic", "hinge", "identity")
@@ -143,6 +145,15 @@ def test_rounds_renew_the_sampler(small, monkeypatch, rounds, distinct):
     module, cfg = small("irft", rounds=rounds)
     module.main(cfg)
     assert len({tuple(weight.flatten().tolist()) for weight in seen}) == distinct
+
+
+def test_a_prompt_gets_other_answers_in_another_step(policy_folder):
+    """Each step seeds its own draws. With one seed for all, every epoch would see the same answer to a prompt."""
+    policy, rows = load_pretrained(policy_folder), [([5, 6], [7])] * 4
+    cfg = irft.Config(batch_size=4, max_new=12, steps=3, seed=1)
+    drawn = [irft.draw_together(policy, k, rows, cfg, 0)[k] for k in range(3)]
+    assert len({str(answers) for answers in drawn}) == 3
+    assert drawn[1] == irft.draw_together(policy, 1, rows, cfg, 0)[1] != irft.draw_together(policy, 1, rows, replace(cfg, seed=2), 0)[1]
 
 
 @pytest.mark.parametrize("precompute", [False, True])

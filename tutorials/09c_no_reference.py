@@ -184,17 +184,17 @@ same(my_kto(pairs.chosen, pairs.ref_chosen, thumbs, 0.2, 0.5), theirs, "kto_loss
 # %% [markdown]
 # ### What is $z_0$?
 #
-# Log-ratios may drift up together, whatever the answer. $z_0$ says how far. In theory it is KL(π‖ref), the mean
-# log-ratio of the policy's own answers, but sampling those is expensive. So in each batch a neighbouring row's answer
-# is put after the prompt: an answer that was not asked for, which shows the drift. $z_0$ is the mean log-ratio of
-# these, or 0 if that is negative (`reference_point` in word_requests.py).
+# The data's log-ratios may all drift up together. $z_0$ says how far. In theory it is KL(π‖ref), the mean log-ratio of
+# the policy's own answers, but sampling those is expensive. So in each batch a neighbouring row's answer is put after
+# the prompt: an answer that was not asked for, which shows the drift. $z_0$, without gradient, is their mean log-ratio,
+# at least 0 (`reference_point` in word_requests.py).
 #
 # ## 5 · Where they end, on three completions
 #
 # The toy is that of 09: "tea!", "tea, please" and "could i have tea", of 1, 2 and 4 words, which ref says with .6, .3,
-# .1. The judge follows [Bradley-Terry](../GLOSSARY.md#bradley-terry) with $e^r = 1, 2, 4$. DPO at β = ½ ends at
-# $\pi^* = (3, 6, 8)/17$. Where do the other losses end? `land` looks for the three probabilities with the smallest
-# expected loss.
+# .1. The judge follows [Bradley-Terry](../GLOSSARY.md#bradley-terry) with $e^r = 1, 2, 4$. DPO at β = ½ ends at $\pi^*
+# = (3, 6, 8)/17$. Where do the others end (ORPO: exercise 1)? `land` looks for the three probabilities with the
+# smallest expected loss.
 
 # %%
 BETA = 0.5
@@ -258,7 +258,7 @@ for words in ([1, 2, 4], [1, 1, 1], [4, 2, 1]):
         this_run(there, "SimPO ends where the formula says.")
 
 # %% [markdown]
-# The judge's favourite gets .88; in π\* it has .47. Mostly, no ref holds it back: with one word each it gets .76. The
+# The judge's favourite gets .88; in π\* it has .47. Most comes from having no ref: with one word each it gets .76. The
 # lengths do the rest. Its own four words cost almost nothing, but the second answer pays its price twice, and falls
 # from .19 to .06. With the lengths reversed, the favourite would get .94.
 #
@@ -352,9 +352,10 @@ for seed in range(3):
 
 def report(name, loss_of):
     """Train on each data set, print one line; return the first policy, changes, shares (3,)."""
-    policies = [
-        train_on_pairs(base, pairs, loss_of) for base, pairs in zip(BASES, DATA, strict=True)
-    ]
+    policies = BASES
+    if loss_of:
+        runs = zip(BASES, DATA, strict=True)
+        policies = [train_on_pairs(base, pairs, loss_of) for base, pairs in runs]
     found = torch.tensor([changes_of(*run) for run in zip(policies, BASES, DATA, strict=True)])
     up, down, reward, _ = found.mean(0).tolist()
     formed = found[:, 3]
@@ -365,6 +366,7 @@ def report(name, loss_of):
     return policies[0], (up, down), formed
 
 
+report("before training", None)
 results = {name: report(name, loss_of) for name, loss_of in LOSSES.items()}
 figures.changes({name.split(",")[0]: changes for name, (_, changes, _) in results.items()})
 
@@ -374,8 +376,8 @@ for name in ("SimPO, s = 2, m = 1", "ORPO, α = .1"):
     show_samples(results[name][0])
 
 # %% [markdown]
-# - **DPO** lowers mainly the rejected answers, and keeps 95 % well-formed.
-# - **KTO** starts in DPO's direction, but in 50 steps moves both much further. It keeps about 70 %.
+# - **DPO** lowers mainly the rejected answers, and keeps 94 to 95 % well-formed.
+# - **KTO** moves both much further; it never stops (section 5). It keeps 63 to 79 %.
 # - **SLiC-HF** keeps 75 to 96 %.
 # - **SimPO** loses much language: it keeps 9, 78 and 26 %. (The samples are those of the first.) Perhaps (we did not
 #   test it) because its m asks for m/s = ½ nat per token, 3.5 for 7 tokens. SLiC-HF's asks for 1.
@@ -403,7 +405,7 @@ this_run(without.mean() > alone.mean(), "SLiC-HF without SFT keeps more language
 
 # %% [markdown]
 # Without its SFT term SLiC-HF keeps about as much: more in one run, less in two. Here it was not needed; perhaps the
-# hinge is enough. SimPO keeps far more with an SFT term, and gains less reward. (An α of 0.1 weighs more here: SimPO
+# hinge is enough. SimPO keeps far more with an SFT term, and gains less reward. (An α of 0.1 weighs more for SimPO: it
 # pushes log π(y) with at most $s/|y| \approx 0.3$, SLiC-HF with 1.)
 #
 # ## What is wrong here? (1)
@@ -431,8 +433,8 @@ print("SimPO's averages:  ", row(scored / (tokens + 10)))
 #
 # ## What you now know
 #
-# - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none, and its end depends on
-#   lengths.
+# - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none. Its and
+#   ORPO's ends depend on lengths.
 # - In these runs SimPO without an SFT term lost much language, and SLiC-HF without one did not.
 # - KTO learns from single answers. It asks which are liked more than disliked, and in the toy it never stops driving
 #   out the others.
@@ -450,9 +452,9 @@ print("SimPO's averages:  ", row(scored / (tokens + 10)))
 # 100, 5000))`, with $z_0$ held at 0. Predict which answers KTO drives out. What about the second, which is liked as
 # often as disliked?
 #
-# **Exercise 3** (hard, 20 minutes). The judge chooses one of two answers with probability $p$. Let $u$ be its margin
-# for SimPO, $u = s\,(\bar a(y^+) - \bar a(y^-))$. Which $u$ is best? Show that it is $\log\frac{p}{1-p}$ for $m = 0$,
-# and near $m + \log\frac{2p-1}{1-p}$ for large $m$ and $p > \frac12$.
+# **Exercise 3** (hard, 20 minutes). The judge chooses $y_1$ over $y_2$ with probability $p$. For SimPO, which $u =
+# s\,(\bar a(y_1) - \bar a(y_2))$ is best? Show that it is $\log\frac{p}{1-p}$ for $m = 0$, and near $m +
+# \log\frac{2p-1}{1-p}$ for large $m$ and $p > \frac12$.
 #
 # ## Answers
 

@@ -228,7 +228,7 @@ def exit_codes(prog):
     torchrun or a closed pipe in training, 130 for Ctrl-C. If a run can go on, the line says how. Any other exception is a bug and keeps its
     traceback.
     """
-    common.running = None
+    common.running = common.no_run
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the terminal or the file cannot hold is written as its number
             stream.reconfigure(errors="backslashreplace")
@@ -247,9 +247,9 @@ def exit_codes(prog):
         raise SystemExit(130) from None
     except BrokenPipeError:  # `python -m minialign … | head` closes the pipe early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if common.running:  # (for a command that only prints this is no error)
+        if common.running():  # (for a command that only prints this is no error)
             print(f"{prog}: nobody reads the output any more, so the run stops{how_to_go_on()}", file=sys.stderr)
-        raise SystemExit(1 if common.running else 0) from None
+        raise SystemExit(1 if common.running() else 0) from None
     except (OSError, SafetensorError) as error:
         where = f"{error.filename}: " if getattr(error, "filename", None) else ""
         print(f"{prog}: {where}{getattr(error, 'strerror', None) or one_line(error)}{how_to_go_on()}", file=sys.stderr)
@@ -261,13 +261,13 @@ def exit_codes(prog):
             raise SystemExit(1) from None
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        smaller = f"; {common.running.less_memory()}" if common.running else ""
+        smaller = f"; {common.running().less_memory()}" if common.running() else ""
         print(f"{prog}: there is not enough memory ({one_line(error)}){smaller}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def how_to_go_on():
     """'; continue with …' if a run is interrupted that can be resumed."""
-    run = common.running
+    run = common.running()
     return f"; continue with: python -m minialign {run.method} --resume {run.folder}" if run else ""
 

@@ -23,7 +23,11 @@ class BadInput(ValueError):
     """The user's input cannot be used. The message is one sentence: what, where, what was expected, how to fix it. Exit code 2."""
 
 
-running = None  # the Run of this process while it trains: an error that ends it says how to go on (settings.exit_codes)
+def no_run():
+    return None
+
+
+running = no_run  # gives the Run of this process while it trains: an error that ends it says how to go on (settings.exit_codes)
 
 
 # ------------------------------------------------------------------------------------------------ numbers that must repeat

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -187,7 +188,7 @@ class Run:
                  "trained weights unchanged; --dtype mixed avoids this")
         for module in self.modules.values():
             self.shard(module, self.optimizers.values())
-        common.running = self
+        common.running = weakref.ref(self)  # (weak: a run that failed must not keep its models)
         if not self.resuming:
             return
         newest = checkpoint.newest_checkpoint(self.folder)
@@ -455,7 +456,7 @@ class Run:
         Returns the run folder.
         """
         self.export(model, tokenizer, "final")
-        common.running = None
+        common.running = common.no_run
         if adapters(model) and model.config.head == "lm":
             parallel.on_main(save_adapter, parallel.full_copy(model), self.folder / "adapter", self.adapter_base)
         parallel.gather(None)  # wait for the first process, so that nobody reads the folder before it is complete

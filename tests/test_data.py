@@ -528,7 +528,7 @@ def test_damaged_files_are_refused_or_read_never_worse(tmp_path, capsys):
     assert min(outcomes["refused"], outcomes["read"]) > 300
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_many_more_damaged_files(tmp_path, capsys):
     fuzz(tmp_path, capsys, seed=1, rounds=20_000)
 

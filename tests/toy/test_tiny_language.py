@@ -107,10 +107,11 @@ def test_bad_arguments_are_one_sentence(changes, tmp_path):
 
 @pytest.mark.parametrize(("methods", "seeds"), [  # five seeds: docs/RESULTS.md
     *[pytest.param(methods, 1, marks=pytest.mark.slow) for methods in (
-        ["reinforce", "rloo", "rebel", "grpo"], ["ppo", "best_of_n", "rest", "ift"], ["rft", "irl"], ["dpo", "ipo", "simpo", "gpo"],
+        ["reinforce", "rloo", "rebel", "grpo"], ["ppo", "best_of_n", "rest", "ift"], ["rft", "irl"], ["dpo", "ipo", "simpo"],
         ["orpo", "slic", "kto"])],
     *[pytest.param(methods, 2, marks=pytest.mark.long) for methods in (
         ["reinforce", "rloo", "rebel", "grpo"], ["ppo", "best_of_n", "rest", "ift"], ["dpo", "ipo", "simpo"])],
+    pytest.param(["gpo"], 1, marks=pytest.mark.long),  # six functions
 ])
 def test_seeds_of_every_method_land_on_their_law(methods, seeds, tmp_path, capsys):
     """The acceptance of every method: each seed, and each is another ref, within the gate of its row."""

@@ -148,18 +148,24 @@ def _bytes(path):
     if content[:2] == b"\x1f\x8b":
         try:
             content = expanded(content)
+        except Bomb:
+            raise BadInput(f"{path}: the gzip archive holds more than 100 times its own size: no text does; unpack it first") from None
         except (OSError, EOFError, zlib.error) as error:
             raise BadInput(f"{path}: the gzip archive is cut short or damaged ({error}); fetch it again") from None
     return content
 
 
+class Bomb(Exception):
+    """An archive that would fill the memory."""
+
+
 def expanded(content):
-    """The bytes inside a gzip archive. Raises EOFError if there are more than 100 times as many as outside it, which no text has."""
+    """The bytes inside a gzip archive. Raises Bomb if there are more than 100 times as many as in the archive."""
     most = 100 * len(content) + 2**20
     with gzip.GzipFile(fileobj=io.BytesIO(content)) as archive:
         inside = archive.read(most + 1)
     if len(inside) > most:
-        raise EOFError("it holds more than 100 times its size")
+        raise Bomb
     return inside
 
 

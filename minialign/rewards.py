@@ -33,7 +33,7 @@ from minialign.batch import collate
 from minialign.data import encode_answers, encode_whole, plain_text, read_demonstrations
 from minialign.engine import parallel, tracking
 from minialign.engine.common import BadInput, find_folder, one_line
-from minialign.engine.safety import Overtime, Stopped, has_alarm, time_limit
+from minialign.engine.safety import Overtime, Stopped, code_file, has_alarm, time_limit
 from minialign.kl import k1, k3
 from minialign.lora import load_model
 from minialign.task import gold_reward
@@ -245,8 +245,8 @@ def _open_one(spec, prompts, device, dtype, skip_bad):
         if not words or not all(word.strip("- ") for word in words):
             raise BadInput(f"--reward {spec}: expected words, like lexicon:please,thanks,-now (a leading - makes the weight -1)")
         return lexicon({word.lstrip("- "): -1.0 if word.startswith("-") else 1.0 for word in words})
-    if ".py:" in spec or spec.endswith(".py"):
-        return _function_of_file(spec)
+    if (path := code_file(spec)) is not None:
+        return _function_of_file(spec, path)
     if not spec or (not os.path.isdir(os.path.expanduser(spec)) and "/" not in spec):
         raise BadInput(f"--reward {spec}: expected builtin, exact_match, format, regex:PATTERN, length:N, lexicon:WORDS, "
                        "FILE.py:FUNCTION, or a reward model's folder")
@@ -261,8 +261,8 @@ def _reward_model(folder, device, dtype):
     return model.requires_grad_(False), tokenizer
 
 
-def _function_of_file(spec):
-    path, _, name = spec.rpartition(":")
+def _function_of_file(spec, path):
+    name = spec[len(path) + 1 :]
     if not path:
         raise BadInput(f"--reward {spec}: expected FILE.py:FUNCTION")
     if not os.path.isfile(path):

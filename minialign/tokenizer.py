@@ -76,7 +76,8 @@ class Tokenizer:
         self.bos_id = self.front[0] if self.front else None
         self.spaced = bool(self.lead) and self.lead.tokens[0][0] in "▁Ġ"  # a space is put in front of every text, as in Llama 2
         # Some decoders drop the first space of what they are given. They are given other text in front.
-        alone, twice = [inner.decode(self.lead.ids * n, skip_special_tokens=False) if self.lead else "" for n in (1, 2)]
+        lead = self.lead.ids if self.lead else []
+        alone, twice = [guarded(lambda n=n: inner.decode(lead * n, skip_special_tokens=False)) for n in (1, 2)]
         self.before = self.lead.ids if twice != alone * 2 else []
         self.chat_template = settings.get("chat_template")  # text, or [{"name", "template"}] if there are several, or None
         self.joins_spaces = any(re.match("[▁Ġ].", token) for token in inner.get_vocab())  # a word's token includes the space before it
@@ -220,7 +221,10 @@ def load_tokenizer(path_or_hub_name, *, model_folder=None):
     stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if type(stop) is int]
     if settings.get("eos_token") is None and stops:
         settings = settings | {"eos_token": inner.id_to_token(stops[0])}
-    return Tokenizer(inner, settings | chat_templates(folder, settings), stops)
+    try:
+        return Tokenizer(inner, settings | chat_templates(folder, settings), stops)
+    except Foreign as error:
+        raise BadInput(f"{file}: not a valid tokenizer ({error}); fetch or write it again") from None
 
 
 # How Qwen2's tokenizer cuts text into words: contractions, letters, single digits, signs, line ends, spaces.
@@ -395,7 +399,7 @@ def render_chat(tokenizer, messages, *, answered=False):
     If the last message is the assistant's, the text ends inside it, so that the policy continues it. With answered=True the conversation is
     rendered to its end. messages.columns, if it exists (data.Chat), may hold tools, documents and chat_template_kwargs for the template.
     A template is others' code. It runs in jinja2's immutable sandbox, where it cannot read attributes that start with an underscore or
-    change its inputs, for so many seconds and bytes. Raises BadInput if the template fails or breaks the rules of the sandbox.
+    change its inputs, and may take TEMPLATE_SECONDS and TEMPLATE_BYTES. Raises BadInput if it fails or breaks one of these rules.
     """
     columns = getattr(messages, "columns", {})
     template = chat_template(tokenizer, columns.get("tools"))

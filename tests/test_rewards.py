@@ -1258,7 +1258,7 @@ def test_three_steps_in_a_row_end_the_run_and_a_mended_reward_resumes_it(judged,
     assert newest is None or all(tensor.isfinite().all() for tensor in load_file(found / "model.safetensors").values())
     assert not (Path(cfg.out) / "final").exists()
     mend()
-    with pytest.raises(BadInput, match=f"not the code with which you began this run; .* --reward {cfg.reward[0]}"):
+    with pytest.raises(BadInput, match=f"it cannot be shown that you began this run with it; .* --reward {cfg.reward[0]}"):
         module.main(module.Config(resume=cfg.out))
     resumed = result_of(module.main(module.Config(resume=cfg.out, reward=cfg.reward)))
     before = {step for step in bad if newest and step <= int(newest[5:])}

@@ -60,7 +60,8 @@ def first_rollout(run, tokenizer, rows, reward_fn, models):
     answers = check_sampler(run, tokenizer, prompts_ids, policy=models["policy"], ref=models["ref"])
     texts = [tokenizer.decode(ids) for ids in answers.completions]
     try:
-        rewards = ask(reward_fn, prompts, texts, limit=cfg.reward_limit)
+        with torch.random.fork_rng(devices=[]):  # if the reward draws random numbers, those of the steps stay the same, also when resumed
+            rewards = ask(reward_fn, prompts, texts, limit=cfg.reward_limit)
     except BadReward as error:
         raise BadInput(f"{error}; a reward is called as reward(prompts, completions), two lists of B, and returns B numbers") from None
     for b, reward in enumerate(rewards.tolist()):

@@ -82,7 +82,7 @@ class Run:
         self.modules, self.optimizers, self.adapter_base = {}, {}, None
         self.first_step, self.skipped, self.skipped_in_a_row, self.failing, self.stop = 0, 0, 0, None, None
         self.unlogged = None  # (step, metrics) of a step whose evaluation is still to come
-        self.at, self.untouched, self.saved = 0, False, 0  # steps done, whether nothing changed the run since, steps saved
+        self.at, self.saved, self.untouched, self.given_up = 0, 0, False, False  # steps done, steps saved; see begin and give_up
         self.started, self.bar, self.writer = time.monotonic(), None, None
 
     def _check_parallel(self):
@@ -119,18 +119,20 @@ class Run:
             raise BadInput(f"--resume continues a run with the flags it began with: drop --{changed[0]} (to change flags, start a new run "
                            f"with --policy {self.folder}/final)")
         named_again = getattr(cfg, "reward", None) != getattr(default, "reward", None)
-        if (code := code_files(stored.get("reward", []))) and not named_again and env.get("mark") != (mark(text, code) or ""):
-            raise BadInput(f"{self.folder}: its reward is code, {code[0]}, and not the code with which you began this run; if you trust "
-                           f"it, name it again: --reward {' '.join(stored['reward'])}")
-        torch.set_num_threads(env["threads"])  # with another thread count, sums round differently
+        if (code := code_files(stored.get("reward", []))) and not named_again:
+            own = parallel.on_main(mark, text, code)
+            if own is None or env.get("mark") != own:
+                raise BadInput(f"{self.folder}: its reward is code, {code[0]}, and it cannot be shown that you began this run with it; if "
+                               f"you trust it, name it again: --reward {' '.join(stored['reward'])}")
+        torch.set_num_threads(env.get("threads", 1))  # with another thread count, sums round differently
         if (made := env.get("minialign")) != __version__ or env.get("commit") != common.commit():
             note(f"note: this run was begun with minialign {made}, commit {env.get('commit')}, and this is another one: numbers may differ")
         return type(cfg)(**{**stored, **free, "resume": cfg.resume})
 
     def _take_over(self):
         """What a resumed run does first with its folder."""
-        self.lock = claim(self.folder)
         refuse_links(self.folder)
+        self.lock = claim(self.folder)
         sweep(self.folder)
 
     def _create(self):
@@ -164,7 +166,7 @@ class Run:
 
     def same_input(self, kind, path):
         """Record the sha256 of a file, or of the files in a folder, when a run starts. A resumed run refuses a changed input."""
-        digest = digest_of(path)
+        digest = digest_of(path, everything=kind == "data")
         record = self.folder / "inputs.json"
         known = read_json(record) if record.is_file() else {}
         if self.resuming and known.get(kind, digest) != digest:
@@ -231,16 +233,17 @@ class Run:
         """
         handlers = {}
 
+        process = os.getpid()
+
         def remember(number, frame):
+            if os.getpid() != process:  # a process that a reward has forked ends as it would without us
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+                return
             if self.stop is not None and not parallel.launched():  # (torchrun and a cluster may each send one)
                 raise KeyboardInterrupt  # a second signal ends the run at once, without saving
             self.stop = number
-            if self.untouched and not parallel.launched():  # it samples, asks for rewards or evaluates, perhaps for minutes: give that up
-                self.untouched = False
-                signal.setitimer(signal.ITIMER_REAL, 0)  # (a reward's time limit)
-                if self.at > self.saved:
-                    self.save(self.at)
-                self.leave(self.at)
+            self.give_up()
 
         try:
             handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -255,9 +258,9 @@ class Run:
             self.finish_evaluation()
             for step in range(self.first_step, total):
                 tracking.start()
-                self.at, self.untouched = step, True
+                self.begin(step)
                 yield step
-                self.untouched = False
+                self.finished()
                 self.bar.update()
                 done = step + 1
                 stop = self.stopped()
@@ -265,6 +268,7 @@ class Run:
                 save = done == total or stop or (self.skipped_in_a_row == 0 and (first or done % self.cfg.save_every == 0))
                 if save:
                     self.save(done)
+                    stop = self.stopped()
                 if self.unlogged and not (stop and done < total):  # a stopped run evaluates when it is resumed
                     self.finish_evaluation()
                     stop = self.stopped()
@@ -283,6 +287,30 @@ class Run:
     def _open_writer(self):
         settings = {"method": self.method, **dataclasses.asdict(self.cfg)}
         self.writer = tracking.Writer(self.cfg.log, self.folder, settings, self.first_step)
+
+    def begin(self, at):
+        """From here to `finished`, may_update or _skip, nothing changes what a checkpoint after `at` steps holds."""
+        self.at, self.generator, self.untouched = at, torch.get_rng_state(), True
+        if self.stop is not None:
+            self.give_up()
+
+    def give_up(self):
+        """After a signal: leave at once if nothing has changed since `begin`, with a checkpoint. Samples, rewards or an evaluation, perhaps
+        of minutes, are given up. Not where processes must stop together, nor while a GPU's work is recorded."""
+        if not self.untouched or parallel.started() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        self.untouched, self.given_up = False, True
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)  # a reward's time limit
+        torch.set_rng_state(self.generator)
+        if self.at > self.saved:
+            self.save(self.at)
+        self.leave(self.at)
+
+    def finished(self):
+        if self.given_up:  # a reward's own `except:` has caught Stopped
+            raise Stopped(0)
+        self.untouched = False
 
     def leave(self, done):
         """End the process after a signal, with exit code 0."""
@@ -304,7 +332,8 @@ class Run:
         Three such steps in a row raise FloatingPointError and write debug.json. of: which model this step trains. With two models, a good
         reward step must not reset the count of failed policy steps.
         """
-        loss, grad_norm, self.untouched = float(loss), parallel.as_float(grad_norm), False
+        self.finished()
+        loss, grad_norm = float(loss), parallel.as_float(grad_norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             if self.failing in (None, of):
                 self.skipped_in_a_row, self.failing = 0, None
@@ -355,7 +384,8 @@ class Run:
         return f"passes of half as many rows need less{how_to_go_on()} --micro_batch {max(unit, rows // 2 // unit * unit)}"
 
     def _skip(self):
-        self.skipped, self.skipped_in_a_row, self.untouched = self.skipped + 1, self.skipped_in_a_row + 1, False
+        self.finished()
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
 
     def compute_or_read(self, file, began, compute):
         """The JSON value stored in `file` of the run folder. If it is not there, compute() makes it and it is stored.
@@ -370,10 +400,13 @@ class Run:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json.dumps({"value": value, "sha256": hash_of(value)}))
             parallel.gather(None)  # a barrier: no process reads the file before it is there
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or stored.keys() != {"value", "sha256"}:  # older versions stored the value alone
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            stored = {"value": None}
+        if not isinstance(stored, dict) or "value" not in stored:  # older versions stored the value alone
             return stored
-        if hash_of(stored["value"]) != stored["sha256"]:
+        if stored.get("sha256") != hash_of(stored["value"]):
             raise BadInput(f"{file}: has changed since this run wrote it; restore it, or begin a new run")
         return stored["value"]
 
@@ -408,9 +441,9 @@ class Run:
         """Evaluate and log the step that waits for it, if one does. A resumed run begins with the one that its checkpoint is of."""
         if self.unlogged:
             step, metrics = self.unlogged
-            self.at, self.untouched = step + 1, True
+            self.begin(step + 1)
             measured = self.evaluate(step)
-            self.untouched = False
+            self.finished()
             self.log(step, **metrics, **measured)
             self.unlogged = None
 
@@ -477,17 +510,22 @@ def hash_of(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def digest_of(path):
+def digest_of(path, everything=False):
     """The sha256 of a file, or of the files in a folder; under torchrun each process reads a part of them. FOLDER:SPLIT is the folder."""
     path = Path(path if os.path.exists(path) else str(path).partition(":")[0])
-    hashes = parallel.share_out(read_hash, parallel.on_main(files_of, path))
+    hashes = parallel.share_out(read_hash, parallel.on_main(files_of, path, everything))
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def files_of(path):
-    """The files of an input: those of a folder in a fixed order, or the file itself. 'builtin' and hub names have none."""
+def files_of(path, everything=False):
+    """The files of an input: those of a folder in a fixed order, or the file itself. 'builtin' and hub names have none.
+
+    everything: all files of a folder, as for data; otherwise those of a model.
+    """
+    if path.is_dir() and everything:
+        return sorted(file for file in path.rglob("*") if file.is_file())
     if path.is_dir():
-        return sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.glob("*.jinja"), *path.rglob("*.parquet")])
+        return sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.rglob("*.jinja"), *path.rglob("*.parquet")])
     return [path] if path.is_file() else []
 
 

@@ -54,10 +54,18 @@ def sweep(folder):
             path.unlink(missing_ok=True)
 
 
+PROGRAMMED = ("builtin", "exact_match", "format", "regex", "length", "lexicon")  # rewards that are part of rewards.py
+
+
+def code_file(spec):
+    """The path in --reward FILE.py:FUNCTION, as text; None for another reward. rewards.py runs what this says, and nothing else."""
+    is_code = spec.partition(":")[0] not in PROGRAMMED and (".py:" in spec or spec.endswith(".py"))
+    return spec.rpartition(":")[0] if is_code else None
+
+
 def code_files(rewards):
-    """The files of --reward FILE.py:FUNCTION among the rewards, but for those of this package."""
-    code = [spec for spec in rewards if ".py" in spec and not os.path.isdir(spec)]
-    files = [Path(spec.rpartition(".py")[0] + ".py").expanduser().resolve() for spec in code]
+    """The files that the rewards run, but for those of this package."""
+    files = [Path(path).resolve() for path in map(code_file, rewards) if path is not None]
     root = Path(__file__).resolve().parents[2]
     return [file for file in files if not {root / "minialign", root / "toy"} & {*file.parents}]
 
@@ -80,8 +88,12 @@ def own_key():
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            whole = path.with_name(f"key.tmp-{os.getpid()}")
+            with open(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(secrets.token_bytes(32))
+            with contextlib.suppress(FileExistsError):  # another process made one at the same time: that one stays
+                os.link(whole, path)
+            whole.unlink()
         return path.read_bytes() or None
     except (OSError, RuntimeError):  # (RuntimeError: no home folder)
         return None

@@ -226,12 +226,17 @@ def f(prompts, completions):
         time.sleep(8)
     return [float(len(c)) for c in completions]
 """
+CATCHES = SLOW.replace("        os.kill(os.getpid(), 15)\n        time.sleep(8)", "        try:\n            os.kill(os.getpid(), 15)\n"
+                       "            time.sleep(8)\n        except:\n            return [0.0] * len(prompts)")
+DRAWS = SLOW.replace("    if os", "    import torch\n    torch.rand(7)\n    if os").replace("float(len(c))", "len(c) + float(torch.rand(1))")
 
 
 @pytest.mark.parametrize("where", ["reward", "evaluation"])
-def test_a_signal_does_not_wait_for_a_slow_reward(small, tmp_path, where):
-    """A reward of 8 s. The step, or the evaluation, is given up at once, and done again when the run is resumed."""
-    (tmp_path / "slow.py").write_text(SLOW)
+@pytest.mark.parametrize("code", [SLOW, CATCHES, DRAWS], ids=["slow", "catches everything", "draws random numbers"])
+def test_a_signal_does_not_wait_for_a_slow_reward(small, tmp_path, where, code):
+    """A reward of 8 s. The step, or the evaluation, is given up at once, and done again when the run is resumed, with the same random
+    numbers and without what the reward returned when it was interrupted."""
+    (tmp_path / "slow.py").write_text(code)
     settings = dict(steps=4, save_every=100, eval_every=2, group_size=4, reward=[f"{tmp_path / 'slow.py'}:f"], held_out=0.2)
     module, cfg = small("rloo", **settings)
     expected = result_of(module.main(cfg))
@@ -243,6 +248,28 @@ def test_a_signal_does_not_wait_for_a_slow_reward(small, tmp_path, where):
         module.main(cfg)
     assert stop.value.code == 0 and time.monotonic() - began < 6
     assert result_of(module.main(module.Config(resume=cfg.out))) == expected
+
+
+WORKERS = """import multiprocessing
+
+
+def length(text):
+    return float(len(text))
+
+
+def f(prompts, completions):
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # which ends its workers by SIGTERM
+        return pool.map(length, completions)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_signal_to_a_process_that_a_reward_has_forked_is_not_ours(small, tmp_path, capfd):
+    (tmp_path / "pool.py").write_text(WORKERS)
+    module, cfg = small("rloo", steps=3, save_every=100, group_size=4, reward=[f"{tmp_path / 'pool.py'}:f"])
+    folder = module.main(cfg)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000003"]
+    assert "stopped after" not in capfd.readouterr().out
 
 
 def test_resume_with_a_learned_reward_and_a_critic_made_of_it(small, monkeypatch):

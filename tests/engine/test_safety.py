@@ -86,7 +86,7 @@ def test_a_lock_is_kept_until_the_process_ends(small):
 # -------------------------------------------------------------------------------------------------- links, leftovers, records
 
 
-@pytest.mark.parametrize("name", ["final", "checkpoints", "metrics.jsonl", "checkpoints/step_000077"])
+@pytest.mark.parametrize("name", ["final", "checkpoints", "metrics.jsonl", "checkpoints/step_000077", ".pid", ".lock"])
 def test_a_link_in_a_run_folder_is_refused(small, tmp_path, name):
     """As in a downloaded folder: resuming would overwrite or delete files elsewhere."""
     module, cfg = small("sft")
@@ -224,7 +224,8 @@ def test_a_resume_runs_no_code_that_a_folder_from_elsewhere_names(small, tmp_pat
         (folder / "env.json").write_text(json.dumps(env))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other user"))
     trace.unlink()
-    with pytest.raises(BadInput, match=re.escape(f"its reward is code, {code.resolve()}, and not the code with which you began this run")):
+    said = f"its reward is code, {code.resolve()}, and it cannot be shown that you began this run with it"
+    with pytest.raises(BadInput, match=re.escape(said)):
         again(module, folder)
     assert not trace.exists()
     if where == "elsewhere":
@@ -247,14 +248,30 @@ def test_ones_own_code_is_resumed_without_a_word(small, tmp_path, monkeypatch):
     assert safety.own_key() is None
     module, cfg = small("rloo", steps=2, group_size=4, reward=cfg.reward)
     folder = module.main(cfg)
-    with pytest.raises(BadInput, match="name it again: --reward"):
-        again(module, folder)
+    for claimed in (None, ""):  # what a folder from elsewhere may say
+        env = json.loads((folder / "env.json").read_text()) | {"mark": claimed}
+        (folder / "env.json").write_text(json.dumps(env))
+        with pytest.raises(BadInput, match="name it again: --reward"):
+            again(module, folder)
 
 
 def test_code_of_this_package_needs_no_mark():
     assert safety.code_files([f"{ROOT}/toy/heroes.py:hero", "length:9", "builtin", "runs/rm/final"]) == []
     assert safety.code_files([f"{ROOT}/runs/downloaded/evil.py:f"]) == [ROOT.resolve() / "runs/downloaded/evil.py"]
-    assert safety.code_files(["/x/evil.py:f", "/x/plain.py"]) == [Path("/x/evil.py").resolve(), Path("/x/plain.py").resolve()]
+    assert safety.code_files(["/x/evil.py:f", "regex:a.py:b"]) == [Path("/x/evil.py").resolve()]
+
+
+def test_the_check_and_the_reward_read_a_name_alike(tmp_path, monkeypatch):
+    """What is checked is what is run: names that look like a folder, or like a file of this package."""
+    from minialign.rewards import open_reward
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text(EVIL.format(trace=str(tmp_path / "ran")).replace("def f", "def f_"))
+    (tmp_path / "evil.py:f_").mkdir()
+    for spec in ("evil.py:f_", f"{tmp_path}/evil.py:g/../../../toy/heroes.py", "./evil.py:f_"):
+        assert safety.code_files([spec]) == [(tmp_path / "evil.py").resolve()], spec
+    open_reward(["evil.py:f_"])
+    assert (tmp_path / "ran").exists()
 
 
 # ------------------------------------------------------------------------------------------------- what the machine refuses
@@ -444,7 +461,7 @@ def test_a_gzip_bomb_is_refused_and_text_is_not(tmp_path):
     assert len(read_demonstrations(tmp_path / "good.jsonl.gz")) == 20_000
     for content in (b"\0" * 2**26, b"\n" * 2**26, b"{}\n" * 2**25):
         (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(content, 1))
-        with pytest.raises(BadInput, match="bomb.jsonl.gz: the gzip archive is .*it holds more than 100 times its size"):
+        with pytest.raises(BadInput, match="bomb.jsonl.gz: the gzip archive holds more than 100 times its own size"):
             read_demonstrations(tmp_path / "bomb.jsonl.gz", skip_bad=True)
 
 

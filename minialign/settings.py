@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+import time
 import types
 import typing
 from dataclasses import dataclass, field
@@ -238,32 +239,42 @@ def exit_codes(prog):
     except BadInput as error:
         if parallel.local_rank() == 0 or not getattr(error, "in_all", False):
             print(f"{prog}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        end(2)
     except FloatingPointError as error:
         print(f"{prog}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        end(1)
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted{how_to_go_on()}", file=sys.stderr)
-        raise SystemExit(130) from None
+        end(130)
     except BrokenPipeError:  # `python -m minialign … | head` closes the pipe early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if common.running():  # (for a command that only prints this is no error)
             print(f"{prog}: nobody reads the output any more, so the run stops{how_to_go_on()}", file=sys.stderr)
-        raise SystemExit(1 if common.running() else 0) from None
+        end(1 if common.running() else 0)
     except (OSError, SafetensorError) as error:
         where = f"{error.filename}: " if getattr(error, "filename", None) else ""
         print(f"{prog}: {where}{getattr(error, 'strerror', None) or one_line(error)}{how_to_go_on()}", file=sys.stderr)
-        raise SystemExit(2) from None
+        end(2)
     except (MemoryError, RuntimeError) as error:
         if parallel.peer_lost(error):
             print(f"{prog}: process {parallel.rank()} stops because another process is gone ({one_line(error)}); "
                   "the lost process's error message is above, and --resume continues from the newest checkpoint", file=sys.stderr)
-            raise SystemExit(1) from None
+            end(1)
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         smaller = f"; {common.running().less_memory()}" if common.running() else ""
         print(f"{prog}: there is not enough memory ({one_line(error)}){smaller}", file=sys.stderr)
-        raise SystemExit(2) from None
+        end(2)
+
+
+def end(code):
+    """Exit with this code. Under torchrun at once: in the interpreter's shutdown a gloo thread sometimes aborts the process, code 6."""
+    if parallel.launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(0.5 * (parallel.local_rank() > 0))  # torchrun stops all when one ends, and the first may still have to say why
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def how_to_go_on():

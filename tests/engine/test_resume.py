@@ -228,7 +228,8 @@ def f(prompts, completions):
 """
 CATCHES = SLOW.replace("        os.kill(os.getpid(), 15)\n        time.sleep(8)", "        try:\n            os.kill(os.getpid(), 15)\n"
                        "            time.sleep(8)\n        except:\n            return [0.0] * len(prompts)")
-DRAWS = SLOW.replace("    if os", "    import torch\n    torch.rand(7)\n    if os").replace("float(len(c))", "len(c) + float(torch.rand(1))")
+DRAWS = SLOW.replace("    if os", "    import torch\n    torch.rand(7)\n    if os")
+DRAWS = DRAWS.replace("float(len(c))", "len(c) + float(torch.rand(1))")
 
 
 @pytest.mark.parametrize("where", ["reward", "evaluation"])

@@ -231,9 +231,7 @@ class Run:
         A step that has changed nothing yet is given up at once, and so is an evaluation: the resumed run does them again. Any other step is
         finished first; under torchrun all are, because the processes must stop together.
         """
-        handlers = {}
-
-        process = os.getpid()
+        handlers, process = {}, os.getpid()
 
         def remember(number, frame):
             if os.getpid() != process:  # a process that a reward has forked ends as it would without us

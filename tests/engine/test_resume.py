@@ -17,7 +17,7 @@ from minialign.engine.tracking import TIMED
 from minialign.methods import rloo
 from minialign.methods.rft import plan_turns
 from tests.conftest import EACH_LOOP, LEARNING, LOOPS, METHODS
-from tests.killing import result_of
+from tests.killing import in_child, result_of
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = {"rounds": 3, "reward_share": 0.45}  # of 11 steps RRpp RRpp Rpp, of 9 Rpp Rpp Rpp: R trains the reward, p the policy
@@ -249,6 +249,23 @@ def test_a_signal_does_not_wait_for_a_slow_reward(small, tmp_path, where, code):
         module.main(cfg)
     assert stop.value.code == 0 and time.monotonic() - began < 6
     assert result_of(module.main(module.Config(resume=cfg.out))) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_mixed_run_finishes_its_step_before_it_stops(small, tmp_path, monkeypatch):
+    """Its float32 weights are whole only between steps. The signal of step 1's reward leaves a checkpoint of step 1, not of step 0."""
+    (tmp_path / "slow.py").write_text(SLOW.replace("sleep(8)", "sleep(0.1)"))
+    settings = dict(steps=3, save_every=100, eval_every=100, group_size=4, dtype="mixed", reward=[f"{tmp_path / 'slow.py'}:f"])
+    module, cfg = small("rloo", **settings)
+    in_child(lambda: module.main(cfg))
+    whole = result_of(cfg.out)
+    module, cfg = small("rloo", **settings)
+    monkeypatch.setenv("SLOW", "8")
+    in_child(lambda: module.main(cfg))
+    assert [path.name for path in (Path(cfg.out) / "checkpoints").iterdir()] == ["step_000001"]
+    monkeypatch.delenv("SLOW")
+    in_child(lambda: module.main(module.Config(resume=cfg.out)))
+    assert result_of(cfg.out) == whole
 
 
 WORKERS = """import multiprocessing

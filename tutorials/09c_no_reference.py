@@ -186,14 +186,14 @@ same(my_kto(pairs.chosen, pairs.ref_chosen, thumbs, 0.2, 0.5), theirs, "kto_loss
 #
 # The data's log-ratios may all drift up together. $z_0$ says how far. In theory it is KL(π‖ref), the mean log-ratio of
 # the policy's own answers, but sampling those is expensive. So in each batch a neighbouring row's answer is put after
-# the prompt: an answer that was not asked for, which shows the drift. $z_0$, without gradient, is their mean log-ratio,
-# at least 0 (`reference_point` in word_requests.py).
+# the prompt: mostly one that was not asked for, which shows the drift. $z_0$, without gradient, is their mean
+# log-ratio, at least 0 (`reference_point` in word_requests.py).
 #
 # ## 5 · Where they end, on three completions
 #
 # The toy is that of 09: "tea!", "tea, please" and "could i have tea", of 1, 2 and 4 words, which ref says with .6, .3,
 # .1. The judge follows [Bradley-Terry](../GLOSSARY.md#bradley-terry) with $e^r = 1, 2, 4$. DPO at β = ½ ends at $\pi^*
-# = (3, 6, 8)/17$. Where do the others end (ORPO: exercise 1)? `land` looks for the three probabilities with the
+# = (3, 6, 8)/17$. Where do the others end (ORPO, α = 0: exercise 1)? `land` looks for the three probabilities with the
 # smallest expected loss.
 
 # %%
@@ -377,7 +377,7 @@ for name in ("SimPO, s = 2, m = 1", "ORPO, α = .1"):
 
 # %% [markdown]
 # - **DPO** lowers mainly the rejected answers, and keeps 94 to 95 % well-formed.
-# - **KTO** moves both much further; it never stops (section 5). It keeps 63 to 79 %.
+# - **KTO** moves both much further than DPO does. It keeps 63 to 79 %.
 # - **SLiC-HF** keeps 75 to 96 %.
 # - **SimPO** loses much language: it keeps 9, 78 and 26 %. (The samples are those of the first.) Perhaps (we did not
 #   test it) because its m asks for m/s = ½ nat per token, 3.5 for 7 tokens. SLiC-HF's asks for 1.
@@ -435,7 +435,7 @@ print("SimPO's averages:  ", row(scored / (tokens + 10)))
 #
 # - SLiC-HF, SimPO and ORPO need no reference. SLiC-HF and ORPO have an SFT term. SimPO has none. Its and
 #   ORPO's ends depend on lengths.
-# - In these runs SimPO without an SFT term lost much language, and SLiC-HF without one did not.
+# - In each run SimPO without an SFT term lost more language than SLiC-HF without one.
 # - KTO learns from single answers. It asks which are liked more than disliked, and in the toy it never stops driving
 #   out the others.
 # - SimPO and ORPO divide by the number of tokens. So they need a mask without padding and without the prompt.

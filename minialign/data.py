@@ -10,6 +10,7 @@ Files are JSONL or JSON, plain or gzipped (with `datasets` also parquet, hub dat
     prompts          prompt | any of the above (its prompt)
     texts            text | any demonstration (prompt and answer joined; a preference row gives two texts) | a .txt file
 
+A JSONL file of more than 100,000 demonstrations, preferences or prompts is not read at once: see LongFile.
 prompt, completion, chosen and rejected are strings or lists of messages. Beside messages, a row may have tools, documents, system and
 chat_template_kwargs. A bad row raises an error with path:line and the reason. With skip_bad, bad rows are skipped and counted: none is
 dropped silently. docs/DATA.md has every detail. Checked by tests/test_data.py and tests/test_world.py.
@@ -20,9 +21,11 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from minialign.batch import Pairs, collate
-from minialign.engine.common import BadInput, note, one_line
+from minialign.engine.common import BadInput, note, one_line, read_regular
 from minialign.tokenizer import REASONING, plain_text_of, render_chat
 
 
@@ -120,10 +123,7 @@ def _read(path, convert, skip_bad, reads_all=False):
         try:
             if fault:
                 raise BadRow(fault)
-            if not isinstance(row, dict):
-                raise BadRow(f"expected an object with named fields, found {type(row).__name__}")
-            fields, row = row, Row((key, value) for key, value in row.items() if value is not None)
-            row.where, row.columns = where, fields
+            row = _fields_of(where, row)
             rows.append(convert(row))
             columns |= dict.fromkeys(row)
         except (BadRow, BadInput) as error:
@@ -134,15 +134,28 @@ def _read(path, convert, skip_bad, reads_all=False):
         note(f"{path}: {bad} bad rows skipped of {bad + len(rows)}; the first: {first}")
     if not rows:
         raise BadInput(f"{path}: no usable rows")
-    if not reads_all and (unread := [name for name in columns if name not in READ]):
-        note(f"{path}: columns that are never read: {', '.join(unread)}")
+    if not reads_all:
+        _name_unread(path, columns)
     return rows
+
+
+def _fields_of(where, row):
+    if not isinstance(row, dict):
+        raise BadRow(f"expected an object with named fields, found {type(row).__name__}")
+    fields, row = row, Row((key, value) for key, value in row.items() if value is not None)
+    row.where, row.columns = where, fields
+    return row
+
+
+def _name_unread(path, columns):
+    if unread := [name for name in columns if name not in READ]:
+        note(f"{path}: columns that are never read: {', '.join(unread)}")
 
 
 def _bytes(path):
     """The file's bytes, decompressed if it is gzipped (its first two bytes show this, not its name)."""
     try:
-        content = Path(path).read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     if content[:2] == b"\x1f\x8b":
@@ -207,11 +220,15 @@ def _records(path):
         return
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            try:
-                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield f"{path}:{number}", json.loads(line, object_pairs_hook=_fields), None
-            except (ValueError, RecursionError) as error:
-                yield f"{path}:{number}", None, f"not a line of JSON ({error})"
+            yield f"{path}:{number}", *_parse(line, number)
+
+
+def _parse(line, number):
+    """(the JSON value of a line of bytes, None), or (None, the reason why it has none)."""
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_fields), None
+    except (ValueError, RecursionError) as error:
+        return None, f"not a line of JSON ({error})"
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")  # owner/name, or owner/name/configuration
@@ -232,6 +249,8 @@ def _hub_records(name, split):
     if os.path.isdir(name) and not saved and glob.has_magic(os.path.abspath(name)):
         raise BadInput(f"{name}: `datasets` reads *, ? and [ in a folder's name as a pattern; rename it, or name one of its .parquet files")
     try:
+        if os.path.isfile(name) and parquet.read_metadata(name).num_rows > os.path.getsize(name):
+            raise ValueError("it has more rows than bytes: no text does")
         if os.path.isfile(name):
             rows = datasets.Dataset(datasets.table.InMemoryTable(parquet.read_table(name)))  # load_dataset reads the name as a pattern
         elif saved:
@@ -240,6 +259,7 @@ def _hub_records(name, split):
                 raise ValueError(f"it has the splits {', '.join(rows)}")
             rows = rows[split or "train"] if saved[0] == "dataset_dict.json" else rows
         elif here:
+            stay_inside(name)
             rows = datasets.load_dataset(name, split=split or "train")
         else:
             owner_and_name, configuration = "/".join(name.split("/")[:2]), (name.split("/") + [None])[2]
@@ -248,8 +268,24 @@ def _hub_records(name, split):
         what = "`datasets` cannot read it" if here else "no such file, and the hub could not deliver it"
         other = "write it again" if os.path.isfile(name) else f"choose another split with {name}:SPLIT"
         raise BadInput(f"{name}: {what} ({one_line(error)}); {other}") from None
+    files = [name] if os.path.isfile(name) else [file for file in Path(name).rglob("*") if file.is_file()] if here else []
+    left = 100 * sum(map(os.path.getsize, files)) + 2**20 if here else math.inf
     for number, row in enumerate(rows, start=1):
-        yield f"{name}: row {number}", without_nulls(row), None
+        row = without_nulls(row)
+        if (left := left - sum(map(len, _texts_in(row)))) < 0:
+            raise BadInput(f"{name}: holds more than 100 times its own size: no text does")
+        yield f"{name}: row {number}", row, None
+
+
+def stay_inside(folder):
+    """Raise ValueError if the folder's README.md names data files outside the folder: `datasets` would read them."""
+    readme = Path(folder) / "README.md"
+    if readme.is_file():
+        from huggingface_hub import DatasetCard
+
+        for text in _texts_in(DatasetCard.load(readme).data.to_dict().get("configs") or []):
+            if os.path.isabs(text) or "://" in text or ".." in Path(text).parts:
+                raise ValueError(f"its README.md names {text}, which is not in the folder")
 
 
 def without_nulls(value):
@@ -588,40 +624,54 @@ def written_answer(tokenizer, prompt, answer):
     return next((text.rstrip().removesuffix(end) for end in ends if text.rstrip().endswith(end)), text)
 
 
+def _encode_row(tokenizer, row, answers, max_prompt, whole=False):
+    """(token ids of prompt and answers, what happened to them: a list of keys of HAPPENED). Raises BadInput as encode_answers does."""
+    prompt = row if isinstance(row, (str, list)) else row.prompt
+    written = [answer if whole else written_answer(tokenizer, prompt, answer) for answer in answers]
+    other = None in written
+    ids, happened = (encode_whole if whole else encode_answers)(tokenizer, prompt, *(answers if other else written)), ["apart"] * other
+    if max_prompt is not None and len(ids[0]) > max_prompt:
+        ids, happened = (cut_prompt(tokenizer, ids[0], max_prompt), *ids[1:]), [*happened, "cut"]
+    stops = [isinstance(answer, CutOff) and not whole for answer in answers]
+    ids = ids[0], *[own[:-1] if stop else own for own, stop in zip(ids[1:], stops, strict=True)]
+    return ids, [*happened, "stopped"] if any(stops) else happened
+
+
+HAPPENED = {
+    "apart": "answers stand right behind their prompt: the chat template writes another text before an answer than at the end of a prompt "
+             "(<think>, for example)",
+    "stopped": "rows have an answer that was cut off when it was sampled (finished: false): no EOS follows it",
+    "cut": "prompts are cut to --max_prompt {}: they lose their beginning",
+}
+
+
+def _say(happened, total, max_prompt):
+    for name, sentence in HAPPENED.items():
+        if happened[name]:
+            note(f"{happened[name]:,} of {total:,} {sentence.format(max_prompt)}")
+
+
 def _encode(tokenizer, rows, answers_of, max_prompt, skip_bad, whole=False):
     """Encode each row with encode_answers. Rows that template or tokenizer refuse are named by path:line or, with skip_bad, counted and
     removed from `rows` too. Prompts cut to max_prompt are counted, and so are answers without EOS or behind another prompt."""
-    encoded, kept, bad, cut, apart, stopped = [], [], [], 0, 0, 0
+    encoded, kept, bad, happened = [], [], [], Counter()
     for row in rows:
-        prompt = row if isinstance(row, (str, list)) else row.prompt
         try:
-            answers = [answer if whole else written_answer(tokenizer, prompt, answer) for answer in answers_of(row)]
-            other = None in answers
-            ids = (encode_whole if whole else encode_answers)(tokenizer, prompt, *(answers_of(row) if other else answers))
+            ids, own = _encode_row(tokenizer, row, answers_of(row), max_prompt, whole)
         except BadInput as error:
-            bad.append(f"{getattr(prompt, 'where', '') or 'a row'}: {error}")
+            bad.append(f"{getattr(getattr(row, 'prompt', row), 'where', '') or 'a row'}: {error}")
             if not skip_bad:
                 raise BadInput(f"{bad[0]}; fix the row, or skip such rows with --skip_bad") from None
             continue
-        if max_prompt is not None and len(ids[0]) > max_prompt:
-            ids, cut = (cut_prompt(tokenizer, ids[0], max_prompt), *ids[1:]), cut + 1
-        stops = [isinstance(answer, CutOff) and not whole for answer in answers_of(row)]
-        encoded.append((ids[0], *[own[:-1] if stop else own for own, stop in zip(ids[1:], stops, strict=True)]))
-        stopped += any(stops)
+        encoded.append(ids)
         kept.append(row)
-        apart += other
+        happened.update(own)
     if bad:
         rows[:] = kept
         note(f"{len(bad)} bad rows skipped of {len(bad) + len(kept)}; the first: {bad[0]}")
     if bad and not kept:
         raise BadInput(f"no usable rows; the first: {bad[0]}")
-    if apart:
-        note(f"{apart:,} of {len(kept):,} answers stand right behind their prompt: the chat template writes another text before an answer "
-             "than at the end of a prompt (<think>, for example)")
-    if stopped:
-        note(f"{stopped:,} of {len(kept):,} rows have an answer that was cut off when it was sampled (finished: false): no EOS follows it")
-    if cut:
-        note(f"{cut:,} of {len(kept):,} prompts are cut to --max_prompt {max_prompt}: they lose their beginning")
+    _say(happened, len(kept), max_prompt)
     return encoded
 
 
@@ -668,42 +718,168 @@ def encode_texts(tokenizer, texts, *, max_len):
 
 
 class Rows(Sequence):
-    """Encoded rows whose token ids are in a file, 4 bytes each, that the processes of a machine share. A row is read when it is asked for.
+    """Some rows of a file, in an order, each read when it is asked for. Slices, sums and picks are Rows too.
 
-    beside: for each row a tuple of what it has beside token ids, such as a label or the prompt as it is in the data.
+    read(place) gives a row, or None if it cannot be used: then the next one of these rows takes its place. long: the LongFile, if it is
+    one.
     """
 
-    def __init__(self, ids, edges, beside, places=None):
-        self.ids, self.edges, self.beside, self.places = ids, edges, beside, range(len(edges)) if places is None else places
-
-    @staticmethod
-    def write(rows, parts, folder):
-        """Write the token ids of a list of tuples, which are the first `parts` members of each, to an existing folder."""
-        ends = np.cumsum([0] + [len(ids) for row in rows for ids in row[:parts]])
-        np.save(folder / "edges.npy", ends[np.arange(len(rows))[:, None] * parts + np.arange(parts + 1)])  # (rows, parts + 1)
-        ids = itertools.chain.from_iterable(ids for row in rows for ids in row[:parts])
-        np.save(folder / "ids.npy", np.fromiter(ids, np.int32, ends[-1]))
-
-    @classmethod
-    def read(cls, folder, beside):
-        edges = np.load(folder / "edges.npy")
-        return cls(np.load(folder / "ids.npy", mmap_mode="r") if len(edges) else None, edges, beside)
+    def __init__(self, read, places, long=None):
+        self.read, self.places, self.long = read, places, long
 
     def __len__(self):
         return len(self.places)
 
     def __getitem__(self, i):
         if isinstance(i, slice):
-            return Rows(self.ids, self.edges, self.beside, self.places[i])
-        i = self.places[i]
-        return *(self.ids[start:end].tolist() for start, end in itertools.pairwise(self.edges[i])), *self.beside[i]
+            return Rows(self.read, self.places[i], self.long)
+        i = range(len(self))[i]  # (counts from the end, and raises IndexError)
+        for j in itertools.chain(range(i, len(self)), range(i)):
+            if (row := self.read(self.places[j])) is not None:
+                return row
+        raise BadInput("no usable rows")
 
     def __add__(self, other):
         """Two selections of the same rows, one after the other."""
-        return Rows(self.ids, self.edges, self.beside, [*self.places, *other.places])
+        return Rows(self.read, [*self.places, *other.places], self.long)
 
     def pick(self, places):
-        return Rows(self.ids, self.edges, self.beside, [self.places[i] for i in places])
+        return Rows(self.read, [self.places[i] for i in places], self.long)
+
+
+def write_rows(rows, parts, folder):
+    """Write the token ids of a list of tuples, which are the first `parts` members of each, to an existing folder, 4 bytes each."""
+    ends = np.cumsum([0] + [len(ids) for row in rows for ids in row[:parts]])
+    np.save(folder / "edges.npy", ends[np.arange(len(rows))[:, None] * parts + np.arange(parts + 1)])  # (rows, parts + 1)
+    ids = itertools.chain.from_iterable(ids for row in rows for ids in row[:parts])
+    np.save(folder / "ids.npy", np.fromiter(ids, np.int32, ends[-1]))
+
+
+def read_rows(folder, beside):
+    """Rows of what write_rows wrote, which the processes of a machine share. beside: for each row a tuple of what it has beside token ids,
+    such as a label or the prompt as it is in the data."""
+    edges = np.load(folder / "edges.npy")
+    ids = np.load(folder / "ids.npy", mmap_mode="r") if len(edges) else None
+    return Rows(lambda i: (*(ids[start:end].tolist() for start, end in itertools.pairwise(edges[i])), *beside[i]), range(len(edges)))
+
+
+LONG = 100_000  # a JSONL file of more rows is not read at once
+AT_ONCE = 2000  # so many of its rows are checked before step 1, and at each step
+
+
+class LongFile:
+    """A JSONL file of a million rows: only the places of its lines are in memory. A row is read, checked and encoded each time that it is
+    asked for.
+
+    At each step AT_ONCE further rows are checked (Run.steps calls check), so a bad row stops a run in its first minutes, and training
+    starts within seconds. With skip_bad the next row takes a bad one's place.
+    """
+
+    def __init__(self, path, convert, encode, skip_bad, max_prompt):
+        self.path, self.convert, self.encode, self.skip_bad, self.max_prompt = path, convert, encode, skip_bad, max_prompt
+        self.starts, self.numbers = line_starts(path)
+        self.file, self.guards, self.max_len = open(path, "rb"), [], math.inf
+        self.status = os.fstat(self.file.fileno())
+        self.checked, self.bad, self.first, self.unscored, self.happened, self.columns = 0, 0, "", 0, Counter(), {}
+
+    def line(self, i):
+        """(path:line, value, fault) of row i, as _records gives them."""
+        number, now = int(self.numbers[i]), os.fstat(self.file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+            raise BadInput(f"{self.path}: was changed while this run reads it; restore it, and go on with --resume")
+        self.file.seek(start := int(self.starts[number]))
+        return f"{self.path}:{number + 1}", *_parse(self.file.read(int(self.starts[number + 1]) - start), number + 1)
+
+    def read(self, i, counted=None):
+        """The encoded row i. None if it has no scored token or, with skip_bad, is bad."""
+        where, value, fault = self.line(i)
+        try:
+            if fault:
+                raise BadRow(fault)
+            row = _fields_of(where, value)
+            ids, happened = self.encode(self.convert(row))
+            for guard in self.guards:
+                guard(ids)
+        except (BadRow, BadInput) as error:
+            if not self.skip_bad:
+                raise BadInput(f"{where}: {error}; fix the row, or skip such rows with --skip_bad") from None
+            if counted:
+                self.bad, self.first = self.bad + 1, self.first or f"{where}: {error}"
+            return None
+        scored = len(ids[0]) < self.max_len
+        if counted:
+            self.columns |= dict.fromkeys(row)
+            self.happened.update(happened)
+            self.unscored += not scored
+        return ids if scored else None
+
+    def check(self):
+        """Check AT_ONCE further rows. After the last one, say what was found."""
+        total, begin = len(self.numbers), self.checked
+        if begin == total:
+            return
+        self.checked = min(total, begin + AT_ONCE)
+        for i in range(begin, self.checked):
+            self.read(i, counted=True)
+        if self.checked == total:
+            if self.bad:
+                note(f"{self.path}: {self.bad:,} of {total:,} rows are bad, the next one is read instead; the first: {self.first}")
+            if self.unscored:
+                note(f"{self.path}: {self.unscored:,} of {total:,} prompts fill --max_len, the next row is read instead")
+            _say(self.happened, total, self.max_prompt)
+            _name_unread(self.path, self.columns)
+
+
+def line_starts(path):
+    """(where the lines of a file start, and where the last one ends; the numbers, from 0, of the lines that are not blank)."""
+    starts, end = [np.zeros(1, np.int64)], 0
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            starts.append(np.flatnonzero(np.frombuffer(part, np.uint8) == 10) + end + 1)
+            end += len(part)
+        starts, blank = np.concatenate(starts), []
+        starts = starts if starts[-1] == end else np.append(starts, end)
+        for number in np.flatnonzero(np.diff(starts) < 16).tolist():  # (a longer blank line is a bad row)
+            file.seek(int(starts[number]))
+            if not file.read(int(starts[number + 1] - starts[number])).strip():
+                blank.append(number)
+    return starts, np.delete(np.arange(len(starts) - 1), blank)
+
+
+def long_rows(path, convert, encode, *, skip_bad, max_prompt):
+    """Rows of a JSONL file with more than LONG rows. None for any other: those are read at once.
+
+    convert: Row -> Demo, Pair or prompt. encode: that -> (token ids, what happened), as _encode_row.
+    """
+    if not os.path.isfile(path) or os.path.getsize(path) <= 2 * LONG:
+        return None
+    with open(path, "rb") as file:
+        if file.read(2**12).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":  # gzipped, parquet, or one JSON list
+            return None
+    long = LongFile(path, convert, encode, skip_bad, max_prompt)
+    total = len(long.numbers)
+    if total <= LONG:
+        return None
+    note(f"{path}: {total:,} rows; each is read when it is needed, and all of them are checked in the first {-(-total // AT_ONCE):,} steps")
+    return Rows(long.read, range(total), long)
+
+
+def long_demos(path, tokenizer, *, max_prompt, skip_bad):
+    return long_rows(path, _good_demo, lambda demo: _encode_row(tokenizer, demo, [demo.completion], max_prompt), skip_bad=skip_bad,
+                     max_prompt=max_prompt)
+
+
+def long_pairs(path, tokenizer, *, max_prompt, skip_bad):
+    return long_rows(path, _pair, lambda pair: _encode_row(tokenizer, pair, [pair.chosen, pair.rejected], max_prompt), skip_bad=skip_bad,
+                     max_prompt=max_prompt)
+
+
+def long_prompts(path, tokenizer, *, max_prompt, skip_bad):
+    def encode(prompt):
+        ids, happened = _encode_row(tokenizer, prompt, [], max_prompt)
+        return (ids[0], prompt), happened
+
+    return long_rows(path, _prompt, encode, skip_bad=skip_bad, max_prompt=max_prompt)
 
 
 def demo_batch(rows, picked, *, pad_id, max_len):
@@ -740,13 +916,22 @@ def split_held_out(rows, share):
     return rows[:kept], rows[kept:]
 
 
+def known(rows):
+    """The rows themselves; of a LongFile the first ones, which have been checked before step 1."""
+    return rows[:AT_ONCE] if isinstance(rows, Rows) and rows.long else rows
+
+
 def pick(rows, places):
     """The rows at these places."""
     return rows.pick(places) if isinstance(rows, Rows) else [rows[i] for i in places]
 
 
 def scorable(rows, max_len):
-    """The encoded rows whose prompt leaves room under max_len for at least one scored token. Prints how many rows are left out."""
+    """The encoded rows whose prompt leaves room under max_len for at least one scored token. Prints how many rows are left out. Of a
+    LongFile none is left out: when one of these is asked for, the next row is read."""
+    if isinstance(rows, Rows) and rows.long:
+        rows.long.max_len = max_len
+        return rows
     kept = pick(rows, [i for i, row in enumerate(rows) if len(row[0]) < max_len])
     if len(kept) < len(rows):
         left_out = f"{len(rows) - len(kept)} of {len(rows)} rows are left out"

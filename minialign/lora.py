@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from minialign.engine.common import BadInput, find_folder, open_to_readers, read_json, write_atomic
+from minialign.engine.common import BadInput, find_folder, open_to_readers, persist, read_json, write_atomic
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import first_five, fit_vocabulary, layout, load_pretrained, read_tensors, same
 
@@ -156,7 +156,7 @@ def save_adapter(model, folder, base=""):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").unlink(missing_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
+    persist(folder, lambda: save_file(tensors, folder / "adapter_model.safetensors"))
     open_to_readers(folder)
     write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
@@ -182,11 +182,24 @@ def load_adapter(model, folder):
     if not (folder / "adapter_model.safetensors").is_file():
         raise BadInput(f"{folder}: adapter_model.safetensors is missing (pickles are not read)")
     tensors = read_tensors([folder / "adapter_model.safetensors"])
+    for name, of_all, kinds in (("rank_pattern", "r", (int,)), ("alpha_pattern", "lora_alpha", (int, float))):
+        pattern = config.get(name) or {}
+        try:
+            values = [config.get(of_all), *pattern.values()]
+            sound = all(type(value) in kinds and 0 < abs(value) < 2**31 and (value > 0 or float in kinds) for value in values)
+            [re.compile(f"({key})") for key in pattern]
+        except (AttributeError, re.error):
+            sound = False
+        if not sound:
+            raise BadInput(f"{where}: {of_all} must be a number, and {name} an object with numbers under patterns of names")
     model.requires_grad_(False)
     for theirs, ours, (_, unpack) in packed(model.config):
         a, b = (tensors.pop(f"{PREFIX}{theirs}.lora_{side}.weight", None) for side in "AB")
         if a is None and b is None:
             continue
+        if not selected(config, theirs):
+            raise BadInput(f"{where}: target_modules, exclude_modules or layers_to_transform leave out {theirs}, which has tensors that "
+                           "PEFT would not use; correct the list, or save the adapter again")
         rank = of_module(config.get("rank_pattern"), theirs, config.get("r"))
         alpha = of_module(config.get("alpha_pattern"), theirs, config.get("lora_alpha"))
         linears = [model.get_submodule(name) for name in ours]
@@ -232,6 +245,23 @@ def load_model(path, *, dtype=None, device=None, place=None):
     tokenizer = load_tokenizer(where, model_folder=source)
     fit_vocabulary(model, tokenizer)
     return model, tokenizer, base
+
+
+def selected(config, module):
+    """PEFT's rule: whether the configuration puts an adapter beside the module of this name."""
+    def names(patterns):
+        if isinstance(patterns, str):
+            return patterns == "all-linear" or re.fullmatch(patterns, module)
+        return any(module == name or module.endswith(f".{name}") for name in patterns)
+
+    try:
+        layer = re.match(r".*?\.(\d+)\.", module)
+        layers = config.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
+        return (names(config.get("target_modules") or []) and not names(config.get("exclude_modules") or [])
+                and (not layers or layer and int(layer[1]) in layers))
+    except (TypeError, re.error):
+        return False
 
 
 def of_module(pattern, module, otherwise):

@@ -15,10 +15,10 @@ import functools
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.data import encode_pairs, encode_prompts, pair_batch, pick, read_preferences, split_held_out, split_scorable
+from minialign.data import encode_pairs, encode_prompts, long_pairs, pair_batch, pick, read_preferences, split_held_out, split_scorable
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, eval_rows, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import batches_of, check_context, encoded_once, open_optimizer, open_policy, open_rewards
+from minialign.engine.opening import batches_of, check_context, encoded_once, long_or_encoded, open_optimizer, open_policy, open_rewards
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_pairs
 from minialign.logps import Remembered, seq_logps
@@ -86,8 +86,11 @@ def open_pairs(run, tokenizer):
     def encode_prompts_of_pairs():
         return encode_prompts(tokenizer, [pair.prompt for pair in read()[1]], max_prompt=cfg.max_prompt)
 
-    rows, held_out = split_scorable(encoded_once(lambda: read()[0], parts=3), cfg.held_out, cfg.max_len)
-    prompts = encoded_once(encode_prompts_of_pairs, parts=1) if getattr(cfg, "online", False) else []
+    if getattr(cfg, "online", False):
+        rows, prompts = encoded_once(lambda: read()[0], parts=3), encoded_once(encode_prompts_of_pairs, parts=1)
+    else:
+        rows, prompts = long_or_encoded(run, long_pairs, cfg.pairs, tokenizer, lambda: read()[0], parts=3), []
+    rows, held_out = split_scorable(rows, cfg.held_out, cfg.max_len)
     return rows, held_out, batches_of(run, tokenizer, pair_batch), prompts
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from minialign.engine.common import PICKLES, BadInput, find_folder, open_to_readers, read_json, write_atomic
+from minialign.engine.common import PICKLES, BadInput, find_folder, open_to_readers, persist, read_json, write_atomic
 from minialign.hf_config import config_to_hf
 from minialign.model import GPT, GPTConfig
 from minialign.tokenizer import load_tokenizer
@@ -314,7 +314,7 @@ def save_pretrained(model, folder, tokenizer=None):
         raise BadInput(f"{folder}: the layout has no place for {first_five(extra)}: merge adapters first (minialign.lora.merged)")
     for theirs, ours, (pack, _) in layout(model.config)[0]:
         tensors[theirs] = pack([state[name].detach() for name in ours]).cpu().contiguous()
-    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    persist(folder, lambda: save_torch_state_dict(tensors, folder, metadata={"format": "pt"}))
     open_to_readers(folder)
     hf = config_to_hf(model.config) | {"dtype": str(model.tok_embed.weight.dtype).removeprefix("torch.")}
     if tokenizer is not None:

@@ -21,8 +21,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -30,9 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minialign.engine import parallel
-from minialign.engine.common import BadInput, note, open_to_readers
-
-RETRY_SECONDS = (1, 4, 16)  # a short failure of a network disk must not end a run of several days
+from minialign.engine.common import BadInput, note, open_to_readers, persist
 
 
 def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
@@ -44,19 +40,19 @@ def save_checkpoint(run_folder, step, modules, optimizers, state, *, keep=2):
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:06d}"
     temporary = folder / f"{final.name}.tmp-{parallel.on_main(os.getpid)}"
-    for attempt, pause in enumerate((*RETRY_SECONDS, None), start=1):
+
+    def write():
         try:
             _write(temporary, final, step, modules, optimizers, state)
-            break
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError):
             parallel.on_main(shutil.rmtree, temporary, True)
-            if pause is None:
-                raise BadInput(
-                    f"{final}: the checkpoint could not be written ({error}); it needs about {size_of(modules):,} bytes free; "
-                    "earlier checkpoints are intact: make room and resume"
-                ) from None
-            print(f"writing {final} failed ({error}); try {attempt + 1} in {pause} s", file=sys.stderr)
-            time.sleep(pause)
+            raise
+
+    try:
+        persist(final, write)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{final}: the checkpoint could not be written ({error}); it needs about {size_of(modules):,} bytes free; "
+                       "earlier checkpoints are intact: make room and resume") from None
     parallel.on_main(prune, folder, step, keep)
     return final
 

@@ -3,6 +3,7 @@
 Nothing here is about alignment. Of the package it imports only the version and parallel.py, which imports nothing of the package.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -10,10 +11,12 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from minialign import __version__
 from minialign.engine import parallel
@@ -21,6 +24,15 @@ from minialign.engine import parallel
 
 class BadInput(ValueError):
     """The user's input cannot be used. The message is one sentence: what, where, what was expected, how to fix it. Exit code 2."""
+
+    def __init__(self, message):
+        super().__init__(in_one_line(message))
+
+
+def in_one_line(text, most=540):
+    """The text in one line. What other people's files and names make too long loses its middle."""
+    text = " ".join(str(text).splitlines())
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 3 :]}"
 
 
 def no_run():
@@ -171,6 +183,8 @@ def pick_device(name, *, deterministic=False):
     On CUDA, float32 products then use TF32 (10 bits of mantissa, several times as fast). deterministic: the same input gives the same bits
     on the same card; both settings are torch's own and hold for the whole process.
     """
+    if name.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+        raise BadInput(f"--device {name}: expected auto, cpu, cuda or mps")
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "cuda" and device.index is None:
@@ -184,7 +198,7 @@ def pick_device(name, *, deterministic=False):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
             torch.use_deterministic_algorithms(True)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise BadInput(f"--device {name} cannot be used here ({reason}); use cpu, or auto to take what there is") from None
     return device
 
@@ -206,15 +220,40 @@ def write_atomic(path, text):
     path = Path(os.path.realpath(path))  # of a link, the file that it leads to
     if path.is_dir():
         raise BadInput(f"{path}: is a folder, expected the name of a file")
+    if path.is_fifo():
+        raise BadInput(f"{path}: is a pipe, expected the name of a file")
     if path.exists() and not path.is_file():  # a device, as /dev/stdout: it is written to, not replaced
         path.write_text(text, encoding="utf-8")
         return
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # same folder, because a rename across devices would fail
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+    def write():
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    persist(path, write)
+
+
+RETRY_SECONDS = (1, 4, 16)
+FOR_GOOD = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG)
+
+
+def persist(path, write):
+    """Return write(). If it fails, try again after 1, 4 and 16 s: a short failure of a network disk must not end a run of days.
+
+    Raises the last error (OSError, or SafetensorError), and at once one that waiting cannot mend.
+    """
+    for attempt, pause in enumerate((*RETRY_SECONDS, None), start=2):
+        try:
+            return write()
+        except (OSError, SafetensorError) as error:
+            if pause is None or getattr(error, "errno", None) in FOR_GOOD:
+                raise
+            print(f"writing {path} failed ({one_line(error)}); try {attempt} in {pause} s", file=sys.stderr)
+            time.sleep(pause)
 
 
 def open_to_readers(folder):
@@ -250,9 +289,31 @@ def read_rows(path, key=None):
 def append_row(path, row):
     if not parallel.is_main():
         return
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
+    line, size = json.dumps(row, ensure_ascii=False) + "\n", os.path.getsize(path) if os.path.exists(path) else 0
+
+    def write():
+        with open(path, "ab") as file:
+            file.truncate(size)  # without the half of a line that a failed try left
+            file.write(line.encode())
+
+    persist(path, write)
+
+
+def read_regular(path):
+    """The bytes of a file. Raises BadInput for a pipe or a device, which could be waited for without end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadInput(f"{path}: expected a file, found a {'folder' if os.path.isdir(path) else 'pipe or a device'}")
+    return Path(path).read_bytes()
+
+
+def figure_path(flag, path):
+    """Create the folder of a figure, before the work that it shows. Raises BadInput if that fails or if the name is not one of a figure."""
+    if Path(path).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
+        raise BadInput(f"{flag} {path}: expected the name of a figure, such as figure.png (or .pdf, .svg, .jpg)")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{flag} {path}: cannot be written ({error.strerror})") from None
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -260,14 +321,21 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 def one_line(error):
     """The message of an exception from other people's code, cut to one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    try:
+        text = str(error).strip()
+    except Exception:  # an error of a reward may fail even here
+        text = ""
+    return (text or type(error).__name__).splitlines()[0][:300]
 
 
 def find_folder(path_or_hub_name):
     """The local folder of a path or hub name. huggingface_hub downloads a hub name's files, or finds them in its cache."""
     folder = Path(path_or_hub_name).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except (OSError, ValueError) as error:  # a name of more than 255 bytes, or with a null byte
+        raise BadInput(f"{folder}: cannot be the name of a folder ({one_line(error)})") from None
     if folder.is_file() or folder.suffix in (*PICKLES, ".safetensors", ".gguf"):  # other dots are part of a hub name
         raise BadInput(f"{folder}: expected a folder with config.json and model.safetensors, not a single file")
     note(f"{path_or_hub_name}: no such folder here; asking the hub for it")
@@ -288,7 +356,7 @@ def find_folder(path_or_hub_name):
 def read_json(path):
     """The JSON object in a file. Raises BadInput, naming the file, if it is missing, is not JSON, or is not an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path).decode("utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: the file is missing") from None
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number with thousands of digits
@@ -335,7 +403,7 @@ class Mean:
 def note(text):
     """Print a remark on stderr. Under torchrun only the first process prints it. Half a surrogate pair, from a file, is shown escaped."""
     if parallel.is_main():
-        print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+        print(in_one_line(text).encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
 def commit():

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from minialign.batch import Batch
-from minialign.data import answers_of, counts
+from minialign.data import answers_of, counts, known
 from minialign.engine import parallel
 from minialign.engine.common import BadInput, describe_device, note, rows_at_once
 from minialign.engine.opening import MOMENTS
@@ -32,6 +32,7 @@ def first_look(run, tokenizer, rows, batch, models):
 
     rows: all training rows; batch: the first Batch or Pairs. models: {name: model or None}, every model that takes memory.
     """
+    total, rows = len(rows), known(rows)
     numbers = counts(rows, run.cfg.max_len)
     sides = [batch] if isinstance(batch, Batch) else [batch.chosen, batch.rejected]
     drawn = run.cfg.batch_size if run.method in ("irft", "rft", "irl") else 2 * run.cfg.batch_size if getattr(run.cfg, "online", 0) else 4
@@ -39,8 +40,9 @@ def first_look(run, tokenizer, rows, batch, models):
     empty = sum(len(ids) == 1 and ids[0] == tokenizer.eos_id for row in rows for ids in answers_of(row))
     doubled = sum(len(ids) > 1 and ids[-2] in tokenizer.eos_ids and ids[-1] == tokenizer.eos_id for row in rows for ids in answers_of(row))
     twice = f", {doubled:,} end in EOS twice (their text spells it)" if doubled else ""
-    print(f"data: {numbers['rows']:,} rows, {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
-          f"{empty:,} empty{twice}; about {needed:,.0f} MB at the peak")
+    of = f" (of the first {len(rows):,}:" if len(rows) < total else ","
+    print(f"data: {total:,} rows{of} {numbers['scored_tokens']:,} scored tokens, {numbers['truncated']:,} truncated, "
+          f"{empty:,} empty{twice}{')' * (len(rows) < total)}; about {needed:,.0f} MB at the peak")
     for side in sides:
         for b in range(min(3, len(side))):
             print("  " + show_row(tokenizer, side, b))
@@ -52,7 +54,7 @@ def first_rollout(run, tokenizer, rows, reward_fn, models):
     """Like first_look, for methods that sample: print completions of three prompts with their rewards. models has policy and ref."""
     cfg = run.cfg
     prompts_ids, prompts = zip(*rows[:3], strict=True)
-    lengths = [len(ids) for ids, _ in rows]
+    lengths = [len(ids) for ids, _ in known(rows)]
     sampled = max(cfg.batch_size, getattr(cfg, "grow_prompts", cfg.batch_size) * getattr(cfg, "n", 1))  # at once; evaluation: batch_size
     needed = print_sizes(run, models, max(lengths) + cfg.max_new, sampled)
     print(f"prompts: {len(rows):,}, the longest has {max(lengths):,} tokens; up to {cfg.max_new:,} new tokens each; about {needed:,.0f} MB "

@@ -6,7 +6,6 @@ Checked by tests/engine/test_opening.py, tests/engine/test_run.py, tests/test_lo
 """
 
 import functools
-import itertools
 import math
 import os
 import shutil
@@ -19,7 +18,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from minialign.data import Rows, demo_batch, encode_demos, encode_prompts, read_demonstrations, read_prompts, split_held_out, split_scorable
+from minialign import data
+from minialign.data import demo_batch, encode_demos, encode_prompts, read_demonstrations, read_prompts, split_held_out, split_scorable
 from minialign.engine import parallel
 from minialign.engine.adamw8bit import adamw8bit
 from minialign.engine.common import BadInput, find_folder, one_line
@@ -174,8 +174,17 @@ def open_demos(run, tokenizer):
         demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
         return encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
 
-    rows, held_out = split_scorable(encoded_once(encode), cfg.held_out, cfg.max_len)
+    rows, held_out = split_scorable(long_or_encoded(run, data.long_demos, cfg.demos, tokenizer, encode), cfg.held_out, cfg.max_len)
     return rows, held_out, batches_of(run, tokenizer)
+
+
+def long_or_encoded(run, open_long, path, tokenizer, encode, parts=2):
+    """The rows of a LongFile, which the run goes on checking at each step, or those of encoded_once."""
+    rows = open_long(path, tokenizer, max_prompt=run.cfg.max_prompt, skip_bad=run.cfg.skip_bad)
+    if rows is None:
+        return encoded_once(encode, parts)
+    run.long_files.append(rows.long)
+    return rows
 
 
 def encoded_once(encode, parts=2):
@@ -192,7 +201,7 @@ def encoded_once(encode, parts=2):
         folder = Path(tempfile.mkdtemp(prefix="minialign-rows-"))
         try:
             rows = encode()
-            Rows.write(rows, parts, folder)
+            data.write_rows(rows, parts, folder)
             beside.extend(row[parts:] for row in rows)
             return folder
         except BaseException:
@@ -201,7 +210,7 @@ def encoded_once(encode, parts=2):
 
     folders = parallel.share_out(lambda process: None if parallel.local_rank() else write(), range(parallel.world()))
     folder = folders[parallel.rank() - parallel.local_rank()]
-    rows = Rows.read(folder, parallel.on_main(lambda: beside))
+    rows = data.read_rows(folder, parallel.on_main(lambda: beside))
     parallel.gather(None)  # a barrier: the folder can go once all have opened it
     if parallel.local_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -222,9 +231,9 @@ def open_prompts(run, policy, tokenizer):
         prompts = builtin_prompts() if cfg.prompts == "builtin" else read_prompts(cfg.prompts, skip_bad=cfg.skip_bad)
         return encode_prompts(tokenizer, prompts, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
 
-    rows, held_out = split_held_out(encoded_once(encode, parts=1), cfg.held_out)
-    check_context(run, policy, itertools.chain(rows, held_out))
-    return rows, held_out
+    rows = long_or_encoded(run, data.long_prompts, cfg.prompts, tokenizer, encode, parts=1)
+    check_context(run, policy, rows)
+    return split_held_out(rows, cfg.held_out)
 
 
 def open_online(run):
@@ -240,7 +249,9 @@ def check_context(run, policy, rows, max_len=math.inf):
     max_len: longest row in tokens, for a method that cuts answers to it after the reward has judged the whole answers.
     """
     cfg, context = run.cfg, policy.config.max_len
-    longest = max(len(row[0]) for row in rows)
+    if long := getattr(rows, "long", None):  # its other rows are checked when they are read
+        long.guards.append(lambda row: check_context(run, policy, [row], max_len))
+    longest = max(len(row[0]) for row in data.known(rows))
     if longest + cfg.max_new > max_len:
         raise BadInput(f"the longest prompt has {longest} tokens: with --max_new {cfg.max_new} it exceeds --max_len {max_len}, so "
                        f"answers would be cut after the reward has judged them; set --max_len {longest + cfg.max_new}")

@@ -43,6 +43,7 @@ SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward",
          "frac_reward_zero_std")  # on the terminal
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 NEEDS = {("log", "tensorboard"): "tensorboard", ("log", "wandb"): "wandb", ("optimizer", "adamw8bit"): "torchao"}  # optional packages
+MOST_FILES = 10_000  # of a folder of data, all of which are hashed
 ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient, or without rewards
 
 
@@ -79,7 +80,7 @@ class Run:
         if self.device.type == "mps":
             print("note: Apple's mps device has computed wrong losses in some releases of torch; compare a short run with --device cpu")
         torch.manual_seed(cfg.seed)
-        self.modules, self.optimizers, self.adapter_base = {}, {}, None
+        self.modules, self.optimizers, self.adapter_base, self.long_files = {}, {}, None, []
         self.first_step, self.skipped, self.skipped_in_a_row, self.failing, self.stop = 0, 0, 0, None, None
         self.unlogged = None  # (step, metrics) of a step whose evaluation is still to come
         self.at, self.saved, self.untouched, self.given_up = 0, 0, False, False  # steps done, steps saved; see begin and give_up
@@ -257,6 +258,8 @@ class Run:
             for step in range(self.first_step, total):
                 tracking.start()
                 self.begin(step)
+                for long in self.long_files:
+                    long.check()
                 yield step
                 self.finished()
                 self.bar.update()
@@ -521,9 +524,12 @@ def files_of(path, everything=False):
     everything: all files of a folder, as for data; otherwise those of a model.
     """
     if path.is_dir() and everything:
-        return sorted(file for file in path.rglob("*") if file.is_file())
+        files = list(itertools.islice((file for file in path.rglob("*") if file.is_file()), MOST_FILES + 1))
+        if len(files) > MOST_FILES:
+            raise BadInput(f"{path}: holds more than {MOST_FILES:,} files; name the folder of the data alone")
+        return sorted(files)
     if path.is_dir():
-        return sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.rglob("*.jinja"), *path.rglob("*.parquet")])
+        return sorted(file for pattern in ("*.safetensors", "*.json", "*.jinja", "*/*.jinja") for file in path.glob(pattern))
     return [path] if path.is_file() else []
 
 

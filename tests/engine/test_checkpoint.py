@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minialign.engine import checkpoint
+from minialign.engine import checkpoint, common
 from minialign.engine.common import BadInput
 from minialign.lora import adapters, frozen_copy, inject
 from minialign.model import GPT, GPTConfig
@@ -68,6 +68,33 @@ def test_every_file_is_flushed_before_the_rename_and_the_folder_after_it(tmp_pat
     assert after == ["checkpoints"]
 
 
+class Counting(torch.optim.Optimizer):
+    """An optimizer whose state is a plain number: how many steps a weight has taken."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["taken"] = self.state[p].get("taken", 0) + 1
+
+
+def test_an_optimizers_numbers_and_settings_come_back(tmp_path):
+    module = torch.nn.Linear(2, 1)
+    saved, restored = Counting(module.parameters(), lr=0.25), Counting(module.parameters(), lr=0.5)
+    for _ in range(3):
+        saved.step()
+    folder = checkpoint.save_checkpoint(tmp_path, 3, {"policy": module}, {"optimizer": saved}, {})
+    checkpoint.load_checkpoint(folder, {"policy": module}, {"optimizer": restored})
+    assert [restored.state[p] for p in module.parameters()] == [{"taken": 3}] * 2 and restored.param_groups[0]["lr"] == 0.25
+
+
+def test_a_weight_that_two_modules_share_is_stored_once(tmp_path):
+    modules, optimizers = parts()
+    folder = checkpoint.save_checkpoint(tmp_path, 1, {**modules, "critic": modules["policy"]}, optimizers, {})
+    assert sorted(load_file(folder / "model.safetensors")) == sorted(f"policy.{name}" for name, _ in modules["policy"].named_parameters())
+
+
 def test_no_pickle_in_the_folder(tmp_path):
     folder = checkpoint.save_checkpoint(tmp_path, 1, *parts(), {})
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", ".safetensors", ".safetensors", ".safetensors"]
@@ -99,7 +126,7 @@ def test_steps_are_compared_as_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optim.safetensors", "rng.safetensors", "state.json", "manifest.json"])
-def test_damage_is_noticed_and_stepped_over(tmp_path, name, capsys):
+def test_damage_is_noticed_and_stepped_over(tmp_path, name, capsys, record_property):
     """Truncations at many places and single flipped bits, in every file: always refused, and the older checkpoint serves."""
     checkpoint.save_checkpoint(tmp_path, 1, *parts(), {})
     folder = checkpoint.save_checkpoint(tmp_path, 2, *parts(), {})
@@ -107,10 +134,11 @@ def test_damage_is_noticed_and_stepped_over(tmp_path, name, capsys):
     whole = path.read_bytes()
     damages = [whole[: len(whole) * i // 16] for i in range(16)]
     if name != "manifest.json":  # a flipped bit there may hit white space; its numbers are checked against the files
-        for bit in range(0, 8 * len(whole), max(1, 8 * len(whole) // 50)):
+        for bit in range(0, 8 * len(whole), max(1, 8 * len(whole) // 250)):
             flipped = bytearray(whole)
             flipped[bit // 8] ^= 1 << bit % 8
             damages.append(bytes(flipped))
+    record_property("tried", len(damages))
     for damage in damages:
         path.write_bytes(damage)
         assert checkpoint.newest_checkpoint(tmp_path).name == "step_000001"
@@ -119,6 +147,14 @@ def test_damage_is_noticed_and_stepped_over(tmp_path, name, capsys):
     assert checkpoint.newest_checkpoint(tmp_path).name == "step_000001"
     path.write_bytes(whole)
     assert checkpoint.newest_checkpoint(tmp_path).name == "step_000002"
+
+
+def test_a_manifest_that_names_nothing_is_damage(tmp_path):
+    """Every checkpoint has generators and a state. A manifest without them vouches for nothing."""
+    checkpoint.save_checkpoint(tmp_path, 1, *parts(), {})
+    folder = checkpoint.save_checkpoint(tmp_path, 2, *parts(), {})
+    (folder / "manifest.json").write_text("{}")
+    assert checkpoint.newest_checkpoint(tmp_path).name == "step_000001"
 
 
 def test_nothing_sound_is_none(tmp_path):
@@ -134,7 +170,7 @@ def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path):
 
 def test_full_disk(tmp_path, monkeypatch):
     """Whichever write meets the full disk: the old checkpoint stays, the message names path and bytes, nothing half-written remains."""
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", (0, 0, 0))
+    monkeypatch.setattr(common, "RETRY_SECONDS", (0, 0, 0))
     saved = parts()
     checkpoint.save_checkpoint(tmp_path, 1, *saved, {})
     real = checkpoint.save_file
@@ -156,7 +192,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
 
 def test_one_stumble_is_retried(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", (0, 0, 0))
+    monkeypatch.setattr(common, "RETRY_SECONDS", (0, 0, 0))
     real, calls = checkpoint.flush_to_disk, []
 
     def stumble(path):
@@ -222,7 +258,7 @@ def test_the_size_asked_for_is_that_of_the_tensors_written(tmp_path, make):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_kill_between_any_two_writes(tmp_path):
+def test_kill_between_any_two_writes(tmp_path, record_property):
     """SIGKILL before the k-th change of the disk, for every k: what is found afterwards is a whole checkpoint, the old one until the
     rename, the new one from then on, bit for bit (the program compares)."""
     command = [sys.executable, "-m", "tests.killing", "writes", str(tmp_path / "run")]
@@ -230,3 +266,4 @@ def test_kill_between_any_two_writes(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found[0] == 1 and found[-1] == 2 and found == sorted(found) and found.count(1) >= 10 and found.count(2) >= 3, found
+    record_property("tried", len(found))

@@ -1,5 +1,7 @@
 """Seeds, batches, the learning rate, files, devices."""
 
+import errno
+import io
 import math
 import os
 import random
@@ -151,7 +153,7 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch)
 
 def test_device_and_dtype():
     assert common.pick_device("cpu").type == "cpu" and common.pick_dtype("float64") == torch.float64
-    with pytest.raises(BadInput, match="--device tpu9 cannot be used"):
+    with pytest.raises(BadInput, match="--device tpu9: expected auto, cpu, cuda or mps"):
         common.pick_device("tpu9")
     with pytest.raises(BadInput, match=r"float32, bfloat16 or float64 \(or, in training, mixed\)"):
         common.pick_dtype("fp16")
@@ -183,3 +185,26 @@ def test_deterministic_is_torchs_own_setting(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     common.pick_device("cpu", deterministic=True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_a_line_that_was_half_written_is_written_again_whole(tmp_path, monkeypatch, capsys):
+    """The disk fails in the middle of the second line, once. And what waiting cannot mend is raised at once."""
+    path, tries = tmp_path / "rows.jsonl", []
+
+    class Failing(io.FileIO):
+        def write(self, content):
+            tries.append(content)
+            if len(tries) == 2:
+                super().write(content[:5])
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(content)
+
+    monkeypatch.setattr(common, "RETRY_SECONDS", (0,))
+    monkeypatch.setattr(common, "open", lambda path, mode: Failing(path, mode.replace("b", "")), raising=False)
+    for n in range(3):
+        common.append_row(path, {"step": n})
+    assert path.read_bytes() == b'{"step": 0}\n{"step": 1}\n{"step": 2}\n' and len(tries) == 4
+    assert capsys.readouterr().err == f"writing {path} failed ([Errno 5] Input/output error); try 2 in 0 s\n"
+    with pytest.raises(FileNotFoundError):
+        common.append_row(tmp_path / "none" / "rows.jsonl", {})
+    assert not capsys.readouterr().err

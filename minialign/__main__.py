@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from minialign.engine.common import BadInput, pick_device, pick_dtype, read_rows
+from minialign.engine.common import BadInput, figure_path, pick_device, pick_dtype, read_rows
 from minialign.engine.tracking import TIMED
 from minialign.settings import cli, exit_codes
 
@@ -65,10 +65,17 @@ def plot_main(cfg):
 
     if not cfg.runs:
         raise BadInput("name one or more run folders: python -m minialign plot RUN ...")
+    out = Path(cfg.out or Path(cfg.runs[0]) / "figures" / "metrics.png")
     tables = {run: read_rows(Path(run) / "metrics.jsonl", "step") for run in cfg.runs}
+    for run, rows in tables.items():
+        for row in rows:
+            for name, value in row.items():
+                if value is not None and (type(value) not in (int, float) or not abs(value) < 1e300):
+                    raise BadInput(f"{run}/metrics.jsonl: {name} of step {row['step']} is no number that can be plotted")
     for run, rows in tables.items():
         if not rows:
             raise BadInput(f"{run}: has no metrics.jsonl with rows; is it a run folder?")
+    figure_path("--out", out)
     names = dict.fromkeys(name for rows in tables.values() for row in rows for name in row)
     names = [name for name in names if name not in ("step", "skipped", *TIMED)]
     if not names:
@@ -86,8 +93,6 @@ def plot_main(cfg):
         axis.tick_params(labelsize=7)
     if len(tables) > 1:
         axes.flat[0].legend(fontsize=7)
-    out = Path(cfg.out or Path(cfg.runs[0]) / "figures" / "metrics.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
     plt.close(figure)
     print(f"figure: {out}   (what each metric means: docs/METRICS.md)")
@@ -103,9 +108,13 @@ def show_main(cfg):
     """Print samples.jsonl: the policy's answers during training."""
     if len(cfg.runs) != 1:
         raise BadInput("name one run folder: python -m minialign show RUN")
+    if cfg.last < 0:
+        raise BadInput(f"--last {cfg.last}: must be at least 0")
     rows = read_rows(Path(cfg.runs[0]) / "samples.jsonl", "step")
     if not rows:
         raise BadInput(f"{cfg.runs[0]}: has no samples.jsonl with rows; is it a run folder of a policy?")
+    if any(not {"prompt", "completion", "finished"} <= row.keys() for row in rows):
+        raise BadInput(f"{cfg.runs[0]}/samples.jsonl: a row lacks prompt, completion or finished, so a run did not write it")
     step = None
     for row in rows[-cfg.last :]:
         if row["step"] != step:

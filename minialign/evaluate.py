@@ -34,7 +34,7 @@ import torch
 
 from minialign.data import encode_pairs, encode_prompts, pair_batch, plain_text, read_preferences, split_held_out
 from minialign.engine import parallel
-from minialign.engine.common import BadInput, Mean, floats, held_out_passes, in_micro, pick_device, pick_dtype, write_atomic
+from minialign.engine.common import BadInput, Mean, figure_path, floats, held_out_passes, in_micro, pick_device, pick_dtype, write_atomic
 from minialign.kl import k1
 from minialign.logps import token_logps
 from minialign.lora import load_model
@@ -323,9 +323,10 @@ def main(cfg):
     if cfg.figure and not (cfg.reward and cfg.policies and cfg.n):
         raise BadInput("--figure draws reward over √KL: it needs --policies, --reward and --n at least 1")
     check_config(replace(cfg, held_out=min(cfg.held_out, 0.9), n=max(cfg.n, 1)))
-    for path in (cfg.out, cfg.figure):
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if cfg.out:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    if cfg.figure:
+        figure_path("--figure", cfg.figure)
     device, dtype = pick_device(cfg.device), pick_dtype(cfg.dtype)
     pairs = builtin_pairs() if cfg.pairs == "builtin" else read_preferences(cfg.pairs, skip_bad=cfg.skip_bad)
     pairs = pairs if cfg.held_out == 1 else split_held_out(pairs, cfg.held_out)[1]

@@ -26,8 +26,8 @@ def config_from_hf(hf, make):
         layers = hf.get("n_layer", hf.get("num_hidden_layers"))
         if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
             raise BadInput(f"{layers} layers: expected 1 to {MOST_LAYERS}")
-        if hf.get("is_causal") is False:
-            raise BadInput("is_causal=false is not implemented: every position sees only itself and earlier ones")
+        if hf.get("is_causal", True) is not True:
+            raise BadInput(f"is_causal={hf['is_causal']!r} is not implemented: every position sees only itself and earlier ones")
         return make(**(_gpt2_fields if family == "gpt2" else _rotary_fields)(hf, family))
     except KeyError as error:
         raise BadInput(f"config.json: the key {error} is missing, but a {family} model needs it") from None

@@ -20,6 +20,7 @@ import html
 import importlib
 import io
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -191,7 +192,7 @@ def main(argv):
                 raise BadInput(f"{flag}: needs a value")
             own[flag] = flags[i + 1]
             del flags[i : i + 2]
-    if not own["--rows"].isdigit() or int(own["--rows"]) < 1:
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", own["--rows"]):
         raise BadInput(f"--rows {own['--rows']}: must be a whole number above 0")
     if len(words) > 1 and "--out" in flags:
         raise BadInput("--out: names one run folder, but several methods are to be looked at; leave it out")

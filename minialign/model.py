@@ -69,6 +69,16 @@ class GPTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise BadInput(f"{name} must be a whole number from 1 to 2**31 − 1, found {value!r}")
+        numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, "reward_offset": self.reward_offset,
+                   "reward_bound": self.reward_bound} | {name: n for name, n in (self.rope_scaling or {}).items() if name != "rope_type"}
+        for name, value in numbers.items():
+            above = name not in ("norm_eps", "reward_offset", "reward_bound")
+            if type(value) not in (int, float) or not abs(value) < 1e15 or (value <= 0 if above else value < 0 and name == "norm_eps"):
+                raise BadInput(f"{name} must be a number{' above 0' * above} and below 1e15, found {value!r}")
+        if "low_freq_factor" in numbers and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+            raise BadInput(f"low_freq_factor must be below high_freq_factor, found {numbers['low_freq_factor']!r}")
+        if any(window is not None and not 1 <= window < 2**31 for window in self.windows):
+            raise BadInput(f"a window must be from 1 to 2**31 − 1, found {max(filter(None, self.windows))!r}")
         choices = {"norm": ("rms", "layer"), "positions": ("rotary", "learned"), "head": ("lm", "scalar"), "activation": tuple(ACTIVATIONS),
                    "reward_read": ("last", "sum", "conversation")}
         for name, allowed in choices.items():

@@ -237,7 +237,7 @@ def _open_one(spec, prompts, device, dtype, skip_bad):
             raise BadInput(f"--reward {spec}: expected a pattern, like 'regex:[0-9]+'")
         return regex(argument)
     if name == "length":
-        if not argument.isdecimal():
+        if not re.fullmatch("[0-9]{1,9}", argument):
             raise BadInput(f"--reward {spec}: expected a number of characters, like length:200")
         return length(int(argument))
     if name == "lexicon":

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 
 from minialign.engine import common, parallel
-from minialign.engine.common import BadInput, one_line
+from minialign.engine.common import BadInput, in_one_line, one_line
 
 WITH_RESUME = ("micro_batch", "eval_batch")  # flags that a resumed run may change: they cut the same rows into passes that need less memory
 
@@ -159,10 +159,12 @@ def cli(config_class, argv, *, prog, description=""):
         (shared_group if f.name in shared else own_group).add_argument(flags[-1], **options)
 
     def refuse(message):
-        print(f"{prog}: {message}", file=sys.stderr)
+        print(f"{prog}: {in_one_line(message)}", file=sys.stderr)
         raise SystemExit(2)
 
     parser.error = refuse
+    if empty := [word for word in argv if word.startswith("--") and word.endswith("=--")]:
+        refuse(f"{empty[0]}: expected a value after =")
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -185,14 +187,22 @@ def check_config(cfg):
                 "save_every": 1, "rounds": 1, "max_prompt": 1, "lr": 0, "weight_decay": 0, "warmup": 0, "held_out": 0,
                 "layers": 1, "heads": 1, "width": 1, "group_size": 1, "epochs": 1, "n": 1, "grows": 1, "grow_prompts": 1,
                 "gamma": 0, "lam": 0, "decay": 0, "mix": 0, "std_eps": 0, "bound": 0, "ridge": 0, "reward_share": 0, "weight": 0,
-                "desirable_weight": 0, "undesirable_weight": 0, "delta": 0, "target_margin": 0, "lora": 0}
+                "desirable_weight": 0, "undesirable_weight": 0, "delta": 0, "target_margin": 0, "lora": 0,
+                "missing_eos": 0}
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise BadInput(f"--{f.name} {value}: must be a finite number")
+        if isinstance(value, float) and abs(value) > 1e38:
+            raise BadInput(f"--{f.name} {value}: must be at most 1e38, the largest size of a float32 number")
+        if "\0" in str(value):
+            raise BadInput(f"--{f.name} {value!r}: a name cannot hold a null character")
+        if isinstance(value, int) and f.name != "seed" and abs(value) >= 2**31:
+            raise BadInput(f"--{f.name} {value}: must be below 2**31")
     if not -(2**63) <= getattr(cfg, "seed", 0) < 2**63:
         raise BadInput(f"--seed {cfg.seed}: must be a whole number of at most 63 bits")
-    at_most = {"warmup": 1, "held_out": 0.9, "gamma": 1, "lam": 1, "decay": 1, "mix": 1, "reward_share": 1}
+    at_most = {"batch_size": 2**20, "n": 2**20, "group_size": 2**20, "grow_prompts": 2**20, "layers": 1000, "width": 2**16, "lora": 2**16,
+               "vocab": 2**20, "warmup": 1, "held_out": 0.9, "gamma": 1, "lam": 1, "decay": 1, "mix": 1, "reward_share": 1}
     for name, low in at_least.items():
         value = getattr(cfg, name, low)
         value = low if value is None else value
@@ -217,6 +227,8 @@ def check_config(cfg):
         raise BadInput(f"--schedule {cfg.schedule}: must be cosine, linear or constant")
     if getattr(cfg, "optimizer", "adamw") not in ("adamw", "rmsprop", "adamw8bit"):
         raise BadInput(f"--optimizer {cfg.optimizer}: must be adamw, rmsprop or adamw8bit")
+    if getattr(cfg, "combine", "mean") not in ("mean", "min", "warm"):
+        raise BadInput(f"--combine {cfg.combine}: must be mean, min or warm")
     if getattr(cfg, "log", "") not in ("", "tensorboard", "wandb"):
         raise BadInput(f"--log {cfg.log}: must be tensorboard or wandb")
 
@@ -229,7 +241,7 @@ def exit_codes(prog):
     torchrun or a closed pipe in training, 130 for Ctrl-C. If a run can go on, the line says how. Any other exception is a bug and keeps its
     traceback.
     """
-    common.running = common.no_run
+    common.running, prog = common.no_run, in_one_line(prog, 60)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the terminal or the file cannot hold is written as its number
             stream.reconfigure(errors="backslashreplace")
@@ -254,6 +266,11 @@ def exit_codes(prog):
     except (OSError, SafetensorError) as error:
         where = f"{error.filename}: " if getattr(error, "filename", None) else ""
         print(f"{prog}: {where}{getattr(error, 'strerror', None) or one_line(error)}{how_to_go_on()}", file=sys.stderr)
+        end(2)
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        print(f"{prog}: a name cannot hold a null character", file=sys.stderr)
         end(2)
     except (MemoryError, RuntimeError) as error:
         if parallel.peer_lost(error):

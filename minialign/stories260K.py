@@ -29,7 +29,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, processors
 
-from minialign.engine.common import BadInput, one_line
+from minialign.engine.common import BadInput, one_line, read_regular
 from minialign.model import GPT, GPTConfig
 from minialign.tokenizer import Tokenizer
 from minialign.weights import save_pretrained
@@ -83,7 +83,7 @@ def fetch():
 
 def read_bytes(path):
     try:
-        return Path(path).read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -61,7 +61,10 @@ class Tokenizer:
             inner.model.dropout = None  # it would give a text other ids at every call
         self.inner, self.settings = inner, settings
         self.limit = math.inf  # ids from here on have no embedding in the model (weights.fit_vocabulary sets it)
-        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
+        ids = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values(), default=-1) + 1  # ids may have gaps
+        if len({*ids.values()}) < len(ids):
+            raise BadInput("tokenizer.json gives two tokens one id; fetch or write it again")
         self.eos_id = self._special("eos_token")
         if self.eos_id is None:
             raise BadInput("tokenizer_config.json names no eos_token: without one a policy cannot learn to stop; add it")
@@ -103,7 +106,7 @@ class Tokenizer:
         try:
             ids = guarded(lambda: self.inner.encode(text, add_special_tokens=False)).ids
         except Foreign as error:  # e.g. for a character outside a character vocabulary
-            unknown = sorted({char for char in text if self.inner.token_to_id(char) is None})
+            unknown = sorted({char for char in text if "\ud800" <= char <= "\udfff" or self.inner.token_to_id(char) is None})
             raise BadInput(f"cannot encode {text[:40]!r}: the vocabulary lacks {unknown[:5]} ({error})") from None
         if max(ids, default=0) >= self.limit:
             token = f"{self.inner.id_to_token(max(ids))!r} (id {max(ids)})"
@@ -213,12 +216,17 @@ def load_tokenizer(path_or_hub_name, *, model_folder=None):
         if token is not None and name not in settings and inner.token_to_id(token) is not None:
             settings = settings | {name: token}
     as_class(inner, kind, settings)
-    add_named_tokens(inner, settings, optional("added_tokens.json"))
+    try:
+        json.dumps(settings, ensure_ascii=False).encode()  # (half a surrogate pair cannot be written again)
+        add_named_tokens(inner, settings, optional("added_tokens.json"))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise BadInput(f"{folder}: the tokens that tokenizer_config.json or added_tokens.json add have a wrong form "
+                       f"({one_line(error)})") from None
     inner.encode_special_tokens = settings.get("split_special_tokens") is True
 
     generation = (model_folder or folder) / "generation_config.json"
     stops = (read_json(generation) if generation.is_file() else model_config).get("eos_token_id")
-    stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if type(stop) is int]
+    stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if type(stop) is int and 0 <= stop < 2**31]
     if settings.get("eos_token") is None and stops:
         settings = settings | {"eos_token": inner.id_to_token(stops[0])}
     try:

@@ -30,11 +30,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from minialign.batch import collate
-from minialign.engine.common import BadInput, batch_rows
+from minialign.engine.common import BadInput, batch_rows, figure_path
 from minialign.methods import irft, sft
 from minialign.settings import cli, exit_codes
 from toy import closed_form
-from toy.report import make_folder
 from toy.tiny_language import Language, tiny_gpt
 
 
@@ -167,7 +166,7 @@ def main(cfg):
     if min(cfg.demos, cfg.steps, cfg.batch_size, cfg.seeds) < 1:
         raise BadInput("--demos, --steps, --batch_size and --seeds must be at least 1")
     cfg = replace(cfg, seeds=2 * cfg.seeds) if cfg.full else cfg
-    make_folder(cfg.out)
+    figure_path("--out", cfg.out)
     language, started, judges, table = Language(n_prompts=4), time.monotonic(), {}, {}
     for seed in range(cfg.seeds):
         if seed % 5 not in judges:

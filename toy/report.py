@@ -12,16 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minialign.engine.common import BadInput, commit, write_atomic
+from minialign.engine.common import commit, figure_path, write_atomic
 from minialign.evaluate import verdict
-
-
-def make_folder(out):
-    """Create the folder of a figure. Raises BadInput if that fails."""
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
 class Report:
@@ -29,7 +21,7 @@ class Report:
 
     def __init__(self, cfg):
         self.cfg, self.started, self.checks, self.claims = cfg, time.monotonic(), [], []
-        make_folder(cfg.out)
+        figure_path("--out", cfg.out)
 
     def check(self, name, measured, expected, tolerance, note=""):
         """Print PASS if no entry of `measured` is farther than `tolerance` from `expected` (numbers or arrays). A NaN fails."""

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minialign.engine.common import BadInput, commit, write_atomic
+from minialign.engine.common import BadInput, commit, figure_path, write_atomic
 from minialign.methods.best_of_n import pick
 from minialign.methods.dpo import dpo_loss
 from minialign.methods.gpo import FUNCTIONS, gpo_loss, regularisation
@@ -40,7 +40,6 @@ from minialign.methods.simpo import simpo_loss
 from minialign.methods.slic import slic_loss
 from minialign.settings import cli, exit_codes
 from toy import closed_form
-from toy.report import make_folder
 
 
 @dataclass
@@ -589,7 +588,7 @@ def main(cfg):
         raise BadInput("--beta and --R must be above 0, --rounds at least 1")
     if cfg.ref_update not in ("both", "fixed", "refreshed") or cfg.resampling not in ("both", "fresh", "stale"):
         raise BadInput("--ref_update is fixed, refreshed or both; --resampling is fresh, stale or both")
-    make_folder(cfg.out)
+    figure_path("--out", cfg.out)
     started, results = time.monotonic(), []
     print(f"three actions: beta {cfg.beta:g}, R {cfg.R:g}, expert {cfg.expert}, ref {cfg.ref}")
     for check in checks(cfg):

@@ -41,7 +41,7 @@ import torch
 
 from minialign.batch import collate
 from minialign.data import demo_batch, pair_batch
-from minialign.engine.common import BadInput, Mean, batch_rows, commit, derive_seed, write_atomic
+from minialign.engine.common import BadInput, Mean, batch_rows, commit, derive_seed, figure_path, write_atomic
 from minialign.kl import kl_rewards
 from minialign.methods import best_of_n, dpo, gpo, grpo, ift, ipo, irl, kto, orpo, ppo, rebel, reinforce, rest, rft, rloo, simpo, slic
 from minialign.model import GPT, GPTConfig
@@ -50,7 +50,6 @@ from minialign.rewards import score
 from minialign.sample import rollout, sample
 from minialign.settings import cli, exit_codes
 from toy import closed_form
-from toy.report import make_folder
 
 
 @dataclass
@@ -703,7 +702,7 @@ def main(cfg):
     chosen = known if "all" in cfg.methods or cfg.full and not cfg.methods else cfg.methods or FEW
     if not (cfg.beta > 0 and cfg.lr > 0) or cfg.seeds < 1 or cfg.steps < 20 or cfg.samples < 4 or cfg.samples % 4:
         raise BadInput("--beta and --lr must be above 0, --seeds at least 1, --steps 20, --samples a multiple of 4 (RLOO's group size)")
-    make_folder(cfg.out)
+    figure_path("--out", cfg.out)
     language = Language() if cfg.full else Language(n_content=4, max_new=3, n_prompts=2)
     cfg = replace(cfg, steps=2 * cfg.steps) if cfg.full else cfg
     started, results, judged = time.monotonic(), [], []

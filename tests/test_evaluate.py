@@ -8,6 +8,7 @@ from minialign import evaluate
 from minialign.data import encode_prompt, read_preferences
 from minialign.engine.common import BadInput, read_rows
 from minialign.logps import token_logps
+from minialign.methods import dpo
 from minialign.model import GPT, GPTConfig
 from minialign.sample import sample
 from minialign.task import builtin_tokenizer
@@ -40,6 +41,7 @@ def test_ratio_interval():
     draws = torch.randint(0, 400, (3000, 400), generator=generator)
     resampled = sums[draws].sum(1) / sizes[draws].sum(1)
     assert evaluate.ratio_interval(sums, sizes)[1] == pytest.approx(1.96 * float(resampled.std()), rel=0.08)
+    assert evaluate.ratio_interval(torch.tensor([2.0, 9.0]), torch.tensor([1.0, 9.0]))[0] == 1.1  # 11 / 10; the rows' mean is 1.5
 
 
 def test_held_out_nll_is_nats_per_scored_token(policy_folder):
@@ -56,6 +58,19 @@ def test_held_out_nll_is_nats_per_scored_token(policy_folder):
     found = evaluate.held_out_nll(policy, rows, lambda rows, picked: collate(*zip(*[rows[i] for i in picked], strict=True), pad_id=0),
                                   sft.Config(eval_batch=2))
     assert found["eval/nll"] == pytest.approx(nats / tokens, abs=1e-10)
+
+
+def test_held_out_pairs_are_averaged_over_rows():
+    """Losses 1 2 4 8 16 in passes of two, two and one: 31 / 5, whatever the passes are; the means of the passes would give 8.33."""
+    losses = torch.tensor([1.0, 2, 4, 8, 16])
+
+    def step(picked):
+        return losses[picked].mean(), {"rewards/accuracies": (losses[picked] > 3).float().mean()}
+
+    rows = [([1], [2], [3] * i) for i in range(5)]
+    for size in (1, 2, 3, 5):
+        found = evaluate.held_out_pairs(step, rows, lambda rows, picked: picked, dpo.Config(eval_batch=size))
+        assert found == {"eval/loss": pytest.approx(31 / 5), "eval/accuracy": pytest.approx(3 / 5)}
 
 
 def test_wins_count_ties_half():
@@ -417,3 +432,17 @@ def test_the_table_has_needed_and_wasted(policy_folder, tmp_path, capsys):
         assert abs(own["needed"][0]) <= own["needed"][1] and own["kl"][0] == pytest.approx(0, abs=1e-4)
         assert other["needed"][0] + other["wasted"][0] == pytest.approx(other["kl"][0], abs=1e-12) and other["wasted"][0] > 0
     assert "needed" in capsys.readouterr().out
+
+
+def test_needed_is_counted_from_answers_of_ref_that_are_not_in_the_table(policy_folder, monkeypatch):
+    """With the table's seed, a policy near ref would give ref's own answers, and needed would come out too low."""
+    seeds, original = [], evaluate.sample_measures
+
+    def recorded(policy, tokenizer, ref, prompts, reward_fn, cfg):
+        seeds.append((ref is None, cfg.seed))
+        return original(policy, tokenizer, ref, prompts, reward_fn, cfg)
+
+    monkeypatch.setattr(evaluate, "sample_measures", recorded)
+    evaluate.main(evaluate.Config(policies=[str(policy_folder)], reward=["length:9"], max_new=4, seed=3, device="cpu"))
+    apart, table = ({seed for alone, seed in seeds if alone == own} for own in (True, False))
+    assert apart and table == {3} and not apart & table

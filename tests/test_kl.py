@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minialign.kl import exact_kl, k1, k2, k3
+from minialign.kl import exact_kl, k1, k2, k3, kl_rewards, moved
 
 PI, REF = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
 LOG_PI, LOG_REF = torch.tensor(np.log(PI)), torch.tensor(np.log(REF))
@@ -79,6 +79,24 @@ def test_k3_is_not_negative():
     d = torch.cat([torch.linspace(-30, 30, 2001), torch.logspace(-8, 0, 500), -torch.logspace(-8, 0, 500)])
     assert (k3(d.double(), torch.zeros(3001, dtype=torch.float64)) >= 0).all()
     assert (k3(d, torch.zeros(3001)) >= -1e-7).all()
+
+
+def test_the_penalty_by_hand():
+    """Two tokens with log-ratios .5 and −.2 at β = 2 cost .6; where nothing is scored, nothing is paid. The result has no gradient."""
+    logps = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]], dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    found = kl_rewards(rewards, logps, torch.tensor([[-1.5, -1.8], [-0.5, 0.0]], dtype=torch.float64), beta=2.0)
+    assert found.tolist() == pytest.approx([0.4, 3.0], abs=1e-12) and not found.requires_grad
+
+
+@pytest.mark.parametrize("towards", [0.0, -math.inf])
+def test_the_least_change_of_one_log_prob_is_a_move(towards):
+    """Up or down by the last bit of a float32, one of 41. Equal ones have not moved; NaN counts as equal."""
+    old = torch.full((41,), -1.1)
+    logps = old.clone()
+    logps[7] = logps[7].nextafter(torch.tensor(towards))
+    assert moved(logps, old) and moved(old, logps) and not moved(old, old.clone())
+    assert not moved(torch.full((41,), math.nan), old)
 
 
 def test_exact_kl_against_numpy():

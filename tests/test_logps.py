@@ -382,3 +382,18 @@ def test_several_batches_go_through_together():
         assert all(torch.allclose(p.grad, q, atol=1e-12) for p, q in zip(policy.parameters(), expected, strict=True))
         policy.zero_grad()
     assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_mean_logps_divide_by_what_is_scored():
+    """Answers of 3, 1 and 0 tokens in one batch, and of 2 in another: the mean over each answer's own tokens, row by row; 0 for none."""
+    policy = tiny_gpt()
+    prompts, completions = [[0, 1], [2], [3]], [[1, 2, EOS], [EOS], []]
+    expected = []
+    for prompt, completion in zip([*prompts, [1]], [*completions, [3, EOS]], strict=True):
+        law = policy(torch.tensor([prompt + completion]))[0].log_softmax(-1)
+        logps = [law[len(prompt) - 1 + t, token].item() for t, token in enumerate(completion)]
+        expected.append(sum(logps) / max(1, len(logps)))
+    batch, other = collate(prompts, completions, pad_id=EOS), collate([[1]], [[3, EOS]], pad_id=EOS)
+    assert mean_logps(policy, batch).tolist() == pytest.approx(expected[:3], abs=1e-12)
+    assert [means.tolist() for means in mean_logps(policy, batch, other)] == [pytest.approx(expected[:3]), pytest.approx(expected[3:])]

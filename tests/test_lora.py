@@ -121,6 +121,24 @@ def test_there_and_back(family, targets, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_of_the_blocks_has_an_adapter(family):
+    model = policy(family)
+    matrices = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name.startswith("blocks.")}
+    assert set(adapters(inject(model, 2))) == matrices
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_one_packed_matrix_keep_their_scales(family, tmp_path):
+    """Queries at scale 16 / 2, values at 8 / 4, keys without: gpt2 and gpt_neox store one A and one B, and one alpha, for all three."""
+    model = inject(inject(policy(family), 2, 16.0, r"attn\.q"), 4, 8.0, r"attn\.v")
+    for adapter in adapters(model).values():
+        torch.nn.init.normal_(adapter.lora_B, std=0.2)
+    save_adapter(model, tmp_path)
+    with torch.no_grad():
+        assert (load_adapter(policy(family), tmp_path)(IDS) - model(IDS)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_peft_reads_ours(family, tmp_path):
     """The base model as a Hugging Face folder, the adapter beside it: transformers with PEFT gives our logits to 1e-6 (float64, but
     transformers takes llama's norms in float32)."""

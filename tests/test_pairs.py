@@ -1,9 +1,13 @@
-"""The labels of --online's pairs. (Whole runs: tests/test_preference_runs.py; wrong variants: tests/test_wrong_variants.py.)"""
+"""The loop of the six methods for pairs: the labels of --online, the reference, the learning rate.
+
+Whole runs: tests/test_preference_runs.py; wrong variants: tests/test_wrong_variants.py.
+"""
 
 import pytest
 import torch
 
 from minialign import pairs
+from minialign.engine.common import read_rows
 from minialign.methods import dpo, gpo, ipo, orpo, simpo, slic
 from tests.enumerable import tiny_gpt
 
@@ -48,3 +52,10 @@ def test_ref_is_the_policy_as_it_was_and_only_where_beta_pulls_to_it(m, method, 
                 weight.add_(1)
         assert all(torch.equal(weight, before[name]) and not weight.requires_grad for name, weight in ref.named_parameters())
         assert all(weight.requires_grad for weight in policy.parameters())
+
+
+def test_each_step_has_the_rate_of_its_own_place(small):
+    """Warm-up over 2 of 6 steps, then linear: 1/2, 1, 1, 3/4, 1/2 and 1/4 of --lr."""
+    module, cfg = small("dpo", warmup=0.34, schedule="linear", lr=0.004)
+    rows = read_rows(module.main(cfg) / "metrics.jsonl")
+    assert [row["lr"] for row in rows] == pytest.approx([0.002, 0.004, 0.004, 0.003, 0.002, 0.001])

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,17 @@ def test_what_was_kept_is_asked_for_when_the_policy_has_moved(small):
         (folder / file).unlink()
         with pytest.raises(BadInput, match="is missing, and the policy of step 4 is not the reference"):
             module.main(module.Config(resume=str(folder)))
+
+
+def test_log_probs_that_were_edited_are_refused(tmp_path):
+    """What a run stored is read again, and is that of its first reading or nothing."""
+    stub = SimpleNamespace(folder=tmp_path, first_step=0)
+    read = lambda: run.Run.compute_or_read(stub, "ref_logps.json", 0, lambda: [[-1.5, -2.0]])  # noqa: E731
+    assert read() == read() == [[-1.5, -2.0]]
+    file = tmp_path / "ref_logps.json"
+    file.write_text(file.read_text().replace("-1.5", "-1.6"))
+    with pytest.raises(BadInput, match="has changed since this run wrote it"):
+        read()
 
 
 def test_refusals(small):

@@ -3,6 +3,7 @@
     python -m tests.killing writes FOLDER                          kill before the k-th change of the disk, for every k
     python -m tests.killing stop METHOD TRIALS FOLDER CONFIG_JSON  stop a run by SIGTERM at random moments, resume it, compare
     python -m tests.killing run METHOD TRIALS FOLDER CONFIG_JSON   kill a training run at random moments, resume it, compare
+    python -m tests.killing soak METHOD KILLS FOLDER CONFIG_JSON   measure a long run, then kill it so many times and compare
 
 Prints JSON; tests/engine/test_checkpoint.py and tests/engine/test_resume.py read it. Each child is forked before any parallel kernel ran.
 """
@@ -23,7 +24,7 @@ import torch
 import torch._dynamo  # noqa: F401  an optimizer imports it, seconds long: once here, not in every child
 from safetensors.torch import load_file
 
-from minialign.engine import checkpoint
+from minialign.engine import checkpoint, run
 from minialign.engine.common import read_rows
 from minialign.engine.tracking import TIMED
 
@@ -145,10 +146,43 @@ def kill_runs(method, trials, folder, settings):
     return outcomes
 
 
+def soak(method, kills, folder, settings):
+    """A long run: {'measured': [[step, resident MB, open files]], 'kills': how many met the run, 'equal': is the killed run the unbroken
+    one}. It is killed at random moments, each time in another part of it."""
+    module, measured = importlib.import_module(f"minialign.methods.{method}"), f"{folder}/measured.jsonl"
+    unbroken, out = f"{folder}/unbroken", f"{folder}/killed"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+
+    def measuring():
+        log = run.Run.log
+
+        def measure(self, step, **metrics):
+            log(self, step, **metrics)
+            if (step + 1) % 500 == 0:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                with open(measured, "a") as file:
+                    file.write(f"[{step + 1}, {pages * os.sysconf('SC_PAGE_SIZE') / 2**20:.1f}, {len(os.listdir('/proc/self/fd'))}]\n")
+
+        run.Run.log = measure
+        module.main(module.Config(**settings, out=unbroken))
+
+    started = time.monotonic()
+    in_child(measuring)
+    part, rng, met, config = (time.monotonic() - started) / (kills + 1), random.Random(0), 0, module.Config(**settings, out=out)
+    while in_child(lambda config=config: module.main(config), kill_after=part * rng.uniform(0.7, 1.3)):
+        met += 1
+        if (Path(out) / "config.json").is_file():
+            config = module.Config(resume=out)
+    rows = [json.loads(line) for line in Path(measured).read_text().splitlines()]
+    return {"measured": rows, "kills": met, "equal": result_of(out) == result_of(unbroken)}
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "writes":
         print(json.dumps(kill_between_writes(sys.argv[2])))
     elif sys.argv[1] == "stop":
         print(json.dumps(stop_runs(sys.argv[2], int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))))
+    elif sys.argv[1] == "soak":
+        print(json.dumps(soak(sys.argv[2], int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))))
     else:
         print(json.dumps(kill_runs(sys.argv[2], int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))))

@@ -145,15 +145,17 @@ def check_parity(family, seeds, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family, tmp_path):
+def test_logits_equal_transformers(family, tmp_path, record_property):
     """50 random configurations: the folder that transformers saves, loaded by us, gives transformers' logits in both precisions."""
     check_parity(family, range(N_RANDOM), tmp_path)
+    record_property("tried", N_RANDOM)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers_on_many_more(family, tmp_path):
+def test_logits_equal_transformers_on_many_more(family, tmp_path, record_property):
     check_parity(family, range(N_RANDOM, 4 * N_RANDOM), tmp_path)
+    record_property("tried", 3 * N_RANDOM)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,6 +1,7 @@
 """The sampler against a language that is summed over: frequencies, invariance to the batch, what it reports, what it refuses."""
 
 import copy
+import gc
 import inspect
 import random
 import re
@@ -19,6 +20,7 @@ from minialign.logps import token_logps
 from minialign.model import GPT, GPTConfig, KVCache
 from minialign.rewards import rollout_stats
 from minialign.sample import Step, draw_tokens, keep_top_k, keep_top_p, rollout, sample, stepper
+from tests.conftest import Allocations
 from tests.enumerable import EOS, MAX_NEW, N_CONTENT, PROMPTS, all_completions, tiny_gpt
 
 FAMILIES = {
@@ -191,7 +193,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch():
 
 
 @pytest.mark.slow
-def test_a_row_is_the_same_in_500_random_schedules():
+def test_a_row_is_the_same_in_500_random_schedules(record_property):
     """As above for every family, other settings and longer rows; log-probs agree to 1e-10 as well."""
     rng = random.Random(1)
     for family, changes in FAMILIES.items():
@@ -212,6 +214,7 @@ def test_a_row_is_the_same_in_500_random_schedules():
                 logps = rollout.old_logps[b][rollout.mask[b]]
                 assert torch.allclose(logps, single.old_logps[seen[prompt]][single.mask[seen[prompt]]], rtol=0, atol=1e-10)
                 seen[prompt] += 1
+    record_property("tried", 100 * len(FAMILIES))
 
 
 def test_duplicates_continue_where_n_would():
@@ -285,6 +288,23 @@ def guarded(policy, monkeypatch, *, sampled_at=1.0):
     run = SimpleNamespace(cfg=SimpleNamespace(max_new=24, tau=1.0, seed=0, dtype="its own"), dtype=policy.head_weight.dtype)
     prompts = [[(7 * i + n) % 40 for i in range(n)] for n in (5, 9, 14)]
     look.check_sampler(run, SimpleNamespace(eos_id=None), prompts, policy=policy, ref=policy)
+
+
+@pytest.mark.parametrize("tokens", [slice(None), slice(1)])
+@pytest.mark.parametrize("by", [5e-9, -5e-9])
+def test_the_guard_looks_at_both_sides_and_at_every_token(monkeypatch, tokens, by):
+    """In float64 a ratio may be off by 1e-9. Here all ratios are above or below 1 by 5e-9, or one of them is."""
+    def off(*arguments, **settings):
+        answers = sample(*arguments, **settings)
+        places = answers.mask.nonzero()[tokens]
+        answers.old_logps[places[:, 0], places[:, 1]] += by
+        return answers
+
+    monkeypatch.setattr(look, "sample", off)
+    run = SimpleNamespace(cfg=SimpleNamespace(max_new=24, tau=1.0, seed=0, dtype="its own"), dtype=torch.float64)
+    policy = tiny_gpt(40, max_len=64)
+    with pytest.raises(BadInput, match="sampler and training pass differ by"):
+        look.check_sampler(run, SimpleNamespace(eos_id=None), [[1, 2], [3]], policy=policy, ref=policy)
 
 
 GUARDED = {**FAMILIES, "mistral": dict(FAMILIES["llama"], windows=(16, 16)), "qwen2": dict(FAMILIES["llama"], qkv_bias=True, n_kv_head=1)}
@@ -382,18 +402,42 @@ def test_without_eos_nothing_stops():
     assert any(EOS in completion for completion in rollout.completions)
 
 
-def test_padding_rows_of_the_vocabulary_are_never_sampled():
+@pytest.mark.long
+def test_ten_thousand_requests_of_any_length(record_property):
+    """Prompts of 1 to 1,024 tokens, in any order, 400 at a call: each is answered once, and as if it were asked alone; the reported
+    log-probs are those of one full forward pass; and nothing of a call stays in memory."""
+    policy, rng = tiny_gpt(max_len=1040, n_layer=2, n_head=2, n_embd=8, ffn_dim=8, positions="rotary").float(), random.Random(0)
+    prompts = [[rng.randrange(N_CONTENT) for _ in range(min(1024, int(2 ** rng.uniform(0, 10.01))))] for _ in range(10_000)]
+    with Allocations() as counted:
+        for start in range(0, len(prompts), 400):
+            asked = prompts[start : start + 400]
+            answers = run(policy, asked, max_new=12)
+            assert len(answers.completions) == len(asked)
+            for b in rng.sample(range(len(asked)), 20):
+                assert answers.completions[b] == run(policy, [asked[b]], max_new=12).completions[0] or asked.count(asked[b]) > 1
+                row = answers[b : b + 1].trimmed()
+                with torch.no_grad():
+                    assert torch.allclose(token_logps(policy, row), row.old_logps, rtol=0, atol=1e-5)
+            del answers, row
+            gc.collect()
+            assert counted.now == 0, start
+    record_property("tried", len(prompts))
+
+
+@pytest.mark.parametrize("rows", [2000, pytest.param(20_000, marks=pytest.mark.long)])
+def test_padding_rows_of_the_vocabulary_are_never_sampled(rows, record_property):
     """The last 3 of 8 ids pad the table; their logits are made the largest. 100,000 draws and greedy: none of them appears. Nor at a
     temperature at which all that is allowed has probability 0 in float32; its log-prob stays a number, that of the forward pass."""
+    record_property("tried", 50 * rows)
     policy = tiny_gpt(8, n_tokens=5, max_len=64)
     with torch.no_grad():
         policy.norm.bias.fill_(0.5)
         policy.head_weight[5:] = 1.0
     with torch.no_grad():
         assert policy(torch.tensor([[0]]))[0, -1].argmax() >= 5
-    rollout = sample(policy, [[0]], n=2000, max_new=50, eos_id=None, seed=0)
+    rollout = sample(policy, [[0]], n=rows, max_new=50, eos_id=None, seed=0)
     counts = Counter(token for completion in rollout.completions for token in completion)
-    assert sum(counts.values()) == 100_000 and set(counts) == set(range(5))
+    assert sum(counts.values()) == 50 * rows and set(counts) == set(range(5))
     greedy = sample(policy, [[0]], max_new=50, eos_id=None, seed=0, greedy=True)
     assert max(greedy.completions[0]) < 5
     with torch.no_grad():

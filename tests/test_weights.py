@@ -340,6 +340,22 @@ def test_dtype_is_kept_or_converted(folder):
     assert same_weights(load_pretrained(folder).state_dict(), kept.state_dict())
 
 
+def test_a_loaded_tied_head_is_the_embedding(tmp_path):
+    """One parameter, not two with the same memory: an optimizer would step twice. Of a loaded model and of a new one."""
+    config = GPTConfig(vocab_size=7, n_layer=1, n_head=2, n_embd=8, ffn_dim=8, max_len=16)
+    save_pretrained(GPT(config), tmp_path)
+    for model in (load_pretrained(tmp_path), weights.new_model(config)):
+        assert model.head.weight is model.tok_embed.weight
+
+
+def test_a_scalar_head_stays_float32_beside_a_bfloat16_trunk(tmp_path):
+    model = GPT(GPTConfig.tiny(7)).with_scalar_head()
+    save_pretrained(model, tmp_path)
+    loaded = load_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for name, p in loaded.named_parameters() if name != "head.weight"} == {torch.bfloat16}
+    assert loaded.head_weight.dtype == torch.float32 and torch.equal(loaded.head_weight, model.head_weight)
+
+
 def test_padding_rows_of_the_vocabulary_are_known(folder):
     """5 characters and the end token make 6 ids for 7 embedding rows: the seventh decodes to nothing and must not be sampled."""
     assert load_pretrained(folder).config.n_tokens is None  # no tokenizer, nothing known
@@ -654,7 +670,7 @@ def raw_safetensors(header, data=b"", length=None):
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
-def test_truncated_weights_are_always_refused(folder):
+def test_truncated_weights_are_always_refused(folder, record_property):
     whole = (folder / "model.safetensors").read_bytes()
     for part in range(64):
         (folder / "model.safetensors").write_bytes(whole[: len(whole) * part // 64])
@@ -663,6 +679,7 @@ def test_truncated_weights_are_always_refused(folder):
     refused(folder, "not a valid safetensors file")
     (folder / "model.safetensors").write_bytes(whole)
     load_pretrained(folder)
+    record_property("tried", 65)
 
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -763,16 +780,19 @@ def exchange_and_load(folder, seeds):
         only_bad_input(folder, raw_safetensors(changed, data))
 
 
-def test_flipped_bits_in_the_header_are_refused(folder):
+def test_flipped_bits_in_the_header_are_refused(folder, record_property):
     flip_and_load(folder, range(400))
+    record_property("tried", 400)
 
 
-def test_exchanged_header_entries_are_refused(folder):
+def test_exchanged_header_entries_are_refused(folder, record_property):
     exchange_and_load(folder, range(400))
+    record_property("tried", 400)
 
 
 @pytest.mark.long
-def test_ten_thousand_damaged_headers(folder):
+def test_ten_thousand_damaged_headers(folder, record_property):
+    record_property("tried", 10_000)
     whole = (folder / "model.safetensors").read_bytes()
     flip_and_load(folder, range(10_000, 15_000))
     (folder / "model.safetensors").write_bytes(whole)

@@ -143,14 +143,16 @@ def flags(cfg):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="finds the workers by pgrep")
-def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
+@pytest.mark.parametrize(("at", "victim"), [(25, 1), *[pytest.param(at, victim, marks=pytest.mark.long) for at in (2, 40, 60, 80, 99)
+                                                       for victim in (0, 1)]])
+def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path, record_property, at, victim):
     """kill -9 of one worker: within 30 s all are gone, the exit code is not 0, and the other says why. SIGTERM: both save the same step.
     Either way --resume, with two processes again, equals the unbroken run bit for bit."""
     steps = dict(steps=150, save_every=20, eval_every=100)
     jobs = [small("sft", **steps, out=str(tmp_path / "unbroken"))]
     module, cfg = small("sft", **steps, out=str(tmp_path / "killed"))
-    running, workers = start(["sft", *flags(cfg)], tmp_path / "killed" / "metrics.jsonl", 25)
-    os.kill(workers[1], signal.SIGKILL)
+    running, workers = start(["sft", *flags(cfg)], tmp_path / "killed" / "metrics.jsonl", at)
+    os.kill(workers[victim], signal.SIGKILL)
     began = time.monotonic()
     _, said = running.communicate(timeout=600)
     assert running.returncode != 0 and time.monotonic() - began < 30 and "another process is gone" in said and "--resume" in said
@@ -160,8 +162,8 @@ def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
     jobs.append((module, module.Config(resume=str(tmp_path / "killed"))))
 
     _, cfg = small("sft", **steps, out=str(tmp_path / "stopped"))
-    running, workers = start(["sft", *flags(cfg)], tmp_path / "stopped" / "metrics.jsonl", 25)
-    os.kill(workers[1], signal.SIGTERM)  # only one is told: all save and stop
+    running, workers = start(["sft", *flags(cfg)], tmp_path / "stopped" / "metrics.jsonl", at)
+    os.kill(workers[victim], signal.SIGTERM)  # only one is told: all save and stop
     said, _ = running.communicate(timeout=600)
     assert running.returncode == 0 and "stopped after step" in said
     last = read_rows(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"]
@@ -172,6 +174,7 @@ def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     unbroken = result_of(tmp_path / "unbroken")
     assert result_of(tmp_path / "killed") == unbroken and result_of(tmp_path / "stopped") == unbroken
+    record_property("tried", 2)
 
 
 @pytest.mark.slow

@@ -195,26 +195,44 @@ def check(outcomes, trials):
     ("sft", 3),
     *[pytest.param(method, 4 if method in LOOPS else 2, marks=pytest.mark.slow) for method in METHODS if method != "sft"],
     *[pytest.param(method, 20, marks=pytest.mark.long) for method in ("irft", "reward_model", "ppo")],
-    pytest.param("sft", 60, marks=pytest.mark.long),
+    pytest.param("sft", 80, marks=pytest.mark.long),
 ])
-def test_kill_9_at_random_moments(small, tmp_path, method, trials):
+def test_kill_9_at_random_moments(small, tmp_path, record_property, method, trials):
     """SIGKILL at moments spread over the whole run, which saves at every step so that many fall into a write; some runs are
     killed again while they resume. Every one ends bitwise equal to the unbroken run."""
     _, cfg = small(method, steps=14, save_every=1, eval_every=5, micro_batch=3, **EXTRA.get(method, {}))
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}
-    check(killed(method, trials, tmp_path / "kills", settings), trials)
+    outcomes = killed(method, trials, tmp_path / "kills", settings)
+    check(outcomes, trials)
+    record_property("tried", sum(kills for _, _, kills, _ in outcomes))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_ten_thousand_steps(small, tmp_path, record_property):
+    """Memory and open files are the same at the end as at step 1,000. Killed ten times, the run ends as the unbroken one."""
+    _, cfg = small("sft", steps=10_000, save_every=50, eval_every=500, log_every=1000)
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}
+    found = killed("sft", 10, tmp_path / "soak", settings, how="soak")
+    assert found["equal"] and found["kills"] >= 5
+    steps, memory, files = zip(*found["measured"], strict=True)
+    assert steps == tuple(range(500, 10_001, 500)) and max(memory) < 1.05 * memory[1] and len({*files}) == 1, found
+    record_property("tried", 10_000)
+    record_property("kills", found["kills"])
+    record_property("megabytes", max(memory))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("method", ["sft", *[pytest.param(method, marks=pytest.mark.slow if method in LOOPS else pytest.mark.long)
                                             for method in METHODS if method != "sft"]])
-def test_sigterm_at_random_moments(small, tmp_path, method):
+def test_sigterm_at_random_moments(small, tmp_path, record_property, method):
     """In the middle of steps, of sampling, of rewards, of evaluations. The run ends with code 0 and a checkpoint, and a resumed run ends
     bitwise as the unbroken one."""
     _, cfg = small(method, steps=14, save_every=5, eval_every=3, micro_batch=3, **EXTRA.get(method, {}))
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}
     outcomes = killed(method, 6, tmp_path / "stops", settings, how="stop")
     assert all(equal for _, equal in outcomes) and sum(stopped for stopped, _ in outcomes) >= 2, outcomes
+    record_property("tried", len(outcomes))
 
 
 SLOW = """import os, time

@@ -5,18 +5,21 @@ import math
 import os
 import shutil
 import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from minialign.batch import collate
+from minialign.batch import Rollout, collate
 from minialign.engine import look, run
 from minialign.engine.common import BadInput, read_rows
 from minialign.engine.tracking import TIMED
 from minialign.methods import rloo
 from minialign.task import builtin_tokenizer
 from tests.conftest import EACH_LOOP, LEARNING, METHODS
+from tests.killing import result_of
 
 
 def poison(monkeypatch, module, bad_steps, where="loss"):
@@ -117,6 +120,24 @@ def test_two_bad_steps_then_a_good_one_go_on(small, monkeypatch):
     assert read_rows(module.main(cfg) / "metrics.jsonl")[-1]["skipped"] == 4
 
 
+def test_each_answer_is_judged_with_its_own_prompt():
+    """Two prompts with two answers each: the reward sees a a b b. Answers without EOS, here the second and third, lose missing_eos."""
+    batch = collate([[1], [1], [2], [2]], [[3, 0], [4], [5], [0]], pad_id=0)
+    finished = torch.tensor([True, False, False, True])
+    answers = Rollout(batch.inputs, batch.targets, batch.mask, torch.zeros(4, 2), torch.tensor([2, 1, 1, 1]), finished,
+                      [[3, 0], [4], [5], [0]])
+    stub = SimpleNamespace(cfg=SimpleNamespace(reward_limit=60.0, missing_eos=0.5), device=torch.device("cpu"), dtype=torch.float64)
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    seen = []
+
+    def reward(prompts, completions):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [1.0, 2.0, 3.0, 4.0]
+
+    rewards = run.Run.ask(stub, 0, reward, tokenizer, ["a", "b"], answers)
+    assert seen == [("a", "3 0"), ("a", "4"), ("b", "5"), ("b", "0")] and rewards.tolist() == [1.0, 1.5, 2.5, 4.0]
+
+
 def test_first_look(small, capsys):
     """Device, sizes, decoded rows with what is scored in ⟦ ⟧ and EOS as ⏎, counts."""
     module, cfg = small("sft", steps=1)
@@ -175,6 +196,57 @@ def test_metrics_are_valid_json_everywhere(small):
             module, cfg = small(method, held_out=held_out, steps=2)
             text = (module.main(cfg) / "metrics.jsonl").read_text()
             json.loads("[" + ",".join(text.splitlines()) + "]", parse_constant=pytest.fail)
+
+
+def odd_rows(kind):
+    """Rows that are legal and odd, in the form of every method at once. Rewards of `lexicon:§` are equal."""
+    answers = {"chosen": "may i have tea, please.", "rejected": "give me tea now!"}
+    row = {"prompt": "ask for tea: ", "completion": answers["chosen"], "label": True, **answers}
+    if kind == "one row":
+        return [row]
+    if kind == "an empty answer":
+        return [row, {**row, "completion": "", "chosen": ""}, {**row, "label": False, "rejected": ""}, row]
+    if kind == "equal answers":
+        return [{**row, "rejected": row["chosen"], "label": bool(i % 2)} for i in range(4)]
+    return [row, {**row, "prompt": "ask for tea: " * 9}, {**row, "label": False}, row]  # a prompt that fills max_len
+
+
+@pytest.mark.parametrize("kind", ["one row", "an empty answer", "equal answers", "a prompt that fills the row", "max_new 1"])
+@pytest.mark.parametrize("method", [pytest.param(method, marks=[] if method in ("sft", "dpo", "grpo") else pytest.mark.slow)
+                                    for method in METHODS])
+def test_odd_rows_train_or_are_refused_in_a_sentence(small, tmp_path, method, kind):
+    """Losses are finite, or BadInput says what cannot be (one row of feedback has no reference point, a prompt leaves no room)."""
+    path = tmp_path / "odd.jsonl"
+    flag = next(flag for flag in ("demos", "pairs", "feedback", "prompts") if hasattr(small(method)[1], flag))
+    keys = {"demos": ("prompt", "completion"), "pairs": ("prompt", "chosen", "rejected"), "feedback": ("prompt", "completion", "label"),
+            "prompts": ("prompt",)}[flag]
+    path.write_text("".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in odd_rows(kind)))
+    changes = {flag: str(path), "steps": 2, "batch_size": 8, "held_out": 0.0, "max_len": 64}
+    changes |= {"max_new": 1} if kind == "max_new 1" else {}
+    changes |= {"reward": ["lexicon:§"]} if flag == "prompts" else {}
+    module, cfg = small(method, **{name: value for name, value in changes.items() if hasattr(small(method)[1], name)})
+    try:
+        rows = read_rows(module.main(cfg) / "metrics.jsonl")
+    except BadInput as error:
+        assert kind in ("one row", "a prompt that fills the row") and str(error).count("\n") == 0
+        return
+    assert len(rows) == 2 and all(math.isfinite(row["loss"]) for row in rows if "loss" in row) and rows[-1]["skipped"] == 0
+
+
+def test_a_clock_that_jumps_back_changes_nothing(small, monkeypatch):
+    """An hour back in each second call: the same metrics but for the seconds, the same weights."""
+    module, cfg = small("sft")
+    expected = result_of(module.main(cfg))
+    now, calls = time.time, []
+
+    def jumping():
+        calls.append(1)
+        return now() - 3600 * (len(calls) % 2)
+
+    monkeypatch.setattr(time, "time", jumping)
+    monkeypatch.setattr(time, "monotonic", jumping)
+    module, cfg = small("sft")
+    assert result_of(module.main(cfg)) == expected and calls
 
 
 @pytest.mark.parametrize(("changes", "message"), [

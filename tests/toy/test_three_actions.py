@@ -2,10 +2,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 from minialign.engine.common import BadInput
-from toy import three_actions
+from toy import closed_form, three_actions
 
 
 def test_every_row_meets_its_law(tmp_path, capsys):
@@ -19,6 +20,19 @@ def test_every_row_meets_its_law(tmp_path, capsys):
                                       for settings in three_actions.OTHERS])  # with an expert: 20 and 30 s
 def test_other_settings(settings, tmp_path):
     assert three_actions.main(three_actions.Config(**settings, out=str(tmp_path / "figure.png")))
+
+
+@pytest.mark.long
+def test_ten_seeds_of_what_is_sampled(record_property):
+    """IRFT on sampled batches, within .02 in total variation of its law; Algorithm 1 of one demonstration, to rounding."""
+    expert, ref = (torch.tensor(p, dtype=torch.float64) for p in ([0.1, 0.2, 0.7], [0.5, 0.3, 0.2]))
+    for seed in range(10):
+        learned = three_actions.sampled_irft(expert, ref, beta=2.0, seed=seed).numpy()
+        law = closed_form.geometric_mixture(expert.numpy(), ref.numpy(), 2.0)
+        assert abs(learned - law).sum() / 2 <= 0.02, (seed, learned, law)
+        learned = three_actions.algorithm_1(torch.full((3,), 1 / 3, dtype=torch.float64), 2, beta=2.0, R=3.0, seed=seed).numpy()
+        assert abs(learned - closed_form.table_1(1.5)).max() <= 1e-12, (seed, learned)
+    record_property("tried", 20)
 
 
 def failures(monkeypatch, wrong, loss="irft_loss"):

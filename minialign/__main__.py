@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from minialign.engine.common import BadInput, figure_path, pick_device, pick_dtype, read_rows
-from minialign.engine.tracking import TIMED
-from minialign.settings import cli, exit_codes
+try:
+    from minialign.engine.common import BadInput, figure_path, pick_device, pick_dtype, read_rows
+    from minialign.engine.tracking import TIMED
+    from minialign.settings import cli, exit_codes
+except KeyboardInterrupt:  # importing torch takes seconds
+    sys.exit(130)
 
 ROOT = Path(__file__).parent.parent
 

@@ -54,6 +54,19 @@ def test_help_shows_every_field_with_its_comment_and_default(command, capsys):
     assert code == 0
 
 
+def test_ctrl_c_while_torch_is_imported_is_no_traceback():
+    program = """if True:
+        import importlib.abc, runpy, sys
+        class Interrupting(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name == "torch":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupting())
+        runpy.run_module("minialign", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_mistyped_flag_and_command(capsys):
     code, _, err = call("irft", "--bta", "0.1", capsys=capsys)
     assert code == 2 and "did you mean --beta?" in err and err.count("\n") == 1

@@ -74,7 +74,7 @@ def plot_main(cfg):
         for row in rows:
             for name, value in row.items():
                 if value is not None and (type(value) not in (int, float) or not abs(value) < 1e300):
-                    raise BadInput(f"{run}/metrics.jsonl: {name} of step {row['step']} is no number that can be plotted")
+                    raise BadInput(f"{run}/metrics.jsonl: {name} of step {row['step']} is not a number that can be plotted")
     for run, rows in tables.items():
         if not rows:
             raise BadInput(f"{run}: has no metrics.jsonl with rows; is it a run folder?")

@@ -16,6 +16,7 @@ chat_template_kwargs. A bad row raises an error with path:line and the reason. W
 dropped silently. docs/DATA.md has every detail. Checked by tests/test_data.py and tests/test_world.py.
 """
 
+import functools
 import glob
 import gzip
 import io
@@ -249,10 +250,8 @@ def _hub_records(name, split):
     if os.path.isdir(name) and not saved and glob.has_magic(os.path.abspath(name)):
         raise BadInput(f"{name}: `datasets` reads *, ? and [ in a folder's name as a pattern; rename it, or name one of its .parquet files")
     try:
-        if os.path.isfile(name) and parquet.read_metadata(name).num_rows > os.path.getsize(name):
-            raise ValueError("it has more rows than bytes: no text does")
-        if os.path.isfile(name):
-            rows = datasets.Dataset(datasets.table.InMemoryTable(parquet.read_table(name)))  # load_dataset reads the name as a pattern
+        if os.path.isfile(name):  # (load_dataset reads the name as a pattern)
+            rows = (row for batch in parquet.ParquetFile(name).iter_batches(1000) for row in batch.to_pylist())
         elif saved:
             rows = datasets.load_from_disk(name)
             if saved[0] == "dataset_dict.json" and (split or "train") not in rows:
@@ -269,17 +268,27 @@ def _hub_records(name, split):
         other = "write it again" if os.path.isfile(name) else f"choose another split with {name}:SPLIT"
         raise BadInput(f"{name}: {what} ({one_line(error)}); {other}") from None
     files = [name] if os.path.isfile(name) else [file for file in Path(name).rglob("*") if file.is_file()] if here else []
-    left = 100 * sum(map(os.path.getsize, files)) + 2**20 if here else math.inf
-    for number, row in enumerate(rows, start=1):
-        row = without_nulls(row)
-        if (left := left - sum(map(len, _texts_in(row)))) < 0:
-            raise BadInput(f"{name}: holds more than 100 times its own size: no text does")
+    left, rows = max(100 * sum(map(os.path.getsize, files)), MOST_TEXT) if here else math.inf, iter(rows)
+    for number in itertools.count(1):
+        try:
+            row = without_nulls(next(rows))
+        except StopIteration:
+            return
+        except Exception as error:  # of pyarrow, at a damaged page
+            raise BadInput(f"{name}: cannot be read ({one_line(error)}); fetch or write it again") from None
+        if (left := left - 1000 - sum(map(len, _texts_in(row)))) < 0:  # (1000: about what a row takes beside its text)
+            raise BadInput(f"{name}: holds more text than fits into memory, and more than 100 times its own size; name a part of it")
         yield f"{name}: row {number}", row, None
+
+
+MOST_TEXT = 2**30  # characters that a small file may hold when it is expanded
 
 
 def stay_inside(folder):
     """Raise ValueError if the folder's README.md names data files outside the folder: `datasets` would read them."""
     readme = Path(folder) / "README.md"
+    if (Path(folder) / ".huggingface.yaml").exists():
+        raise ValueError("its .huggingface.yaml may name files elsewhere; remove that file")
     if readme.is_file():
         from huggingface_hub import DatasetCard
 
@@ -739,6 +748,10 @@ class Rows(Sequence):
                 return row
         raise BadInput("no usable rows")
 
+    @functools.cached_property
+    def known(self):
+        return [*self[:AT_ONCE]] if self.long else self
+
     def __add__(self, other):
         """Two selections of the same rows, one after the other."""
         return Rows(self.read, [*self.places, *other.places], self.long)
@@ -798,8 +811,6 @@ class LongFile:
                 raise BadRow(fault)
             row = _fields_of(where, value)
             ids, happened = self.encode(self.convert(row))
-            for guard in self.guards:
-                guard(ids)
         except (BadRow, BadInput) as error:
             if not self.skip_bad:
                 raise BadInput(f"{where}: {error}; fix the row, or skip such rows with --skip_bad") from None
@@ -811,6 +822,11 @@ class LongFile:
             self.columns |= dict.fromkeys(row)
             self.happened.update(happened)
             self.unscored += not scored
+        for guard in self.guards if scored else ():
+            try:
+                guard(ids)
+            except BadInput as error:
+                raise BadInput(f"{where}: {error}") from None
         return ids if scored else None
 
     def check(self):
@@ -822,12 +838,21 @@ class LongFile:
         for i in range(begin, self.checked):
             self.read(i, counted=True)
         if self.checked == total:
-            if self.bad:
-                note(f"{self.path}: {self.bad:,} of {total:,} rows are bad, the next one is read instead; the first: {self.first}")
-            if self.unscored:
-                note(f"{self.path}: {self.unscored:,} of {total:,} prompts fill --max_len, the next row is read instead")
-            _say(self.happened, total, self.max_prompt)
+            self.report()
+
+    def report(self):
+        """Say what was found in the rows that have been checked. Run.steps calls this too, if it ends before all of them are."""
+        checked, total = self.checked, len(self.numbers)
+        of = f"{checked:,}" if checked == total else f"the {checked:,} rows that were checked (of {total:,})"
+        if self.bad:
+            note(f"{self.path}: {self.bad:,} of {of} rows are bad, the next one is read instead; the first: {self.first}")
+        if self.unscored:
+            note(f"{self.path}: {self.unscored:,} of {of} prompts fill --max_len, the next row is read instead")
+        _say(self.happened, checked, self.max_prompt)
+        if self.convert is not _prompt:  # rewards may read all columns
             _name_unread(self.path, self.columns)
+        if checked < total:
+            note(f"{self.path}: the run ended after {checked:,} of {total:,} rows had been checked")
 
 
 def line_starts(path):
@@ -884,14 +909,14 @@ def long_prompts(path, tokenizer, *, max_prompt, skip_bad):
 
 def demo_batch(rows, picked, *, pad_id, max_len):
     """The picked rows of encode_demos or encode_texts -> Batch."""
-    return collate([rows[i][0] for i in picked], [rows[i][1] for i in picked], pad_id=pad_id, max_len=max_len)
+    picked = [rows[i] for i in picked]
+    return collate([row[0] for row in picked], [row[1] for row in picked], pad_id=pad_id, max_len=max_len)
 
 
 def pair_batch(rows, picked, *, pad_id, max_len):
     """The picked rows of encode_pairs -> Pairs."""
-    prompts = [rows[i][0] for i in picked]
-    chosen = collate(prompts, [rows[i][1] for i in picked], pad_id=pad_id, max_len=max_len)
-    return Pairs(chosen, collate(prompts, [rows[i][2] for i in picked], pad_id=pad_id, max_len=max_len))
+    prompts, *answers = zip(*[rows[i][:3] for i in picked], strict=True)
+    return Pairs(*[collate(prompts, side, pad_id=pad_id, max_len=max_len) for side in answers])
 
 
 def answers_of(row):
@@ -917,13 +942,13 @@ def split_held_out(rows, share):
 
 
 def known(rows):
-    """The rows themselves; of a LongFile the first ones, which have been checked before step 1."""
-    return rows[:AT_ONCE] if isinstance(rows, Rows) and rows.long else rows
+    """The rows themselves; of a LongFile the first AT_ONCE of them, as a list."""
+    return rows.known if isinstance(rows, Rows) else rows
 
 
 def pick(rows, places):
     """The rows at these places."""
-    return rows.pick(places) if isinstance(rows, Rows) else [rows[i] for i in places]
+    return rows.pick(places) if isinstance(rows, Rows) and not rows.long else [rows[i] for i in places]
 
 
 def scorable(rows, max_len):

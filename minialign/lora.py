@@ -251,7 +251,7 @@ def selected(config, module):
     """PEFT's rule: whether the configuration puts an adapter beside the module of this name."""
     def names(patterns):
         if isinstance(patterns, str):
-            return patterns == "all-linear" or re.fullmatch(patterns, module)
+            return re.fullmatch(patterns, module)
         return any(module == name or module.endswith(f".{name}") for name in patterns)
 
     try:

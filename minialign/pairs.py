@@ -15,7 +15,17 @@ import functools
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from minialign.data import encode_pairs, encode_prompts, long_pairs, pair_batch, pick, read_preferences, split_held_out, split_scorable
+from minialign.data import (
+    Rows,
+    encode_pairs,
+    encode_prompts,
+    long_pairs,
+    pair_batch,
+    pick,
+    read_preferences,
+    split_held_out,
+    split_scorable,
+)
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, eval_rows, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
 from minialign.engine.opening import batches_of, check_context, encoded_once, long_or_encoded, open_optimizer, open_policy, open_rewards
@@ -137,7 +147,8 @@ def remember_pairs(run, policy, rows, held_out, batch_of):
     """The reference as a Remembered model: the policy's log-probs, before step 1, of all pairs that the run will use."""
     cfg = run.cfg
     used = {i for k in range(cfg.steps) for i in batch_rows(len(rows), cfg.batch_size, k, cfg.seed)}
-    rows = pick(rows, sorted(used)) + held_out
+    rows = pick(rows, sorted(used))
+    rows = rows + held_out if isinstance(rows, Rows) else [*rows, *held_out]
 
     def logps_of(micro):
         pairs = batch_of(rows, micro)

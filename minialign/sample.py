@@ -147,7 +147,8 @@ def drawn_with(k, policy, rows, cfg, *, n=1):
     rows: encoded rows, whose first part is the prompt. cfg: a Config with steps, rounds, batch_size and max_new. n: answers to a prompt.
     Which steps these are depends on the round, not on where a run was resumed, so a resumed run samples the same batches.
     """
-    most = min(parallel.gather(most_rows(policy, max(len(row[0]) for row in rows) + cfg.max_new) or 0))  # cards may differ
+    # (cards may differ)
+    most = min(parallel.gather(most_rows(policy, max(len(row[0]) for row in getattr(rows, "known", rows)) + cfg.max_new) or 0))
     together = max(1, most * parallel.world() // (cfg.batch_size * n)) if most else 1
     steps = [j for j in range(cfg.steps) if j * cfg.rounds // cfg.steps == k * cfg.rounds // cfg.steps]
     start = (k - steps[0]) // together * together

@@ -10,6 +10,7 @@ one of its tests passed, none was skipped, and the tries reach the number. docs/
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -32,7 +33,7 @@ class Line:
     name: str
     promise: str
     target: int  # tries
-    tests: str  # node ids without parameters: file::function, or a file; more than one between spaces
+    tests: str  # file, file::function (with all its parameters) or file::function[parameter]; more than one between spaces
     quick: str = ""  # the test that --quick runs; default: the first of the tests
     at_most: dict | None = None  # largest values of what the tests record besides; such a line runs alone, without a second process
     note: str = ""
@@ -185,10 +186,11 @@ SUMMED = {"L6": ("F6", "F7", "F10", "F14", "L5")}  # a line that counts the trie
 def run_tests(tests, alone):
     """{node id: (passed, {what it recorded})} of the tests, whatever their markers. alone: one process after the other."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
+        report, found = Path(folder) / "report.xml", {}
         command = [sys.executable, "-m", "pytest", "-q", "-m", "", f"--junitxml={report}", "--tb=short", *tests]
         subprocess.run(command if alone else [*command, "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"], cwd=ROOT)
-        found = {}
+        if not report.is_file():
+            return found
         for case in ElementTree.parse(report).iter("testcase"):
             bad = {child.tag for child in case} & {"failure", "error", "skipped"}
             recorded = {item.get("name"): float(item.get("value")) for item in case.iter("property")}
@@ -205,7 +207,8 @@ def judge(line, found):
     mine = {node: outcome for node, outcome in found.items() if belongs(node, line.tests)}
     complete = all(any(belongs(node, test) for node in mine) for test in line.tests.split())
     tried = sum(int(recorded.get("tried", 1)) for passed, recorded in mine.values() if passed)
-    beside = {name: max(recorded.get(name, 0) for _, recorded in mine.values()) for name in line.at_most or {}}
+    beside = {name: max((recorded[name] for _, recorded in mine.values() if name in recorded), default=math.inf)
+              for name in line.at_most or {}}
     within = all(value <= line.at_most[name] for name, value in beside.items())
     return {"passed": complete and within and all(passed for passed, _ in mine.values()), "tried": tried, **beside}
 
@@ -273,8 +276,10 @@ def main():
         parser.error(f"{sorted(unknown)[0]}: no such line, or one that this machine cannot run; the lines are "
                      f"{', '.join(line.name for line in lines)}")
     if asked.quick:
-        found = run_tests(sorted({line.quick or line.tests.split()[0] for line in lines}), alone=True)
+        tests = sorted({line.quick or line.tests.split()[0] for line in lines})
+        found = run_tests(tests, alone=True)
         failed = [node for node, (passed, _) in found.items() if not passed]
+        failed += [test for test in tests if not any(belongs(node, test) for node in found)]
         print(f"{len(lines)} lines, one quick test each: {len(found) - len(failed)} of {len(found)} passed {' '.join(failed)}")
         return bool(failed)
     began, chosen = time.monotonic(), [line for line in lines if not asked.only or line.name in asked.only]

@@ -36,6 +36,7 @@ from minialign.data import (
     read_prompts,
     read_texts,
 )
+from minialign.engine.common import BadInput
 from minialign.hf_config import FAMILIES
 from minialign.lora import inject, load_model, save_adapter
 from minialign.model import GPT, GPTConfig
@@ -1622,6 +1623,38 @@ def test_many_rounds(family, record_property):
     oracle = {"oracle": True} if family in ("configs", "tokenizers", "adapters") else {}
     counts = globals()[f"fuzz_{family}"](1000, ROUNDS[family][1], **oracle)
     record_property("tried", sum(counts.values()))
+
+
+def test_a_parquet_file_of_ordinary_chats_is_read(tmp_path):
+    """A long system prompt that all rows share is stored once; and few prompts of many labels are fewer bytes than rows."""
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet")
+    from pyarrow import parquet
+
+    system = {"role": "system", "content": "Be brief. " * 700}
+    rows = [{"messages": [system, {"role": "user", "content": "tea?"}, {"role": "assistant", "content": "yes"}]}] * 5000
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "chats.parquet", compression="zstd")
+    assert len(read_demonstrations(tmp_path / "chats.parquet")) == 5000
+    rows = [{"prompt": f"p{n % 5}", "completion": "c", "label": bool(n % 2)} for n in range(20_000)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "labels.parquet", compression="zstd")
+    assert len(read_feedback(tmp_path / "labels.parquet")) == 20_000 > (tmp_path / "labels.parquet").stat().st_size
+
+
+def test_a_data_folder_that_names_files_elsewhere_is_refused(tmp_path):
+    pytest.importorskip("datasets", reason="reads folders")
+    (tmp_path / "secret.jsonl").write_text('{"prompt": "p", "completion": "stolen"}\n')
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    settings = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {}\n"
+    for path in ("../secret.jsonl", str(tmp_path / "secret.jsonl"), "https://example.org/rows.jsonl"):
+        (folder / "README.md").write_text(f"---\n{settings.format(path)}---\n")
+        with pytest.raises(BadInput, match=f"its README.md names {path}, which is not in the folder"):
+            read_demonstrations(folder)
+    (folder / "README.md").write_text(f"---\n{settings.format('rows.jsonl')}---\n")
+    assert [demo.completion for demo in read_demonstrations(folder)] == ["c"]
+    (folder / ".huggingface.yaml").write_text(settings.format("../secret.jsonl"))
+    with pytest.raises(BadInput, match="its .huggingface.yaml may name files elsewhere"):
+        read_demonstrations(folder)
 
 
 def test_what_is_damaged_here_was_sound():

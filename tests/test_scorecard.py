@@ -23,7 +23,9 @@ def test_all_lines_are_there():
 def test_every_test_it_names_exists(line):
     for test in [*line.tests.split(), line.quick or line.tests.split()[0]]:
         file, _, function = re.sub(r"\[.*", "", test).partition("::")
-        assert not function or f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), test
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert not function or f"\ndef {function}(" in source, test
+        assert "[" not in test or f'"{test.partition("[")[2][:-1]}": (' in source, test
 
 
 def test_a_line_by_hand():
@@ -34,6 +36,8 @@ def test_a_line_by_hand():
     assert not judge(line, found | {"b.py::v": (False, {})})["passed"]  # one that failed or was skipped
     assert not judge(line, {"a.py::t": (True, {})})["passed"]  # one that did not run at all
     assert not judge(line, found | {"b.py::w": (True, {"seconds": 6.0})})["passed"]
+    assert not judge(line, {"a.py::t": (True, {}), "b.py::u": (True, {})})["passed"]  # the seconds were not recorded
+    assert not judge(line, {})["passed"]
 
 
 def test_the_pages_show_the_file():

@@ -692,7 +692,7 @@ MUTANTS = [
         ("split after the unusable are left out", ("(scorable(part, max_len) for part in split_held_out(rows, share))",
                                                    "split_held_out(scorable(rows, max_len), share)"),
          "test_rows_are_split_before_the_unusable_are_left_out"),
-        ("the chosen answer as the rejected one", ("[rows[i][2] for i in picked]", "[rows[i][1] for i in picked]"),
+        ("the chosen answer as the rejected one", ("rows[i][:3] for i in picked", "(*rows[i][:2], rows[i][1]) for i in picked"),
          "test_batches_of_picked_rows"),
         ("labels exchanged", ("Feedback(pair.prompt, pair.chosen, True), Feedback(pair.prompt, pair.rejected, False)",
                               "Feedback(pair.prompt, pair.chosen, False), Feedback(pair.prompt, pair.rejected, True)"), "test_feedback"),

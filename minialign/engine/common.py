@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ class BadInput(ValueError):
 
 def in_one_line(text, most=540):
     """The text in one line. What other people's files and names make too long loses its middle."""
-    text = " ".join(str(text).splitlines())
+    text = re.sub(r"\S{161,}", lambda word: f"{word[0][:80]}…{word[0][-70:]}", " ".join(str(text).splitlines()))
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 3 :]}"
 
 
@@ -183,9 +184,9 @@ def pick_device(name, *, deterministic=False):
     On CUDA, float32 products then use TF32 (10 bits of mantissa, several times as fast). deterministic: the same input gives the same bits
     on the same card; both settings are torch's own and hold for the whole process.
     """
-    if name.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
-        raise BadInput(f"--device {name}: expected auto, cpu, cuda or mps")
     try:
+        if name.partition(":")[0] == "meta":
+            raise RuntimeError("its tensors have no numbers")
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", parallel.local_rank())
@@ -197,7 +198,7 @@ def pick_device(name, *, deterministic=False):
         if deterministic:  # (flash and memory-efficient attention then add up their gradients in a fixed order)
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
             torch.use_deterministic_algorithms(True)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = one_line(error)
         raise BadInput(f"--device {name} cannot be used here ({reason}); use cpu, or auto to take what there is") from None
     return device
@@ -273,7 +274,7 @@ def read_rows(path, key=None):
     if not path.exists():
         return []
     rows = []
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # of bytes, because the last line may end inside a character
+    lines = read_regular(path).removesuffix(b"\n").split(b"\n")  # of bytes, because the last line may end inside a character
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line.decode("utf-8"))
@@ -289,7 +290,8 @@ def read_rows(path, key=None):
 def append_row(path, row):
     if not parallel.is_main():
         return
-    line, size = json.dumps(row, ensure_ascii=False) + "\n", os.path.getsize(path) if os.path.exists(path) else 0
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    size = persist(path, lambda: os.path.getsize(path) if os.path.exists(path) else 0)
 
     def write():
         with open(path, "ab") as file:
@@ -302,14 +304,15 @@ def append_row(path, row):
 def read_regular(path):
     """The bytes of a file. Raises BadInput for a pipe or a device, which could be waited for without end."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise BadInput(f"{path}: expected a file, found a {'folder' if os.path.isdir(path) else 'pipe or a device'}")
+        kind = "folder" if os.path.isdir(path) else "pipe or a device; write its content to a file first"
+        raise BadInput(f"{path}: expected a file, found a {kind}")
     return Path(path).read_bytes()
 
 
 def figure_path(flag, path):
     """Create the folder of a figure, before the work that it shows. Raises BadInput if that fails or if the name is not one of a figure."""
-    if Path(path).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
-        raise BadInput(f"{flag} {path}: expected the name of a figure, such as figure.png (or .pdf, .svg, .jpg)")
+    if Path(path).suffix.lower() not in (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".webp"):
+        raise BadInput(f"{flag} {path}: expected the name of a figure, such as figure.png (or .pdf, .svg)")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -330,12 +333,12 @@ def one_line(error):
 
 def find_folder(path_or_hub_name):
     """The local folder of a path or hub name. huggingface_hub downloads a hub name's files, or finds them in its cache."""
-    folder = Path(path_or_hub_name).expanduser()
     try:
+        folder = Path(path_or_hub_name).expanduser()
         if folder.is_dir():
             return folder
-    except (OSError, ValueError) as error:  # a name of more than 255 bytes, or with a null byte
-        raise BadInput(f"{folder}: cannot be the name of a folder ({one_line(error)})") from None
+    except (OSError, ValueError, RuntimeError) as error:  # more than 255 bytes, a null byte, ~ of nobody
+        raise BadInput(f"{path_or_hub_name}: cannot be the name of a folder ({one_line(error)})") from None
     if folder.is_file() or folder.suffix in (*PICKLES, ".safetensors", ".gguf"):  # other dots are part of a hub name
         raise BadInput(f"{folder}: expected a folder with config.json and model.safetensors, not a single file")
     note(f"{path_or_hub_name}: no such folder here; asking the hub for it")

@@ -43,7 +43,7 @@ SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "reward",
          "frac_reward_zero_std")  # on the terminal
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 NEEDS = {("log", "tensorboard"): "tensorboard", ("log", "wandb"): "wandb", ("optimizer", "adamw8bit"): "torchao"}  # optional packages
-MOST_FILES = 10_000  # of a folder of data, all of which are hashed
+MOST_FILES = 100_000  # of a folder of data, all of which are hashed
 ABORT_AFTER = 3  # steps in a row with a non-finite loss or gradient, or without rewards
 
 
@@ -258,7 +258,7 @@ class Run:
             for step in range(self.first_step, total):
                 tracking.start()
                 self.begin(step)
-                for long in self.long_files:
+                for long in self.long_files if parallel.is_main() else ():
                     long.check()
                 yield step
                 self.finished()
@@ -277,6 +277,9 @@ class Run:
                         self.save(done)
                 if stop and done < total:
                     self.leave(done)
+            for long in self.long_files if parallel.is_main() else ():
+                if long.checked < len(long.numbers):
+                    long.report()
         finally:
             tracking.stop()
             self.bar.close()

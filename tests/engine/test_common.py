@@ -145,6 +145,7 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch)
     def full(fd):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(common, "RETRY_SECONDS", ())
     monkeypatch.setattr(common.os, "fsync", full)
     with pytest.raises(OSError):
         common.write_atomic(path, "new")
@@ -153,7 +154,7 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch)
 
 def test_device_and_dtype():
     assert common.pick_device("cpu").type == "cpu" and common.pick_dtype("float64") == torch.float64
-    with pytest.raises(BadInput, match="--device tpu9: expected auto, cpu, cuda or mps"):
+    with pytest.raises(BadInput, match="--device tpu9 cannot be used"):
         common.pick_device("tpu9")
     with pytest.raises(BadInput, match=r"float32, bfloat16 or float64 \(or, in training, mixed\)"):
         common.pick_dtype("fp16")

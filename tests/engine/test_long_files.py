@@ -57,6 +57,40 @@ def test_with_a_precomputed_reference_and_online(small, long, capsys):
     assert "each is read" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("online", [False, True])
+def test_rows_that_cannot_be_used_where_the_reference_is_remembered(small, long, tmp_path, capsys, online):
+    """One prompt fills max_len: --precompute_ref knows the rows that are trained on in its place."""
+    pairs = [json.loads(line) for line in open(small("dpo")[1].pairs)]
+    pairs[3]["prompt"] = "ask for tea: " * 6
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    module, cfg = small("dpo", pairs=str(path), **({"online": True, "reward": ["length:9"]} if online else {"precompute_ref": True}))
+    module.main(cfg)
+    assert len(read_rows(Path(cfg.out) / "metrics.jsonl")) == cfg.steps
+
+
+def test_a_prompt_that_fills_the_row_is_no_prompt_without_room(small, long, tmp_path, capsys):
+    """irft leaves such a prompt out, however long it is, and says how many; a step of a long file reads the rows it needs, not all."""
+    demos = [vars(demo) for demo in builtin_demos(60)]
+    demos[10]["prompt"] *= 20
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(demo) + "\n" for demo in demos))
+    module, cfg = small("irft", demos=str(path), steps=4, batch_size=4, eval_every=100, held_out=0.0)
+    reads, read = [], data.LongFile.read
+
+    def counted(self, i, counted=None):
+        reads.append(i)
+        return read(self, i, counted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.LongFile, "read", counted)
+        module.main(cfg)
+    said = capsys.readouterr().err
+    assert "1 of the 12 rows that were checked (of 60) prompts fill --max_len" in said.replace("rows that were checked (of 60) rows", "")
+    assert f"{path}: the run ended after 12 of 60 rows had been checked" in said
+    assert len(reads) < 4 * 4 * 8  # (three for a batch, some for lengths and the check)
+
+
 def test_a_bad_row_far_behind_stops_the_run_early(small, long, tmp_path, capsys):
     """Row 20, of which the third step reads nothing: it is found when it is checked, at step 7 of 40, with its line. With --skip_bad the
     run ends and counts it."""

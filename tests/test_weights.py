@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from minialign import evaluate, weights
 from minialign.batch import collate
 from minialign.data import Pair
-from minialign.engine.common import PICKLES, BadInput
+from minialign.engine.common import PICKLES, BadInput, in_one_line
 from minialign.hf_config import FAMILIES, config_to_hf
 from minialign.lora import load_model
 from minialign.model import GPT, GPTConfig
@@ -600,7 +600,7 @@ def test_index_that_is_no_json(folder):
 def test_missing_shard_is_named(folder, name):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     write_index(folder, {"lm_head.weight": "a.safetensors", "model.norm.weight": name})
-    refused(folder, str(folder), f"the index names the shard {name}, but it is missing; fetch the folder again")
+    refused(folder, str(folder), in_one_line(f"the index names the shard {name}, but it is missing; fetch the folder again"))
 
 
 def test_tensor_in_two_shards(folder):

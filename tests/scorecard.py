@@ -242,27 +242,35 @@ def table(results):
     return "\n".join(rows)
 
 
+def score(results):
+    """'38 of 38 lines of the [scorecard](…) hold', for README, and how many have not been tried."""
+    lines = [line.name for line in LINES if isinstance(line, Line)]
+    passed, untried = sum(results.get(name, {}).get("passed", False) for name in lines), len({*lines} - results.keys())
+    return f"{passed} of {len(lines)} lines of the [scorecard]({LINK}) hold{f', {untried} have not been tried yet' * bool(untried)}"
+
+
 def summary(results):
-    """'38 of 38', and a sentence that says where and when."""
-    lines = [line for line in LINES if isinstance(line, Line)]
-    passed = sum(results.get(line.name, {}).get("passed", False) for line in lines)
+    """The same for the page, with date, commit and machine."""
     dates, commits = ({result[key] for result in results.values()} for key in ("date", "commit"))
     when = min(dates) if len(dates) == 1 else f"{min(dates)} to {max(dates)}"
-    where = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
-    return f"{passed} of {len(lines)}", (f"{passed} of {len(lines)} lines hold ({when}, commit {', '.join(sorted(commits))}; {where}). "
-                                         f"{len(LINES) - len(lines)} lines need other machines.")
+    where = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    others = sum(isinstance(line, Elsewhere) for line in LINES)
+    return (f"{score(results).replace(f' of the [scorecard]({LINK})', '')} ({when}, commit {', '.join(sorted(commits))}; {where}). "
+            f"{others} further lines need other machines.")
+
+
+LINK = "docs/RELIABILITY.md#the-scorecard"
 
 
 def write_page(results):
     """Put the table into docs/RELIABILITY.md and the number into README."""
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    score, sentence = summary(results)
     page = PAGE.read_text(encoding="utf-8")
     begin, end = "<!-- scorecard -->\n", "\n<!-- end of the scorecard -->"
     head, _, rest = page.partition(begin)
-    PAGE.write_text(f"{head}{begin}{sentence}\n\n{table(results)}{end}{rest.partition(end)[2]}", encoding="utf-8")
+    PAGE.write_text(f"{head}{begin}{summary(results)}\n\n{table(results)}{end}{rest.partition(end)[2]}", encoding="utf-8")
     readme = README.read_text(encoding="utf-8")
-    README.write_text(re.sub(r"\d+ of \d+ lines of the \[scorecard\]", f"{score} lines of the [scorecard]", readme), encoding="utf-8")
+    README.write_text(re.sub(r"\d+ of \d+ lines of the \[scorecard\][^.]*\.[^.]*(?=\.)", score(results), readme), encoding="utf-8")
 
 
 def main():
@@ -297,7 +305,7 @@ def main():
         print(f"{line.name:4} {'held' if got['passed'] else 'DID NOT HOLD':12} {got['tried']:>9,} of {line.target:,} tries  {line.promise}")
     results = {line.name: results[line.name] for line in lines if line.name in results}
     write_page(results)
-    print(f"{summary(results)[1]} This took {(time.monotonic() - began) / 60:.0f} min.")
+    print(f"{summary(results)} This took {(time.monotonic() - began) / 60:.0f} min.")
     return not all(results[line.name]["passed"] for line in chosen)
 
 

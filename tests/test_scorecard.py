@@ -46,8 +46,8 @@ def test_the_pages_show_the_file():
     results = json.loads(scorecard.RESULTS.read_text(encoding="utf-8"))
     page = scorecard.PAGE.read_text(encoding="utf-8")
     assert scorecard.table(results) in page
-    score = re.search(r"(\d+ of \d+) lines of the \[scorecard\]\(docs/RELIABILITY.md", scorecard.README.read_text(encoding="utf-8"))[1]
-    assert score == scorecard.summary(results)[0] and f"{score} lines hold" in page
+    assert f"{scorecard.score(results)}." in scorecard.README.read_text(encoding="utf-8")
+    assert f"{scorecard.score(results).replace(f' of the [scorecard]({scorecard.LINK})', '')} (" in page
 
 
 def test_one_quick_test_of_each_line():

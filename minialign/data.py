@@ -251,6 +251,8 @@ def _hub_records(name, split):
         raise BadInput(f"{name}: `datasets` reads *, ? and [ in a folder's name as a pattern; rename it, or name one of its .parquet files")
     try:
         if os.path.isfile(name):  # (load_dataset reads the name as a pattern)
+            if (total := parquet.read_metadata(name).num_rows) > max(10**6, 10 * os.path.getsize(name)):
+                raise ValueError(f"it has {total:,} rows in {os.path.getsize(name):,} bytes, which no text has")
             rows = (row for batch in parquet.ParquetFile(name).iter_batches(1000) for row in batch.to_pylist())
         elif saved:
             rows = datasets.load_from_disk(name)

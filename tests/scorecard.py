@@ -141,10 +141,10 @@ LINES = [
          f"{PARALLEL}::test_rows_that_do_not_divide_evenly_are_computed_once_or_twice "
          f"{PARALLEL}::test_a_reward_that_fails_in_one_process_skips_the_step_in_all",
          quick=f"{PARALLEL}::test_shares_cover_all_rows_once"),
-    Line("F16", "a folder that cannot be written, or that another process writes; a clock that jumps", 8,
+    Line("F16", "a disk that is too small, a folder that another process writes or has left, a clock that jumps", 8,
          f"{RUN}::test_a_disk_too_small_for_checkpoints {OPENING}::test_two_runs_in_one_second_have_two_folders "
          f"{SAFETY}::test_a_second_process_is_refused_with_the_first_ones_number {SAFETY}::test_a_lock_is_kept_until_the_process_ends "
-         f"{OPENING}::test_a_folder_that_cannot_be_made_is_one_sentence {RUN}::test_a_clock_that_jumps_back_changes_nothing "
+         f"{SAFETY}::test_what_killed_processes_left_half_written_is_swept {RUN}::test_a_clock_that_jumps_back_changes_nothing "
          f"{RUN}::test_a_run_refused_before_step_1_may_be_repeated {OPENING}::test_two_processes_train_one_base",
          quick=f"{OPENING}::test_two_runs_in_one_second_have_two_folders"),
     Line("F17", "run folders of an earlier version resume", 3, "tests/engine/test_older_runs.py",

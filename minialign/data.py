@@ -779,15 +779,15 @@ def read_rows(folder, beside):
 
 
 LONG = 100_000  # a JSONL file of more rows is not read at once
-AT_ONCE = 2000  # so many of its rows are checked before step 1, and at each step
+AT_ONCE = 2000  # so many of its rows are checked at each step
 
 
 class LongFile:
     """A JSONL file of a million rows: only the places of its lines are in memory. A row is read, checked and encoded each time that it is
     asked for.
 
-    At each step AT_ONCE further rows are checked (Run.steps calls check), so a bad row stops a run in its first minutes, and training
-    starts within seconds. With skip_bad the next row takes a bad one's place.
+    At each step AT_ONCE further rows are checked (Run.steps calls check): a bad row stops the run when its turn comes, and training starts
+    within seconds. With skip_bad the next row takes a bad one's place.
     """
 
     def __init__(self, path, convert, encode, skip_bad, max_prompt):
@@ -845,11 +845,10 @@ class LongFile:
     def report(self):
         """Say what was found in the rows that have been checked. Run.steps calls this too, if it ends before all of them are."""
         checked, total = self.checked, len(self.numbers)
-        of = f"{checked:,}" if checked == total else f"the {checked:,} rows that were checked (of {total:,})"
         if self.bad:
-            note(f"{self.path}: {self.bad:,} of {of} rows are bad, the next one is read instead; the first: {self.first}")
+            note(f"{self.path}: {self.bad:,} bad rows of {checked:,}; the next row is read in the place of each; the first: {self.first}")
         if self.unscored:
-            note(f"{self.path}: {self.unscored:,} of {of} prompts fill --max_len, the next row is read instead")
+            note(f"{self.path}: {self.unscored:,} prompts of {checked:,} fill --max_len; the next row is read in the place of each")
         _say(self.happened, checked, self.max_prompt)
         if self.convert is not _prompt:  # rewards may read all columns
             _name_unread(self.path, self.columns)

@@ -86,7 +86,7 @@ def test_a_prompt_that_fills_the_row_is_no_prompt_without_room(small, long, tmp_
         patch.setattr(data.LongFile, "read", counted)
         module.main(cfg)
     said = capsys.readouterr().err
-    assert "1 of the 12 rows that were checked (of 60) prompts fill --max_len" in said.replace("rows that were checked (of 60) rows", "")
+    assert "1 prompts of 12 fill --max_len" in said
     assert f"{path}: the run ended after 12 of 60 rows had been checked" in said
     assert len(reads) < 4 * 4 * 8  # (three for a batch, some for lengths and the check)
 
@@ -105,7 +105,8 @@ def test_a_bad_row_far_behind_stops_the_run_early(small, long, tmp_path, capsys)
     capsys.readouterr()
     module, cfg = small("sft", demos=str(path), steps=40, batch_size=1, held_out=0.5, skip_bad=True)
     module.main(cfg)
-    assert f"{path}: 1 of 40 rows are bad, the next one is read instead; the first: {path}:20: found the keys" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{path}: 1 bad rows of 40; the next row is read in the place of each; the first: {path}:20: found the keys" in said
 
 
 def test_the_next_row_of_the_same_part_takes_the_place_of_one_that_cannot_be_used(long, tmp_path, capsys):
@@ -124,7 +125,7 @@ def test_the_next_row_of_the_same_part_takes_the_place_of_one_that_cannot_be_use
     for _ in range(3):
         rows.long.check()
     said = capsys.readouterr().err
-    assert "2 of 6 prompts fill --max_len, the next row is read instead" in said and "1 of 6 rows are bad" in said
+    assert "2 prompts of 6 fill --max_len; the next row is read in the place of each" in said and "1 bad rows of 6;" in said
     with pytest.raises(BadInput, match="no usable rows"):
         data.split_scorable(rows, 0, max_len=1)[0][0]
 

@@ -2,7 +2,7 @@
 
     python -m tests.scorecard                      all lines, and the table in docs/RELIABILITY.md (two hours or so on two cores)
     python -m tests.scorecard --only F1 F2 R1      some lines; the other lines of the table stay as they are
-    python -m tests.scorecard --quick              one quick test of each line, in under a minute; writes nothing
+    python -m tests.scorecard --quick              one quick test on each line's subject, in under a minute: does the command work?
 
 A line is a set of tests and a number of tries. A test counts as one try, or as many as it records ("tried"). The line has passed if every
 one of its tests passed, none was skipped, and the tries reach the number. docs/scorecard.json holds what the table shows.
@@ -275,7 +275,7 @@ def write_page(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one quick test of each line; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="one quick test on the subject of each line, to see that this command works; writes nothing")
     parser.add_argument("--only", nargs="+", metavar="LINE", help="only these lines; the others of the table stay as they are")
     parser.add_argument("--runs", type=int, default=20, help="how often L8 runs `make test`")
     asked = parser.parse_args()

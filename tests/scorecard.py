@@ -275,7 +275,7 @@ def write_page(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one quick test on the subject of each line, to see that this command works; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="one quick test on each subject: does this command work?")
     parser.add_argument("--only", nargs="+", metavar="LINE", help="only these lines; the others of the table stay as they are")
     parser.add_argument("--runs", type=int, default=20, help="how often L8 runs `make test`")
     asked = parser.parse_args()

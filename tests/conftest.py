@@ -53,6 +53,13 @@ class Allocations(TorchDispatchMode):
         return [x.untyped_storage() for x in tensors if x.device.type == "cpu"]
 
 
+def pytest_collection_modifyitems(items):
+    """A test belongs to one of `make test`, `make test-slow` and `make test-long`."""
+    twice = [item.nodeid for item in items if item.get_closest_marker("slow") and item.get_closest_marker("long")]
+    if twice:
+        raise pytest.UsageError(f"{twice[0]} is marked both slow and long")
+
+
 @pytest.fixture(autouse=torch.cuda.is_available())
 def full_float32():
     """A run on CUDA lets float32 products use TF32, for the rest of the process. No other test inherits that."""

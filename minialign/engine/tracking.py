@@ -9,6 +9,7 @@ Checked by tests/engine/test_tracking.py.
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -83,6 +84,8 @@ def peak_memory(device):
     """The most memory that this process has held so far, in GiB: PyTorch's on CUDA, else what was resident; 0 where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "linux":  # ru_maxrss would begin at what the process held that started this one
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     try:
         import resource
     except ImportError:  # Windows

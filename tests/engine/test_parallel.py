@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -141,10 +142,10 @@ def flags(cfg):
     return words
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="finds the workers by pgrep")
-@pytest.mark.parametrize(("at", "victim"), [(25, 1), *[pytest.param(at, victim, marks=pytest.mark.long) for at in (2, 40, 60, 80, 99)
-                                                       for victim in (0, 1)]])
+@pytest.mark.parametrize(("at", "victim"), [
+    pytest.param(25, 1, marks=pytest.mark.slow),
+    *[pytest.param(at, victim, marks=pytest.mark.long) for at in (2, 40, 60, 80, 99) for victim in (0, 1)]])
 def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path, record_property, at, victim):
     """kill -9 of one worker: within 30 s all are gone, the exit code is not 0, and the other says why. SIGTERM: both save the same step.
     Either way --resume, with two processes again, equals the unbroken run bit for bit."""
@@ -165,9 +166,9 @@ def test_a_killed_process_ends_all_and_a_stopped_run_goes_on(small, tmp_path, re
     running, workers = start(["sft", *flags(cfg)], tmp_path / "stopped" / "metrics.jsonl", at)
     os.kill(workers[victim], signal.SIGTERM)  # only one is told: all save and stop
     said, _ = running.communicate(timeout=600)
-    assert running.returncode == 0 and "stopped after step" in said
-    last = read_rows(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"]
-    assert last < 150 and (tmp_path / "stopped" / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file()
+    assert running.returncode == 0, said
+    step = int(re.search(r"stopped after step (\d+)", said)[1])  # an evaluation that was given up has no row yet
+    assert step < 150 and (tmp_path / "stopped" / "checkpoints" / f"step_{step:06d}" / "manifest.json").is_file()
     jobs.append((module, module.Config(resume=str(tmp_path / "stopped"))))
 
     done = run_all(2, jobs, tmp_path)

@@ -172,10 +172,14 @@ def fault(folder):
     return None
 
 
+def numbered(folder):
+    """{step: path} of the checkpoints in a folder. Half-written ones (step_000100.tmp-4711) are none."""
+    return {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdigit()}
+
+
 def newest_checkpoint(run_folder):
     """The newest intact checkpoint folder, or None, in all processes. Prints to stderr which damaged folders it skips."""
-    folders = sorted(path for path in (Path(run_folder) / "checkpoints").glob("step_*") if path.name[5:].isdigit())
-    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
+    for _, folder in sorted(numbered(Path(run_folder) / "checkpoints").items(), reverse=True):
         reason = fault(folder)
         if reason is None:
             return folder
@@ -231,7 +235,7 @@ def prune(folder, step, keep):
 
     Folders of later steps are deleted too. They are damaged: otherwise the run would have resumed from them.
     """
-    numbers = {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdigit()}
+    numbers = numbered(folder)
     kept = sorted(number for number in numbers if number <= step)[-keep:]
     for path in [numbers[number] for number in numbers if number not in kept] + list(folder.glob("*.tmp-*")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

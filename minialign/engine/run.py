@@ -195,7 +195,7 @@ class Run:
         if not self.resuming:
             return
         newest = checkpoint.newest_checkpoint(self.folder)
-        if newest is None and any((self.folder / "checkpoints").glob("step_*[0-9]")):
+        if newest is None and checkpoint.numbered(self.folder / "checkpoints"):
             raise BadInput(f"{self.folder}/checkpoints: no checkpoint is intact; restore one, or delete the folder to begin at step 0")
         if newest is not None:  # None: killed before the first checkpoint. Starting again gives the same run.
             state = checkpoint.load_checkpoint(newest, self.modules, self.optimizers)

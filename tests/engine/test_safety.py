@@ -140,6 +140,23 @@ def test_no_intact_checkpoint_is_an_error_and_deletes_nothing(small):
     assert sorted(path.name for path in folder.rglob("*")) == names and (folder / "metrics.jsonl").read_bytes() == rows
 
 
+def test_a_half_written_first_checkpoint_is_none(small, tmp_path):
+    """Killed while it wrote its first checkpoint: the temporary folder's name ends with the process number. The run begins again."""
+    module, cfg = small("sft", save_every=2)
+    expected = result_of(module.main(cfg))
+    module, cfg = small("sft", save_every=2)
+    program = """if True:
+        import json, os, sys
+        from minialign.engine import checkpoint
+        from minialign.methods import sft
+        checkpoint._finish = lambda *_: os._exit(9)
+        sft.main(sft.Config(**json.loads(sys.argv[1])))"""
+    killed = subprocess.run([sys.executable, "-c", program, json.dumps(vars(cfg))], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert [path.name[:15] for path in (Path(cfg.out) / "checkpoints").iterdir()] == ["step_000002.tmp"]
+    assert result_of(again(module, Path(cfg.out))) == expected
+
+
 def test_a_log_that_was_cut_is_named(small, capsys):
     module, cfg = small("sft")
     folder = module.main(cfg)

@@ -172,8 +172,8 @@ def test_minimal_is_a_promise():
     bounds = {**dict.fromkeys(("dpo", "ipo", "orpo", "simpo", "slic"), 85), "gpo": 125, "sft": 150, "grpo": 190, "ppo": 210}
     for method, bound in bounds.items():
         assert lines(ROOT / f"minialign/methods/{method}.py") <= bound, method
-    assert sum(map(lines, (ROOT / "minialign/methods").glob("*.py"))) <= 2700
-    assert sum(lines(path) for path in (ROOT / "minialign").rglob("*.py") if "bench" not in path.parts) <= 12800
+    assert sum(map(lines, (ROOT / "minialign/methods").glob("*.py"))) <= 2900
+    assert sum(lines(path) for path in (ROOT / "minialign").rglob("*.py") if "bench" not in path.parts) <= 13290
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -513,10 +513,21 @@ def orpo_slope(policy, prefer, mu, weight):
     return in_logs - policy * in_logs.sum()
 
 
-def kto_slope(policy, ref, desirable, undesirable, beta, seen):
-    """(C,) KTO's expected slope in the logits. desirable, undesirable (C,): shares of the rows, times λ_D and λ_U. seen (C,): how often
-    each completion is in a mismatched row; z₀ = max(0, Σ seen·ρ) is held constant."""
-    rho = np.log(policy) - np.log(ref)
-    gain = 1 / (1 + np.exp(-beta * (rho - max(0.0, seen @ rho))))
-    in_logs = -beta * (desirable - undesirable) * gain * (1 - gain)
+KTO_SLOPES = {  # v'(x) of the values of a gain x
+    "logistic": lambda x: 1 / (2 + np.exp(x) + np.exp(-x)),
+    "prospect": lambda x: 0.88 * np.abs(x) ** -0.12 * np.where(x < 0, 2.25, 1.0),
+    "concave": lambda x: 1 / (1 + np.exp(x)),
+    "neutral": np.ones_like,
+}
+
+
+def kto_slope(policy, ref, desirable, undesirable, beta, z0, value="logistic"):
+    """(C,) KTO's expected slope in the logits. desirable, undesirable (C,): shares of the rows, times λ_D and λ_U. z0 is a constant."""
+    x, slope = beta * (np.log(policy) - np.log(ref) - z0), KTO_SLOPES[value]
+    in_logs = -beta * (desirable * slope(x) - undesirable * slope(-x))
     return in_logs - policy * in_logs.sum()
+
+
+def kto_neutral_law(desirable, undesirable):
+    """KTO with v(x) = x: the loss is const − β·Σ (a − b)·log π, a cross-entropy, so π ∝ a − b if that is positive everywhere."""
+    return normalise(np.asarray(desirable) - np.asarray(undesirable))

@@ -116,12 +116,11 @@ def expected_preference(loss_of, logits, ref, prefer, mu):
     return (2 * mu[a] * mu[b] * prefer[a, b] * one(logps[a], logps[b], ref_logps[a], ref_logps[b])).sum()
 
 
-def expected_kto(logits, *, ref, desirable, undesirable, kl, beta, weight):
+def expected_kto(logps, *, ref, desirable, undesirable, kl, beta, weight, value):
     """Σ_y desirable(y)·kto_loss(y, good) + undesirable(y)·kto_loss(y, bad)."""
-    logps, ref_logps = logits.log_softmax(0), ref.log()
     return sum(
-        share[y] * kto_loss(logps[[y]], ref_logps[[y]], torch.tensor([good]), kl, beta=beta, desirable_weight=weight)[0]
-        for share, good in ((desirable, True), (undesirable, False)) for y in range(len(logits))
+        share[y] * kto_loss(logps[[y]], ref.log()[[y]], torch.tensor([good]), kl, beta=beta, desirable_weight=weight, value=value)[0]
+        for share, good in ((desirable, True), (undesirable, False)) for y in range(len(logps))
     )
 
 
@@ -481,19 +480,33 @@ def preference_checks(cfg):
     yield Check("SLiC-HF, δ beyond every margin", policy, law, 1e-8, "W + (W − L)/λ")
 
     W, L = closed_form.winners(E, p)  # the expert samples the answers: ref would rarely sample them, so z₀ > 0
-    desirable_weight = 0.5 + 2 * float((L / W).max())  # large enough that no probability goes to 0
-    for own, name in ((beta / 10, f"KTO, β = {beta / 10:g}: slope at rest"), (1e-6, "KTO, β → 0")):
-        good, bad, logits = torch.tensor(W) / 2, torch.tensor(L) / 2, start
-        for _ in range(30):  # within a step the reference point is constant
-            kl = mismatched_kl(((good + bad) * logits.log_softmax(0)).sum()[None], ((good + bad) * ref.log()).sum()[None])
-            loss_of = partial(expected_kto, ref=ref, desirable=good, undesirable=bad, kl=kl, beta=own, weight=desirable_weight)
-            logits = minimise(loss_of, logits)
-        policy = logits.softmax(0).numpy()
-        if own == 1e-6:
-            yield Check(name, policy, closed_form.normalise(desirable_weight * W - L), 1e-5, "λ_D·W − L: W for likes, L for dislikes")
-        else:
-            slope = closed_form.kto_slope(policy, reference, desirable_weight * W / 2, L / 2, own, (W + L) / 2)
-            yield Check(name, slope, np.zeros(3), 1e-8, f"no closed form; z₀ = {float(kl):.3f}")
+    weight = 0.5 + 2 * float((L / W).max())  # large enough that no probability goes to 0
+    law = closed_form.kto_neutral_law(weight * W, L)
+    yield Check("KTO, neutral", kto_rest(ref, W, L, beta, weight, value="neutral")[0], law, 1e-8, "λ_D·W − L: W for likes, L for dislikes")
+    yield Check("KTO, β → 0", kto_rest(ref, W, L, 1e-6, weight)[0], law, 1e-5, "the same")
+    for name, settings in (("", {}), (", prospect", {"value": "prospect"}), (", concave", {"value": "concave"}), (", no z₀", {"z0": False}),
+                           (", no reference", {"reference": False})):
+        likes, own = (30 * weight, 1.0) if name == ", prospect" else (weight, beta / 10)  # with fewer likes an answer may stay at ρ = z₀
+        policy, z0, at = kto_rest(ref, W, L, own, likes, **settings)
+        slope = closed_form.kto_slope(policy, at, likes * W / 2, L / 2, own, z0, settings.get("value", "logistic"))
+        yield Check(f"KTO{name}, β = {own:g}: slope at rest", slope, np.zeros(3), 1e-8, f"no closed form; z₀ = {z0:.3f}")
+
+
+def kto_rest(ref, W, L, beta, weight, *, z0=True, reference=True, value="logistic"):
+    """(policy, z₀, ref) where KTO's expected updates rest: there the pull on each log π(y) is in proportion to π(y). W, L (3,): how often
+    an answer is liked and disliked. The steps are those of natural gradient descent, on π itself."""
+    good, bad, at = torch.tensor(W) / 2, torch.tensor(L) / 2, ref if reference else torch.ones_like(ref)
+    settings, logits = dict(ref=at, desirable=good, undesirable=bad, beta=beta, weight=weight, value=value), ref.log()
+    for _ in range(400):
+        logps = logits.log_softmax(0)
+        sums = [((good + bad) * x).sum()[None] for x in (logps, ref.log())]
+        kl = mismatched_kl(sums[0], sums[1] if reference else None) if z0 else torch.zeros(())
+        pull = -gradient(partial(expected_kto, kl=kl, **settings), logps)
+        step = (pull / pull.sum() / logps.exp() - 1).clamp(-1, 1) / 2
+        logits = logits + step
+        if step.abs().max() < 1e-15:
+            break
+    return logps.exp().numpy(), float(kl), at.numpy()
 
 
 def converged_rounds(expert, ref, beta, n_rounds, ref_update):

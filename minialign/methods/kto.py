@@ -11,11 +11,15 @@ Details  Log-probs are summed over the answer. For z₀ each prompt is paired wi
          prompt. That needs two more forward passes but no sampling. z₀ has no gradient and is the same in all micro-batches.
          With one prompt and answers sampled from ref the mean is −KL(ref‖π), so z₀ is 0. With other prompts the mean has either sign.
          The paper advises λ_D·n_D / (λ_U·n_U) in [1, 4/3] (n: the number of answers of that kind). The run prints this ratio.
-Law      None in closed form. Let a(y) be λ_D times how often y is labelled desirable, and b(y) λ_U times how often undesirable. The loss
-         is const − Σ (a − b)·σ(β·(ρ − z₀)). If some answers have a > b, however slightly, the probability of all others falls to 0, ever
-         more slowly, even if nobody labelled them. If β < 1, those with a > b then share all the probability so that
-         (a − b)·σ'(β·(ρ − z₀))/π is the same for each: while β is small, π ∝ a − b, whatever ref is. If β > 1, one of them that has
-         become rare enough stays rare.
+         The paper's ablations: --value is what a gain x = β·(ρ − z₀), or β·(z₀ − ρ), is worth. KTO has σ(x), "concave" log σ(x), and
+         "neutral" x itself. "prospect" is Tversky and Kahneman's x^.88 for gains and −2.25·|x|^.88 for losses. --no-z0 compares with 0.
+         --no-reference takes ρ = log π, as if ref were uniform. Then z₀ may have either sign, and no second model is in memory.
+Law      None in closed form, but for "neutral". Let a(y) be λ_D times how often y is labelled desirable, and b(y) λ_U times how often
+         undesirable. The loss is const − Σ (a − b)·σ(β·(ρ − z₀)). If some answers have a > b, however slightly, the probability of all
+         others falls to 0, ever more slowly, even if nobody labelled them. If β < 1, those with a > b then share all the probability so
+         that (a − b)·σ'(β·(ρ − z₀))/π is the same for each: while β is small, π ∝ a − b, whatever ref is. If β > 1, one of them that has
+         become rare enough stays rare. "neutral": exactly π ∝ a − b if all a > b, for every β, ref and z₀; else it never rests.
+         "concave": an answer that is ever liked keeps some probability. "prospect": an answer with a/b in [1/2.25, 2.25] stays at ρ = z₀.
 Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity by enumeration), test_against_trl.py, toy/three_actions.py.
 
     python -m minialign kto                                                  # built-in task, laptop CPU
@@ -25,6 +29,7 @@ Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.data import encode_feedback, read_feedback, split_scorable
@@ -43,21 +48,45 @@ class Config(Training):
     beta: float = 0.1               # β: how fast gains and losses saturate; with a small β the policy may move far from ref
     desirable_weight: float = 1.0   # λ_D: weight of the desirable answers
     undesirable_weight: float = 1.0  # λ_U: weight of the undesirable answers
+    value: str = "logistic"         # what a gain is worth: logistic (KTO), prospect, concave or neutral
+    z0: bool = True                 # compare with the reference point z₀; --no-z0 with 0
+    reference: bool = True          # log π/ref; --no-reference takes log π in its place
     feedback: str = "builtin"       # rows of prompt + completion + label, or preferences: builtin, or a JSONL/JSON(.gz) file
     batch_size: int = 64            # answers per step, at least 2
     max_len: int = 256              # longest row in tokens, prompt and completion together; a longer one loses its end
     max_new: int = 64               # longest answer in samples.jsonl, in tokens
 
+    def __post_init__(self):
+        if self.value not in VALUES:
+            raise BadInput(f"--value {self.value}: must be one of {', '.join(VALUES)}")
 
-def kto_loss(logps, ref_logps, desirable, kl, *, beta, desirable_weight=1.0, undesirable_weight=1.0):
+
+def prospect(x, *, power=0.88, aversion=2.25, near=1e-3):
+    """−v(x) of Tversky and Kahneman 1992: v = x^power for gains, −aversion·|x|^power for losses. Within ±near a chord replaces the power,
+    whose slope at 0 is infinite. Every run begins there."""
+    size = torch.where(x < 0, -x, x)  # not abs, which has slope 0 at 0
+    size = torch.where(size < near, size * near ** (power - 1), size.clamp(min=near) ** power)
+    return torch.where(x < 0, aversion * size, -size)
+
+
+VALUES = {  # what is lost at x = β·gain, applied elementwise
+    "logistic": lambda x: 1 - torch.sigmoid(x),
+    "prospect": prospect,
+    "concave": lambda x: F.softplus(-x),
+    "neutral": lambda x: -x,
+}
+
+
+def kto_loss(logps, ref_logps, desirable, kl, *, beta, desirable_weight=1.0, undesirable_weight=1.0, value="logistic"):
     """logps, ref_logps: (B,) log-probs summed over each completion, in nats; desirable: (B,) bool; kl: z₀, a scalar in nats, constant.
+    value: a key of VALUES.
 
     Returns the scalar loss, stats. If the batch has no answer of a kind, the stats of that kind are left out.
     """
     assert logps.dim() == 1 and logps.shape == ref_logps.shape == desirable.shape
     logratio = logps - ref_logps  # (B,)
     gain = torch.where(desirable, logratio - kl, kl - logratio)  # (B,) nats above the reference point, or below it for undesirable answers
-    lost = 1 - torch.sigmoid(beta * gain)
+    lost = VALUES[value](beta * gain)
     loss = torch.where(desirable, desirable_weight * lost, undesirable_weight * lost)
     stats = {}
     for kind, rows in (("chosen", desirable), ("rejected", ~desirable)):
@@ -68,17 +97,19 @@ def kto_loss(logps, ref_logps, desirable, kl, *, beta, desirable_weight=1.0, und
 
 
 def mismatched_kl(logps, ref_logps):
-    """z₀ from the (B,) log-probs of answers to other prompts: max(0, mean log-ratio), detached."""
+    """z₀ from the (B,) log-probs of answers to other prompts: max(0, mean log-ratio), detached. Without ref_logps the mean of logps."""
+    if ref_logps is None:
+        return logps.mean().detach()
     assert logps.dim() == 1 and logps.shape == ref_logps.shape
     return (logps - ref_logps).mean().clamp(min=0).detach()
 
 
 @torch.no_grad()
 def reference_point(policy, ref, rows, batch_of, size):
-    """z₀ of encoded rows: each prompt gets the completion of the previous row. `size` rows go through each forward pass."""
+    """z₀ of encoded rows: each prompt gets the completion of the previous row. `size` rows go through each forward pass. ref: or None."""
     moved = [(x, rows[i - 1][1]) for i, (x, *_) in enumerate(rows)]  # row 0 gets the last row's
-    logps, ref_logps = (in_micro(lambda micro, model=model: seq_logps(model, batch_of(moved, micro)), range(len(moved)), size,
-                                 moved) for model in (policy, ref))  # (B,)
+    logps, ref_logps = (model and in_micro(lambda micro, model=model: seq_logps(model, batch_of(moved, micro)), range(len(moved)), size,
+                                           moved) for model in (policy, ref))  # (B,)
     return mismatched_kl(logps, ref_logps)
 
 
@@ -86,9 +117,10 @@ def step(policy, ref, batch, desirable, kl, cfg):
     """Evaluate the models on one batch of answers and compute the loss. Only this function connects models and equation."""
     logps = seq_logps(policy, batch)  # (B,)
     with torch.no_grad():  # ref is a constant of the objective
-        ref_logps = seq_logps(ref, batch)
+        ref_logps = seq_logps(ref, batch) if cfg.reference else torch.zeros_like(logps)
     return kto_loss(
-        logps, ref_logps, desirable, kl, beta=cfg.beta, desirable_weight=cfg.desirable_weight, undesirable_weight=cfg.undesirable_weight
+        logps, ref_logps, desirable, kl, beta=cfg.beta, desirable_weight=cfg.desirable_weight, undesirable_weight=cfg.undesirable_weight,
+        value=cfg.value,
     )
 
 
@@ -96,7 +128,7 @@ def main(cfg):
     """Run the method and return the run folder."""
     run = Run("kto", cfg)
     cfg = run.cfg
-    if cfg.batch_size < 2:
+    if cfg.z0 and cfg.batch_size < 2:
         raise BadInput("--batch_size 1: the reference point needs an answer to another prompt; use at least 2")
     policy, tokenizer = open_policy(run)
     run.same_input("data", cfg.feedback)
@@ -107,9 +139,9 @@ def main(cfg):
 
     rows, held_out = split_scorable(encoded_once(encode), cfg.held_out, cfg.max_len)
     batch_of = batches_of(run, tokenizer)
-    if len(rows) < 2:
+    if cfg.z0 and len(rows) < 2:
         raise BadInput(f"{cfg.feedback}: one answer to train on; the reference point needs an answer to another prompt, so at least 2")
-    if len(held_out) == 1:
+    if cfg.z0 and len(held_out) == 1:
         note("note: no eval/loss, because the reference point of a held-out answer needs a second one; a larger --held_out has more")
 
     n_desirable = sum(desirable for *_, desirable in rows)
@@ -120,19 +152,20 @@ def main(cfg):
     def labels_of(source, picked):
         return torch.tensor([source[i][2] for i in picked], device=run.device)
 
-    ref = frozen_copy(policy)
+    ref = frozen_copy(policy) if cfg.reference else None
     optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, optimizer=optimizer)
     first = batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed))
     first_look(run, tokenizer, rows, first, {"policy": policy, "ref": ref})
     run.at_evaluation(policy, tokenizer, held_out or rows,
-                      lambda: held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg) if len(held_out) > 1 else {})
+                      lambda: held_out_feedback(policy, ref, held_out, batch_of, labels_of, cfg) if len(held_out) > cfg.z0 else {})
 
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         set_lr(optimizer, lr_at(k, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
         optimizer.zero_grad()
-        kl = reference_point(policy, ref, [rows[i] for i in picked], batch_of, cfg.micro_batch)  # one z₀ for all rows of the step
+        asked = [rows[i] for i in picked]
+        kl = reference_point(policy, ref, asked, batch_of, cfg.micro_batch) if cfg.z0 else torch.zeros(())  # one z₀ for all rows
         losses, stats = [], Mean()
         for micro in micro_batches(picked, rows, cfg):
             desirable = labels_of(rows, micro)
@@ -157,7 +190,7 @@ def main(cfg):
 def held_out_feedback(policy, ref, rows, batch_of, labels_of, cfg):
     """Metrics over all held-out rows: the loss, and the share of answers on the right side of z₀, which is computed from these rows."""
     mixed = [rows[i] for i in batch_rows(len(rows), len(rows), 0, cfg.seed)]  # because in a file the previous row often has the same prompt
-    mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, eval_rows(cfg))
+    mean, kl = Mean(), reference_point(policy, ref, mixed, batch_of, eval_rows(cfg)) if cfg.z0 else torch.zeros(())
     for picked, weight in held_out_passes(rows, cfg):
         loss, stats = step(policy, ref, batch_of(rows, picked), labels_of(rows, picked), kl, cfg)
         mean.add({"eval/loss": loss, "eval/accuracy": stats["rewards/accuracies"]}, weight=weight * len(picked))

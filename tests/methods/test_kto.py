@@ -144,6 +144,31 @@ def test_ranks_are_asserted(m):
         m.kto_loss(torch.zeros(2), torch.zeros(2), labels[:1], torch.tensor(0.0), beta=1)
 
 
+def test_values_by_hand(m):
+    """x = β·(ρ − z₀) = 2·(.9 − .4) = 1 for a liked answer, −1 for a disliked one. Concave: −log σ(±1) = .313262, 1.313262. Neutral: ∓1.
+    Prospect at x = ±1: −1 and 2.25; at x = 8·(.9 − .4) = 4: 4^.88 = 3.386981. Slopes at x = 1: σ(−1) = .268941 and 1, .88; at −1 the loss's
+    slope is .731059, 1 and 2.25·.88 = 1.98; each times β."""
+    for value, liked, disliked, up, down in (("concave", 0.313262, 1.313262, 0.268941, 0.731059), ("neutral", -1, 1, 1, 1),
+                                             ("prospect", -1, 2.25, 0.88, 1.98), ("logistic", 0.268941, 0.731059, 0.196612, 0.196612)):
+        for desirable, lost, slope in ((True, liked, -up), (False, disliked, down)):
+            logp = f64(-1.1).requires_grad_()
+            loss = m.kto_loss(logp, f64(-2.0), torch.tensor([desirable]), torch.tensor(0.4), beta=2.0, value=value)[0]
+            assert loss.item() == pytest.approx(lost, abs=1e-6)
+            assert gradient(loss, [logp])[0] == pytest.approx([2 * slope], abs=1e-5)
+    assert one(m, -1.1, -2.0, True, 0.4, beta=8.0, value="prospect")[0] == pytest.approx(-3.386981, abs=1e-6)
+    assert one(m, -1.1, -2.0, False, 0.4, beta=8.0, value="prospect")[0] == pytest.approx(2.25 * 3.386981, abs=1e-5)
+
+
+def test_the_prospect_value_has_a_slope_where_a_run_begins(m):
+    """At ρ = z₀ the power's slope is infinite. The chord's is .001^−.12 = 2.290868; it meets the power at ±.001, whose value there is
+    .001^.88 = .00229087."""
+    logp = f64(-2.0).requires_grad_()
+    loss = m.kto_loss(logp, f64(-2.0), torch.tensor([True]), torch.tensor(0.0), beta=1.0, value="prospect")[0]
+    assert loss.item() == 0 and gradient(loss, [logp])[0] == pytest.approx([-2.290868], abs=1e-6)
+    for gain, lost in ((0.0005, -0.00114543), (0.001, -0.00229087), (-0.0005, 2.25 * 0.00114543), (-0.001, 2.25 * 0.00229087)):
+        assert one(m, -2 + gain, -2.0, True, 0.0, beta=1.0, value="prospect")[0] == pytest.approx(lost, abs=1e-8)
+
+
 # -------------------------------------------------------------------------------------------------------- the reference point
 
 
@@ -159,6 +184,11 @@ def test_the_reference_point_by_hand(m):
     assert kl.dim() == 0 and not kl.requires_grad
     slopes = [gradient(m.kto_loss(logps, zeros, torch.tensor([True, True, False]), z0, beta=0.1)[0], [logps]) for z0 in (kl, kl.item())]
     assert slopes[0] == slopes[1]
+
+
+def test_without_a_reference_z0_is_a_mean_of_either_sign(m):
+    kl = m.mismatched_kl(f64(-4.0, -1.0, -2.5).requires_grad_(), None)
+    assert kl.item() == pytest.approx(-2.5, abs=1e-12) and not kl.requires_grad
 
 
 ROWS = [([2, 0, 1], [2, EOS], True), ([0], [0, 1, 3, EOS], False), ([3, 3], [EOS], True), ([1, 2, 2, 0], [3, 1, EOS], True)]
@@ -190,6 +220,8 @@ def test_the_reference_point_takes_the_answer_of_the_row_before(m):
         assert kl.item() == pytest.approx(expected, abs=1e-12) and not kl.requires_grad
     assert m.reference_point(ref, policy, ROWS, batch_of, 0).item() == 0
     assert m.reference_point(policy, policy, ROWS, batch_of, 0).item() == 0
+    zero = [math.fsum(token_logps_alone(policy, ROWS[i - 1][1], x).sum().item() for i, (x, *_) in enumerate(ROWS)) / 4]
+    assert m.reference_point(policy, None, ROWS, batch_of, 3).item() == pytest.approx(zero[0], abs=1e-12)
     back = ROWS[::-1]
     assert m.reference_point(policy, ref, back, batch_of, 0).item() == pytest.approx(z0_alone(policy, ref, back), abs=1e-12) != expected
 
@@ -210,6 +242,17 @@ def test_step_sums_the_completions_tokens(m):
         assert loss.item() == pytest.approx(oracle, abs=1e-12)
     loss.backward()
     assert all(p.grad is None for p in ref.parameters()) and policy.head_weight.grad.abs().sum() > 0
+
+
+def test_step_without_a_reference(m):
+    """ρ = log π: ref is not asked."""
+    policy, labels, oracle = tiny_gpt(seed=0), torch.tensor([label for *_, label in ROWS]), 0.0
+    cfg = m.Config(beta=0.3, reference=False, value="concave", undesirable_weight=0.5)
+    for prompt, answer, label in ROWS:
+        x = 0.3 * (token_logps_alone(policy, answer, prompt).sum().item() + 2.0)
+        oracle += (math.log1p(math.exp(-x)) if label else 0.5 * math.log1p(math.exp(x))) / 4
+    batch = demo_batch(ROWS, range(4), pad_id=EOS, max_len=16)
+    assert m.step(policy, None, batch, labels, torch.tensor(-2.0), cfg)[0].item() == pytest.approx(oracle, abs=1e-12)
 
 
 # -------------------------------------------------------------------------------------------------------------------- the law
@@ -281,6 +324,36 @@ def test_a_liked_answer_that_is_rare_comes_back_only_below_beta_one(m, beta, com
     assert (slope[0] < 0) == comes_back and slope[0] != 0
 
 
+def expected_slope(m, value, liked, policy, ref, kl, beta, weights):
+    """(5,) the expected pull on each answer's log-prob. Each answer is drawn equally often and liked with its own probability."""
+    slopes = []
+    for y in range(5):
+        logp = policy[[y]].log().requires_grad_()
+        for label, share in ((True, liked[y]), (False, 1 - liked[y])):
+            loss = m.kto_loss(logp, ref[[y]].log(), torch.tensor([label]), torch.tensor(kl), beta=beta, desirable_weight=weights[0],
+                              undesirable_weight=weights[1], value=value)[0]
+            slopes.append(-share * torch.autograd.grad(loss, logp)[0])
+    return torch.stack(slopes).view(5, 2).sum(1) / 5
+
+
+def test_what_the_values_do_to_an_answer_that_is_seldom_liked(m):
+    """One answer of five is liked by 30 %. As its probability falls, the logistic pushes ever more weakly and neutral as before. Concave
+    pushes up below σ(β·(ρ − z₀)) = .3, so that some probability stays. Prospect pushes up below the reference point and down above it if
+    likes and dislikes differ by less than 2.25 times, as .4 and .6 do, but not .3 and .7."""
+    ref, liked = torch.full((5,), 0.2).double(), f64(0.3, 0.9, 0.9, 0.9, 0.9)
+
+    def push(value, rho, share=0.3):
+        policy = ref * f64(rho, 0, 0, 0, 0).exp()
+        return expected_slope(m, value, torch.cat([f64(share), liked[1:]]), policy, ref, 0.0, 0.5, (1.0, 1.0))[0].item()
+
+    assert push("logistic", -20) > 1e-3 * push("logistic", -2) and push("logistic", -2) < push("logistic", -20) < 0
+    assert push("neutral", -20) == push("neutral", -2) == pytest.approx(0.5 * (0.3 - 0.7) / 5)
+    rest = math.log(0.3 / 0.7) / 0.5
+    assert push("concave", rest) == pytest.approx(0, abs=1e-12) and push("concave", rest - 1) > 0 > push("concave", rest + 1)
+    assert push("prospect", -0.1, 0.4) > 0 > push("prospect", 0.1, 0.4)
+    assert push("prospect", -0.1, 0.3) < 0 > push("prospect", 0.1, 0.3) and push("prospect", -0.1, 0.7) > 0 < push("prospect", 0.1, 0.7)
+
+
 def test_the_loss_of_a_population_is_its_formula(m):
     """const − Σ (a − b)·σ(β·(ρ − z₀)), const = Σ a: at any policy."""
     _, ref, mu = setting(2)
@@ -334,6 +407,21 @@ def test_main_is_its_account(account):
     assert any(row["z0"] > 1e-3 for row in logged) and logged[0]["z0"] == 0
 
 
+def test_a_run_without_reference_point_or_reference(small):
+    """--no-z0: z₀ is 0 at every step. --no-reference: it is below 0, and the loss at step 1 is ½ with no help from a second model. Both
+    train, and both differ from KTO."""
+    losses = {}
+    for name, settings in (("kto", {}), ("no z0", {"z0": False}), ("alone", {"reference": False}), ("prospect", {"value": "prospect"})):
+        module, cfg = small("kto", steps=4, beta=0.3, lr=1e-2, held_out=0.2, batch_size=8, **settings)
+        rows = read_rows(module.main(cfg) / "metrics.jsonl")
+        losses[name] = [row["loss"] for row in rows]
+        assert all((row["z0"] == 0) if name == "no z0" else (row["z0"] < -1) if name == "alone" else row["z0"] >= 0 for row in rows)
+        assert math.isfinite(rows[-1]["eval/loss"])
+    assert len({row[-1] for row in losses.values()}) == 4 and losses["kto"][0] == losses["no z0"][0] == 0.5
+    module, cfg = small("kto", steps=1, z0=False, batch_size=1)
+    assert module.main(cfg)
+
+
 def test_a_file_of_thumbs_with_one_kind_only(account, tmp_path, capsys):
     """Nothing is disliked: the run says so, trains, and leaves out what it has no numbers for."""
     path = tmp_path / "as_feedback.jsonl"
@@ -384,11 +472,12 @@ def test_one_answer_has_no_reference_point(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"value": "convex"}, "--value convex: must be one of logistic, prospect, concave, neutral"),
     ({"batch_size": 1}, "--batch_size 1: the reference point needs an answer to another prompt; use at least 2"),
     ({"beta": 0.0}, "--beta 0.0: must be above 0"), ({"desirable_weight": -1.0}, "--desirable_weight -1.0: must be at least 0"),
     ({"undesirable_weight": -1.0}, "--undesirable_weight -1.0: must be"), ({"feedback": "absent.jsonl"}, "absent.jsonl: cannot be read"),
 ])
 def test_bad_settings(small, changes, message):
-    module, cfg = small("kto", **changes)
     with pytest.raises(BadInput, match=message):
+        module, cfg = small("kto", **changes)
         module.main(cfg)

@@ -121,8 +121,10 @@ def orpo_value(chosen_logps, rejected_logps, weight):
     return mean(-c + weight * softplus(odds(r) - odds(c)) for c, r in zip(chosen_logps, rejected_logps, strict=True))
 
 
-def kto_value(logps, ref_logps, desirable, kl, beta, desirable_weight, undesirable_weight):
-    return mean(desirable_weight * (1 - sigmoid(beta * (x - r - kl))) if good else undesirable_weight * (1 - sigmoid(beta * (kl - x + r)))
+def kto_value(logps, ref_logps, desirable, kl, beta, desirable_weight, undesirable_weight, value):
+    lost = {"logistic": lambda x: 1 - sigmoid(x), "concave": lambda x: softplus(-x), "neutral": lambda x: -x,
+            "prospect": lambda x: -(x**0.88) if x > 0 else 2.25 * (-x) ** 0.88}[value]  # (the differences keep away from 0)
+    return mean(desirable_weight * lost(beta * (x - r - kl)) if good else undesirable_weight * lost(beta * (kl - x + r))
                 for x, r, good in zip(logps, ref_logps, desirable, strict=True))
 
 
@@ -232,7 +234,8 @@ LOSSES = {
     "orpo": (orpo.orpo_loss, orpo_value, vectors("chosen_logps rejected_logps"), lambda rng: {"weight": rng.uniform(0, 1)},
              "chosen_logps rejected_logps"),
     "kto": (kto.kto_loss, kto_value, and_labels, lambda rng: {"beta": rng.uniform(0.01, 1), "desirable_weight": rng.uniform(0.5, 2),
-                                                            "undesirable_weight": rng.uniform(0.5, 2)}, "logps"),
+                                                            "undesirable_weight": rng.uniform(0.5, 2),
+                                                            "value": rng.choice([*kto.VALUES])}, "logps"),
     "reinforce": (reinforce.reinforce_loss, reinforce_value, tables("logps", "advantages"), lambda rng: {}, "logps"),
     "rloo": (rloo.rloo_loss, rloo_value, tables("logps old_logps", "advantages"), lambda rng: {"eps": rng.uniform(0.1, 0.9)}, "logps"),
     "grpo": (grpo.grpo_loss, grpo_value, tables("logps old_logps ref_logps", "advantages"),

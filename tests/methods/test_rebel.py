@@ -1,11 +1,16 @@
 """REBEL. Every test that takes `m` alone is also run against wrong variants of the file (tests/test_wrong_variants.py)."""
 
+import json
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
+from minialign.engine.common import BadInput, read_rows
 from minialign.methods import rebel
-from tests.enumerable import BETA, Enumerated, relative
+from tests.enumerable import BETA, EOS, Enumerated, relative, tiny_gpt
 from toy import closed_form
 
 
@@ -90,9 +95,92 @@ def test_repeated_exact_steps_tend_to_the_tilt(m):
         assert old.exp().tolist() == pytest.approx(law.tolist(), abs=1e-12)
 
 
-def test_refusals(small):
-    from minialign.engine.common import BadInput
+def test_the_law_is_the_same_for_every_mu():
+    """y ~ π_t, y' ~ μ, also a μ with a single completion: three rollouts solved exactly follow rebel_law."""
+    ref, r, beta, eta = f64(0.5, 0.3, 0.2), f64(1, 0, 2), 0.5, 0.8
+    y, other = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T
+    for mu in (f64(1, 1, 1) / 3, f64(0.1, 0.8, 0.1), f64(0, 0, 1)):
+        old = ref.log()
+        for t in range(1, 4):
+            R = rebel.kl_rewards(r, old[:, None], ref.log()[:, None], beta=beta)
+            root = 3 * (old.exp()[y] * mu[other]).sqrt()  # the root of the weight goes on what is squared
 
+            def loss_of(logps, old=old, R=R, root=root):
+                return rebel.rebel_loss(root * (logps - old)[y], root * (logps - old)[other], root * R[y], root * R[other], eta=eta)[0]
+
+            logps = old.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(loss_of(logps), logps)
+            old = (old - torch.linalg.pinv(torch.autograd.functional.hessian(loss_of, old)) @ grad).log_softmax(0)
+            assert old.exp().tolist() == pytest.approx(closed_form.rebel_law(ref.numpy(), r.numpy(), beta, eta, t).tolist(), abs=1e-12)
+
+
+def test_first_gradient_with_another_mu():
+    """−(2/η)·(∇J + Σ μ·(R − E_π R)·∇log π): half of the policy gradient's weight, and the better completions of μ are raised."""
+    e, eta = Enumerated(prompt=1), 0.6
+    C = len(e.rewards)
+    mu = torch.rand(C, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 4
+    mu = mu / mu.sum()
+    R = rebel.kl_rewards(e.rewards, e.logps, e.ref_logps, beta=BETA)
+    seq_logps = e.logps.sum(1)
+    logratio = seq_logps - seq_logps.detach()
+    y, other = torch.cartesian_prod(torch.arange(C), torch.arange(C)).T
+    root = (e.law[y] * mu[other]).sqrt() * C
+    loss = rebel.rebel_loss(root * logratio[y], root * logratio[other], root * R[y], root * R[other], eta=eta)[0]
+    raised = (mu * (R - e.law @ R) * seq_logps).sum()
+    assert relative(-e.gradient(loss), 2 / eta * (e.gradient(e.objective()) + e.gradient(raised))) < 1e-12
+
+
+def test_pairs_of_a_sample_and_of_mu(m):
+    """Rows 2i are the samples, rows 2i + 1 the given completions, each with the log-probs of the policy and of ref at temperature tau."""
+    policy, ref = tiny_gpt(seed=0), tiny_gpt(seed=1)
+    prompts, sampled, others = [[0], [2, 0, 1]], [[1, EOS], [3, 3, 2]], [[2], [0, 1, EOS]]
+    answers = SimpleNamespace(completions=sampled, mask=torch.zeros(1))
+    tokenizer, cfg = SimpleNamespace(pad_id=3, eos_id=EOS), m.Config(tau=0.7, micro_batch=3)
+    pairs = m.pair_up(policy, ref, answers, prompts, others, cfg, tokenizer)
+    assert pairs.completions == [[1, EOS], [2], [3, 3, 2], [0, 1, EOS]] and pairs.finished.tolist() == [True, False, False, True]
+    assert pairs.lengths.tolist() == [2, 1, 3, 3]
+    for row, (prompt, completion) in enumerate(zip([p for p in prompts for _ in range(2)], pairs.completions, strict=True)):
+        for model, logps in ((policy, pairs.old_logps), (ref, pairs.ref_logps)):
+            logits = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1]
+            expected = (logits / 0.7).log_softmax(-1)[torch.arange(len(completion)), completion]
+            assert logps[row].sum().item() == pytest.approx(expected.sum().item(), abs=1e-12)
+
+
+def test_a_run_against_a_data_set(small, demos_file, tmp_path):
+    """The reward sees a completion of the file beside every sample, one of its own prompt; metrics are of the samples alone."""
+    seen, rows = [], [json.loads(line) for line in demos_file.read_text().splitlines()]
+    path = tmp_path / "spy.py"
+    path.write_text("import json, pathlib\ndef reward(prompts, completions):\n"
+                    f"    with open({str(tmp_path / 'seen.jsonl')!r}, 'a') as file:\n"
+                    "        file.write(json.dumps([[str(p) for p in prompts], completions]) + '\\n')\n"
+                    "    return [float(len(c)) for c in completions]\n")
+    module, cfg = small("rebel", steps=3, mu=str(demos_file), reward=[f"{path}:reward"], held_out=0.25, micro_batch=2)
+    metrics = read_rows(module.main(cfg) / "metrics.jsonl")
+    given = {}
+    for row in rows:
+        given.setdefault(row["prompt"], set()).add(row["completion"])
+    for line in (tmp_path / "seen.jsonl").read_text().splitlines():
+        prompts, completions = json.loads(line)
+        if len(prompts) == 8 and all(prompts[i] == prompts[i + 1] for i in range(0, 8, 2)):
+            seen.append(completions)
+            assert all(completions[i] in given[prompts[i]] for i in range(1, 8, 2))
+    assert len(seen) == 3 and all(math.isfinite(row["loss"]) for row in metrics)
+    assert [row["reward"] for row in metrics] == pytest.approx([sum(map(len, texts[::2])) / 4 for texts in seen])
+
+
+def test_mu_must_know_the_prompts(small, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "ask for tea: ", "completion": "tea, please."}\n')
+    module, cfg = small("rebel", mu=str(other))
+    with pytest.raises(BadInput, match="has no completion of the prompt '.*'; name the same file for --prompts and --mu"):
+        module.main(cfg)
+    module, cfg = small("rebel", mu=str(other), prompts=str(other), held_out=0.0, max_new=2)
+    other.write_text('{"prompt": "ask for tea: ", "completion": "' + "a" * 200 + '"}\n')
+    with pytest.raises(BadInput, match="tokens exceeds the policy's context of 128; leave it out"):
+        module.main(cfg)
+
+
+def test_refusals(small):
     module, cfg = small("rebel", batch_size=7)
     with pytest.raises(BadInput, match="--batch_size 7: must be even"):
         module.main(cfg)

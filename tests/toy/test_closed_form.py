@@ -178,11 +178,18 @@ def test_the_slopes_are_derivatives():
 
     z0 = max(0.0, mu @ np.log(policy_of(logits) / ref))
 
-    def kto(z):
-        gain = 1 / (1 + np.exp(-beta * (np.log(policy_of(z) / ref) - z0)))
-        return (2 * won * (1 - gain) + lost * gain).sum()
+    values = {"logistic": lambda x: 1 / (1 + np.exp(-x)), "concave": lambda x: -np.log1p(np.exp(-x)), "neutral": lambda x: x,
+              "prospect": lambda x: np.where(x < 0, -2.25, 1) * np.abs(x) ** 0.88}
+
+    def kto(value):
+        def loss(z):
+            x = beta * (np.log(policy_of(z) / ref) - z0)
+            return -(2 * won * values[value](x) + lost * values[value](-x)).sum()
+
+        return difference(loss)
 
     quadratic = difference(lambda z: pair_loss(beta * z, lambda x: np.maximum(0, 1 - x) ** 2, mu, prefer))
     assert beta * law.pair_slope(lambda x: -2 * np.maximum(0, 1 - x), beta * logits, prefer, mu) == pytest.approx(quadratic, abs=1e-8)
     assert law.orpo_slope(policy_of(logits), prefer, mu, 0.3) == pytest.approx(difference(orpo), abs=1e-8)
-    assert law.kto_slope(policy_of(logits), ref, 2 * won, lost, beta, mu) == pytest.approx(difference(kto), abs=1e-8)
+    for value in values:
+        assert law.kto_slope(policy_of(logits), ref, 2 * won, lost, beta, z0, value) == pytest.approx(kto(value), abs=1e-8)

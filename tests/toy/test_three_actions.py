@@ -96,8 +96,10 @@ def test_the_right_reward_losses_in_other_words_miss_none(monkeypatch):
     ("simpo_loss", lambda w, l, *, scale, target_margin: (F.softplus(-(w - l)).mean(), {}), "SimPO"),  # the scale lost
     ("orpo_loss", lambda w, l, *, weight: ((-w + weight * F.softplus(l - w)).mean(), {}), "ORPO, λ = ¼"),  # log-probs for odds
     ("slic_loss", lambda w, l, t, *, delta, weight: ((F.relu(delta - w + l) - weight * l).mean(), {}), "SLiC"),  # NLL of the loser
-    ("kto_loss", lambda y, r, good, kl, *, beta, desirable_weight: (
-        (desirable_weight * good + ~good) * (1 - (beta * (y - r) * (2 * good.double() - 1)).sigmoid()).mean(), {}), "KTO"),  # z₀ lost
+    ("kto_loss", lambda y, r, good, kl, *, beta, desirable_weight, value: (
+        (desirable_weight * good + ~good) * (1 - (beta * (y - r) * (2 * good.double() - 1)).sigmoid()).mean(), {}), "KTO, β = "),  # z₀ lost
+    ("kto_loss", lambda y, r, good, kl, *, beta, desirable_weight, value: (
+        (desirable_weight * good + ~good) * F.softplus(-beta * (y - r - kl) * (2 * good.double() - 1)).mean(), {}), "KTO, prospect"),
 ])
 def test_wrong_preference_losses_miss_a_law(monkeypatch, loss, wrong, caught_by):
     assert any(caught_by in name for name in failures(monkeypatch, wrong, loss))

@@ -63,6 +63,7 @@ class Batch:
 class Pairs:
     chosen: Batch  # row b of chosen and row b of rejected have the same prompt
     rejected: Batch
+    target: Batch | None = None  # slic's y_ref, as many rows, each with a prompt of its own
 
     def to(self, device):
         return Pairs(self.chosen.to(device), self.rejected.to(device))

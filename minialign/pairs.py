@@ -17,11 +17,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from minialign.data import (
     Rows,
+    encode_demos,
     encode_pairs,
     encode_prompts,
     long_pairs,
     pair_batch,
     pick,
+    read_demonstrations,
     read_preferences,
     split_held_out,
     split_scorable,
@@ -34,7 +36,7 @@ from minialign.evaluate import held_out_pairs
 from minialign.logps import Remembered, seq_logps
 from minialign.lora import frozen_copy
 from minialign.sample import sample
-from minialign.task import builtin_pairs
+from minialign.task import builtin_demos, builtin_pairs
 
 
 def train(method, cfg, step):
@@ -44,6 +46,7 @@ def train(method, cfg, step):
     policy, tokenizer = open_policy(run)
     rows, held_out, batch_of, prompts = open_pairs(run, tokenizer)
     answer = answer_online(run, policy, tokenizer, prompts) if cfg.online else None
+    targets_of = open_targets(run, tokenizer) if getattr(cfg, "demos", "") else None
     ref = frozen_reference(policy, cfg)
     optimizer = open_optimizer(cfg, policy)
     run.register(policy=policy, optimizer=optimizer)
@@ -62,7 +65,10 @@ def train(method, cfg, step):
         optimizer.zero_grad()
         losses, stats = [], Mean()
         for micro in micro_batches(range(len(batch)), batch, cfg):
-            loss, micro_stats = step(policy, ref, batch_of(batch, micro), cfg)
+            pairs = batch_of(batch, micro)
+            if targets_of:
+                pairs.target = targets_of(k, micro)
+            loss, micro_stats = step(policy, ref, pairs, cfg)
             share = len(micro) / len(batch)  # the loss is a mean over pairs: a micro-batch is weighted by its number of pairs
             loss = loss * share
             loss.backward()
@@ -102,6 +108,24 @@ def open_pairs(run, tokenizer):
         rows, prompts = long_or_encoded(run, long_pairs, cfg.pairs, tokenizer, lambda: read()[0], parts=3), []
     rows, held_out = split_scorable(rows, cfg.held_out, cfg.max_len)
     return rows, held_out, batches_of(run, tokenizer, pair_batch), prompts
+
+
+def open_targets(run, tokenizer):
+    """The function (k, micro) -> Batch: of the rows of --demos that belong to step k, as many as pairs, those at the places `micro`."""
+    cfg = run.cfg
+    run.same_input("demos", cfg.demos)
+
+    def encode():
+        demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
+        return encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
+
+    rows, batch_of = split_scorable(encoded_once(encode), 0.0, cfg.max_len)[0], batches_of(run, tokenizer)
+
+    def targets_of(k, micro):
+        picked = batch_rows(len(rows), cfg.batch_size, k, derive_seed("targets", cfg.seed))
+        return batch_of(rows, [picked[i] for i in micro])
+
+    return targets_of
 
 
 def answer_online(run, policy, tokenizer, prompts):

@@ -465,14 +465,14 @@ def winners_law(mu, prefer, lengths):
     return normalise(winners(mu, prefer)[0] / np.asarray(lengths))
 
 
-def slic_law(mu, prefer, weight):
-    """SLiC-HF while no pair has reached its margin: π = W + (W − L)/λ. If an entry is negative, there is no such fixed point.
+def slic_law(mu, prefer, weight, target=None):
+    """SLiC-HF while no pair has reached its margin: π = D + (W − L)/λ. If an entry is negative, there is no such fixed point.
 
-    Before the margin the hinge is δ − log π_w + log π_l. So the loss is const − Σ (W − L)·log π − λ·Σ W·log π, the cross-entropy of
-    q = W + (W − L)/λ, which sums to 1.
+    Before the margin the hinge is δ − log π_w + log π_l. So the loss is const − Σ (W − L)·log π − λ·Σ D·log π, the cross-entropy of
+    q = D + (W − L)/λ, which sums to 1. target: D, the distribution of y_ref; W by default.
     """
     W, L = winners(mu, prefer)
-    return W + (W - L) / weight
+    return (W if target is None else target) + (W - L) / weight
 
 
 def hinge_corner(ref, prefer, beta, mu):

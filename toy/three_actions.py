@@ -478,6 +478,15 @@ def preference_checks(cfg):
     delta = 1 + np.ptp(np.log(law))
     policy = learned(lambda w, l, *_: slic_loss(w, l, w, delta=delta, weight=weight)).softmax(0).numpy()
     yield Check("SLiC-HF, δ beyond every margin", policy, law, 1e-8, "W + (W − L)/λ")
+    weight = 0.5 + 2 * max(0, ((L - W) / E).max())
+    law = closed_form.slic_law(mu, p, weight, E)
+    delta = 1 + np.ptp(np.log(law))
+
+    def with_targets(z):  # y_ref, a demonstration, is independent of the pair, and the loss is linear in its log-prob
+        target = (expert * z.log_softmax(0)).sum()[None]
+        return expected_preference(lambda w, l, *_: slic_loss(w, l, target, delta=delta, weight=weight), z, ref, prefer, ref)
+
+    yield Check("SLiC-HF, y_ref from the expert", minimise(with_targets, start).softmax(0).numpy(), law, 1e-8, "E + (W − L)/λ")
 
     W, L = closed_form.winners(E, p)  # the expert samples the answers: ref would rarely sample them, so z₀ > 0
     weight = 0.5 + 2 * float((L / W).max())  # large enough that no probability goes to 0

@@ -9,16 +9,19 @@ Idea     The first term is a hinge: the chosen answer should be at least e^δ ti
 Differs  from dpo.py: there is no reference. The hinge has a constant gradient until the margin and then none; DPO's gradient fades instead.
          The lecture's "SLiC" (docs/ERRATA.md), a hinge on log-ratios to ref, is gpo.py with --f hinge.
          From orpo.py: log-probs are summed, not averaged, so a long answer has more weight in both terms.
-Details  Log-probs are summed over the answer. Here y_ref is the chosen answer; it may be any good one.
-         The paper's other variant samples answers from the SFT policy and ranks them. For that, give this file pairs made in that way.
+Details  Log-probs are summed over the answer. y_ref is the chosen answer by default. With --demos FILE it is a row of that file, as many
+         rows a step as pairs; the prompt is then the row's own. (eval/loss takes the chosen answer always.)
+         The paper's other variant, sample-rank: answers of the SFT policy, ranked by a reward. `generate --keep best_worst` writes them.
          --online: the policy samples the pairs and a reward labels them, as in dpo.py.
-Law      Pairs are drawn from μ and labelled with probability p. W(y) and L(y) are the shares of pairs in which y is chosen and rejected. If
-         π = W + (W − L)/λ is nowhere negative and no pair reaches the margin δ under it, it is the fixed point. Otherwise (nearly always at
-         the default λ) there is no closed form. The fixed point is never π* ∝ ref·e^{r/β} (dpo.py): ref and β do not occur in the loss.
+Law      Pairs are drawn from μ and labelled with probability p. W(y) and L(y) are the shares of pairs in which y is chosen and rejected,
+         D(y) its share among the y_ref (W by default). If π = D + (W − L)/λ is nowhere negative and no pair reaches the margin δ under it,
+         it is the fixed point. Otherwise (nearly always at the default λ) there is no closed form. The fixed point is never
+         π* ∝ ref·e^{r/β} (dpo.py): ref and β do not occur in the loss.
 Checked  tests/methods/test_slic.py (worked numbers, gradient, law, stationarity), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign slic                                                 # built-in task, laptop CPU
-    python -m minialign slic --pairs pairs.jsonl --policy runs/sft/final --delta 1 --weight 0.1
+    python -m minialign generate --policy runs/sft/final --prompts p.jsonl --reward runs/rm/final --keep best_worst --out pairs.jsonl
+    python -m minialign slic --pairs pairs.jsonl --policy runs/sft/final --delta 1 --weight 0.1 --demos demos.jsonl
 """
 
 from dataclasses import dataclass
@@ -33,7 +36,8 @@ from minialign.settings import OnPairs
 @dataclass
 class Config(OnPairs):
     delta: float = 1.0              # δ: by how many nats the chosen answer should be more likely
-    weight: float = 0.1             # λ: weight of the likelihood of the chosen answer
+    weight: float = 0.1             # λ: weight of the likelihood of y_ref
+    demos: str = ""                 # y_ref: demonstrations (builtin, or a file); default: the chosen answers
 
 
 def slic_loss(chosen_logps, rejected_logps, target_logps, *, delta, weight):
@@ -51,7 +55,8 @@ def slic_loss(chosen_logps, rejected_logps, target_logps, *, delta, weight):
 def step(policy, ref, pairs, cfg):
     """Evaluate the models on one batch of pairs and compute the loss. Only this function connects models and equation."""
     chosen_logps, rejected_logps = seq_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
-    return slic_loss(chosen_logps, rejected_logps, chosen_logps, delta=cfg.delta, weight=cfg.weight)
+    target_logps = chosen_logps if pairs.target is None else seq_logps(policy, pairs.target)  # (B,)
+    return slic_loss(chosen_logps, rejected_logps, target_logps, delta=cfg.delta, weight=cfg.weight)
 
 
 def main(cfg):

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from minialign.engine.common import BadInput
+from minialign.batch import collate
+from minialign.data import encode_demos, encode_pairs, read_demonstrations, read_preferences
+from minialign.engine.common import BadInput, batch_rows, derive_seed
 from minialign.methods import slic
 from minialign.methods.gpo import gpo_loss
+from minialign.tokenizer import load_tokenizer
 from tests.enumerable import EOS, tiny_gpt
 from tests.preferring import (
     CHOSEN,
@@ -20,10 +23,13 @@ from tests.preferring import (
     f64,
     gradient,
     log_prob,
+    pair_account,
     pairs_of,
     population,
     random_pairs,
+    replay,
     setting,
+    token_logps_alone,
     winners,
 )
 from toy.three_actions import minimise
@@ -124,6 +130,18 @@ def test_step_sums_the_completions_tokens(m):
     assert policy.head_weight.grad.abs().sum() > 0
 
 
+def test_step_with_targets_of_their_own(m):
+    """y_ref is another answer, here to another prompt: its log-prob alone is in the second term."""
+    policy, cfg = tiny_gpt(seed=0), m.Config(delta=2.0, weight=0.3)
+    w, l = (torch.stack([log_prob(policy, y) for y in side]).detach() for side in (REJECTED, CHOSEN))
+    prompts, answers = [[0], [1, 2, 3], [2]], [[3, EOS], [0], [1, 1, 2]]
+    targets = torch.stack([token_logps_alone(policy, y, x).sum() for x, y in zip(prompts, answers, strict=True)]).detach()
+    pairs = pairs_of(REJECTED, CHOSEN, EOS)
+    pairs.target = collate(prompts, answers, pad_id=EOS)
+    loss, _ = m.step(policy, None, pairs, cfg)
+    assert loss.item() == pytest.approx((torch.relu(2 - w + l) - 0.3 * targets).mean().item(), abs=1e-12)
+
+
 # -------------------------------------------------------------------------------------------------------------------- the law
 
 
@@ -148,6 +166,21 @@ def test_a_delta_that_no_pair_reaches(m):
             assert np.abs(law - W).max() > 0.01
 
 
+def test_the_law_with_other_targets(m):
+    """π = D + (W − L)/λ, D the distribution of y_ref, which comes from elsewhere and may hold answers that never win."""
+    _, _, mu = setting(0)
+    wins, weight, target = any_preferences(0), 4.0, f64(0.4, 0.1, 0.2, 0.1, 0.2)
+    W, L = winners(wins, mu)
+
+    def loss(z):
+        logps = z.log_softmax(0)
+        mean = (target * logps).sum()
+        return population(lambda w, l: m.slic_loss(logps[w], logps[l], mean.expand(len(w)), delta=10.0, weight=weight)[0], wins, mu)
+
+    law = target.numpy() + (W - L) / weight
+    assert law.min() > 0.01 and np.allclose(minimise(loss, mu.log()).softmax(0).numpy(), law, atol=1e-8)
+
+
 def test_once_some_have_reached_it(m):
     """No closed form: in numpy, the flow of an answer over the open hinges, −Σ w·p·1[open] + Σ w·(1 − p)·1[open back] − λ·W, is κ·π with
     one κ for all: −λ. Some pairs are past δ, some are not, none is at it."""
@@ -170,7 +203,24 @@ def test_main_is_its_account(small):
     check_main(small, "slic", lambda w, l, *_: torch.relu(0.5 - w.sum() + l.sum()) - 0.3 * w.sum(), delta=0.5, weight=0.3)
 
 
+def test_a_run_takes_its_targets_from_the_demonstrations(small, demos_file):
+    """Four steps written out again: in step k the targets are the rows of --demos that its own seed picks, in micro-batches of three."""
+    module, cfg = small("slic", steps=4, held_out=0.0, schedule="constant", warmup=0.0, micro_batch=3, delta=0.5, weight=0.3,
+                        demos=str(demos_file))
+    tokenizer = load_tokenizer(cfg.policy)
+    rows, demos = encode_pairs(tokenizer, read_preferences(cfg.pairs)), encode_demos(tokenizer, read_demonstrations(demos_file))
+    pairs_alone = pair_account(lambda w, l, *_: torch.relu(0.5 - w.sum() + l.sum()))
+
+    def loss_of_batch(k, picked, policy, ref, rows):
+        targets = [demos[i] for i in batch_rows(len(demos), cfg.batch_size, k, derive_seed("targets", cfg.seed))]
+        nll = sum(-token_logps_alone(policy, y, x).sum() for x, y in targets) / len(targets)
+        return pairs_alone(k, picked, policy, ref, rows) + 0.3 * nll
+
+    replay(module.main(cfg), cfg, rows, loss_of_batch)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"demos": "absent.jsonl"}, "absent.jsonl: cannot be read"),
     ({"weight": -0.1}, "--weight -0.1: must be at least 0"), ({"delta": math.nan}, "--delta nan: must be a finite number"),
     ({"pairs": "absent.jsonl"}, "absent.jsonl: cannot be read"),
 ])

@@ -43,6 +43,20 @@ def kl_rewards(rewards, logps, ref_logps, *, beta):
     return (rewards - beta * k1(logps, ref_logps).sum(1)).detach()
 
 
+def shape_rewards(rewards, logps, ref_logps, mask, *, beta):
+    """r_t = −β·k1_t, plus the reward of the completion at its last token: rewards (B,), log-probs and mask (B, T) -> (B, T), detached."""
+    token_rewards = -beta * torch.where(mask, k1(logps, ref_logps), 0)
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    last = torch.where(mask, places, 0).argmax(1)  # (B,) from the mask: padding may look like anything
+    return token_rewards.scatter_add(1, last[:, None], rewards.to(token_rewards)[:, None]).detach()
+
+
+def adapted(penalty, moved_by, target):
+    """κ of PPO's penalty for the next rollout: doubled if the KL was above 1.5 times its target, halved if below 1/1.5 of it (Schulman et
+    al. 2017, section 4)."""
+    return penalty * (2.0 if moved_by > 1.5 * target else 0.5 if moved_by < target / 1.5 else 1.0)
+
+
 def moved(logps, old_logps):
     """True if a log-prob differs from the old one, judged by the largest |log-ratio|. NaN counts as equal (run.may_update reports it).
 

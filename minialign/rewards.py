@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from minialign.batch import collate
+from minialign.batch import collate, masked_mean
 from minialign.data import encode_answers, encode_whole, plain_text, read_demonstrations
 from minialign.engine import parallel, tracking
 from minialign.engine.common import BadInput, find_folder, one_line
@@ -406,6 +406,12 @@ def _try(reward_fn, prompts, completions, limit):
 def _short(text):
     text = text.replace("\n", "\\n")
     return f"'{text}'" if len(text) <= 80 else f"'{text[:40]} … {text[-35:]}'"
+
+
+def explained_variance(values, returns, mask):
+    """1 − E[(G − V)²] / Var(G) over the mask's tokens: 1 for a perfect critic, 0 for the constant mean. None if returns are equal."""
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return 1 - masked_mean((returns - values) ** 2, mask) / spread if spread > 1e-8 else None
 
 
 def rollout_stats(rewards, answers, *, group_size=1):

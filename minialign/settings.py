@@ -188,7 +188,7 @@ def check_config(cfg):
                 "layers": 1, "heads": 1, "width": 1, "group_size": 1, "epochs": 1, "n": 1, "grows": 1, "grow_prompts": 1,
                 "gamma": 0, "lam": 0, "decay": 0, "mix": 0, "std_eps": 0, "bound": 0, "ridge": 0, "reward_share": 0, "weight": 0,
                 "desirable_weight": 0, "undesirable_weight": 0, "delta": 0, "target_margin": 0, "lora": 0,
-                "missing_eos": 0, "vocab": 1}
+                "missing_eos": 0, "vocab": 1, "penalty": 0, "target_kl": 0, "ptx": 0}
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if isinstance(value, float) and not math.isfinite(value):
@@ -262,7 +262,7 @@ def exit_codes(prog):
             print(f"{prog}: nobody reads the output any more, so the run stops{how_to_go_on()}", file=sys.stderr)
         end(1 if common.running() else 0)
     except (OSError, SafetensorError) as error:
-        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        where = f"{in_one_line(error.filename)}: " if getattr(error, "filename", None) else ""
         print(f"{prog}: {where}{getattr(error, 'strerror', None) or one_line(error)}{how_to_go_on()}", file=sys.stderr)
         end(2)
     except ValueError as error:

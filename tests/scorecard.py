@@ -74,7 +74,7 @@ LINES = [
     Line("C8", "each loss is its formula written again in plain numbers; gradients by differences", 21_000,
          "tests/methods/test_losses.py::test_values_and_gradients_are_those_of_the_formula "
          "tests/methods/test_losses.py::test_a_thousand_more_of_each", quick="tests/methods/test_dpo.py::test_worked_numbers"),
-    Line("C9", "every method rests on its closed form, exactly and by sampling; the lake's policies too", 90,
+    Line("C9", "every method rests on its closed form, exactly and by sampling; the lake's policies too", 85,
          "tests/toy/test_three_actions.py::test_every_row_meets_its_law tests/toy/test_three_actions.py::test_other_settings "
          "tests/toy/test_three_actions.py::test_ten_seeds_of_what_is_sampled "
          "tests/toy/test_tiny_language.py::test_each_method_rests_on_its_law "

@@ -1021,8 +1021,9 @@ def called(words, place, *, seconds=fuzzing.SECONDS, memory=fuzzing.BYTES, befor
             if before is not None:
                 before()
             code = ended(main, words)
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stderr, sys.stdout):  # (a reward may have closed one)
+                if not stream.closed:
+                    stream.flush()
         finally:
             os._exit(code)
     deadline = time.monotonic() + seconds
@@ -1579,7 +1580,7 @@ COMMAND_FAULTS = [
     ["generate", "--keep", f"above:{LONG}"], ["sample", "--prompt", "\udce9"], ["sft", "--device", "meta"], ["sft", "--device", "hpu"],
     ["sft", "--policy", "new", "--vocab", str(2**70)], ["ppo", "--eps", "1e308"], ["sft", "--policy=--"], ["x" * 5000],
     ["rloo", "--reward", "regex:" + "(" * 5000], ["show", "--last", "-1"], ["sft", "--demos", "fifo"], ["sft", "--text", "/dev/zero"],
-    ["sft", "--batch_size", str(2**64)], ["sft", "--policy", "new", "--layers", "100000"],
+    ["sft", "--batch_size", str(2**64)], ["sft", "--policy", "new", "--layers", "100000"], ["show", "--runs", "x" * 5000],
 ]
 MORE_COMMAND_FAULTS = [  # of the same kinds
     ["simpo", "--lora", str(2**63)], ["sft", "--lora", "1000000"], ["plot", "--out", "figure.txt"], ["show", "--last", LONG],

@@ -195,7 +195,8 @@ def test_metrics_page_is_complete_in_both_directions(small, monkeypatch):
                   for method in (METHODS if methods.strip() == "all" else [m.strip() for m in methods.split(",")])}
     logged = set()
     online = dict(online=True, reward=["length:9"])
-    for method, changes in [*((method, {}) for method in METHODS), *((method, online) for method in PREFERRING)]:
+    for method, changes in [*((method, {}) for method in METHODS), *((method, online) for method in PREFERRING),
+                            ("ppo", dict(penalty=1.0, target_kl=0.01))]:
         module, cfg = small(method, held_out=0.2, **changes)
         logged |= {(method, name) for row in read_rows(module.main(cfg) / "metrics.jsonl") for name in row}
     assert documented == logged, (documented - logged, logged - documented)

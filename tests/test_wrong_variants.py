@@ -62,8 +62,6 @@ VARIANTS = [
     ("rloo", "KL reward not detached", [*NOT_DETACHED, ("ratio.exp(), advantages.detach()", "ratio.exp(), advantages")]),
     ("rebel", "KL reward not detached", [*NOT_DETACHED, ("other_rewards).detach()", "other_rewards)")]),
     *[(method, "no KL", kl_reward("rewards.detach()")) for method in IN_THE_REWARD],
-    ("ppo", "no KL", [("-beta * torch.where(mask, k1(logps, ref_logps), 0)", "0 * logps")]),
-    ("ppo", "KL sign flipped", [("token_rewards = -beta *", "token_rewards = beta *")]),
     # the loss
     ("reinforce", "mean log-prob instead of the sum (invisible at π*)", [("logps, 0).sum(1)  # (B,)", "logps, 0).sum(1) / mask.sum(1)")]),
     ("reinforce", "minus lost", [("return -(advantages", "return (advantages")]),
@@ -107,11 +105,11 @@ VARIANTS = [
     ("grpo", "dr_grpo divides by the tokens there are", [("losses.sum() / (len(losses) * max_len)", "losses.sum() / mask.sum()")]),
     ("grpo", "sequence ratio", [("0).exp()  # (B, T)", "0).sum(1, keepdim=True).exp().expand_as(logps)")]),
     # PPO
-    ("ppo", "score at the first token", [("last[:, None], rewards", "0 * last[:, None], rewards")]),
-    ("ppo", "score one slot late", [(".argmax(1)  # (B,) from", ".argmax(1).add(1).clamp(max=mask.shape[1] - 1)  # (B,) from")]),
-    ("ppo", "score at every token", [
-        ("token_rewards.scatter_add(1, last[:, None], rewards.to(token_rewards)[:, None])", "(token_rewards + rewards[:, None])"),
-    ]),
+    ("ppo", "penalty of the other sign", [("loss + penalty * approx_kl", "loss - penalty * approx_kl")]),
+    ("ppo", "penalty without a gradient", [("loss + penalty * approx_kl", "loss + penalty * approx_kl.detach()")]),
+    ("ppo", "penalty of the other direction", [("torch.expm1(logratio) - logratio", "torch.expm1(-logratio) + logratio")]),
+    ("ppo", "k1 for the penalty", [("torch.expm1(logratio) - logratio", "-logratio")]),
+    ("ppo", "step forgets the penalty", [("eps=cfg.eps, penalty=penalty)", "eps=cfg.eps)")]),
     ("ppo", "values bootstrapped past EOS", [
         ("mask.bool(), torch.where(mask.bool(), values.detach(), 0)", "mask.bool(), values.detach()"),
     ]),
@@ -421,11 +419,23 @@ RESUME = "engine/test_resume.py::"
 GUARD = SAMPLE + "::test_the_guard_looks_at_both_sides_and_at_every_token"
 REFUSED_STEP = RUN + "::test_a_step_that_is_not_finite_is_skipped_and_named"
 KNOWN = "test_precompute_ref.py::test_a_row_is_known_in_any_batch_and_padding"
+SHAPED = "test_shaped_rewards_by_hand"
 FLUSHED = "test_every_file_is_flushed_before_the_rename_and_the_folder_after_it"
 
 # file under minialign/, what is wrong, [(text in the file, what stands there instead)], the tests that notice it (nodes below tests/)
 MUTANTS = [
     # kl.py
+    *[("kl.py", wrong, [exchange], "methods/test_ppo.py::" + test) for wrong, exchange, test in [
+        ("PPO's rewards without KL", ("-beta * torch.where(mask, k1(logps, ref_logps), 0)", "0 * logps"), SHAPED),
+        ("the sign of the KL in PPO's rewards", ("token_rewards = -beta *", "token_rewards = beta *"), SHAPED),
+        ("PPO's score at the first token", ("last[:, None], rewards", "0 * last[:, None], rewards"), SHAPED),
+        ("PPO's score one slot late", (".argmax(1)  # (B,) from", ".argmax(1).add(1).clamp(max=mask.shape[1] - 1)  # (B,) from"), SHAPED),
+        ("PPO's score at every token", ("token_rewards.scatter_add(1, last[:, None], rewards.to(token_rewards)[:, None])",
+                                        "(token_rewards + rewards[:, None])"), SHAPED),
+        ("κ adapted the wrong way", ("2.0 if moved_by > 1.5 * target else 0.5", "0.5 if moved_by > 1.5 * target else 2.0"),
+         "test_the_penalty_adapts"),
+        ("κ never halved", ("else 0.5 if", "else 1.0 if"), "test_the_penalty_adapts"),
+    ]],
     ("kl.py", "k1 of the wrong sign", [("return logps - ref_logps", "return ref_logps - logps")], KL),
     ("kl.py", "half lost in k2", [("(logps - ref_logps) ** 2 / 2", "(logps - ref_logps) ** 2")], KL),
     ("kl.py", "k3 of the wrong direction", [("ref_logratio = ref_logps - logps", "ref_logratio = logps - ref_logps")], KL),

@@ -175,6 +175,36 @@ def rebel_law(ref, reward, beta, eta, rollouts):
     return tilt(ref, kept * np.asarray(reward, dtype=np.float64), 1.0)
 
 
+def kl_penalty_step(old, advantages, penalty):
+    """One rollout of PPO with κ·KL(old‖π) in the place of the clip, solved exactly: π = κ·old/(c − A), Σ π = 1.
+
+    The maximiser of Σ π·A − κ·Σ old·log(old/π) has A + κ·old/π = c. It is old if all advantages are equal, as they are at π*.
+    """
+    return _k3_node(old, advantages, np.full(len(old), penalty))
+
+
+def ptx_law(ref, reward, beta, weight, target):
+    """PPO-ptx: the maximiser of E_π[r] − β·KL(π‖ref) + w·Σ D·log π. It satisfies r − β·log π/ref + w·D/π = c.
+
+    β·log π − w·D/π rises in π, so bisection finds π for each c. Σ π falls in c, so Σ π = 1 fixes c. w → ∞ gives the target D.
+    """
+    ref, reward, target = normalise(ref), np.asarray(reward, dtype=np.float64), np.asarray(target)
+
+    def policy_of(c):
+        low, high = np.full(len(ref), -700.0), np.full(len(ref), 50.0)  # log π
+        for _ in range(100):
+            middle = (low + high) / 2
+            over = beta * middle - weight * target * np.exp(-middle) > reward + beta * np.log(ref) - c
+            low, high = np.where(over, low, middle), np.where(over, middle, high)
+        return np.exp((low + high) / 2)
+
+    low, high = reward.min() - 50 * beta, reward.max() + 50 * beta + weight
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if policy_of(middle).sum() > 1 else (low, middle)
+    return normalise(policy_of((low + high) / 2))
+
+
 def sequence_k3_law(ref, reward, beta):
     """The fixed point of training on r − β·k3, with k3 of whole completions: π = β·ref/(c − r), not ref·e^{r/β}.
 

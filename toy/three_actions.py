@@ -32,6 +32,7 @@ from minialign.methods.irft import irft_loss
 from minialign.methods.irl import irl_loss
 from minialign.methods.kto import kto_loss, mismatched_kl
 from minialign.methods.orpo import orpo_loss
+from minialign.methods.ppo import policy_loss
 from minialign.methods.rest import keep
 from minialign.methods.reward_model import bradley_terry_loss
 from minialign.methods.rft import reward_alignment_loss
@@ -258,7 +259,7 @@ class Check:
 
 def checks(cfg):
     """Yield every Check, family by family."""
-    for family in (explicit_checks, irl_checks, likelihood_checks, irft_checks, preference_checks):
+    for family in (explicit_checks, irl_checks, likelihood_checks, irft_checks, preference_checks, online_checks):
         yield from family(cfg)
 
 
@@ -502,20 +503,61 @@ def preference_checks(cfg):
 
 
 def kto_rest(ref, W, L, beta, weight, *, z0=True, reference=True, value="logistic"):
-    """(policy, z₀, ref) where KTO's expected updates rest: there the pull on each log π(y) is in proportion to π(y). W, L (3,): how often
-    an answer is liked and disliked. The steps are those of natural gradient descent, on π itself."""
+    """(policy, z₀, ref) where KTO's expected updates rest. W, L (3,): how often an answer is liked and disliked."""
     good, bad, at = torch.tensor(W) / 2, torch.tensor(L) / 2, ref if reference else torch.ones_like(ref)
-    settings, logits = dict(ref=at, desirable=good, undesirable=bad, beta=beta, weight=weight, value=value), ref.log()
-    for _ in range(400):
-        logps = logits.log_softmax(0)
+
+    def reference_point(logps):
         sums = [((good + bad) * x).sum()[None] for x in (logps, ref.log())]
-        kl = mismatched_kl(sums[0], sums[1] if reference else None) if z0 else torch.zeros(())
-        pull = -gradient(partial(expected_kto, kl=kl, **settings), logps)
-        step = (pull / pull.sum() / logps.exp() - 1).clamp(-1, 1) / 2
+        return mismatched_kl(sums[0], sums[1] if reference else None) if z0 else torch.zeros(())
+
+    def pull_of(logps):
+        settings = dict(kl=reference_point(logps), beta=beta, weight=weight, value=value)
+        return -gradient(partial(expected_kto, ref=at, desirable=good, undesirable=bad, **settings), logps)
+
+    logps = rest(pull_of, ref.log(), 0.5)
+    return logps.exp().numpy(), float(reference_point(logps)), at.numpy()
+
+
+def online_checks(cfg):
+    """PPO with the reward β·log E/ref, so that π* is the expert: with a penalty on the KL to the old policy in the place of the clip, and
+    with a text term."""
+    expert, ref, E, reference = setting(cfg)
+    beta, reward = cfg.beta, cfg.beta * (expert / ref).log()
+    penalty = 2 * float(reward.max() - reward.min())
+
+    def advantages(old):
+        returns = reward - beta * (old / ref).log()
+        return returns - (old * returns).sum()
+
+    def loss_of(logps, old, penalty):
+        rows = [policy_loss(logps[y].view(1, 1), old[y].log().view(1, 1), advantages(old)[y].view(1, 1), torch.ones(1, 1).bool(), eps=1e9,
+                            penalty=penalty)[0] for y in range(3)]
+        return (old * torch.stack(rows)).sum()
+
+    for name, old in (("from ref", ref), ("from π*", expert)):
+        learned = minimise(lambda z, old=old: loss_of(z.log_softmax(0), old, penalty), old.log()).softmax(0).numpy()
+        law = closed_form.kl_penalty_step(old.numpy(), advantages(old).numpy(), penalty)
+        yield Check(f"PPO, penalty κ, one rollout {name}", learned, law, 1e-8, "κ·π_old/(c − A)" if old is ref else "which is π* itself")
+    weight, target = beta / 2, UNIFORM
+
+    def pull_of(logps):
+        return -gradient(lambda x: loss_of(x, logps.exp(), 0.0) - weight * (target * x).sum(), logps)
+
+    law = closed_form.ptx_law(reference, reward.numpy(), beta, weight, target.numpy())
+    yield Check("PPO-ptx, w = β/2", rest(pull_of, ref.log(), 0.1).exp().numpy(), law, 1e-10, "r − β·log π/ref + w·D/π = c")
+
+
+def rest(pull_of, logits, rate):
+    """log π where expected updates rest: there the pull on each log π(y), pull_of(log π), is in proportion to π(y). The steps are those of
+    natural gradient descent, at most `rate` long."""
+    for _ in range(2000):
+        logps = logits.log_softmax(0)
+        pull = pull_of(logps)
+        step = rate * (pull / pull.sum() / logps.exp() - 1).clamp(-1, 1)
         logits = logits + step
         if step.abs().max() < 1e-15:
             break
-    return logps.exp().numpy(), float(kl), at.numpy()
+    return logps
 
 
 def converged_rounds(expert, ref, beta, n_rounds, ref_update):

@@ -22,11 +22,11 @@ from minialign import data
 from minialign.data import demo_batch, encode_demos, encode_prompts, read_demonstrations, read_prompts, split_held_out, split_scorable
 from minialign.engine import parallel
 from minialign.engine.adamw8bit import adamw8bit
-from minialign.engine.common import BadInput, find_folder, one_line
+from minialign.engine.common import BadInput, batch_rows, derive_seed, find_folder, one_line
 from minialign.lora import inject, load_model
 from minialign.model import Block
 from minialign.rewards import open_reward, reward_folders
-from minialign.task import builtin_demos, builtin_prompts
+from minialign.task import builtin_demos, builtin_prompts, builtin_texts
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained
 
@@ -234,6 +234,19 @@ def open_prompts(run, policy, tokenizer):
     rows = long_or_encoded(run, data.long_prompts, cfg.prompts, tokenizer, encode, parts=1)
     check_context(run, policy, rows)
     return split_held_out(rows, cfg.held_out)
+
+
+def open_texts(run, policy, tokenizer):
+    """The function k -> Batch of the batch_size rows of --text that belong to step k, for a term −log π of plain text beside a loss."""
+    cfg, max_len = run.cfg, min(256, policy.config.max_len)
+    run.same_input("text", cfg.text)
+
+    def encode():
+        texts = builtin_texts() if cfg.text == "builtin" else data.read_texts(cfg.text, skip_bad=cfg.skip_bad)
+        return data.encode_texts(tokenizer, texts, max_len=max_len)
+
+    rows, batch_of = encoded_once(encode), functools.partial(demo_batch, pad_id=tokenizer.pad_id, max_len=max_len)
+    return lambda k: batch_of(rows, batch_rows(len(rows), cfg.batch_size, k, derive_seed("texts", cfg.seed))).to(run.device)
 
 
 def open_online(run):

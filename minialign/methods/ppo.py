@@ -4,11 +4,9 @@ arXiv:2203.02155, with the details of Huang et al. 2024 ("N+ implementation deta
 What this deletes from the papers, and why:
     1. one network for policy and value (Eq. 9). The critic is a model of its own with its own learning rate, so there is no weight c1.
     2. the entropy bonus (Eq. 9). The pull to ref already keeps the policy from collapsing; N+ has no bonus either. Entropy is logged.
-    3. the penalty with an adaptive coefficient, the first paper's alternative to the clip, and an adaptive β. ε and β are constants here.
-    4. mini-batches within an epoch. Each epoch is one update on the whole rollout (N+ has one mini-batch too).
-    5. the pretraining term of Ouyang et al. (PPO-ptx), which needs a second data set.
+    3. mini-batches within an epoch. Each epoch is one update on the whole rollout (N+ has one mini-batch too).
 
-    L(θ) = −E_t[ min( ρ_t·A_t, clip(ρ_t, 1 − ε, 1 + ε)·A_t ) ],          ρ_t = π_θ(y_t|x, y_<t) / π_old(y_t|x, y_<t)
+    L(θ) = −E_t[ min( ρ_t·A_t, clip(ρ_t, 1 − ε, 1 + ε)·A_t ) ] + κ·KL(π_old‖π_θ),          ρ_t = π_θ(y_t|x, y_<t) / π_old(y_t|x, y_<t)
     L(φ) = ½·E_t[ max( (V_t − G_t)², (V_old,t + clip(V_t − V_old,t, ±ε_V) − G_t)² ) ],            V_t = V_φ(x, y_<t)
            δ_t = r_t + γ·V_old,t+1 − V_old,t,      A_t = Σ_l (γλ)^l δ_{t+l},      G_t = A_t + V_old,t,      V beyond the end = 0
 
@@ -20,14 +18,15 @@ Differs  from rloo.py: advantages per token from a learned value, not per comple
          From grpo.py: the KL is in the reward, where it gives the right gradient.
 Details  The critic is a copy of the policy's trunk under a new scalar head, or a whole reward model (--value). A new head is random, as
          in N+: under a head of zeros the trunk would get no gradient at first.
-         The reward is at the last real token: EOS, or where max_new cut. No state follows it, so V = 0 after it, without bootstrapping.
-         (N+ puts the reward one slot after EOS, because its rollouts have a fixed length. Here EOS is an action.)
+         The reward is at the last real token: EOS, or where max_new cut. V = 0 after it, without bootstrapping. (N+: one slot after EOS.)
          missing_eos is subtracted from the reward of a completion without EOS (TRL). N+ replaces the reward by −1 instead.
-         λ = 1 makes A_t the Monte-Carlo return minus V: unbiased for any V, with γ = 1 and before whitening. λ < 1 has less noise, but is
-         biased as long as V is wrong.
+         λ = 1: A_t is the Monte-Carlo return minus V, unbiased for any V (γ = 1, no whitening). λ < 1: less noise, biased while V is wrong.
          Advantages are whitened over the rollout's real tokens, with the population variance, after the returns are computed. The old
          log-probs are those of the first epoch's own forward pass, so the ratio starts at exactly 1, and at first nothing is clipped.
-Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref), for γ = 1. The clip and critic errors make it noisier than rloo.py.
+         --penalty is κ (Eq. 8; 0 by default), beside the clip, or in its place with --eps 1000. The KL is estimated by k3, over π_old's own
+         tokens. --target_kl adapts κ as the paper does. --ptx adds ptx·(−log π) per token of plain text (PPO-ptx, Ouyang et al., Eq. 2).
+Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref), for γ = 1 and any κ. (One rollout with κ alone, solved exactly, gives
+         κ·π_old/(c − A).) With ptx: ptx_law of toy/closed_form.py. The clip and critic errors make it noisier than rloo.py.
 Checked  tests/methods/test_ppo.py (GAE by hand, with any and with exact values, clips), toy/tiny_language.py (the law).
 
     python -m minialign ppo                                                  # built-in task, laptop CPU
@@ -40,15 +39,15 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import masked_mean, whiten
-from minialign.engine.common import Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr
+from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr
 from minialign.engine.look import first_rollout
-from minialign.engine.opening import open_online, open_optimizer, open_value_model
+from minialign.engine.opening import open_online, open_optimizer, open_texts, open_value_model
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
-from minialign.kl import k1, moved
+from minialign.kl import adapted, moved, shape_rewards
 from minialign.logps import token_logps
 from minialign.lora import frozen_copy
-from minialign.rewards import rollout_stats, values_of
+from minialign.rewards import explained_variance, rollout_stats, values_of
 from minialign.sample import rollout
 from minialign.settings import OnPrompts
 
@@ -61,6 +60,10 @@ class Config(OnPrompts):
     eps: float = 0.2                # ε: how far the ratio of a token may move in the updates on one rollout
     eps_value: float = 0.2          # ε_V: how far a value may move in the updates on one rollout
     whiten: bool = True             # shift and scale the advantages of a rollout to mean 0 and variance 1
+    penalty: float = 0.0            # κ: weight of the KL to the policy that sampled; with --target_kl its first value
+    target_kl: float = 0.0          # adapt κ to this KL per token in the last epoch of a rollout, in nats; 0 keeps κ constant
+    ptx: float = 0.0                # weight of −log π of the texts in --text, batch_size rows a rollout, a mean over tokens
+    text: str = "builtin"           # with --ptx: builtin, a .txt, or a JSONL/JSON(.gz) file
     epochs: int = 4                 # updates on the same completions
     value: str = "policy"           # what the critic starts as: the policy's trunk (policy), or a reward model's folder or hub name
     value_lr: float = 1e-3          # the critic's peak learning rate
@@ -68,19 +71,20 @@ class Config(OnPrompts):
     batch_size: int = 64            # completions per step, one of each prompt
 
 
-def policy_loss(logps, old_logps, advantages, mask, *, eps):
+def policy_loss(logps, old_logps, advantages, mask, *, eps, penalty=0.0):
     """All inputs (B, T); advantages are constants. Returns the loss, a mean over the tokens in the mask, and stats."""
     assert logps.dim() == 2 and logps.shape == old_logps.shape == advantages.shape == mask.shape, (logps.shape, advantages.shape)
     logratio = torch.where(mask.bool(), logps - old_logps.detach(), 0)  # (B, T)
     ratio, advantages = logratio.exp(), advantages.detach()
     clipped = ratio.clamp(1 - eps, 1 + eps)
     loss = masked_mean(-torch.minimum(ratio * advantages, clipped * advantages), mask)
+    approx_kl = masked_mean(torch.expm1(logratio) - logratio, mask)  # k3 of KL(old‖π): the old policy drew the tokens
     stats = {
         "ratio": masked_mean(ratio, mask),
         "clip_ratio/region_mean": masked_mean((clipped * advantages < ratio * advantages).to(ratio), mask),
-        "approx_kl": masked_mean(torch.expm1(logratio) - logratio, mask),  # k3 of KL(old‖π), Schulman's
+        "approx_kl": approx_kl,
     }
-    return loss, {name: value.detach() for name, value in stats.items()}
+    return loss + penalty * approx_kl if penalty else loss, {name: value.detach() for name, value in stats.items()}
 
 
 def value_loss(values, old_values, returns, mask, *, eps):
@@ -92,14 +96,6 @@ def value_loss(values, old_values, returns, mask, *, eps):
     # Within ±eps `clipped` may differ from `values` by a rounding error, which is not clipping.
     acts = ((values - old_values).abs() > eps) & ((clipped - returns) ** 2 > (values - returns) ** 2)
     return loss, {"value_clip_ratio": masked_mean(acts.to(values), mask).detach(), "loss/value": loss.detach()}
-
-
-def shape_rewards(rewards, logps, ref_logps, mask, *, beta):
-    """r_t = −β·k1_t, plus the reward of the completion at its last token: rewards (B,), log-probs and mask (B, T) -> (B, T), detached."""
-    token_rewards = -beta * torch.where(mask, k1(logps, ref_logps), 0)
-    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    last = torch.where(mask, places, 0).argmax(1)  # (B,) from the mask: padding may look like anything
-    return token_rewards.scatter_add(1, last[:, None], rewards.to(token_rewards)[:, None]).detach()
 
 
 def gae(token_rewards, values, mask, *, gamma, lam):
@@ -118,12 +114,6 @@ def gae(token_rewards, values, mask, *, gamma, lam):
     return advantages, torch.where(mask, advantages + values, 0)
 
 
-def explained_variance(values, returns, mask):
-    """1 − E[(G − V)²] / Var(G) over the mask's tokens: 1 for a perfect critic, 0 for the constant mean. None if returns are equal."""
-    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    return 1 - masked_mean((returns - values) ** 2, mask) / spread if spread > 1e-8 else None
-
-
 def rollout_with_values(policy, value_model, ref, prompts_ids, cfg, eos_id, seed):
     """A Rollout of one completion of each prompt, with ref's log-probs and the critic's value of each prefix, (B, T). All are constants."""
     answers = rollout(policy, ref, prompts_ids, cfg, eos_id=eos_id, seed=seed)
@@ -139,7 +129,7 @@ def credit(answers, rewards, cfg):
         answers.advantages = whiten(answers.advantages, answers.mask)
 
 
-def step(policy, value_model, answers, cfg, *, on_policy):
+def step(policy, value_model, answers, cfg, *, on_policy, penalty=0.0):
     """Compute both losses of one batch of completions. Only this function connects models and equations.
 
     on_policy: no update since sampling, so the old log-probs are set to those of this forward pass and the ratio is exactly 1.
@@ -147,7 +137,7 @@ def step(policy, value_model, answers, cfg, *, on_policy):
     logps, entropy = token_logps(policy, answers, tau=cfg.tau, entropy=True)  # (B, T)
     if on_policy:
         answers.old_logps.copy_(logps.detach())
-    loss, stats = policy_loss(logps, answers.old_logps, answers.advantages, answers.mask, eps=cfg.eps)
+    loss, stats = policy_loss(logps, answers.old_logps, answers.advantages, answers.mask, eps=cfg.eps, penalty=penalty)
     assert not (on_policy and moved(logps, answers.old_logps)), "the policy that samples is not the one that is trained"
     values = values_of(value_model, answers)  # (B, T)
     critic_loss, critic_stats = value_loss(values, answers.values, answers.returns, answers.mask, eps=cfg.eps_value)
@@ -158,7 +148,10 @@ def main(cfg):
     """Run the method and return the run folder."""
     run = Run("ppo", cfg)
     cfg = run.cfg
+    if cfg.target_kl and not (cfg.penalty and cfg.epochs > 1):
+        raise BadInput(f"--target_kl {cfg.target_kl:g}: needs a --penalty above 0 to adapt, and at least 2 --epochs for the policy to move")
     reward_fn, policy, tokenizer, rows, held_out = open_online(run)
+    texts_of = open_texts(run, policy, tokenizer) if cfg.ptx else None
     ref = frozen_copy(policy)
     value_model = open_value_model(run, policy, tokenizer)
     optimizer, value_optimizer = open_optimizer(cfg, policy), open_optimizer(cfg, value_model, lr=cfg.value_lr)
@@ -170,8 +163,7 @@ def main(cfg):
     for k in run.steps(cfg.steps):
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
-        seed = derive_seed("ppo", cfg.seed, k)
-        answers = rollout_with_values(policy, value_model, ref, prompts_ids, cfg, tokenizer.eos_id, seed)
+        answers = rollout_with_values(policy, value_model, ref, prompts_ids, cfg, tokenizer.eos_id, derive_seed("ppo", cfg.seed, k))
         rewards = run.ask(k, reward_fn, tokenizer, prompts, answers)  # (B,)
         if rewards is None:
             continue
@@ -181,18 +173,24 @@ def main(cfg):
 
         for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
             set_lr(opt, lr_at(k, lr=lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule))
-        total, stats = 0.0, Mean()
+        total, stats, texts = 0.0, Mean(), texts_of(k) if texts_of else []
+        penalty = optimizer.param_groups[0].get("penalty", cfg.penalty)  # (a checkpoint stores the optimizer's settings)
         for epoch in range(cfg.epochs):
             optimizer.zero_grad()
             value_optimizer.zero_grad()
-            losses, critic_losses = [], []
+            losses, critic_losses, kls = [], [], []
             for micro in micros:
-                loss, critic_loss, micro_stats = step(policy, value_model, micro, cfg, on_policy=epoch == 0)
+                loss, critic_loss, micro_stats = step(policy, value_model, micro, cfg, on_policy=epoch == 0, penalty=penalty)
                 share = sum(map(len, micro.completions)) / sum(map(len, answers.completions))  # both losses are means over tokens
                 ((loss + critic_loss) * share).backward()
                 losses.append(loss.detach() * share)
                 critic_losses.append(critic_loss.detach() * share)
+                kls.append(micro_stats["approx_kl"] * share)
                 stats.add(micro_stats, weight=share)
+            for micro in texts and texts.micro_batches(cfg.micro_batch):
+                loss = -cfg.ptx * token_logps(policy, micro).sum() / texts.mask.sum()  # a mean over the tokens of the whole batch
+                loss.backward()
+                losses.append(loss.detach())
             epoch_total, critic_total = run.sum(losses), run.sum(critic_losses)
             grad_norm = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             value_grad_norm = clip_grad_norm_(value_model.parameters(), cfg.max_grad_norm)
@@ -203,6 +201,9 @@ def main(cfg):
             optimizer.step()
             value_optimizer.step()
 
+        if cfg.target_kl:
+            metrics["penalty"] = penalty
+            optimizer.param_groups[0]["penalty"] = adapted(penalty, run.sum(kls), cfg.target_kl)
         metrics |= {"loss": total, "grad_norm": grad_norm, "value_grad_norm": value_grad_norm, "lr": optimizer.param_groups[0]["lr"]}
         metrics |= {"explained_variance": explained_variance(answers.values, answers.returns, answers.mask), **stats.result()}
         run.end_of_step(k, metrics)

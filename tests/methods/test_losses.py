@@ -179,9 +179,9 @@ def rloo_value(logps, old_logps, advantages, mask, eps):
     return mean(clipped_value(ratio, a, eps) for ratio, a in zip(ratios, advantages, strict=True))
 
 
-def ppo_value(logps, old_logps, advantages, mask, eps):
-    values = [clipped_value(exp(logps[b][t] - old_logps[b][t]), advantages[b][t], eps) for b, t in scored(mask)]
-    return mean(values or [0])
+def ppo_value(logps, old_logps, advantages, mask, eps, penalty):
+    moved = [(logps[b][t] - old_logps[b][t], advantages[b][t]) for b, t in scored(mask)]
+    return mean([clipped_value(exp(d), a, eps) + penalty * (exp(d) - 1 - d) for d, a in moved] or [0])
 
 
 def critic_value(values, old_values, returns, mask, eps):
@@ -241,7 +241,8 @@ LOSSES = {
     "grpo": (grpo.grpo_loss, grpo_value, tables("logps old_logps ref_logps", "advantages"),
              lambda rng: {"eps": rng.uniform(0.1, 0.9), "beta": rng.uniform(0, 1), "aggregate": rng.choice(["grpo", "dapo", "dr_grpo"]),
                           "max_len": 9}, "logps"),
-    "ppo": (ppo.policy_loss, ppo_value, tables("logps old_logps advantages"), lambda rng: {"eps": rng.uniform(0.1, 0.9)}, "logps"),
+    "ppo": (ppo.policy_loss, ppo_value, tables("logps old_logps advantages"),
+            lambda rng: {"eps": rng.uniform(0.1, 0.9), "penalty": rng.choice([0.0, rng.uniform(0.1, 2)])}, "logps"),
     "ppo's critic": (ppo.value_loss, critic_value, tables("values old_values returns"), lambda rng: {"eps": rng.uniform(0.1, 0.9)},
                      "values"),
     "rebel": (rebel.rebel_loss, rebel_value, vectors("logratio other_logratio rewards other_rewards"),

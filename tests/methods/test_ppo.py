@@ -1,13 +1,22 @@
 """PPO. Every test that takes `m` alone is also run against wrong variants of the file (tests/test_wrong_variants.py)."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
 from minialign.batch import Rollout, whiten
+from minialign.data import encode_texts
+from minialign.engine.common import BadInput, batch_rows, derive_seed, read_rows
 from minialign.methods import ppo
 from minialign.model import GPT, GPTConfig
+from minialign.tokenizer import load_tokenizer
+from minialign.weights import load_pretrained
+from tests.engine.test_parallel import go_back_to
 from tests.enumerable import BETA, CLIP, LANGUAGE, Enumerated, padded, random_rows, relative
+from tests.killing import result_of
 
 
 @pytest.fixture
@@ -122,6 +131,90 @@ def test_clip_by_hand(m):
             assert stats["approx_kl"].item() == pytest.approx(ratio - 1 - f64(ratio).log().item())
 
 
+def test_penalty_by_hand(m):
+    """One token, ρ = 1.5, A = 1, ε = .2, κ = 2: −1.2 + 2·(.5 − log 1.5) = −1.010930; its slope in log ρ is 2·(1.5 − 1) = 1, the clip has
+    none. At ρ = 1 the penalty is 0 and has no slope."""
+    for ratio, value, slope in ((1.5, -1.010930, 1.0), (1.0, -1.0, -1.0)):
+        logps, one = f64(ratio).log()[None].requires_grad_(), torch.ones(1, 1, dtype=torch.float64)
+        loss, _ = m.policy_loss(logps, 0 * one, one, one.bool(), eps=0.2, penalty=2.0)
+        loss.backward()
+        assert loss.item() == pytest.approx(value, abs=1e-6) and logps.grad.item() == pytest.approx(slope)
+
+
+def test_the_penalty_is_the_kl_to_the_old_policy_in_value_and_gradient(m):
+    """Over all completions of another policy: the mean over its tokens is KL(old‖π), its gradient that of the KL. KL(π‖old) is another."""
+    e, old = Enumerated(prompt=1), Enumerated(prompt=1, seed=3)
+    weights = old.law * len(old.law)
+    logratio = torch.where(e.mask, e.logps - old.logps.detach(), 0)
+    nothing = torch.zeros_like(e.logps)
+    losses = [m.policy_loss(e.logps[[b]], old.logps[[b]], nothing[[b]], e.mask[[b]], eps=0.2, penalty=1.0)[0] * e.mask[b].sum()
+              for b in range(len(weights))]
+    penalty = (torch.stack(losses) * weights).mean()
+    kl = -(old.law[:, None] * logratio).sum()
+    assert penalty.item() == pytest.approx(kl.item(), abs=1e-12) and kl > 0.01
+    assert relative(e.gradient(penalty), e.gradient(kl)) < 1e-12
+
+
+def test_step_passes_the_penalty_on(m):
+    """Far from the old log-probs the loss with a penalty is larger by κ times the k3 that it reports."""
+    torch.manual_seed(0)
+    policy, critic = GPT(GPTConfig.tiny(11)).double(), GPT(GPTConfig.tiny(11)).double().with_scalar_head()
+    logps, old_logps, other, mask = random_rows()
+    tokens = torch.randint(11, mask.shape)
+    answers = Rollout(tokens, tokens, mask, old_logps, None, None, None, advantages=other, values=other, returns=logps)
+    without, with_it = (m.step(policy, critic, answers, m.Config(), on_policy=False, penalty=penalty) for penalty in (0.0, 3.0))
+    assert with_it[0].item() == pytest.approx((without[0] + 3 * without[2]["approx_kl"]).item()) and without[2]["approx_kl"] > 0.01
+
+
+def test_the_penalty_adapts(small):
+    """Doubled above 1.5 times the target, halved below it by as much, else kept. In a run each step's κ follows from the one before, and a
+    resumed run goes on with the κ that its checkpoint stored."""
+    from minialign.kl import adapted
+
+    assert [adapted(1.0, kl, 0.02) for kl in (0.0301, 0.0299, 0.0134, 0.0133, 0.0)] == [2.0, 1.0, 1.0, 0.5, 0.5]
+    runs = []
+    for save_every in (2, 4):
+        module, cfg = small("ppo", steps=6, penalty=1.0, target_kl=1e-4, eps=1000.0, epochs=3, lr=1e-2, save_every=save_every)
+        runs.append(module.main(cfg))
+    logged = [row["penalty"] for row in read_rows(runs[0] / "metrics.jsonl")]
+    steps = [after / before for before, after in zip(logged, logged[1:], strict=False)]
+    assert logged[0] == 1.0 and set(steps) <= {0.5, 1.0, 2.0} and logged[-1] != 1.0
+    go_back_to(runs[0], 4)
+    module.main(module.Config(resume=str(runs[0])))
+    assert [row["penalty"] for row in read_rows(runs[0] / "metrics.jsonl")] == logged
+    assert result_of(runs[0]) == result_of(runs[1])
+    module, cfg = small("ppo", target_kl=0.1)
+    with pytest.raises(BadInput, match="--target_kl 0.1: needs a --penalty above 0"):
+        module.main(cfg)
+
+
+def test_texts_beside_the_rollout(small, tmp_path):
+    """The first update's gradient with --ptx is that without, plus ptx times the gradient of the mean −log π per token of the step's rows.
+    Read off AdamW's first moment: after one step it is .1 times the gradient (no norm is clipped). In micro-batches and at once."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("ask for tea", "i want salt, please.", "rope", "ink and tea")))
+    settings = dict(steps=1, epochs=1, held_out=0.0, max_grad_norm=1e9, save_every=1, text=str(path))
+    moments = []
+    for changes in ({}, {"ptx": 0.5}, {"ptx": 0.5, "micro_batch": 3}):
+        module, cfg = small("ppo", **settings, **changes)
+        folder = module.main(cfg)
+        stored = load_file(folder / "checkpoints/step_000001/optim.safetensors")
+        moments.append({name: tensor for name, tensor in stored.items() if name.startswith("optimizer.") and name.endswith("exp_avg")})
+    policy, tokenizer = load_pretrained(cfg.policy), load_tokenizer(cfg.policy)
+    rows = encode_texts(tokenizer, [json.loads(line)["text"] for line in path.read_text().splitlines()], max_len=128)
+    picked = batch_rows(len(rows), cfg.batch_size, 0, derive_seed("texts", cfg.seed))
+    nll, tokens = 0.0, 0
+    for i in picked:
+        x, y = rows[i]
+        logits = policy(torch.tensor([(x + y)[:-1]]))[0].log_softmax(-1)
+        nll, tokens = nll - sum(logits[len(x) - 1 + t, token] for t, token in enumerate(y)), tokens + len(y)
+    gradients = torch.autograd.grad(0.5 * nll / tokens, list(policy.parameters()))
+    for alike in moments[1:]:
+        ordered = sorted(moments[0].items(), key=lambda item: int(item[0].split(".")[1]))
+        for (name, without), gradient in zip(ordered, gradients, strict=True):
+            assert torch.allclose(alike[name], without + 0.1 * gradient, atol=1e-10)
+
+
 def test_value_clip_by_hand(m):
     """V = 1, V_old = .5, G = 2, ε = .2: max((1 − 2)², (.7 − 2)²)/2 = .845. Inside the clip: V = .6: ½·1.4² = .98."""
     one = torch.ones(1, 1, dtype=torch.float64)
@@ -192,8 +285,6 @@ def test_missing_eos_is_subtracted(small, monkeypatch):
 
 def test_value_model_from_a_reward_model(small, tmp_path):
     """--value FOLDER starts the critic at a reward model; a language model there is refused, in one sentence."""
-    from minialign.engine.common import BadInput
-
     module, cfg = small("reward_model", steps=2)
     reward_model = module.main(cfg) / "final"
     module, cfg = small("ppo", steps=2, value=str(reward_model))

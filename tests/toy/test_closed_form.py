@@ -159,6 +159,36 @@ def test_the_hinge_corner_is_the_best_of_a_grid():
         assert smallest == pytest.approx(others, abs=1e-12)
 
 
+def test_rollouts_of_ppo_with_a_penalty():
+    """One is the maximum of Σ π·A − κ·KL(old‖π): lower at every policy near it. Many, with R = r − β·log π/ref, tend to the tilt."""
+    rng, (_, _, ref, reward) = np.random.default_rng(0), random_pairs(3)
+    advantages = reward - ref @ reward
+    policy = law.kl_penalty_step(ref, advantages, 1.5)
+    value = policy @ advantages - 1.5 * law.kl(ref, policy)
+    for _ in range(100):
+        near = law.normalise(policy * np.exp(0.01 * rng.standard_normal(4)))
+        assert near @ advantages - 1.5 * law.kl(ref, near) < value
+    policy, beta = ref, 0.7
+    for _ in range(300):
+        returns = reward - beta * np.log(policy / ref)
+        policy = law.kl_penalty_step(policy, returns - policy @ returns, 4.0)
+    assert policy == pytest.approx(law.tilt(ref, reward, beta), abs=1e-9)
+
+
+def test_ptx_law():
+    """The maximum of E[r] − β·KL + w·Σ D·log π: lower nearby; without w the tilt; a huge w gives D."""
+    rng, (_, target, ref, reward) = np.random.default_rng(0), random_pairs(3)
+
+    def value(policy, weight):
+        return policy @ reward - 0.7 * law.kl(policy, ref) + weight * target @ np.log(policy)
+
+    for weight in (0.1, 1.0, 10.0):
+        policy = law.ptx_law(ref, reward, 0.7, weight, target)
+        assert all(value(law.normalise(policy * np.exp(0.01 * rng.standard_normal(4))), weight) < value(policy, weight) for _ in range(100))
+    assert law.ptx_law(ref, reward, 0.7, 0.0, target) == pytest.approx(law.tilt(ref, reward, 0.7), abs=1e-9)
+    assert law.ptx_law(ref, reward, 0.7, 1e5, target) == pytest.approx(target, abs=1e-4)
+
+
 def test_the_slopes_are_derivatives():
     """pair_slope, orpo_slope, kto_slope against central differences of the losses in loops."""
     _, mu, ref, reward = random_pairs(7)

@@ -38,7 +38,7 @@ def test_ten_seeds_of_what_is_sampled(record_property):
 def failures(monkeypatch, wrong, loss="irft_loss"):
     monkeypatch.setattr(three_actions, loss, wrong)
     families = {"irft_loss": three_actions.irft_checks, "irl_loss": three_actions.irl_checks,
-                "reward_alignment_loss": three_actions.explicit_checks}
+                "reward_alignment_loss": three_actions.explicit_checks, "policy_loss": three_actions.online_checks}
     family = families.get(loss, three_actions.preference_checks)
     return (check.name for check in family(three_actions.Config(rounds=2)) if not check.passed)  # as they come
 
@@ -100,6 +100,8 @@ def test_the_right_reward_losses_in_other_words_miss_none(monkeypatch):
         (desirable_weight * good + ~good) * (1 - (beta * (y - r) * (2 * good.double() - 1)).sigmoid()).mean(), {}), "KTO, β = "),  # z₀ lost
     ("kto_loss", lambda y, r, good, kl, *, beta, desirable_weight, value: (
         (desirable_weight * good + ~good) * F.softplus(-beta * (y - r - kl) * (2 * good.double() - 1)).mean(), {}), "KTO, prospect"),
+    ("policy_loss", lambda y, old, A, mask, *, eps, penalty: ((y - old).exp().mul(penalty * (y - old) - A).mean(), {}), "from ref"),
+    ("policy_loss", lambda y, old, A, mask, *, eps, penalty: ((y - old).exp().mul(A).mean(), {}), "PPO-ptx"),  # the sign
 ])
 def test_wrong_preference_losses_miss_a_law(monkeypatch, loss, wrong, caught_by):
     assert any(caught_by in name for name in failures(monkeypatch, wrong, loss))

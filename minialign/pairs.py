@@ -46,10 +46,11 @@ def train(method, cfg, step):
     policy, tokenizer = open_policy(run)
     rows, held_out, batch_of, prompts = open_pairs(run, tokenizer)
     answer = answer_online(run, policy, tokenizer, prompts) if cfg.online else None
+    check_rounds(method, cfg)
     targets_of = open_targets(run, tokenizer) if getattr(cfg, "demos", "") else None
     ref = frozen_reference(policy, cfg)
     optimizer = open_optimizer(cfg, policy)
-    run.register(policy=policy, optimizer=optimizer)
+    run.register(policy=policy, optimizer=optimizer, **({"ref": ref} if cfg.rounds > 1 else {}))
     first_look(run, tokenizer, rows, batch_of(rows, batch_rows(len(rows), cfg.batch_size, 0, cfg.seed)), {"policy": policy, "ref": ref})
     if precomputes(cfg):
         ref = remember_pairs(run, policy, rows, held_out, batch_of)
@@ -57,6 +58,8 @@ def train(method, cfg, step):
                       lambda: held_out_pairs(lambda pairs: step(policy, ref, pairs, cfg), held_out, batch_of, cfg))
 
     for k in run.steps(cfg.steps):
+        if k and k * cfg.rounds // cfg.steps != (k - 1) * cfg.rounds // cfg.steps:  # a round begins
+            ref.load_state_dict(policy.state_dict())
         picked = batch_rows(len(rows), cfg.batch_size, k, cfg.seed)
         batch, metrics = answer(k, picked) if cfg.online else ([rows[i] for i in picked], {})
         if batch is None:  # online, and the reward failed
@@ -156,6 +159,16 @@ def label_by_reward(prompts_ids, completions, rewards, seed):
     chosen = torch.rand(len(first), generator=torch.Generator().manual_seed(seed)) >= first  # (B,) False: the first, True: the second
     both = zip(completions[::2], completions[1::2], strict=True)
     return [(x, pair[c], pair[1 - c]) for x, pair, c in zip(prompts_ids, both, chosen.int().tolist(), strict=True)]
+
+
+def check_rounds(method, cfg):
+    """Refuse --rounds where there is no reference to renew, or not enough steps."""
+    if cfg.rounds > 1 and not hasattr(cfg, "beta"):
+        raise BadInput(f"--rounds {cfg.rounds}: {method} has no reference that a round could renew; dpo, ipo and gpo have one")
+    if cfg.rounds > 1 and precomputes(cfg):
+        raise BadInput("--precompute_ref: with --rounds the reference changes; drop one of the two")
+    if cfg.rounds > cfg.steps:
+        raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
 
 
 def precomputes(cfg):

@@ -78,6 +78,7 @@ class OnDemonstrations(Training):
 @dataclass
 class OnPairs(Training):
     pairs: str = "builtin"          # preferences: builtin, or a JSONL/JSON(.gz) file
+    rounds: int = 1                 # dpo, ipo, gpo: the steps are divided into rounds; each takes the policy so far as its reference
     online: bool = False            # sample both answers from the policy and let --reward choose; only the prompts of the pairs are used
     reward: list[str] = field(default_factory=lambda: ["builtin"])  # with --online: FILE.py:FUNCTION, a reward model, …: docs/DATA.md
     combine: str = "mean"           # with --online and several rewards: mean, min, or warm (one reward model with averaged weights)

@@ -103,7 +103,11 @@ def replay(folder, cfg, rows, loss_of_batch):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     logged = read_rows(folder / "metrics.jsonl")
     assert len(logged) == cfg.steps
+    rounds = getattr(cfg, "rounds", 1)
+    renewals = {-(-t * cfg.steps // rounds) for t in range(1, rounds)}  # the first step of every round but the first
     for k, row in enumerate(logged):
+        if k in renewals:
+            ref = copy.deepcopy(policy)
         loss = loss_of_batch(k, batch_rows(len(rows), cfg.batch_size, k, cfg.seed), policy, ref, rows)
         optimizer.zero_grad()
         loss.backward()

@@ -7,14 +7,43 @@ import pytest
 import torch
 
 from minialign import pairs
-from minialign.engine.common import read_rows
+from minialign.engine.common import BadInput, read_rows
 from minialign.methods import dpo, gpo, ipo, orpo, simpo, slic
+from tests.engine.test_parallel import go_back_to
 from tests.enumerable import tiny_gpt
+from tests.killing import result_of
 
 
 @pytest.fixture
 def m():
     return pairs
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_a_run_in_rounds_resumes_with_the_reference_of_its_round(small, method):
+    """Six steps in two rounds: the reference is the policy after step 3. From the checkpoint of step 4 the run ends as the unbroken one."""
+    settings = dict(steps=6, rounds=2, save_every=4, lr=1e-2, beta=0.3)
+    module, cfg = small(method, **settings)
+    folder = module.main(cfg)
+    expected, (_, other) = result_of(folder), small(method, **settings | {"rounds": 1})
+    one_round = module.main(other)
+    go_back_to(folder, 4)
+    assert result_of(module.main(module.Config(resume=str(folder)))) == expected
+    losses = [[row["loss"] for row in read_rows(path / "metrics.jsonl")] for path in (folder, one_round)]
+    assert losses[0][:3] == losses[1][:3] and losses[0][3:] != losses[1][3:]
+
+
+@pytest.mark.parametrize(("method", "changes", "message"), [
+    ("slic", {"rounds": 2}, "--rounds 2: slic has no reference that a round could renew; dpo, ipo and gpo have one"),
+    ("dpo", {"rounds": 2, "precompute_ref": True}, "--precompute_ref: with --rounds the reference changes; drop one of the two"),
+    ("ipo", {"rounds": 7, "steps": 6}, "--rounds 7: there are only 6 steps to divide into rounds"),
+    ("grpo", {"rounds": 7, "steps": 6}, "--rounds 7: there are only 6 steps to divide into rounds"),
+    ("gpo", {"rounds": 0}, "--rounds 0: must be at least 1"),
+])
+def test_rounds_that_cannot_be(small, method, changes, message):
+    module, cfg = small(method, **changes)
+    with pytest.raises(BadInput, match=message):
+        module.main(cfg)
 
 
 def test_pairs_are_labelled_by_their_rewards(m):

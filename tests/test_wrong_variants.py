@@ -822,6 +822,14 @@ MUTANTS = [
          "test_with_scalar_head_shares_the_values_of_the_trunk_and_no_memory"),
     ]],
     # pairs.py: its loop
+    *[(file, wrong, [exchange], "test_pairs.py::test_a_run_in_rounds_resumes_with_the_reference_of_its_round") for file in (
+        "pairs.py", "methods/grpo.py") for wrong, exchange in [
+            ("the reference of a round is not stored", (', **({"ref": ref} if cfg.rounds > 1 else {})', "")),
+            ("the reference stays", ("ref.load_state_dict(policy.state_dict())", "pass")),
+    ]],
+    *[(file, "a round begins one step late",
+       [("k * cfg.rounds // cfg.steps != (k - 1)", "(k - 1) * cfg.rounds // cfg.steps != (k - 2)")], f"methods/{test}")
+      for file, test in (("pairs.py", "test_dpo.py::test_main_in_rounds"), ("methods/grpo.py", "test_mains.py::test_grpo"))],
     *[("pairs.py", wrong, [exchange], test) for wrong, exchange, test in [
         ("the policy as its own reference", ("return frozen_copy(policy) if hasattr", "return policy if hasattr"),
          "test_pairs.py::test_ref_is_the_policy_as_it_was_and_only_where_beta_pulls_to_it"),

@@ -433,6 +433,13 @@ def preference_checks(cfg):
     pull = max(beta, 0.7)  # with two of the three probabilities near 0 the policy samples few useful pairs, and training takes forever
     best = closed_form.tilt(reference, reward, beta)
     yield Check("DPO", learned(partial(dpo_loss, beta=beta)).softmax(0).numpy(), best, 1e-8, "π* = ref·e^{r/β}, for pairs from any policy")
+    rounds, at = [], ref
+    for _ in range(3):
+        logits = minimise(lambda z, at=at: expected_preference(partial(dpo_loss, beta=4 * beta), z, at, prefer, ref), at.log())
+        at = logits.softmax(0)
+        rounds.append(at.numpy())
+    law = np.stack([closed_form.tilt(reference, t * reward, 4 * beta) for t in (1, 2, 3)])
+    yield Check(f"DPO, 3 rounds, β = {4 * beta:g}", np.stack(rounds), law, 1e-8, "ref·e^{T·r/β} after T rounds")
     policy = rests(partial(dpo_loss, beta=pull), pull**2 / 4)
     yield Check(f"DPO online, β = {pull:g}", policy, closed_form.tilt(reference, reward, pull), 1e-8, "also π*")
     law = closed_form.ipo_law(reference, p, beta, mu)

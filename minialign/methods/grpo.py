@@ -1,10 +1,9 @@
 """Group relative policy optimisation (GRPO). Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, Eq. 3-4.
 
 What this deletes from the paper, and why:
-    1. the outer loop, in which each iteration takes the policy as its new reference. One run is one iteration; start the next from final/.
-    2. training the reward model between iterations, with replay of old data. The reward here is any fixed function: a rule or a model.
-    3. rewards for single reasoning steps (process supervision). A completion has one reward, so all of its tokens have one advantage.
-    4. several updates on one rollout: epochs is 1 by default, as in the paper's experiments. Then the ratio is 1 and the clip never acts.
+    1. training the reward model between iterations, with replay of old data. The reward here is any fixed function: a rule or a model.
+    2. rewards for single reasoning steps (process supervision). A completion has one reward, so all of its tokens have one advantage.
+    3. several updates on one rollout: epochs is 1 by default, as in the paper's experiments. Then the ratio is 1 and the clip never acts.
 
     L(θ) = −(1/B) Σ_i (1/|y_i|) Σ_t [ min( ρ_{i,t}·A_i, clip(ρ_{i,t}, 1 − ε, 1 + ε)·A_i ) − β·k3_{i,t} ],
            A_i = (r_i − mean of its group) / (std of its group + std_eps),      k3 = π_ref/π_θ − 1 − log π_ref/π_θ
@@ -24,11 +23,13 @@ Details  **The trap of k3.** Its value is an unbiased estimate of KL(π‖ref), 
          the sample standard deviation (TRL), 0 the population's: in a group of two the advantages are ±0.707 or ±1.
          Because the mean contains the sample itself, an advantage is (G − 1)/G times the leave-one-out one. The KL term is not scaled by
          that factor, so without normalize the effective pull is β·G/(G − 1).
+         --rounds is the paper's outer loop: at the start of each round ref becomes the policy so far.
          At ratio 1 the surrogate is 0 ("grpo") or a multiple of the covariance of advantage and length (the others): it shows no progress.
 Law      Without normalize and with dr_grpo: π(a|s) = β'·ref(a|s) / (c_s + β' − Q(s, a)), with β' = β·G/(G − 1), Q = E_π[r | s, a] and the
          c_s for which it sums to 1 (a: token after prefix s), from the last token backwards (token_k3_law of toy/closed_form.py). The
          paper's form with G → ∞ has the same law with A/|y| for r and β/|y| for β (group_normalised_law). Dividing by the standard
          deviation makes the pull about β·std_π(r), so π is sharper than without it if std_π(r) < 1 at the fixed point. None of these is π*.
+         After T rounds: the law applied T times, each time to the result of the round before.
 Checked  tests/methods/test_grpo.py (hand numbers, aggregates, gradients by enumeration), toy/tiny_language.py (the laws).
 
     python -m minialign grpo                                                 # built-in task, laptop CPU
@@ -65,6 +66,7 @@ class Config(OnPrompts):
     std_eps: float = 1e-4           # added to the standard deviation before dividing by it
     aggregate: str = "grpo"         # how token losses become one number: grpo, dapo or dr_grpo
     epochs: int = 1                 # updates on the same completions
+    rounds: int = 1                 # the steps are divided into rounds; each takes the policy so far as its reference
 
 
 def group_advantages(rewards, *, group_size, normalize=True, ddof=1, std_eps=1e-4):
@@ -135,15 +137,19 @@ def main(cfg):
         raise BadInput(f"--aggregate {cfg.aggregate}: must be grpo, dapo or dr_grpo")
     if cfg.ddof not in (0, 1):
         raise BadInput(f"--ddof {cfg.ddof}: must be 1 (sample) or 0 (population)")
+    if cfg.rounds > cfg.steps:
+        raise BadInput(f"--rounds {cfg.rounds}: there are only {cfg.steps} steps to divide into rounds")
     reward_fn, policy, tokenizer, rows, held_out = open_online(run)
     ref = frozen_copy(policy)
     optimizer = open_optimizer(cfg, policy)
-    run.register(policy=policy, optimizer=optimizer)
+    run.register(policy=policy, optimizer=optimizer, **({"ref": ref} if cfg.rounds > 1 else {}))
     first_rollout(run, tokenizer, rows, reward_fn, {"policy": policy, "ref": ref})
     run.at_evaluation(policy, tokenizer, held_out or rows,
                       lambda: held_out_reward(policy, tokenizer, held_out, reward_fn, cfg), tau=cfg.tau)
 
     for k in run.steps(cfg.steps):
+        if k and k * cfg.rounds // cfg.steps != (k - 1) * cfg.rounds // cfg.steps:  # a round begins
+            ref.load_state_dict(policy.state_dict())
         picked = batch_rows(len(rows), cfg.batch_size // cfg.group_size, k, cfg.seed)
         prompts_ids, prompts = zip(*[rows[i] for i in picked], strict=True)
         seed = derive_seed("grpo", cfg.seed, k)

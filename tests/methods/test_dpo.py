@@ -17,7 +17,7 @@ from minialign.task import builtin_pairs, builtin_tokenizer
 from minialign.tokenizer import load_tokenizer
 from minialign.weights import load_pretrained, save_pretrained
 from tests.enumerable import EOS, LANGUAGE, expected, relative, tiny_gpt
-from tests.preferring import CHOSEN, REJECTED, f64, log_prob, pairs_of, random_pairs
+from tests.preferring import CHOSEN, REJECTED, check_main, f64, log_prob, pairs_of, random_pairs
 from toy import closed_form
 from toy.three_actions import minimise
 
@@ -193,6 +193,14 @@ def test_smoothed_labels_shrink_the_law(m, smoothing):
 
 
 # ---------------------------------------------------------------------------------------------------------------------- main
+
+
+def test_main_in_rounds(small):
+    """Four steps in three rounds, which begin at steps 0, 2 and 3: the reference of each is the policy before it."""
+    def loss(w, l, ref_w, ref_l):
+        return (1 + (-0.3 * (w.sum() - ref_w.sum() - l.sum() + ref_l.sum())).exp()).log()
+
+    check_main(small, "dpo", loss, beta=0.3, rounds=3)
 
 
 @pytest.mark.parametrize(("smoothing", "micro_batch"), [(0.0, 0), (0.1, 3)])

@@ -110,11 +110,13 @@ def test_rloo(small):
     assert replay.error(folder) < 1e-9
 
 
-@pytest.mark.parametrize("aggregate", ["grpo", "dapo", "dr_grpo"])
-def test_grpo(small, aggregate):
-    module, cfg = small("grpo", group_size=4, epochs=2, aggregate=aggregate, **SHARED)
+@pytest.mark.parametrize(("aggregate", "rounds"), [("grpo", 1), ("dapo", 1), ("dr_grpo", 1), ("grpo", 2)])
+def test_grpo(small, aggregate, rounds):
+    module, cfg = small("grpo", group_size=4, epochs=2, aggregate=aggregate, rounds=rounds, **SHARED)
     folder, replay = module.main(cfg), Replay("grpo", cfg, 4)
     for k in range(STEPS):
+        if rounds == 2 and k == -(-STEPS // 2):
+            replay.ref = copy.deepcopy(replay.policy)
         rows = replay.rollout(k)
         A = []
         for g in range(0, B, 4):

@@ -211,6 +211,28 @@ def test_every_method_is_in_readme_and_in_the_table_of_losses():
     assert sorted(rows) == sorted(METHODS * 2)  # where it ends, and what a step does
 
 
+def test_the_coverage_page_names_what_exists():
+    """Its tests are defined in the files that it names, and the rows that it quotes stand in the toy before them. It counts its rows."""
+    page = (ROOT / "docs/COVERAGE.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if re.match(r"\| (?!what \||---)", line)]
+    counts = [len(rows), *(sum(f"**{word}**" in row for row in rows) for word in ("absent", "partial"))]
+    said = [int(number) for number in re.search(r"(\d+) rows, of which (\d+) are complete, (\d+) partial and (\d+)\s+absent", page).groups()]
+    assert said == [counts[0], counts[0] - counts[1] - counts[2], counts[2], counts[1]]
+    tests = quoted = 0
+    for row in rows:
+        file = None
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)?::(\w+)`", row):
+            file = path or file
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), (file, name)
+            tests += 1
+        for toy, names in re.findall(r"\[\w+\]\(\.\./(toy/\w+\.py)\)((?:,? '[^']+')+)", row):
+            source = (ROOT / toy).read_text(encoding="utf-8")
+            for name in re.findall(r"'([^']+)'", names):
+                assert name.replace("\\|", "|").split(",")[0][:9] in source, (toy, name)
+                quoted += 1
+    assert tests > 150 and quoted > 30
+
+
 def test_documents_link_to_what_exists():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "tutorials").glob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):

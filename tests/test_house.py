@@ -216,8 +216,8 @@ def test_the_coverage_page_names_what_exists():
     page = (ROOT / "docs/COVERAGE.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if re.match(r"\| (?!what \||---)", line)]
     counts = [len(rows), *(sum(f"**{word}**" in row for row in rows) for word in ("absent", "partial"))]
-    said = [int(number) for number in re.search(r"(\d+) rows, of which (\d+) are complete, (\d+) partial and (\d+)\s+absent", page).groups()]
-    assert said == [counts[0], counts[0] - counts[1] - counts[2], counts[2], counts[1]]
+    said = re.search(r"(\d+) rows, of which (\d+) are complete, (\d+) partial and (\d+)\s+absent", page).groups()
+    assert [*map(int, said)] == [counts[0], counts[0] - counts[1] - counts[2], counts[2], counts[1]]
     tests = quoted = 0
     for row in rows:
         file = None

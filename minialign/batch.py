@@ -66,7 +66,7 @@ class Pairs:
     target: Batch | None = None  # slic's y_ref, as many rows, each with a prompt of its own
 
     def to(self, device):
-        return Pairs(self.chosen.to(device), self.rejected.to(device))
+        return Pairs(self.chosen.to(device), self.rejected.to(device), self.target and self.target.to(device))
 
     def __len__(self):
         return len(self.chosen)

@@ -167,7 +167,7 @@ class Run:
 
     def same_input(self, kind, path):
         """Record the sha256 of a file, or of the files in a folder, when a run starts. A resumed run refuses a changed input."""
-        digest = digest_of(path, everything=kind == "data")
+        digest = digest_of(path, everything=kind in ("data", "mu", "demos", "text"))
         record = self.folder / "inputs.json"
         known = read_json(record) if record.is_file() else {}
         if self.resuming and known.get(kind, digest) != digest:

@@ -14,10 +14,11 @@ Details  Log-probs are summed over the tokens of the answer, not averaged.
          label_smoothing is cDPO: it assumes that a share ε of the labels is flipped.
          The loss depends on Δ only. So both log-probs may fall, as long as the rejected one falls faster: watch the metric `logps/chosen`.
          --online: the policy samples two answers per prompt. A reward prefers the first one with the Bradley-Terry probability σ(r₁ − r₂).
-         --rounds T (iterative DPO): the pairs stay, or with --online are new; at the start of each round ref becomes the policy so far.
+         --rounds T (iterative DPO): the pairs stay, or with --online are new; at the start of each round ref becomes the policy so far. All
+         rounds share one optimizer and one learning-rate schedule.
 Law      If ε = 0 and preferences follow Bradley-Terry on r, the fixed point is π* ∝ ref·e^{r/β}, for every distribution of the pairs with
-         full support, so also online. After T rounds it is ref·e^{T·r/β}: each round tilts the policy once more. If instead labels never
-         contradict each other, nothing in the loss stops Δ from growing.
+         full support, so also online. After T rounds, each trained to its end, it is ref·e^{T·r/β}. If instead labels never contradict
+         each other, nothing in the loss stops Δ from growing.
 Checked  tests/methods/test_dpo.py (worked numbers, gradient, shifts, the law by enumeration, trl), toy/tiny_language.py (trained).
 
     python -m minialign dpo                                                  # built-in task, laptop CPU

@@ -23,13 +23,13 @@ Details  **The trap of k3.** Its value is an unbiased estimate of KL(π‖ref), 
          the sample standard deviation (TRL), 0 the population's: in a group of two the advantages are ±0.707 or ±1.
          Because the mean contains the sample itself, an advantage is (G − 1)/G times the leave-one-out one. The KL term is not scaled by
          that factor, so without normalize the effective pull is β·G/(G − 1).
-         --rounds is the paper's outer loop: at the start of each round ref becomes the policy so far.
+         --rounds is the paper's outer loop: at the start of each round ref becomes the policy so far. The learning rate goes on as planned.
          At ratio 1 the surrogate is 0 ("grpo") or a multiple of the covariance of advantage and length (the others): it shows no progress.
 Law      Without normalize and with dr_grpo: π(a|s) = β'·ref(a|s) / (c_s + β' − Q(s, a)), with β' = β·G/(G − 1), Q = E_π[r | s, a] and the
          c_s for which it sums to 1 (a: token after prefix s), from the last token backwards (token_k3_law of toy/closed_form.py). The
          paper's form with G → ∞ has the same law with A/|y| for r and β/|y| for β (group_normalised_law). Dividing by the standard
          deviation makes the pull about β·std_π(r), so π is sharper than without it if std_π(r) < 1 at the fixed point. None of these is π*.
-         After T rounds: the law applied T times, each time to the result of the round before.
+         After T rounds, each trained to its end: the law applied T times, each time to the result of the round before.
 Checked  tests/methods/test_grpo.py (hand numbers, aggregates, gradients by enumeration), toy/tiny_language.py (the laws).
 
     python -m minialign grpo                                                 # built-in task, laptop CPU

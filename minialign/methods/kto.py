@@ -11,15 +11,17 @@ Details  Log-probs are summed over the answer. For z₀ each prompt is paired wi
          prompt. That needs two more forward passes but no sampling. z₀ has no gradient and is the same in all micro-batches.
          With one prompt and answers sampled from ref the mean is −KL(ref‖π), so z₀ is 0. With other prompts the mean has either sign.
          The paper advises λ_D·n_D / (λ_U·n_U) in [1, 4/3] (n: the number of answers of that kind). The run prints this ratio.
-         The paper's ablations: --value is what a gain x = β·(ρ − z₀), or β·(z₀ − ρ), is worth. KTO has σ(x), "concave" log σ(x), and
-         "neutral" x itself. "prospect" is Tversky and Kahneman's x^.88 for gains and −2.25·|x|^.88 for losses. --no-z0 compares with 0.
-         --no-reference takes ρ = log π, as if ref were uniform. Then z₀ may have either sign, and no second model is in memory.
+         --value is what a gain x = β·(ρ − z₀), or β·(z₀ − ρ), is worth. KTO has σ(x). It replaces Tversky and Kahneman's "prospect" value,
+         x^.88 for gains and −2.25·|x|^.88 for losses. The paper's ablations: "concave" log σ(x), "neutral" x itself, --no-z0 (compare with
+         0), and --no-reference: ρ = log π, as if ref were uniform. No second model is in memory then, and z₀ is far below 0, mostly far
+         below ρ too, because an answer to another prompt is unlikely.
 Law      None in closed form, but for "neutral". Let a(y) be λ_D times how often y is labelled desirable, and b(y) λ_U times how often
-         undesirable. The loss is const − Σ (a − b)·σ(β·(ρ − z₀)). If some answers have a > b, however slightly, the probability of all
+         undesirable. KTO's loss is const − Σ (a − b)·σ(β·(ρ − z₀)). If some answers have a > b, however slightly, the probability of all
          others falls to 0, ever more slowly, even if nobody labelled them. If β < 1, those with a > b then share all the probability so
          that (a − b)·σ'(β·(ρ − z₀))/π is the same for each: while β is small, π ∝ a − b, whatever ref is. If β > 1, one of them that has
          become rare enough stays rare. "neutral": exactly π ∝ a − b if all a > b, for every β, ref and z₀; else it never rests.
-         "concave": an answer that is ever liked keeps some probability. "prospect": an answer with a/b in [1/2.25, 2.25] stays at ρ = z₀.
+         "concave": an answer that is ever liked keeps some probability. "prospect": an answer with a/b in [1/2.25, 2.25] is
+         pulled to ρ = z₀ from both sides.
 Checked  tests/methods/test_kto.py (worked numbers, gradient, z₀, stationarity by enumeration), test_against_trl.py, toy/three_actions.py.
 
     python -m minialign kto                                                  # built-in task, laptop CPU

@@ -24,9 +24,10 @@ Details  The critic is a copy of the policy's trunk under a new scalar head, or 
          Advantages are whitened over the rollout's real tokens, with the population variance, after the returns are computed. The old
          log-probs are those of the first epoch's own forward pass, so the ratio starts at exactly 1, and at first nothing is clipped.
          --penalty is κ (Eq. 8; 0 by default), beside the clip, or in its place with --eps 1000. The KL is estimated by k3, over π_old's own
-         tokens. --target_kl adapts κ as the paper does. --ptx adds ptx·(−log π) per token of plain text (PPO-ptx, Ouyang et al., Eq. 2).
-Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref), for γ = 1 and any κ. (One rollout with κ alone, solved exactly, gives
-         κ·π_old/(c − A).) With ptx: ptx_law of toy/closed_form.py. The clip and critic errors make it noisier than rloo.py.
+         tokens; --target_kl adapts κ by its value before the last update. --ptx adds −ptx·log π per token of a text (Ouyang et al., Eq. 2).
+Law      π* ∝ ref·e^{r/β}, the maximiser of E_π[r] − β·KL(π‖ref), for γ = 1 and any κ; clip and critic errors make it noisier than rloo.py.
+         One rollout with κ alone, solved exactly, gives κ·π_old/(c − A). With ptx and --no-whiten it is ptx_law of toy/closed_form.py, if
+         the texts are answers behind their prompts and as long as the completions.
 Checked  tests/methods/test_ppo.py (GAE by hand, with any and with exact values, clips), toy/tiny_language.py (the law).
 
     python -m minialign ppo                                                  # built-in task, laptop CPU
@@ -82,8 +83,7 @@ def policy_loss(logps, old_logps, advantages, mask, *, eps, penalty=0.0):
     stats = {
         "ratio": masked_mean(ratio, mask),
         "clip_ratio/region_mean": masked_mean((clipped * advantages < ratio * advantages).to(ratio), mask),
-        "approx_kl": approx_kl,
-    }
+        "approx_kl": approx_kl}
     return loss + penalty * approx_kl if penalty else loss, {name: value.detach() for name, value in stats.items()}
 
 
@@ -188,7 +188,7 @@ def main(cfg):
                 kls.append(micro_stats["approx_kl"] * share)
                 stats.add(micro_stats, weight=share)
             for micro in texts and texts.micro_batches(cfg.micro_batch):
-                loss = -cfg.ptx * token_logps(policy, micro).sum() / texts.mask.sum()  # a mean over the tokens of the whole batch
+                loss = -cfg.ptx * token_logps(policy, micro, tau=cfg.tau).sum() / texts.mask.sum()  # a mean over tokens
                 loss.backward()
                 losses.append(loss.detach())
             epoch_total, critic_total = run.sum(losses), run.sum(critic_losses)
@@ -203,7 +203,7 @@ def main(cfg):
 
         if cfg.target_kl:
             metrics["penalty"] = penalty
-            optimizer.param_groups[0]["penalty"] = adapted(penalty, run.sum(kls), cfg.target_kl)
+            optimizer.param_groups[0]["penalty"] = adapted(penalty, run.sum(kls), cfg.target_kl) if epoch + 1 == cfg.epochs else penalty
         metrics |= {"loss": total, "grad_norm": grad_norm, "value_grad_norm": value_grad_norm, "lr": optimizer.param_groups[0]["lr"]}
         metrics |= {"explained_variance": explained_variance(answers.values, answers.returns, answers.mask), **stats.result()}
         run.end_of_step(k, metrics)

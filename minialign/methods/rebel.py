@@ -2,7 +2,7 @@
 
 What this deletes from the paper, and why:
     1. a base distribution μ of the second completion that is another model. Here it is π_t, or a data set (--mu).
-    2. solving each rollout's regression to its minimum. A few gradient steps (epochs) on it are enough; the law below is the same.
+    2. solving each rollout's regression to its minimum. A few gradient steps (epochs) on it are enough; many rollouts end at the same π*.
     3. general preferences instead of rewards. Such preferences need a model that compares two completions.
 
     L(θ) = E_{x, y~π_t, y'~μ} [ ( (1/η)·( log π_θ(y|x)/π_t(y|x) − log π_θ(y'|x)/π_t(y'|x) ) − (R(x, y) − R(x, y')) )² ]
@@ -22,7 +22,8 @@ Details  This is the paper's form. The released code has (Δ − η·ΔR)², whi
 Law      One rollout solved exactly gives π_t·e^{ηR}/Z. So log π_t = (1 − ηβ)^t·log ref + (1 − (1 − ηβ)^t)·log π* + const, which converges
          to π* ∝ ref·e^{r/β} for 0 < ηβ < 2. With β = 0 the policy moves by η nats per unit of reward at every rollout, forever.
          The law is the same for every μ: the error is 0 only where log π_θ/π_t − ηR is one constant on all that π_t and μ can produce. An
-         unfinished step differs. The first gradient is −(2/η)·(∇J + Σ μ·(R − E_π R)·∇log π), which also raises the better completions of μ.
+         unfinished step goes another way: its first gradient is −(2/η)·(∇J + Σ μ·(R − E_π R)·∇log π), which also raises the better
+         completions of μ.
 Checked  tests/methods/test_rebel.py (the exact step has loss 0, hand numbers, both forms), toy/tiny_language.py (the law).
 
     python -m minialign rebel                                                # built-in task, laptop CPU
@@ -91,18 +92,21 @@ def open_mu(run, policy, tokenizer, rows):
         demos = builtin_demos() if cfg.mu == "builtin" else read_demonstrations(cfg.mu, skip_bad=cfg.skip_bad)
         return encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
 
-    for prompt, completion in encoded_once(encode):
-        found.setdefault(tuple(prompt), []).append(list(completion))
+    demos = encoded_once(encode)
+    for i, (prompt, _) in enumerate(demos):
+        found.setdefault(tuple(prompt), []).append(i)
 
     def choose(prompt, seed):
         if not (options := found.get(tuple(prompt))):
             raise BadInput(f"--mu {cfg.mu}: has no completion of the prompt {tokenizer.decode_prompt(prompt)!r:.60}; name the same file "
-                           "for --prompts and --mu")
-        if (longest := len(prompt) + max(map(len, options)) - 1) > policy.config.max_len:
+                           "for --prompts and --mu, with a good completion in each row")
+        if (longest := len(prompt) + max(len(demos[i][1]) for i in options) - 1) > policy.config.max_len:
             raise BadInput(f"--mu {cfg.mu}: a row of {longest + 1} tokens exceeds the policy's context of {policy.config.max_len}; "
                            "leave it out")
-        return options[seed % len(options)]
+        return list(demos[options[seed % len(options)]][1])
 
+    if long := getattr(rows, "long", None):  # its other rows are checked when they are read
+        long.guards.append(lambda row: choose(row[0], 0))
     for prompt, _ in known(rows):
         choose(prompt, 0)
     return choose
@@ -114,7 +118,7 @@ def pair_up(policy, ref, answers, prompts_ids, others, cfg, tokenizer):
     batch = collate([ids for ids in prompts_ids for _ in range(2)], completions, pad_id=tokenizer.pad_id).to(answers.mask.device)
     old_logps, ref_logps = (in_micro(lambda micro, model=model: token_logps(model, micro, tau=cfg.tau), batch, cfg.micro_batch)
                             for model in (policy, ref))  # (2N, T)
-    finished = torch.tensor([ids[-1:] == [tokenizer.eos_id] for ids in completions], device=batch.mask.device)
+    finished = torch.tensor([bool(ids) and ids[-1] in tokenizer.eos_ids for ids in completions], device=batch.mask.device)
     return Rollout(**vars(batch), old_logps=old_logps, ref_logps=ref_logps, lengths=batch.mask.sum(1), finished=finished,
                    completions=completions)
 

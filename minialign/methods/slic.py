@@ -15,8 +15,8 @@ Details  Log-probs are summed over the answer. y_ref is the chosen answer by def
          --online: the policy samples the pairs and a reward labels them, as in dpo.py.
 Law      Pairs are drawn from μ and labelled with probability p. W(y) and L(y) are the shares of pairs in which y is chosen and rejected,
          D(y) its share among the y_ref (W by default). If π = D + (W − L)/λ is nowhere negative and no pair reaches the margin δ under it,
-         it is the fixed point. Otherwise (nearly always at the default λ) there is no closed form. The fixed point is never
-         π* ∝ ref·e^{r/β} (dpo.py): ref and β do not occur in the loss.
+         it is the fixed point (with --demos, if each prompt is as frequent there as in the pairs). Otherwise, nearly always at the default
+         λ, there is no closed form. The fixed point is never π* ∝ ref·e^{r/β} (dpo.py): ref and β do not occur in the loss.
 Checked  tests/methods/test_slic.py (worked numbers, gradient, law, stationarity), test_against_trl.py, toy/tiny_language.py.
 
     python -m minialign slic                                                 # built-in task, laptop CPU
@@ -54,8 +54,9 @@ def slic_loss(chosen_logps, rejected_logps, target_logps, *, delta, weight):
 
 def step(policy, ref, pairs, cfg):
     """Evaluate the models on one batch of pairs and compute the loss. Only this function connects models and equation."""
-    chosen_logps, rejected_logps = seq_logps(policy, pairs.chosen, pairs.rejected)  # (B,), (B,)
-    target_logps = chosen_logps if pairs.target is None else seq_logps(policy, pairs.target)  # (B,)
+    targets = [pairs.target] if pairs.target else []
+    chosen_logps, rejected_logps, *target_logps = seq_logps(policy, pairs.chosen, pairs.rejected, *targets)  # (B,) each
+    target_logps = target_logps[0] if targets else chosen_logps
     return slic_loss(chosen_logps, rejected_logps, target_logps, delta=cfg.delta, weight=cfg.weight)
 
 

@@ -205,6 +205,20 @@ def test_every_input_of_a_run_is_recorded(small, tmp_path, kind):
         again(module, folder)
 
 
+@pytest.mark.parametrize(("method", "flag", "changes"), [("rebel", "mu", {}), ("slic", "demos", {}), ("ppo", "text", {"ptx": 0.1})])
+def test_rows_of_a_second_data_folder_are_recorded(small, demos_file, tmp_path, method, flag, changes):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(demos_file, folder / "train.jsonl")
+    module, cfg = small(method, steps=2, save_every=1, **{flag: str(folder)}, **changes)
+    run_folder = module.main(cfg)
+    shutil.rmtree(run_folder / "checkpoints/step_000002")
+    rows = (folder / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(rows.replace("a", "e", 1) if "a" in rows else rows[1:])
+    with pytest.raises(BadInput, match="data: has changed since this run began"):
+        again(module, run_folder)
+
+
 def test_an_input_that_is_not_there_is_said_so(small, tmp_path, monkeypatch):
     module, cfg = small("sft")
     shutil.copy(cfg.demos, tmp_path / "d.jsonl")

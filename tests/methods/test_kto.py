@@ -186,7 +186,7 @@ def test_the_reference_point_by_hand(m):
     assert slopes[0] == slopes[1]
 
 
-def test_without_a_reference_z0_is_a_mean_of_either_sign(m):
+def test_without_a_reference_z0_is_a_mean_below_zero(m):
     kl = m.mismatched_kl(f64(-4.0, -1.0, -2.5).requires_grad_(), None)
     assert kl.item() == pytest.approx(-2.5, abs=1e-12) and not kl.requires_grad
 

@@ -133,11 +133,11 @@ def test_first_gradient_with_another_mu():
 def test_pairs_of_a_sample_and_of_mu(m):
     """Rows 2i are the samples, rows 2i + 1 the given completions, each with the log-probs of the policy and of ref at temperature tau."""
     policy, ref = tiny_gpt(seed=0), tiny_gpt(seed=1)
-    prompts, sampled, others = [[0], [2, 0, 1]], [[1, EOS], [3, 3, 2]], [[2], [0, 1, EOS]]
+    prompts, sampled, others = [[0], [2, 0, 1]], [[1, EOS], [3, 2, 3]], [[2], [0, 1, EOS]]
     answers = SimpleNamespace(completions=sampled, mask=torch.zeros(1))
-    tokenizer, cfg = SimpleNamespace(pad_id=3, eos_id=EOS), m.Config(tau=0.7, micro_batch=3)
+    tokenizer, cfg = SimpleNamespace(pad_id=3, eos_ids=[EOS, 2]), m.Config(tau=0.7, micro_batch=3)
     pairs = m.pair_up(policy, ref, answers, prompts, others, cfg, tokenizer)
-    assert pairs.completions == [[1, EOS], [2], [3, 3, 2], [0, 1, EOS]] and pairs.finished.tolist() == [True, False, False, True]
+    assert pairs.completions == [[1, EOS], [2], [3, 2, 3], [0, 1, EOS]] and pairs.finished.tolist() == [True, True, False, True]
     assert pairs.lengths.tolist() == [2, 1, 3, 3]
     for row, (prompt, completion) in enumerate(zip([p for p in prompts for _ in range(2)], pairs.completions, strict=True)):
         for model, logps in ((policy, pairs.old_logps), (ref, pairs.ref_logps)):

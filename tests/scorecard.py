@@ -246,7 +246,7 @@ def score(results):
     """'38 of 38 lines of the [scorecard](…) hold', for README, and how many have not been tried."""
     lines = [line.name for line in LINES if isinstance(line, Line)]
     passed, untried = sum(results.get(name, {}).get("passed", False) for name in lines), len({*lines} - results.keys())
-    return f"{passed} of {len(lines)} lines of the [scorecard]({LINK}) hold{f', {untried} have not been tried yet' * bool(untried)}"
+    return f"{passed} of {len(lines)} lines of the [scorecard]({LINK}) hold{f', {untried} not tried yet' * bool(untried)}"
 
 
 def summary(results):

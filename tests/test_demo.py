@@ -119,7 +119,7 @@ def test_the_demo(tmp_path):
     command = [sys.executable, "-m", "minialign", "demo", "--out", "runs/demo"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3000)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "45 of 45 on their law" in result.stdout and "expert (exact)" in result.stdout and "holds" in result.stdout
+    assert "55 of 55 on their law" in result.stdout and "expert (exact)" in result.stdout and "holds" in result.stdout
     content = json.loads((tmp_path / "runs/demo/table.json").read_text())
     assert set(content["table"]) == set(NAMES) and all(len(values["gap"]) == 5 for values in content["table"].values())
     for figure in ("demo.png", "three_actions.png"):

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 
 from minialign.batch import Rollout, whiten
 from minialign.data import encode_texts
+from minialign.engine import run
 from minialign.engine.common import BadInput, batch_rows, derive_seed, read_rows
 from minialign.methods import ppo
 from minialign.model import GPT, GPTConfig
@@ -166,7 +167,7 @@ def test_step_passes_the_penalty_on(m):
     assert with_it[0].item() == pytest.approx((without[0] + 3 * without[2]["approx_kl"]).item()) and without[2]["approx_kl"] > 0.01
 
 
-def test_the_penalty_adapts(small):
+def test_the_penalty_adapts(small, monkeypatch):
     """Doubled above 1.5 times the target, halved below it by as much, else kept. In a run each step's κ follows from the one before, and a
     resumed run goes on with the κ that its checkpoint stored."""
     from minialign.kl import adapted
@@ -183,6 +184,10 @@ def test_the_penalty_adapts(small):
     module.main(module.Config(resume=str(runs[0])))
     assert [row["penalty"] for row in read_rows(runs[0] / "metrics.jsonl")] == logged
     assert result_of(runs[0]) == result_of(runs[1])
+    with monkeypatch.context() as patch:  # an update that is refused has moved nothing: no reason to halve κ
+        patch.setattr(run.Run, "may_update", lambda *_: False)
+        module, cfg = small("ppo", steps=3, penalty=1.0, target_kl=0.01)
+        assert [row["penalty"] for row in read_rows(module.main(cfg) / "metrics.jsonl")] == [1.0] * 3
     module, cfg = small("ppo", target_kl=0.1)
     with pytest.raises(BadInput, match="--target_kl 0.1: needs a --penalty above 0"):
         module.main(cfg)
@@ -193,7 +198,7 @@ def test_texts_beside_the_rollout(small, tmp_path):
     Read off AdamW's first moment: after one step it is .1 times the gradient (no norm is clipped). In micro-batches and at once."""
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("ask for tea", "i want salt, please.", "rope", "ink and tea")))
-    settings = dict(steps=1, epochs=1, held_out=0.0, max_grad_norm=1e9, save_every=1, text=str(path))
+    settings = dict(steps=1, epochs=1, held_out=0.0, max_grad_norm=1e9, save_every=1, tau=0.7, text=str(path))
     moments = []
     for changes in ({}, {"ptx": 0.5}, {"ptx": 0.5, "micro_batch": 3}):
         module, cfg = small("ppo", **settings, **changes)
@@ -206,7 +211,7 @@ def test_texts_beside_the_rollout(small, tmp_path):
     nll, tokens = 0.0, 0
     for i in picked:
         x, y = rows[i]
-        logits = policy(torch.tensor([(x + y)[:-1]]))[0].log_softmax(-1)
+        logits = (policy(torch.tensor([(x + y)[:-1]]))[0] / 0.7).log_softmax(-1)  # every log-prob of a run is at its temperature
         nll, tokens = nll - sum(logits[len(x) - 1 + t, token] for t, token in enumerate(y)), tokens + len(y)
     gradients = torch.autograd.grad(0.5 * nll / tokens, list(policy.parameters()))
     for alike in moments[1:]:

@@ -17,26 +17,33 @@ from torch.nn.utils import clip_grad_norm_
 
 from minialign.data import (
     Rows,
-    encode_demos,
     encode_pairs,
     encode_prompts,
     long_pairs,
     pair_batch,
     pick,
-    read_demonstrations,
     read_preferences,
     split_held_out,
     split_scorable,
 )
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, eval_rows, in_micro, lr_at, micro_batches, set_lr
 from minialign.engine.look import first_look
-from minialign.engine.opening import batches_of, check_context, encoded_once, long_or_encoded, open_optimizer, open_policy, open_rewards
+from minialign.engine.opening import (
+    batches_of,
+    check_context,
+    encoded_once,
+    long_or_encoded,
+    open_optimizer,
+    open_policy,
+    open_rewards,
+    open_second_demos,
+)
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_pairs
 from minialign.logps import Remembered, seq_logps
 from minialign.lora import frozen_copy
 from minialign.sample import sample
-from minialign.task import builtin_demos, builtin_pairs
+from minialign.task import builtin_pairs
 
 
 def train(method, cfg, step):
@@ -115,14 +122,8 @@ def open_pairs(run, tokenizer):
 
 def open_targets(run, tokenizer):
     """The function (k, micro) -> Batch: of the rows of --demos that belong to step k, as many as pairs, those at the places `micro`."""
-    cfg = run.cfg
-    run.same_input("demos", cfg.demos)
-
-    def encode():
-        demos = builtin_demos() if cfg.demos == "builtin" else read_demonstrations(cfg.demos, skip_bad=cfg.skip_bad)
-        return encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
-
-    rows, batch_of = split_scorable(encoded_once(encode), 0.0, cfg.max_len)[0], batches_of(run, tokenizer)
+    cfg, batch_of = run.cfg, batches_of(run, tokenizer)
+    rows, _ = split_scorable(open_second_demos(run, tokenizer, "demos"), 0.0, cfg.max_len)
 
     def targets_of(k, micro):
         picked = batch_rows(len(rows), cfg.batch_size, k, derive_seed("targets", cfg.seed))

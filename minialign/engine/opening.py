@@ -236,6 +236,18 @@ def open_prompts(run, policy, tokenizer):
     return split_held_out(rows, cfg.held_out)
 
 
+def open_second_demos(run, tokenizer, flag):
+    """The encoded rows, (prompt ids, completion ids), of demonstrations that a method has besides its own data: those of --<flag>."""
+    cfg, path = run.cfg, getattr(run.cfg, flag)
+    run.same_input(flag, path)
+
+    def encode():
+        demos = builtin_demos() if path == "builtin" else read_demonstrations(path, skip_bad=cfg.skip_bad)
+        return encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
+
+    return encoded_once(encode)
+
+
 def open_texts(run, policy, tokenizer):
     """The function k -> Batch of the batch_size rows of --text that belong to step k, for a term −log π of plain text beside a loss."""
     cfg, max_len = run.cfg, min(256, policy.config.max_len)

@@ -36,10 +36,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minialign.batch import Rollout, collate, masked_mean
-from minialign.data import encode_demos, known, read_demonstrations
+from minialign.data import known
 from minialign.engine.common import BadInput, Mean, batch_rows, derive_seed, in_micro, lr_at, set_lr
 from minialign.engine.look import first_rollout
-from minialign.engine.opening import encoded_once, open_online, open_optimizer
+from minialign.engine.opening import open_online, open_optimizer, open_second_demos
 from minialign.engine.run import Run
 from minialign.evaluate import held_out_reward
 from minialign.kl import kl_rewards, moved
@@ -48,7 +48,6 @@ from minialign.lora import frozen_copy
 from minialign.rewards import rollout_stats
 from minialign.sample import rollout
 from minialign.settings import OnPrompts
-from minialign.task import builtin_demos
 
 
 @dataclass
@@ -85,14 +84,7 @@ def step(policy, answers, cfg, *, on_policy):
 
 def open_mu(run, policy, tokenizer, rows):
     """The function (prompt ids, seed) -> one of the prompt's completions in --mu. Raises BadInput for a prompt that has none there."""
-    cfg, found = run.cfg, {}
-    run.same_input("mu", cfg.mu)
-
-    def encode():
-        demos = builtin_demos() if cfg.mu == "builtin" else read_demonstrations(cfg.mu, skip_bad=cfg.skip_bad)
-        return encode_demos(tokenizer, demos, max_prompt=cfg.max_prompt, skip_bad=cfg.skip_bad)
-
-    demos = encoded_once(encode)
+    cfg, found, demos = run.cfg, {}, open_second_demos(run, tokenizer, "mu")
     for i, (prompt, _) in enumerate(demos):
         found.setdefault(tuple(prompt), []).append(i)
 

@@ -10,7 +10,7 @@ Differs  from dpo.py: there is no reference. The hinge has a constant gradient u
          The lecture's "SLiC" (docs/ERRATA.md), a hinge on log-ratios to ref, is gpo.py with --f hinge.
          From orpo.py: log-probs are summed, not averaged, so a long answer has more weight in both terms.
 Details  Log-probs are summed over the answer. y_ref is the chosen answer by default. With --demos FILE it is a row of that file, as many
-         rows a step as pairs; the prompt is then the row's own. (eval/loss takes the chosen answer always.)
+         rows a step as pairs; the prompt is then the row's own. (eval/loss always takes the chosen answer.)
          The paper's other variant, sample-rank: answers of the SFT policy, ranked by a reward. `generate --keep best_worst` writes them.
          --online: the policy samples the pairs and a reward labels them, as in dpo.py.
 Law      Pairs are drawn from μ and labelled with probability p. W(y) and L(y) are the shares of pairs in which y is chosen and rejected,
